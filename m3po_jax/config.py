@@ -1,0 +1,241 @@
+"""Typed recipes: dataclasses, YAML files and dotted overrides on the command line.
+
+A recipe is one `Recipe`; every field has a default, so that a YAML file states only what it changes. Unknown
+keys are errors that name the nearest known key. Names follow TRL and PEFT where those have one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from m3po_jax.errors import UserError, nearest
+
+
+@dataclass
+class MeshConfig:
+    """Sizes of the device mesh; -1 takes all devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass
+class ModelConfig:
+    """A model directory in Hugging Face layout, and how to run it."""
+
+    path: str = ""  # a local directory or a hub id; `builtin:NAME` for the checkpoints that ship with the package
+    dtype: str = "bfloat16"  # computation
+    param_dtype: str = "bfloat16"  # frozen weights; trained ones are float32
+    template: str = "vicuna_v1"  # vicuna_v1 | hf | plain, see data/templates.py
+    image_fit: str = "pad"  # pad | crop | stretch, see data/images.py
+    remat: str = "full"  # none | full | dots: what the backward pass recomputes
+    max_prompt_tokens: int = 1024  # image tokens included; longer rows are refused, never truncated
+
+
+@dataclass
+class DataConfig:
+    """Where rows come from: `source` names the reader, `path` is its argument."""
+
+    source: str = "jsonl"  # jsonl | parquet | tfds | array_record
+    path: str = ""
+    split: str = "train"
+    image_root: str = ""  # relative image paths stay inside it; default: the data file's folder
+    limit: int | None = None
+    max_image_pixels: int = 50_000_000  # a larger image is refused before it is decoded
+
+
+@dataclass
+class GenerateConfig:
+    """Candidates: how many, and the distribution they are drawn from."""
+
+    num_candidates: int = 8
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    batch_size: int = 16  # prompts in flight
+    shard_rows: int = 256  # prompts in one output shard, the unit of resumption
+
+
+@dataclass
+class ScoreConfig:
+    """The alignment score (MAS) and the confidence variants."""
+
+    backend: str = "claims"  # similarity | claims | reference | ensemble
+    members: list[str] = field(default_factory=list)  # of an ensemble
+    model: str = ""  # the judge or the dual encoder (a model directory)
+    unit: str = "claim"  # similarity: whole | claim
+    aggregate: str = "mean"  # of claims: mean | min | soft_f1 (needs `vocabulary`)
+    vocabulary: list[str] = field(default_factory=list)  # soft_f1: the claims that could have been made
+    claim_template: str = "{claim}"  # the text that stands for one claim in the dual encoder
+    confidence: list[str] = field(default_factory=lambda: ["mean"])  # sum | mean | tail | cluster | prior | visual
+    batch_size: int = 32  # prompts
+
+
+@dataclass
+class SelectConfig:
+    """The M3P-Score and the rules that a pair must satisfy (METHOD section 2)."""
+
+    rule: str = "m3p"  # m3p | mas_only | random | low_confidence | product | lexicographic | inversion | shared
+    confidence: str = "mean"  # the variant that enters the score
+    lambda_preferred: float = 0.2
+    lambda_dispreferred: float = 1.0
+    chosen_floor: float = 0.5  # least MAS of a chosen answer
+    margin: float = 0.1  # least MAS gap between chosen and rejected
+    min_rejected_z: float = -2.0  # hardness band: a rejected answer is not garbage
+    length_ratio: list[float] = field(default_factory=lambda: [0.5, 2.0])  # rejected / chosen, in tokens
+    max_similarity: float = 0.9  # near-duplicates drive likelihood displacement
+    min_contrast: float = 1e-3  # least standard deviation of MAS within a pool
+    lexicographic: list[float] = field(default_factory=lambda: [0.7, 0.4])  # τ₊, τ₋
+    budget: float = 1.0  # the best share of pairs, by value, that is kept
+    seed: int = 0
+
+
+@dataclass
+class LoRAConfig:
+    lora_rank: int = 128  # 0: full fine-tuning
+    lora_alpha: float = 256.0
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    train_projector: bool = False
+
+
+@dataclass
+class TrainConfig:
+    objective: str = "preference"  # preference | sft | contrastive
+    loss_type: str = "sigmoid"  # see objectives/preference.py
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    chosen_nll_weight: float = 0.0  # anchor: per-token NLL of the chosen answer (RPO)
+    reference: str = "recorded"  # recorded (at generation) | computed (adapter scale 0)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    train_vision: bool = False  # sft only: the vision tower learns too
+    learning_rate: float = 2e-6
+    lr_schedule: str = "cosine"  # cosine | linear | constant
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    batch_size: int = 32  # pairs (or rows) of one optimizer step
+    gradient_accumulation_steps: int = 1
+    epochs: float = 1.0
+    max_steps: int | None = None  # overrides epochs
+    max_answer_tokens: int = 256
+    save_steps: int = 50
+    keep_checkpoints: int = 2
+    log_steps: int = 1
+
+
+@dataclass
+class EvaluateConfig:
+    """Benchmarks by name, and the decoding of evaluation answers (greedy)."""
+
+    benchmarks: list[str] = field(default_factory=list)
+    data: DataConfig = field(default_factory=DataConfig)
+    max_new_tokens: int = 128
+    batch_size: int = 16
+    stop_bias: list[float] = field(default_factory=list)  # the base model's stop-bias frontier
+    contrast_alpha: list[float] = field(default_factory=list)  # contrastive decoding (VCD) of the base model
+    bootstrap_samples: int = 1000
+
+
+@dataclass
+class Recipe:
+    """Everything one run needs."""
+
+    name: str = "run"
+    output_dir: str = "runs"
+    seed: int = 0
+    rounds: int = 1
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    # Comparison systems trained on the same candidates: name -> dotted overrides of this recipe.
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def _known_keys(cls: type, path: list[str]) -> list[str]:
+    """Field names of the dataclass that `path` leads to inside `cls` (empty where it leads elsewhere)."""
+    hints = typing.get_type_hints(cls)
+    for part in path:
+        cls = hints.get(part, object)
+        if not dataclasses.is_dataclass(cls):
+            return []
+        hints = typing.get_type_hints(cls)
+    return list(hints)
+
+
+def _merge(base: Any, update: Any, where: str) -> Any:
+    try:
+        return OmegaConf.merge(base, update)
+    except ConfigKeyError as error:
+        key = str(error.full_key)
+        *parents, leaf = key.split(".")
+        known = _known_keys(Recipe, parents)
+        raise UserError(f"unknown key {key!r}{nearest(leaf, known) if known else ''}", where=where) from None
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{key}: {reason}" if key else reason, where=where) from None
+
+
+def _to_recipe(node: Any) -> Recipe:
+    recipe = OmegaConf.to_object(node)
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def load_recipe(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """A recipe from a YAML file (or the defaults) and ``dotted.key=value`` overrides.
+
+    Raises:
+        UserError: missing or malformed file, unknown key (the nearest one is suggested), wrong type.
+    """
+    config = OmegaConf.structured(Recipe)
+    if path is not None:
+        path = Path(path)
+        if not path.is_file():
+            raise UserError("no such recipe", where=str(path), remedy="see configs/ for the recipes that ship")
+        try:
+            loaded = OmegaConf.load(path)
+        except Exception as error:  # yaml.YAMLError and its kin: the first line says where
+            raise UserError(f"not valid YAML: {' '.join(str(error).split())}", where=str(path)) from None
+        if not OmegaConf.is_dict(loaded):
+            raise UserError("a recipe is a mapping of keys to values", where=str(path))
+        config = _merge(config, loaded, str(path))
+    for override in overrides:
+        if "=" not in override or override.startswith("-"):
+            raise UserError(
+                f"cannot read {override!r}", where="command line", remedy="overrides are dotted.key=value"
+            )
+        config = _merge(config, OmegaConf.from_dotlist([override]), "command line")
+    return _to_recipe(config)
+
+
+def override(recipe: Recipe, changes: dict[str, Any], where: str = "arms") -> Recipe:
+    """A copy of `recipe` with ``{"dotted.key": value}`` replaced."""
+    config = OmegaConf.structured(recipe)
+    for key, value in changes.items():
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        config = _merge(config, OmegaConf.create(nested), where)
+    return _to_recipe(config)
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, as `config.yaml` of a run directory stores it."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe), resolve=True)

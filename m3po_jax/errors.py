@@ -1,0 +1,38 @@
+"""Errors that a user can mend.
+
+Everything a user may get wrong (a file, a row, a setting) raises `UserError`; the command line prints it as
+one line and exits with status 2. Any other exception is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """One clear line: where, what is wrong, how to mend it.
+
+    Args:
+        what: What is wrong, without a full stop.
+        where: File, row id or configuration key, e.g. ``data/prompts.jsonl:17 (id 'cat-3')``.
+        remedy: What the user can do about it.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None):
+        self.what, self.where, self.remedy = what, where, remedy
+        line = f"{where}: {what}" if where else what
+        if remedy:
+            line = f"{line}; {remedy}"
+        super().__init__(" ".join(line.split()))
+
+
+class Interrupted(Exception):
+    """SIGTERM arrived and everything finished so far is saved; the same command continues from here."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for a misspelt `name`, or the sorted list of what is known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})"
