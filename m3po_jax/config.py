@@ -34,6 +34,8 @@ class ModelConfig:
     path: str = ""  # a local directory or a hub id; `builtin:NAME` for the checkpoints that ship with the package
     dtype: str = "bfloat16"  # computation
     param_dtype: str = "bfloat16"  # frozen weights; trained ones are float32
+    init: str = "pretrained"  # pretrained | random: a directory with config.json alone starts from seed
+    vision_tower: str = ""  # a CLIP directory whose tower replaces the model's own (original LLaVA releases lack one)
     template: str = "vicuna_v1"  # vicuna_v1 | hf | plain, see data/templates.py
     image_fit: str = "pad"  # pad | crop | stretch, see data/images.py
     remat: str = "full"  # none | full | dots: what the backward pass recomputes
@@ -84,7 +86,8 @@ class ScoreConfig:
 class SelectConfig:
     """The M3P-Score and the rules that a pair must satisfy (METHOD section 2)."""
 
-    rule: str = "m3p"  # m3p | mas_only | random | low_confidence | product | lexicographic | inversion | shared
+    # m3p | mas_only | vanilla | random | low_confidence | product | lexicographic | inversion | shared
+    rule: str = "m3p"
     confidence: str = "mean"  # the variant that enters the score
     lambda_preferred: float = 0.2
     lambda_dispreferred: float = 1.0
