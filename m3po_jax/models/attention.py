@@ -70,7 +70,8 @@ def branch_attention(
     seen = jnp.broadcast_to(prefix_mask_BP[:, None, None, None, None, :], (*shape, pk.shape[1]))
     own_mask = jnp.broadcast_to(own_mask_BKTN[:, :, None, None], (*shape, ok.shape[2]))
     scores = jnp.concatenate(
-        [_scores(q, pk, "bktgrd,bpgd->bkgrtp", d**-0.5), _scores(q, ok, "bktgrd,bkngd->bkgrtn", d**-0.5)], axis=-1
+        [_scores(q, pk, "bktgrd,bpgd->bkgrtp", d**-0.5), _scores(q, ok, "bktgrd,bkngd->bkgrtn", d**-0.5)],
+        axis=-1,
     )
     weights = _softmax(scores, jnp.concatenate([seen, own_mask], axis=-1)).astype(pv.dtype)
     on_prefix, on_own = weights[..., : pk.shape[1]], weights[..., pk.shape[1] :]
@@ -149,7 +150,9 @@ class Decode(NamedTuple):
     num_candidates: int
     step: Int[Array, ""]  # the cache slot that this token takes
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: DecodeCache) -> tuple[jax.Array, DecodeCache]:
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, cache: DecodeCache
+    ) -> tuple[jax.Array, DecodeCache]:
         b, c = q.shape[0], self.num_candidates
         split = lambda x: x.reshape(b, c, 1, *x.shape[2:])  # noqa: E731
         own_k, own_v = cache.own

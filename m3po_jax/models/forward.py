@@ -49,9 +49,7 @@ def last_valid(hidden: Float[Array, "b p d"], prefix_mask: Bool[Array, "b p"]) -
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
 
-def token_log_probs(
-    logits: Float[Array, "... vocab"], token_ids: Int[Array, "..."]
-) -> Float[Array, "..."]:
+def token_log_probs(logits: Float[Array, "... vocab"], token_ids: Int[Array, "..."]) -> Float[Array, "..."]:
     """log softmax(logits)[token] in float32, without the full softmax."""
     chosen = jnp.take_along_axis(logits, token_ids[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
@@ -78,12 +76,15 @@ def branch_hidden(
     lengths = jnp.sum(prefix_mask, axis=1)
     branch_positions = lengths[:, None, None] + jnp.arange(t)[None, None, :]
     positions = jnp.concatenate(
-        [prefix_positions(prefix_mask), jnp.broadcast_to(branch_positions, (b, k, t)).reshape(b, k * t)], axis=1
+        [prefix_positions(prefix_mask), jnp.broadcast_to(branch_positions, (b, k, t)).reshape(b, k * t)],
+        axis=1,
     )
     hidden, _ = model.decoder(
         jnp.concatenate([prefix, branches], axis=1), positions, Tree(prefix_mask, branch_mask), remat=remat
     )
-    first = jnp.broadcast_to(last_valid(hidden[:, :p], prefix_mask)[:, None, None], (b, k, 1, hidden.shape[-1]))
+    first = jnp.broadcast_to(
+        last_valid(hidden[:, :p], prefix_mask)[:, None, None], (b, k, 1, hidden.shape[-1])
+    )
     rest = hidden[:, p:].reshape(b, k, t, -1)[:, :, :-1]
     return jnp.concatenate([first, rest], axis=2)
 

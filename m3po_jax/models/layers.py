@@ -69,13 +69,23 @@ class Linear(nnx.Module):
             y = y + self.bias[...].astype(self.dtype)
         if self.lora_a is not None and self.lora_scale != 0.0:
             low = jnp.matmul(x, self.lora_a[...].astype(self.dtype), precision=precision)
-            y = y + self.lora_scale * jnp.matmul(low, self.lora_b[...].astype(self.dtype), precision=precision)
+            y = y + self.lora_scale * jnp.matmul(
+                low, self.lora_b[...].astype(self.dtype), precision=precision
+            )
         return y
 
 
 class Embedding(nnx.Module):
     def __init__(
-        self, rows: int, features: int, *, axes: Any, dtype: Any, param_dtype: Any, rngs: nnx.Rngs, std: float = 0.02
+        self,
+        rows: int,
+        features: int,
+        *,
+        axes: Any,
+        dtype: Any,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+        std: float = 0.02,
     ):
         table = std * jax.random.normal(rngs.params(), (rows, features), jnp.float32)
         self.table = nnx.Param(table.astype(param_dtype), axes=axes)

@@ -109,7 +109,9 @@ class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         kinds = {"dtype": dtype, "param_dtype": param_dtype}
         self.config, self.dtype = config, dtype
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, axes=("vocab", "embed"), rngs=rngs, **kinds)
+        self.embed_tokens = Embedding(
+            config.vocab_size, config.hidden_size, axes=("vocab", "embed"), rngs=rngs, **kinds
+        )
         self.layers = stack_layers(lambda r: LlamaLayer(config, rngs=r, **kinds), config.num_layers, rngs)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **kinds)
         self.lm_head = (
@@ -145,5 +147,7 @@ class Llama(nnx.Module):
         if self.lm_head is not None:
             return self.lm_head(hidden).astype(jnp.float32)
         table = self.embed_tokens.table[...].astype(self.dtype)
-        logits = jnp.einsum("...d,vd->...v", hidden.astype(self.dtype), table, precision=matmul_precision(self.dtype))
+        logits = jnp.einsum(
+            "...d,vd->...v", hidden.astype(self.dtype), table, precision=matmul_precision(self.dtype)
+        )
         return logits.astype(jnp.float32)

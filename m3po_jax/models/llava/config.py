@@ -68,7 +68,12 @@ def vit_config(raw: dict[str, Any], kind: str, where: str) -> ViTConfig:
     """A CLIP or SigLIP `vision_config`; absent keys take the published defaults of that model."""
     defaults = {
         "clip": {"image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-        "siglip": {"image_size": 224, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+        "siglip": {
+            "image_size": 224,
+            "patch_size": 16,
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_eps": 1e-6,
+        },
     }[kind]
     activation = raw.get("hidden_act", defaults["hidden_act"])
     if activation not in ACTIVATIONS:
@@ -100,7 +105,12 @@ def llava_config(raw: dict[str, Any], where: str) -> LlavaConfig:
     if vision.get("model_type", "clip_vision_model") != "clip_vision_model":
         raise _unsupported(f"vision tower {vision['model_type']!r}", where)
     # An older file may state the vision tower's CLIP-L/336 by its size alone; LLaVA's own default is that tower.
-    tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    tower = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    }
     tower |= {"image_size": 336, "patch_size": 14}
     layer = raw.get("vision_feature_layer", -2)
     strategy = raw.get("vision_feature_select_strategy", "default")
