@@ -44,9 +44,7 @@ class TextTransformer(nnx.Module):
         width = text.encoder.hidden_size
         self.kind, self.eos_token_id = config.kind, text.eos_token_id
         self.token_embedding = Embedding(text.vocab_size, width, axes=("vocab", "embed"), rngs=rngs, **kinds)
-        self.position_embedding = Embedding(
-            text.max_positions, width, axes=("position", "norm"), rngs=rngs, **kinds
-        )
+        self.position_embedding = Embedding(text.max_positions, width, axes=("position", "norm"), rngs=rngs, **kinds)
         self.encoder = Encoder(text.encoder, rngs=rngs, **kinds)
         self.final_layer_norm = LayerNorm(width, eps=text.encoder.layer_norm_eps, **kinds)
         # SigLIP projects inside the text tower, with a bias; CLIP outside it, without.
@@ -92,9 +90,7 @@ class DualEncoder(nnx.Module):
         self.logit_scale = nnx.Param(jnp.asarray([2.6592 if clip else 2.3026], jnp.float32), axes=(None,))
         self.logit_bias = nnx.Param(jnp.asarray([0.0 if clip else -10.0], jnp.float32), axes=(None,))
 
-    def encode_image(
-        self, pixel_values: Float[Array, "b h w 3"], *, remat: str = "none"
-    ) -> Float[Array, "b e"]:
+    def encode_image(self, pixel_values: Float[Array, "b h w 3"], *, remat: str = "none") -> Float[Array, "b e"]:
         """Unit vectors, float32."""
         _, pooled = self.vision_tower(pixel_values, remat=remat)
         return normalize(pooled if self.visual_projection is None else self.visual_projection(pooled))
