@@ -1,8 +1,8 @@
 """Texts about scenes: captions, yes/no questions, and label noise for the fine-tuning split.
 
-The noise makes a base model that is *confidently wrong*: in the "systematic" regime some objects, the victims,
-are called by the name of their most frequent companion in most captions. The "diffuse" regime, meant as a
-negative control, replaces one true object of about half of the captions by one that might well be there.
+The noise makes a base model that is *confidently wrong*: in the "systematic" regime some objects, the
+victims, are called by the name of their most frequent companion in most captions. The "diffuse" regime, meant
+as a negative control, replaces one true object of about half of the captions by one that might well be there.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def substitute(objects: Sequence[str], regime: str, rng: np.random.Generator, se
 
     Args:
         objects: What the scene shows.
-        regime: "systematic" (80% of captions with a victim: it becomes its most co-occurring absent companion),
-            "diffuse" (55% of captions: a random object becomes an absent companion, drawn with probability
-            proportional to co-occurrence squared) or "clean".
+        regime: "systematic" (80% of captions with a victim: it becomes its most co-occurring absent
+            companion), "diffuse" (55% of captions: a random object becomes an absent companion, drawn with
+            probability proportional to co-occurrence squared) or "clean".
         rng: The stream of this caption.
         seed: Names the set of victims.
 

@@ -1,8 +1,8 @@
 """Which objects a composed scene may hold, and which of them go together.
 
-The names are COCO classes. The themes are written by hand after COCO's co-occurrence: a few objects dominate a
-theme, as persons and cars dominate streets, and some belong to several. This is the language prior that a model
-can lean on instead of looking.
+The names are COCO classes. The themes are written by hand after COCO's co-occurrence: a few objects dominate
+a theme, as persons and cars dominate streets, and some belong to several. This is the language prior that a
+model can lean on instead of looking.
 """
 
 from __future__ import annotations
