@@ -236,7 +236,7 @@ def _load_leaf(leaf: Parameter, tensors: Mapping[str, StoredTensor], sharding: S
 def load_parameters(
     abstract: nnx.Module, tensor_map: TensorMap, tensors: Mapping[str, StoredTensor], mesh: Mesh | None
 ) -> nnx.Module:
-    """A model from stored tensors (canonical names, checked by `check_tensors`), sharded as `sharding` says."""
+    """A model from stored tensors (canonical names, checked by `check_tensors`), sharded by `RULES`."""
     leaves = parameters(abstract, tensor_map)
     graph, state = nnx.split(abstract)
     loaded = []

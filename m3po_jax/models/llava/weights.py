@@ -1,7 +1,7 @@
 """LLaVA-1.5's stored tensors, in every layout that they are published in.
 
 The canonical layout is transformers 4.x's (4.36 to 4.51), which is also what export writes. Read too: 4.52
-and later (``model.language_model.…``), 5.x (a vision tower without ``vision_model``), and the original release
+and later (``model.language_model.…``), 5.x (a vision tower without ``vision_model``), the original release
 (``model.mm_projector.0.…``, a bare LLaMA, usually no vision tower).
 """
 
@@ -48,7 +48,7 @@ def canonical_name(name: str) -> str | None:
 
 
 def tower_name(name: str) -> str | None:
-    """The name, inside LLaVA, of a tensor of a CLIP directory, whole or vision part; None: not the tower's."""
+    """LLaVA's name of a tensor of a CLIP directory, whole or vision part; None: not the tower's."""
     if _SKIPPED.search(name) or name == "logit_scale":
         return None
     if name.startswith(("text_model.", "text_projection.", "visual_projection.")):
