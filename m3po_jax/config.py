@@ -31,15 +31,11 @@ class MeshConfig:
 class ModelConfig:
     """A model directory in Hugging Face layout, and how to run it."""
 
-    path: str = (
-        ""  # a local directory or a hub id; `builtin:NAME` for the checkpoints that ship with the package
-    )
+    path: str = ""  # a local directory or a hub id; `builtin:NAME` for the checkpoints that ship with the package
     dtype: str = "bfloat16"  # computation
     param_dtype: str = "bfloat16"  # frozen weights; trained ones are float32
     init: str = "pretrained"  # pretrained | random: a directory with config.json alone starts from seed
-    vision_tower: str = (
-        ""  # a CLIP directory whose tower replaces the model's own (original LLaVA releases lack one)
-    )
+    vision_tower: str = ""  # a CLIP directory whose tower replaces the model's own (original LLaVA releases lack one)
     template: str = "vicuna_v1"  # vicuna_v1 | hf | plain, see data/templates.py
     image_fit: str = "pad"  # pad | crop | stretch, see data/images.py
     remat: str = "full"  # none | full | dots: what the backward pass recomputes
@@ -82,9 +78,7 @@ class ScoreConfig:
     aggregate: str = "mean"  # of claims: mean | min | soft_f1 (needs `vocabulary`)
     vocabulary: list[str] = field(default_factory=list)  # soft_f1: the claims that could have been made
     claim_template: str = "{claim}"  # the text that stands for one claim in the dual encoder
-    confidence: list[str] = field(
-        default_factory=lambda: ["mean"]
-    )  # sum | mean | tail | cluster | prior | visual
+    confidence: list[str] = field(default_factory=lambda: ["mean"])  # sum | mean | tail | cluster | prior | visual
     batch_size: int = 32  # prompts
 
 
@@ -217,9 +211,7 @@ def load_recipe(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
     if path is not None:
         path = Path(path)
         if not path.is_file():
-            raise UserError(
-                "no such recipe", where=str(path), remedy="see configs/ for the recipes that ship"
-            )
+            raise UserError("no such recipe", where=str(path), remedy="see configs/ for the recipes that ship")
         try:
             loaded = OmegaConf.load(path)
         except Exception as error:  # yaml.YAMLError and its kin: the first line says where

@@ -40,7 +40,8 @@ def dense_attention(
     q: Float[Array, "b s h d"],
     k: Float[Array, "b t g d"],
     v: Float[Array, "b t g d"],
-    mask: Bool[Array, "b #s t"],
+    mask: Bool[Array, (b #s t
+)],
 ) -> Float[Array, "b s h d"]:
     """Grouped-query attention with an explicit mask (true: may attend); softmax in float32."""
     b, s, h, d = q.shape
@@ -150,9 +151,7 @@ class Decode(NamedTuple):
     num_candidates: int
     step: Int[Array, ""]  # the cache slot that this token takes
 
-    def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, cache: DecodeCache
-    ) -> tuple[jax.Array, DecodeCache]:
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: DecodeCache) -> tuple[jax.Array, DecodeCache]:
         b, c = q.shape[0], self.num_candidates
         split = lambda x: x.reshape(b, c, 1, *x.shape[2:])  # noqa: E731
         own_k, own_v = cache.own

@@ -30,12 +30,18 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class DualEncoderConfig:
-    """`kind`: ``clip`` or ``siglip``; `projection_size` is the width of the common space."""
+    """`kind`: ``clip`` or ``siglip``; `projection_size` is the width of the common space.
+
+    `pooling`: ``pooled`` compares a text with the image's one pooled vector, as the published models do;
+    ``patches`` with every patch, joined by log-sum-exp (late interaction, after FILIP, arXiv:2111.07783), which
+    small models learn from far fewer images.
+    """
 
     kind: str
     vision: ViTConfig
     text: TextConfig
     projection_size: int
+    pooling: str = "pooled"
 
 
 class TextTransformer(nnx.Module):
@@ -44,9 +50,7 @@ class TextTransformer(nnx.Module):
         width = text.encoder.hidden_size
         self.kind, self.eos_token_id = config.kind, text.eos_token_id
         self.token_embedding = Embedding(text.vocab_size, width, axes=("vocab", "embed"), rngs=rngs, **kinds)
-        self.position_embedding = Embedding(
-            text.max_positions, width, axes=("position", "norm"), rngs=rngs, **kinds
-        )
+        self.position_embedding = Embedding(text.max_positions, width, axes=("position", "norm"), rngs=rngs, **kinds)
         self.encoder = Encoder(text.encoder, rngs=rngs, **kinds)
         self.final_layer_norm = LayerNorm(width, eps=text.encoder.layer_norm_eps, **kinds)
         # SigLIP projects inside the text tower, with a bias; CLIP outside it, without.
@@ -92,21 +96,26 @@ class DualEncoder(nnx.Module):
         self.logit_scale = nnx.Param(jnp.asarray([2.6592 if clip else 2.3026], jnp.float32), axes=(None,))
         self.logit_bias = nnx.Param(jnp.asarray([0.0 if clip else -10.0], jnp.float32), axes=(None,))
 
-    def encode_image(
-        self, pixel_values: Float[Array, "b h w 3"], *, remat: str = "none"
-    ) -> Float[Array, "b e"]:
-        """Unit vectors, float32."""
-        _, pooled = self.vision_tower(pixel_values, remat=remat)
-        return normalize(pooled if self.visual_projection is None else self.visual_projection(pooled))
+    def encode_image(self, pixel_values: Float[Array, "b h w 3"], *, remat: str = "none") -> Float[Array, "b n e"]:
+        """Unit vectors, float32: one an image (n = 1), or one a patch with ``pooling: patches``."""
+        tokens, pooled = self.vision_tower(pixel_values, remat=remat)
+        if self.config.pooling == "pooled":
+            seen = pooled[:, None]
+        elif self.config.kind == "clip":
+            seen = self.vision_tower.post_layernorm(tokens[:, 1:])
+        else:
+            seen = tokens
+        return normalize(seen if self.visual_projection is None else self.visual_projection(seen))
 
     def encode_text(self, token_ids: Int[Array, "c t"], mask: Bool[Array, "c t"]) -> Float[Array, "c e"]:
         """Unit vectors, float32. SigLIP wants texts padded to `text.max_positions`."""
         pooled = self.text_tower(token_ids, mask)
         return normalize(pooled if self.text_projection is None else self.text_projection(pooled))
 
-    def logits(self, images: Float[Array, "b e"], texts: Float[Array, "c e"]) -> Float[Array, "b c"]:
-        similarity = jnp.matmul(images, texts.T, precision=jax.lax.Precision.HIGHEST)
-        return jnp.exp(self.logit_scale[...]) * similarity + self.logit_bias[...]
+    def logits(self, images: Float[Array, "b n e"], texts: Float[Array, "c e"]) -> Float[Array, "b c"]:
+        """``logsumexp_n(exp(logit_scale) · cos) + logit_bias``; for n = 1 the published similarity."""
+        cosine = jnp.einsum("bne,ce->bnc", images, texts, precision=jax.lax.Precision.HIGHEST)
+        return jax.nn.logsumexp(jnp.exp(self.logit_scale[...]) * cosine, axis=1) + self.logit_bias[...]
 
 
 def dual_encoder_config(raw: dict[str, Any], where: str) -> DualEncoderConfig:
@@ -143,6 +152,7 @@ def dual_encoder_config(raw: dict[str, Any], where: str) -> DualEncoderConfig:
             eos_token_id=int(text.get("eos_token_id", 49407)),
         ),
         projection_size=int(raw.get("projection_dim", 512) if clip else text.get("projection_size") or width),
+        pooling=raw.get("m3po_pooling", "pooled"),
     )
 
 

@@ -49,7 +49,7 @@ def last_valid(hidden: Float[Array, "b p d"], prefix_mask: Bool[Array, "b p"]) -
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
 
-def token_log_probs(logits: Float[Array, "... vocab"], token_ids: Int[Array, "..."]) -> Float[Array, "..."]:
+def token_log_probs(logits: Float[Array, "... vocab"], token_ids: Int[Array, ...]) -> Float[Array, ...]:
     """log softmax(logits)[token] in float32, without the full softmax."""
     chosen = jnp.take_along_axis(logits, token_ids[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
@@ -82,9 +82,7 @@ def branch_hidden(
     hidden, _ = model.decoder(
         jnp.concatenate([prefix, branches], axis=1), positions, Tree(prefix_mask, branch_mask), remat=remat
     )
-    first = jnp.broadcast_to(
-        last_valid(hidden[:, :p], prefix_mask)[:, None, None], (b, k, 1, hidden.shape[-1])
-    )
+    first = jnp.broadcast_to(last_valid(hidden[:, :p], prefix_mask)[:, None, None], (b, k, 1, hidden.shape[-1]))
     rest = hidden[:, p:].reshape(b, k, t, -1)[:, :, :-1]
     return jnp.concatenate([first, rest], axis=2)
 

@@ -132,7 +132,7 @@ class Llama(nnx.Module):
         keep_cache: bool = False,
         remat: str = "none",
     ) -> tuple[Float[Array, "b s d"], Any]:
-        """Hidden states after the final norm and, with `keep_cache`, every layer's keys and values [L, B, S, G, D]."""
+        """Hidden states after the final norm and, with `keep_cache`, each layer's keys and values [L, B, S, G, D]."""
         rotary = self.rotary(positions)
 
         def apply(layer: LlamaLayer, x: jax.Array, _: None) -> tuple[jax.Array, Any]:
@@ -147,7 +147,5 @@ class Llama(nnx.Module):
         if self.lm_head is not None:
             return self.lm_head(hidden).astype(jnp.float32)
         table = self.embed_tokens.table[...].astype(self.dtype)
-        logits = jnp.einsum(
-            "...d,vd->...v", hidden.astype(self.dtype), table, precision=matmul_precision(self.dtype)
-        )
+        logits = jnp.einsum("...d,vd->...v", hidden.astype(self.dtype), table, precision=matmul_precision(self.dtype))
         return logits.astype(jnp.float32)

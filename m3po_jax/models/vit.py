@@ -57,17 +57,13 @@ class AttentionPool(nnx.Module):
         heads = lambda y: y.reshape(*y.shape[:2], self.num_heads, -1)  # noqa: E731
         probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
         everything = jnp.ones((x.shape[0], 1, x.shape[1]), bool)
-        out = dense_attention(
-            heads(self.q_proj(probe)), heads(self.k_proj(x)), heads(self.v_proj(x)), everything
-        )
+        out = dense_attention(heads(self.q_proj(probe)), heads(self.k_proj(x)), heads(self.v_proj(x)), everything)
         out = self.out_proj(out.reshape(probe.shape))
         return (out + self.mlp(self.layernorm(out)))[:, 0]
 
 
 class VisionTransformer(nnx.Module):
-    def __init__(
-        self, config: ViTConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs, pooled: bool = True
-    ):
+    def __init__(self, config: ViTConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs, pooled: bool = True):
         """`pooled=False` leaves out SigLIP's pooling head, for use as a tower only."""
         d, clip = config.encoder.hidden_size, config.kind == "clip"
         kinds = {"dtype": dtype, "param_dtype": param_dtype}
@@ -87,9 +83,7 @@ class VisionTransformer(nnx.Module):
     def embed(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
         x = self.patch_embedding(patchify(images, self.config.patch_size))
         if self.class_embedding is not None:
-            token = jnp.broadcast_to(
-                self.class_embedding[...].astype(self.dtype), (x.shape[0], 1, x.shape[2])
-            )
+            token = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (x.shape[0], 1, x.shape[2]))
             x = jnp.concatenate([token, x], axis=1)
         x = x + self.position_embedding[...].astype(self.dtype)
         return x if self.pre_layernorm is None else self.pre_layernorm(x)

@@ -19,9 +19,7 @@ class Projector(nnx.Module):
     def __init__(self, config: LlavaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs, "use_bias": config.projector_bias}
         self.linear_1 = Linear(config.feature_width, config.text.hidden_size, axes=("embed", "mlp"), **kinds)
-        self.linear_2 = Linear(
-            config.text.hidden_size, config.text.hidden_size, axes=("mlp", "embed"), **kinds
-        )
+        self.linear_2 = Linear(config.text.hidden_size, config.text.hidden_size, axes=("mlp", "embed"), **kinds)
         self.activation = config.projector_activation
 
     def __call__(self, features: Float[Array, "... v"]) -> Float[Array, "... d"]:

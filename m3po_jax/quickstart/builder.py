@@ -1,0 +1,313 @@
+"""tensorflow-datasets builders of the quickstart: `m3po_scenes` and `m3po_easy_vqa`, without TensorFlow.
+
+Importing this module registers both, so that ``tfds.builder("m3po_scenes", data_dir=...)`` finds them; a
+prepared folder also opens without the import, because the features are stored beside the data.
+
+Three facts about TFDS without TensorFlow shape this file. Images must be given as encoded bytes (arrays are
+encoded by TensorFlow). Only ArrayRecord can be written and read. `as_data_source` gives texts as bytes and
+decodes images with Pillow to uint8 arrays; ``decoders={"image": tfds.decode.SkipDecoding()}`` gives back the
+PNG bytes that were stored.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from m3po_jax.errors import UserError, nearest
+from m3po_jax.quickstart import language
+from m3po_jax.quickstart.scenes import SIDE, SPLITS, Scene, scene, stream
+
+SCENE_COUNTS: dict[str, int] = {
+    "sft": 6000,
+    "scorer": 8000,
+    "prompts": 1500,
+    "validation": 1000,
+    "test": 1000,
+}
+# As many images as POPE asks about; each adds six questions to its split.
+QUESTIONED_SCENES = 500
+EASY_VQA_COUNTS: dict[str, int] = {"train": 6000, "test": 1500}
+
+# Streams of one scene; 0 draws its pixels (`scenes.scene`).
+_NOISE_STREAM, _QUESTION_STREAM = 1, 2
+
+Row = dict[str, Any]
+
+
+@dataclass
+class SceneConfig(tfds.core.BuilderConfig):
+    """What `m3po_scenes` holds.
+
+    Attributes:
+        regime: Label noise of the sft captions: "systematic", "diffuse" or "clean".
+        seed: Seed of the scenes and of the label noise.
+        scale: Every split's size is multiplied by it (at least one scene a split); small ones are for tests.
+        noisy_questions: Let the yes/no answers of the sft split follow the noisy caption, too.
+    """
+
+    regime: str = "systematic"
+    seed: int = 0
+    scale: float = 1.0
+    noisy_questions: bool = False
+
+
+def scene_config(
+    regime: str = "systematic", *, seed: int = 0, scale: float = 1.0, noisy_questions: bool = False
+) -> SceneConfig:
+    """A configuration whose name tells all its settings apart, for the folder that holds the data.
+
+    Raises:
+        UserError: for an unknown regime, a negative seed or a scale outside (0, 100].
+    """
+    if regime not in language.NOISE_REGIMES:
+        raise UserError(
+            f"unknown noise regime {regime!r}{nearest(regime, language.NOISE_REGIMES)}", where="m3po_scenes"
+        )
+    if seed < 0:
+        raise UserError(f"the seed is {seed}", where="m3po_scenes", remedy="take 0 or more")
+    if not 0 < scale <= 100:
+        raise UserError(
+            f"the scale is {scale}", where="m3po_scenes", remedy="take more than 0 and at most 100"
+        )
+    name = regime
+    name += f"_seed{seed}" if seed else ""
+    name += f"_x{scale:g}" if scale != 1 else ""
+    name += "_noisyq" if noisy_questions else ""
+    return SceneConfig(name=name, regime=regime, seed=seed, scale=scale, noisy_questions=noisy_questions)
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """PNG bytes of uint8 RGB pixels; little compression, because noise does not compress."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def scene_rows(split: str, index: int, config: SceneConfig) -> list[Row]:
+    """The rows of one scene: a caption and, in some splits, yes/no questions.
+
+    The sft split asks one question a scene, "yes" and "no" in turn; validation and test ask six about each of
+    their first scenes, as POPE does. Only sft references may be noisy; metadata always lists the true
+    objects.
+    """
+    made = scene(split, index, config.seed)
+    png = encode_png(made.image)
+    regime = config.regime if split == "sft" else "clean"
+    swaps = language.substitute(
+        made.objects, regime, stream(config.seed, split, index, _NOISE_STREAM), config.seed
+    )
+    told = [swaps.get(name, name) for name in made.objects]
+    about = {"objects": made.objects, "theme": made.theme, "scene": f"{split}-{index:05d}"}
+    rows = [
+        {
+            "id": f"{split}-{index:05d}-caption",
+            "image": png,
+            "instruction": language.CAPTION_INSTRUCTION,
+            "reference": language.caption(told),
+            "metadata": json.dumps(about | {"kind": "caption", "noisy": bool(swaps), "swaps": swaps}),
+        }
+    ]
+    for number, question in enumerate(_questions(split, index, made, config)):
+        present = question.present
+        if split == "sft" and config.noisy_questions:
+            present = question.object in told
+        rows.append(
+            {
+                "id": f"{split}-{index:05d}-q{number}",
+                "image": png,
+                "instruction": question.instruction,
+                "reference": "Yes" if present else "No",
+                "metadata": json.dumps(
+                    about
+                    | {
+                        "kind": "yesno",
+                        "object": question.object,
+                        "category": question.category,
+                        "noisy": present != question.present,
+                    }
+                ),
+            }
+        )
+    return rows
+
+
+def _questions(split: str, index: int, made: Scene, config: SceneConfig) -> list[language.Question]:
+    rng = stream(config.seed, split, index, _QUESTION_STREAM)
+    if split == "sft":
+        return [language.training_question(made.objects, index % 2 == 0, rng)]
+    if split in ("validation", "test") and index < max(1, round(QUESTIONED_SCENES * config.scale)):
+        return language.questions(made.objects, rng)
+    return []
+
+
+def _features() -> tfds.features.FeaturesDict:
+    return tfds.features.FeaturesDict(
+        {
+            "id": tfds.features.Text(),
+            "image": tfds.features.Image(shape=(SIDE, SIDE, 3), encoding_format="png"),
+            "instruction": tfds.features.Text(),
+            "reference": tfds.features.Text(),
+            "metadata": tfds.features.Text(),
+        }
+    )
+
+
+class M3poScenes(tfds.core.GeneratorBasedBuilder):
+    """Composed emoji scenes with captions and yes/no questions."""
+
+    name = "m3po_scenes"
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [scene_config(regime) for regime in language.NOISE_REGIMES]  # noqa: RUF012 - TFDS's protocol
+    builder_config: SceneConfig
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="64x64 scenes of two to five Noto emoji, with captions and yes/no questions. The art "
+            "and the names are real, the scenes are composed.",
+            features=_features(),
+            homepage="https://github.com/googlefonts/noto-emoji",
+            license="Art: Apache-2.0 or OFL-1.1, Copyright 2013 Google LLC and the Noto authors.",
+            disable_shuffling=True,
+        )
+
+    def _split_generators(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, Iterator[tuple[int, Row]]]:
+        return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, Row]]:
+        count = max(1, round(SCENE_COUNTS[split] * self.builder_config.scale))
+        rows = (row for index in range(count) for row in scene_rows(split, index, self.builder_config))
+        yield from enumerate(rows)
+
+
+class M3poEasyVqa(tfds.core.GeneratorBasedBuilder):
+    """Questions about one coloured shape, from the easy-VQA package (MIT), balanced over answers."""
+
+    name = "m3po_easy_vqa"
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="A subset of easy-VQA in its official train and test split, balanced over answers.",
+            features=_features(),
+            homepage="https://github.com/vzhou842/easy-VQA",
+            license="MIT, Victor Zhou",
+            disable_shuffling=True,
+        )
+
+    def _split_generators(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, Iterator[tuple[int, Row]]]:
+        return {split: self._generate_examples(split) for split in EASY_VQA_COUNTS}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, Row]]:
+        yield from enumerate(easy_vqa_rows(split, EASY_VQA_COUNTS[split]))
+
+
+def answer_type(answer: str) -> str:
+    """``yesno``, ``shape`` or ``color``, the three kinds of easy-VQA answers."""
+    if answer in ("yes", "no"):
+        return "yesno"
+    return "shape" if answer in ("rectangle", "circle", "triangle") else "color"
+
+
+def _easy_vqa() -> ModuleType:
+    try:
+        return importlib.import_module("easy_vqa")
+    except ImportError as error:
+        raise UserError(
+            "the easy-vqa package is not installed",
+            where="m3po_easy_vqa",
+            remedy="install the extra: pip install 'm3po-jax[quickstart]'",
+        ) from error
+
+
+def easy_vqa_rows(split: str, count: int) -> Iterator[Row]:
+    """At most `count` questions of an official split ("train" or "test"), the same every time.
+
+    Answers come in turn, so that none exceeds another by more than one row as long as it has questions left.
+
+    Raises:
+        UserError: when the easy-vqa package is missing.
+    """
+    easy_vqa = _easy_vqa()
+    read = {"train": easy_vqa.get_train_questions, "test": easy_vqa.get_test_questions}[split]
+    paths = {"train": easy_vqa.get_train_image_paths, "test": easy_vqa.get_test_image_paths}[split]()
+    questions, answers, image_ids = read()
+    rng = np.random.Generator(np.random.PCG64([0x45565141, len(answers)]))
+    rank = Counter[str]()
+    keyed: list[tuple[int, str, int]] = []
+    for position in rng.permutation(len(answers)).tolist():
+        keyed.append((rank[answers[position]], answers[position], position))
+        rank[answers[position]] += 1
+    for _, answer, position in sorted(keyed)[:count]:
+        image = Path(paths[image_ids[position]])
+        yield {
+            "id": f"easy-vqa-{split}-{position:05d}",
+            # Re-encoded: the package's files carry an alpha channel.
+            "image": encode_png(np.asarray(Image.open(image).convert("RGB"))),
+            "instruction": questions[position],
+            "reference": answer,
+            "metadata": json.dumps(
+                {
+                    "kind": "vqa",
+                    "category": answer_type(answer),
+                    "scene": f"easy-vqa-{split}-{image_ids[position]}",
+                }
+            ),
+        }
+
+
+def _prepare(builder: tfds.core.DatasetBuilder) -> Path:
+    """Build once; TFDS writes to a temporary folder and renames it, so a stopped build leaves nothing."""
+    if not builder.is_prepared():
+        try:
+            builder.download_and_prepare(
+                file_format="array_record",
+                download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+            )
+        except OSError:
+            # Another process may have finished the same data between our look and our rename.
+            if not builder.is_prepared():
+                raise
+    return Path(builder.data_dir)
+
+
+def prepare(data_dir: str | Path, config: SceneConfig | None = None) -> Path:
+    """Build `m3po_scenes` under `data_dir` unless it is there, and return its folder.
+
+    Args:
+        data_dir: The tensorflow-datasets root; the data goes to ``m3po_scenes/CONFIG/VERSION`` beneath it.
+        config: What `scene_config` returns; by default systematic noise with seed 0.
+    """
+    config = config or scene_config()
+    # TFDS refuses an equal but other object under the name of a registered configuration.
+    config = next((known for known in M3poScenes.BUILDER_CONFIGS if known == config), config)
+    return _prepare(M3poScenes(data_dir=str(data_dir), config=config))
+
+
+def prepare_easy_vqa(data_dir: str | Path) -> Path:
+    """Build `m3po_easy_vqa` under `data_dir` unless it is there, and return its folder.
+
+    Raises:
+        UserError: when the easy-vqa package is missing.
+    """
+    builder = M3poEasyVqa(data_dir=str(data_dir))
+    if not builder.is_prepared():
+        _easy_vqa()  # TFDS would wrap the message
+    return _prepare(builder)
