@@ -1,0 +1,50 @@
+"""A LLaMA decoder behind the interface of the vision-language models, for rows without images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from m3po_jax.errors import UserError
+from m3po_jax.models.llama import Llama, LlamaConfig
+from m3po_jax.models.llava.config import llama_config
+
+
+@dataclass(frozen=True)
+class CausalLMConfig:
+    text: LlamaConfig
+    image_token_id: int = -1  # no id: token ids are never negative
+    tokens_per_image: int = 0
+
+
+class CausalLM(nnx.Module):
+    def __init__(self, config: CausalLMConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+        self.config = config
+        self.decoder = Llama(config.text, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def image_features(self, pixel_values: jax.Array, *, remat: str = "none") -> jax.Array:
+        raise UserError(
+            "this model reads text only", where="model.path", remedy="use a vision-language model"
+        )
+
+    def embed_prompts(
+        self, token_ids: Int[Array, "b s"], features: jax.Array | None
+    ) -> Float[Array, "b s d"]:
+        if features is not None:
+            raise UserError(
+                "this model reads text only", where="model.path", remedy="use a vision-language model"
+            )
+        return self.decoder.embed_tokens(token_ids)
+
+
+def causal_lm_config(raw: dict[str, Any], where: str) -> CausalLMConfig:
+    """A bare LLaMA ``config.json``."""
+    return CausalLMConfig(llama_config(raw, where))
+
+
+def build(config: CausalLMConfig, *, dtype: Any, param_dtype: Any, seed: int = 0) -> CausalLM:
+    return CausalLM(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(seed))

@@ -1,0 +1,15 @@
+"""LLaMA's stored tensors (`LlamaForCausalLM`); every transformers version writes the same names."""
+
+from __future__ import annotations
+
+from m3po_jax.models import tensor_names
+from m3po_jax.models.causal_lm.model import CausalLMConfig
+from m3po_jax.models.weights import Path, Source
+
+
+def canonical_name(name: str) -> str | None:
+    return None if name.endswith(".rotary_emb.inv_freq") else name
+
+
+def tensor_map(config: CausalLMConfig) -> dict[Path, Source]:
+    return tensor_names.decoder(config.text, ("decoder",), "model", "lm_head")

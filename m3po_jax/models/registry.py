@@ -1,0 +1,312 @@
+"""Model families: how one is found from its ``config.json``, built and loaded.
+
+To add a family, write its configuration, model and tensor map in files of its own and append one `Family`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from m3po_jax.errors import UserError, nearest
+from m3po_jax.models import dual_encoder, dual_encoder_weights
+from m3po_jax.models.causal_lm import model as causal_lm
+from m3po_jax.models.causal_lm import weights as causal_lm_weights
+from m3po_jax.models.llava import config as llava_config
+from m3po_jax.models.llava import model as llava
+from m3po_jax.models.llava import weights as llava_weights
+from m3po_jax.models.safetensors_io import StoredTensor, open_directory, read_json
+from m3po_jax.models.weights import (
+    TensorMap,
+    check_tensors,
+    initialise_parameters,
+    load_parameters,
+    parameters,
+)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What lets a family take its vision tower from another directory.
+
+    Args:
+        default: The tower that a ``config.json`` refers to without containing it, or "".
+        configure: ``config.json`` with the tower's own put in (None: no tower was given).
+        canonical_name: The family's name of a tensor of the tower's directory; None: not the tower's.
+        prefix: Canonical names under it are the tower's.
+    """
+
+    default: Callable[[dict[str, Any]], str]
+    configure: Callable[[dict[str, Any], dict[str, Any] | None, str], dict[str, Any]]
+    canonical_name: Callable[[str], str | None]
+    prefix: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    Args:
+        name: For messages and manifests.
+        model_types: Values of `model_type` in ``config.json``.
+        model_class: The class that `build` returns.
+        read_config: ``(config.json, where) -> config``; raises UserError for what the family does not cover.
+        build: ``(config, dtype=, param_dtype=, seed=) -> model``.
+        tensor_map: ``config -> {parameter path: Source}`` in the layout that export writes.
+        canonical_name: A stored tensor's name in that layout, from any published one; None: skip it.
+        lora_scope: First part of the paths of layers that may be adapted.
+        projector: Modules that `train_projector` trains: our path and the stored prefix.
+        tower: Set where the vision tower can come from elsewhere.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    model_class: type
+    read_config: Callable[[dict[str, Any], str], Any]
+    build: Callable[..., Any]
+    tensor_map: Callable[[Any], TensorMap]
+    canonical_name: Callable[[str], str | None]
+    lora_scope: str = "decoder"
+    projector: tuple[str, str] | None = None
+    tower: Tower | None = None
+
+
+FAMILIES = (
+    Family(
+        name="llava",
+        model_types=("llava", "llava_llama"),
+        model_class=llava.Llava,
+        read_config=llava_config.llava_config,
+        build=llava.build,
+        tensor_map=llava_weights.tensor_map,
+        canonical_name=llava_weights.canonical_name,
+        projector=("projector", "multi_modal_projector"),
+        tower=Tower(
+            default=llava_weights.default_tower,
+            configure=llava_weights.with_tower,
+            canonical_name=llava_weights.tower_name,
+            prefix="vision_tower.",
+        ),
+    ),
+    Family(
+        name="llama",
+        model_types=("llama",),
+        model_class=causal_lm.CausalLM,
+        read_config=causal_lm.causal_lm_config,
+        build=causal_lm.build,
+        tensor_map=causal_lm_weights.tensor_map,
+        canonical_name=causal_lm_weights.canonical_name,
+    ),
+    Family(
+        name="dual_encoder",
+        model_types=("clip", "siglip"),
+        model_class=dual_encoder.DualEncoder,
+        read_config=dual_encoder.dual_encoder_config,
+        build=dual_encoder.build,
+        tensor_map=dual_encoder_weights.tensor_map,
+        canonical_name=dual_encoder_weights.canonical_name,
+        lora_scope="text_tower",
+    ),
+)
+
+
+def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
+    """The family of a ``config.json``.
+
+    Raises:
+        UserError: no family reads this `model_type`.
+    """
+    kind = raw_config.get("model_type")
+    for family in FAMILIES:
+        if kind in family.model_types:
+            return family
+    known = [kind for family in FAMILIES for kind in family.model_types]
+    raise UserError(f"model_type {kind!r} is not supported{nearest(str(kind), known)}", where=where)
+
+
+def family_of_model(model: nnx.Module) -> Family:
+    """The family that built `model`."""
+    return next(family for family in FAMILIES if isinstance(model, family.model_class))
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_BUILTIN = "builtin:"
+
+
+def resolve_directory(path: str | Path) -> Path:
+    """The local directory of a model: a path, ``builtin:NAME`` or a Hugging Face hub id (fetched and cached).
+
+    Raises:
+        UserError: nothing is there, or the hub cannot be reached.
+    """
+    text = str(path)
+    if not text:
+        raise UserError("no model was given", where="model.path", remedy="set it to a directory or a hub id")
+    if text.startswith(_BUILTIN):
+        root = Path(str(resources.files("m3po_jax"))) / "quickstart" / "checkpoints"
+        names = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
+        name = text.removeprefix(_BUILTIN)
+        if name not in names:
+            raise UserError(f"no checkpoint of that name ships{nearest(name, names)}", where=text)
+        return root / name
+    if re.match(r"[a-z0-9]+://", text):
+        raise UserError(
+            "bucket paths are not read in place",
+            where=text,
+            remedy="mount the bucket (gcsfuse, mountpoint-s3) or copy the directory, and give the local path",
+        )
+    local = Path(text).expanduser()
+    if local.is_dir():
+        return local
+    if local.exists():
+        raise UserError("a file, not a model directory", where=text)
+    if not _HUB_ID.fullmatch(text) or text.count("/") != 1:
+        raise UserError(
+            "no such directory", where=text, remedy="give a model directory or a hub id like owner/name"
+        )
+    import huggingface_hub
+
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(huggingface_hub.snapshot_download(text, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except Exception as error:  # network clients raise their own kinds; none of them is a defect of ours
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"no such directory, and the hub gave: {reason[0] if reason else type(error).__name__}",
+            where=text,
+            remedy="check the name and the network, or download the model and give its directory",
+        ) from None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a model directory says, before any weight is read."""
+
+    family: Family
+    config: Any
+    raw_config: dict[str, Any]  # in Hugging Face layout, also where the directory's own is not
+    directory: Path
+    tower: Path | None = None  # where the vision tower's weights come from, if not from `directory`
+
+
+def describe(directory: str | Path, *, vision_tower: str | Path = "") -> Description:
+    """Reads ``config.json`` (and the tower's, if it comes from elsewhere).
+
+    Raises:
+        UserError: no such directory, no or bad ``config.json``, an unsupported model.
+    """
+    directory = resolve_directory(directory)
+    where = str(directory / "config.json")
+    raw = read_json(directory / "config.json")
+    family = family_of(raw, where)
+    tower: Path | None = None
+    if family.tower is not None:
+        name = str(vision_tower) or family.tower.default(raw)
+        if name:
+            tower = resolve_directory(name)
+        tower_raw = read_json(tower / "config.json") if tower is not None else None
+        raw = family.tower.configure(raw, tower_raw, where)
+    elif vision_tower:
+        raise UserError(
+            f"a {family.name} model takes no vision tower", where="model.vision_tower", remedy="remove it"
+        )
+    try:
+        config = family.read_config(raw, where)
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"a value has the wrong type ({error})", where=where) from None
+    return Description(family, config, raw, directory, tower)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and what its directory says."""
+
+    model: Any
+    config: Any
+    raw_config: dict[str, Any]
+    directory: Path
+    family: Family
+
+
+def stored_tensors(description: Description) -> dict[str, StoredTensor]:
+    """Everything on disk by canonical name, checked against the configuration (names and shapes).
+
+    Raises:
+        UserError: see `open_directory` and `check_tensors`.
+    """
+    family, where = description.family, str(description.directory)
+    tensors: dict[str, StoredTensor] = {}
+    sources = [(description.directory, family.canonical_name, description.tower is not None)]
+    if description.tower is not None:
+        assert family.tower is not None
+        sources.append((description.tower, family.tower.canonical_name, False))
+    for directory, canonical_name, without_tower in sources:
+        for tensor in open_directory(directory).values():
+            name = canonical_name(tensor.name)
+            if name is None or (without_tower and family.tower and name.startswith(family.tower.prefix)):
+                continue
+            if name in tensors:
+                raise UserError(
+                    f"{tensor.name} and {tensors[name].name} are the same tensor", where=str(directory)
+                )
+            tensors[name] = tensor
+    leaves = parameters(abstract_model(description), family.tensor_map(description.config))
+    for copy in (copy for leaf in leaves.values() for copy in leaf.source.copies):
+        tensors.pop(copy, None)
+    check_tensors(leaves, tensors, where)
+    return tensors
+
+
+def abstract_model(
+    description: Description, *, dtype: Any = "float32", param_dtype: Any = "float32"
+) -> nnx.Module:
+    """The model's tree of shapes, types and axes, without memory."""
+    build = partial(description.family.build, description.config, dtype=dtype, param_dtype=param_dtype)
+    return nnx.eval_shape(build)
+
+
+def load_model(
+    directory: str | Path,
+    *,
+    dtype: Any = "bfloat16",
+    param_dtype: Any = "bfloat16",
+    mesh: Mesh | None = None,
+    init: str = "pretrained",
+    seed: int = 0,
+    vision_tower: str | Path = "",
+) -> Loaded:
+    """A model from a directory, ``builtin:NAME`` or hub id, its weights streamed into their device shards.
+
+    Args:
+        dtype: Of computation.
+        param_dtype: Of the parameters in memory; stored values are cast.
+        mesh: None keeps everything on the first device.
+        init: ``pretrained``, or ``random`` to draw weights from `seed` and read ``config.json`` alone.
+        vision_tower: A CLIP directory whose tower replaces the model's own.
+
+    Raises:
+        UserError: anything missing, unreadable, unknown or of another shape, in one line each.
+    """
+    import jax.numpy as jnp
+
+    if init not in ("pretrained", "random"):
+        raise UserError(f"init {init!r}{nearest(init, ('pretrained', 'random'))}", where="model.init")
+    description = describe(directory, vision_tower=vision_tower)
+    family, config = description.family, description.config
+    build = partial(
+        family.build, config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), seed=seed
+    )
+    if init == "random":
+        model = initialise_parameters(build, mesh)
+    else:
+        tensors = stored_tensors(description)
+        model = load_parameters(nnx.eval_shape(build), family.tensor_map(config), tensors, mesh)
+    return Loaded(model, config, description.raw_config, description.directory, family)

@@ -1,0 +1,246 @@
+"""Safetensors directories: read slices in place, write tensor by tensor. Nothing here unpickles.
+
+The library's NumPy slices lack bfloat16 and its writer wants whole files in memory, so tensors are mapped and
+written by the format's own description: 8 bytes of header length (little endian), a JSON header, raw data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from m3po_jax.errors import UserError
+
+DTYPES: dict[str, Any] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor on disk: its place and type; `read` maps it and copies the slice asked for."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    code: str  # the format's name of its type, e.g. BF16
+    offset: int
+
+    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A copy of the slice; the mapping is dropped at once, so that memory holds no file pages."""
+        if self.code not in DTYPES:
+            raise UserError(
+                f"{self.name} is stored as {self.code}",
+                where=str(self.file),
+                remedy="only float32, float16 and bfloat16 load; use a checkpoint that is not quantised",
+            )
+        if 0 in self.shape:
+            return np.zeros(self.shape, DTYPES[self.code])[index]
+        try:
+            mapped = np.memmap(self.file, DTYPES[self.code], "r", self.offset, self.shape or (1,))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot be read: {error}", where=str(self.file)) from None
+        return np.array(mapped.reshape(self.shape)[index])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model directory.
+
+    Raises:
+        UserError: the file is missing, not JSON, or not an object.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"no {path.name}",
+            where=str(path.parent),
+            remedy="a model directory holds config.json and safetensors",
+        )
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"not valid JSON: {error}", where=str(path)) from None
+    if not isinstance(value, dict):
+        raise UserError("not a JSON object", where=str(path))
+    return value
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file, validated against its size.
+
+    Raises:
+        UserError: the file is truncated or not safetensors.
+    """
+    try:
+        with safe_open(file, framework="numpy"):  # checks the header, the offsets and the file's length
+            pass
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        raise UserError(
+            f"truncated or not a safetensors file ({error})",
+            where=str(file),
+            remedy="download or copy it again",
+        ) from None
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(
+            name, file, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0]
+        )
+        for name, entry in header.items()
+    }
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / _INDEX
+    if not index.is_file():
+        if (directory / "model.safetensors").is_file():
+            return [directory / "model.safetensors"]
+        return sorted(f for f in directory.glob("*.safetensors") if not f.name.startswith("adapter_"))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError("no weight_map of tensor names to files", where=str(index))
+    files = []
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"names {name!r}, not a safetensors file of this directory", where=str(index))
+        if not (directory / name).is_file():
+            raise UserError(
+                f"names {name}, which is missing", where=str(index), remedy="download or copy it again"
+            )
+        files.append(directory / name)
+    return files
+
+
+def open_directory(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a model directory by name: ``model.safetensors`` or the shards of its index.
+
+    Raises:
+        UserError: no safetensors there, a missing or truncated shard, a name that occurs twice.
+    """
+    files = _weight_files(directory)
+    if not files:
+        present = {file.suffix for file in directory.iterdir()}
+        unsafe = sorted(present.intersection(_UNSAFE))
+        if (directory / "adapter_model.safetensors").is_file():
+            what, remedy = (
+                "holds a PEFT adapter, not a model",
+                "give the base model and load the adapter onto it",
+            )
+        elif unsafe:
+            what = f"holds {', '.join(unsafe)} weights only, which run code when loaded"
+            remedy = "convert them to safetensors, e.g. with transformers' save_pretrained"
+        else:
+            what, remedy = (
+                "holds no weights",
+                "put *.safetensors there, or set model.init=random to start from a seed",
+            )
+        raise UserError(what, where=str(directory), remedy=remedy)
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in read_header(file).items():
+            if name in tensors:
+                raise UserError(f"{name} is also in {tensors[name].file.name}", where=str(file))
+            tensors[name] = tensor
+    return tensors
+
+
+@dataclass(frozen=True)
+class PendingTensor:
+    """A tensor to write; `value` is called once, when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    value: Callable[[], np.ndarray]
+
+
+def write_file(path: Path, tensors: Iterable[PendingTensor], dtype: np.dtype, *, write: bool = True) -> None:
+    """One safetensors file with ``{"format": "pt"}``, a tensor in memory at a time.
+
+    With `write` False every value is still computed (a collective on several hosts) but nothing is written.
+    """
+    tensors = list(tensors)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        size = math.prod(tensor.shape) * dtype.itemsize
+        header[tensor.name] = {
+            "dtype": _CODES[dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    if not write:
+        for tensor in tensors:
+            tensor.value()
+        return
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(encoded)) + encoded)
+        for tensor in tensors:
+            value = np.asarray(tensor.value())
+            assert value.shape == tensor.shape, (tensor.name, value.shape, tensor.shape)
+            stream.write(np.ascontiguousarray(_cast(value, dtype, tensor.name)).tobytes())
+
+
+def _cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        cast = value.astype(dtype)
+    if not np.isfinite(cast.astype(np.float32)).all():
+        finite = np.isfinite(value.astype(np.float32)).all()
+        raise UserError(
+            f"a value does not fit {dtype.name}" if finite else "not every value is finite",
+            where=name,
+            remedy="export with dtype=bfloat16"
+            if finite
+            else "training has diverged: take an earlier checkpoint",
+        )
+    return cast
+
+
+def write_directory(
+    directory: Path,
+    tensors: Sequence[PendingTensor],
+    dtype: np.dtype,
+    *,
+    shard_bytes: int = 5_000_000_000,
+    write: bool = True,
+) -> None:
+    """``model.safetensors``, or shards of at most `shard_bytes` (one tensor at least) with their index."""
+    shards: list[list[PendingTensor]] = [[]]
+    total = held = 0
+    for tensor in tensors:
+        size = math.prod(tensor.shape) * dtype.itemsize
+        if shards[-1] and held + size > shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(tensor)
+        held += size
+        total += size
+    if len(shards) == 1:
+        write_file(directory / "model.safetensors", shards[0], dtype, write=write)
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_file(directory / name, shard, dtype, write=write)
+        weight_map |= {tensor.name: name for tensor in shard}
+    if write:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
