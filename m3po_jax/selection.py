@@ -177,9 +177,7 @@ def _usable(pool: Pool, config: SelectConfig) -> Pool | Drop:
     if len(order) < 2:
         return Drop(pool.id, Reason.ABSTAINED)
     if uses_confidence(config):
-        order = [
-            i for i in order if np.isfinite(pool.confidence[i]) and np.isfinite(pool.rejected_confidence[i])
-        ]
+        order = [i for i in order if np.isfinite(pool.confidence[i]) and np.isfinite(pool.rejected_confidence[i])]
         if len(order) < 2:
             return Drop(pool.id, Reason.NO_CONFIDENCE)
     return pool.take(order)
@@ -284,9 +282,7 @@ def select_pair(pool: Pool, config: SelectConfig) -> Pair | Drop:
 
     if config.rule == "inversion":
         mas, confidence = pool.mas, pool.confidence
-        gain = [
-            mas[w] - mas[j] + config.lambda_dispreferred * (confidence[j] - confidence[w]) for w, j in pairs
-        ]
+        gain = [mas[w] - mas[j] + config.lambda_dispreferred * (confidence[j] - confidence[w]) for w, j in pairs]
         chosen, rejected = pairs[int(np.argmax(gain))]
     elif joint:
         chosen, rejected = pairs[int(_stream(config.seed, pool.id).integers(len(pairs)))]
@@ -479,9 +475,7 @@ def select_rows(
     variants = [config.confidence, dispreferred_confidence or config.confidence]
     for variant in variants:
         if variant not in VARIANTS:
-            raise UserError(
-                f"unknown variant {variant!r}{nearest(variant, VARIANTS)}", where="select.confidence"
-            )
+            raise UserError(f"unknown variant {variant!r}{nearest(variant, VARIANTS)}", where="select.confidence")
     grouped: dict[str, list[dict[str, Any]]] = {}
     scores: dict[str, list[tuple[float, float, float]]] = {}
     for number, row in enumerate(rows, start=1):
@@ -513,7 +507,6 @@ def select_rows(
         by_number = {int(row["candidate"]): row for row in grouped[pair.id]}
         pairs.append(_pair_row(pair, by_number[pair.chosen], by_number[pair.rejected]))
     drops = [
-        {"id": drop.id, "reason": str(drop.reason), "candidates": len(grouped[drop.id])}
-        for drop in selection.drops
+        {"id": drop.id, "reason": str(drop.reason), "candidates": len(grouped[drop.id])} for drop in selection.drops
     ]
     return pairs, drops, selection.summary

@@ -35,7 +35,12 @@ class DualEncoderProcessor:
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, *, max_positions: int, image_root: str | Path = ".", image_fit: str = "crop",
+        cls,
+        directory: str | Path,
+        *,
+        max_positions: int,
+        image_root: str | Path = ".",
+        image_fit: str = "crop",
         max_image_pixels: int = 50_000_000,
     ) -> DualEncoderProcessor:
         """Reads a local directory in Hugging Face layout.
@@ -65,9 +70,7 @@ class DualEncoderProcessor:
             image_fit=image_fit,
         )
 
-    def encode_texts(
-        self, texts: Sequence[str]
-    ) -> tuple[Int[np.ndarray, "c t"], Bool[np.ndarray, "c t"]]:
+    def encode_texts(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "c t"], Bool[np.ndarray, "c t"]]:
         """Ids and mask of shape [texts, max_positions]; each text ends with the end token."""
         ids = np.full((len(texts), self.max_positions), self.pad_token_id, np.int32)
         mask = np.zeros(ids.shape, bool)

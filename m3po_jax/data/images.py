@@ -54,9 +54,7 @@ def _encoded(image: schema.Image, root: Path, where: str) -> BytesIO | Path:
             remedy="move the image under data.image_root, or set data.image_root",
         )
     if not present:
-        raise UserError(
-            f"no image file {image.path!r} under {root}", where=where, remedy="check data.image_root"
-        )
+        raise UserError(f"no image file {image.path!r} under {root}", where=where, remedy="check data.image_root")
     return path
 
 
@@ -90,9 +88,7 @@ def decode(image: schema.Image, *, root: Path, max_pixels: int, where: str) -> P
         with PILImage.open(source, formats=formats) as opened:
             width, height = opened.size
             if width * height > max_pixels:
-                raise UserError(
-                    f"the image has {width} x {height} pixels, {too_large}", where=where, remedy=remedy
-                )
+                raise UserError(f"the image has {width} x {height} pixels, {too_large}", where=where, remedy=remedy)
             if width < 1 or height < 1:
                 raise UserError(f"the image is empty ({width} x {height})", where=where, remedy=_BROKEN)
             opened.load()
@@ -102,9 +98,7 @@ def decode(image: schema.Image, *, root: Path, max_pixels: int, where: str) -> P
     except PILImage.DecompressionBombError:
         raise UserError(f"the image has {too_large}", where=where, remedy=remedy) from None
     except Exception as error:  # Pillow's decoders raise a dozen types on corrupt input
-        reason = (
-            f"{type(error).__name__}: {error}" if not isinstance(source, BytesIO) else type(error).__name__
-        )
+        reason = f"{type(error).__name__}: {error}" if not isinstance(source, BytesIO) else type(error).__name__
         raise UserError(f"cannot decode the image ({reason})", where=where, remedy=_BROKEN) from None
 
 
@@ -114,9 +108,7 @@ def _pair(value: Any, name: str, where: str) -> tuple[int, int]:
         return value, value
     if isinstance(value, dict) and {"height", "width"} <= value.keys():
         return int(value["height"]), int(value["width"])
-    raise UserError(
-        f"unsupported {name} {value!r}", where=where, remedy="use a LLaVA, CLIP or SigLIP processor"
-    )
+    raise UserError(f"unsupported {name} {value!r}", where=where, remedy="use a LLaVA, CLIP or SigLIP processor")
 
 
 def _triple(value: Any) -> tuple[float, float, float]:
@@ -186,9 +178,7 @@ class ImageProcessor:
         """Builds it from the fields of a `transformers` image processor."""
         kind = str(config.get("image_processor_type", "CLIPImageProcessor"))
         if not kind.startswith(("CLIP", "LlavaImage", "Siglip")) or kind.startswith("Siglip2"):
-            raise UserError(
-                f"unsupported image processor {kind}", where=where, remedy="LLaVA, CLIP or SigLIP only"
-            )
+            raise UserError(f"unsupported image processor {kind}", where=where, remedy="LLaVA, CLIP or SigLIP only")
         if not config.get("do_resize", True):
             raise UserError("do_resize: false is not supported", where=where)
         siglip = kind.startswith("Siglip")
@@ -222,17 +212,13 @@ class ImageProcessor:
             width=width,
             shortest_edge=shortest,
             resample=int(config.get("resample", 3)),
-            rescale_factor=float(config.get("rescale_factor", 1 / 255))
-            if config.get("do_rescale", True)
-            else 1.0,
+            rescale_factor=float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0,
             mean=_triple(config.get("image_mean", mean) if normalize else 0.0),
             std=_triple(config.get("image_std", std) if normalize else 1.0),
             native_fit=native,
         )
 
-    def __call__(
-        self, image: PILImage.Image, fit: ImageFit | None = None
-    ) -> Float[np.ndarray, "height width 3"]:
+    def __call__(self, image: PILImage.Image, fit: ImageFit | None = None) -> Float[np.ndarray, "height width 3"]:
         """Pixel values of one image, float32, normalised.
 
         Args:

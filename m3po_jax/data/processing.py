@@ -178,9 +178,7 @@ class Processor:
     def render(self, prompt: schema.Prompt) -> tuple[Piece, ...]:
         """The prompt's pieces, ``metadata["history"]`` included (a list of [user, assistant] turns)."""
         if self.require_image and not prompt.images:
-            raise UserError(
-                "the row has no image", where=prompt.where or None, remedy="add one or drop the row"
-            )
+            raise UserError("the row has no image", where=prompt.where or None, remedy="add one or drop the row")
         return self.template.render(
             prompt.instruction, len(prompt.images), _history(prompt), where=prompt.where or None
         )
@@ -207,9 +205,7 @@ class Processor:
                 ids += self._encode(str(piece), where)
         expected = len(prompt.images) * self.tokens_per_image
         if ids.count(self.image_token_id) != expected:
-            raise AssertionError(
-                f"{where}: {ids.count(self.image_token_id)} image tokens, expected {expected}"
-            )
+            raise AssertionError(f"{where}: {ids.count(self.image_token_id)} image tokens, expected {expected}")
         if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
             raise UserError(
                 f"the prompt has {len(ids)} tokens ({expected} of them for images), more than "
@@ -281,9 +277,7 @@ def _vision_setting(config: dict[str, Any], name: str, where: str) -> int:
     vision = config.get("vision_config")
     value = vision.get(name) if isinstance(vision, dict) else None
     if not isinstance(value, int) or value < 1:
-        raise UserError(
-            f"config.json has no vision_config.{name}", where=where, remedy="add the model's value"
-        )
+        raise UserError(f"config.json has no vision_config.{name}", where=where, remedy="add the model's value")
     return value
 
 
@@ -291,9 +285,7 @@ def _history(prompt: schema.Prompt) -> list[Turn]:
     history = prompt.metadata.get("history") or []
     turns = [tuple(turn) if isinstance(turn, (list, tuple)) else () for turn in history]
     if not all(len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in turns):
-        raise UserError(
-            "history is not a list of [user, assistant] texts", where=prompt.where or f"id {prompt.id!r}"
-        )
+        raise UserError("history is not a list of [user, assistant] texts", where=prompt.where or f"id {prompt.id!r}")
     return [(user, assistant) for user, assistant in turns]
 
 
@@ -301,9 +293,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            "no such file", where=str(path), remedy="copy it from the model's repository"
-        ) from None
+        raise UserError("no such file", where=str(path), remedy="copy it from the model's repository") from None
     except (OSError, ValueError) as error:
         raise UserError(f"not valid JSON: {error}", where=str(path)) from None
     if not isinstance(content, dict):
@@ -331,8 +321,6 @@ def _load_tokenizer(folder: Path) -> tuple[Any, str]:
         ) from None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise UserError(
-            "the tokenizer has no fast version", where=str(folder), remedy="add its tokenizer.json"
-        )
+        raise UserError("the tokenizer has no fast version", where=str(folder), remedy="add its tokenizer.json")
     path = folder / "tokenizer.json"
     return tokenizer, path.read_text(encoding="utf-8") if path.is_file() else backend.to_str()

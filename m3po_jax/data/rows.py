@@ -89,9 +89,7 @@ def parse_images(value: Any, where: str) -> tuple[schema.Image, ...]:
             images.append(schema.Image(bytes=item))
         elif isinstance(item, Mapping) and (isinstance(item.get("bytes"), bytes) or item.get("path")):
             data, path = item.get("bytes"), item.get("path")
-            images.append(
-                schema.Image(data if isinstance(data, bytes) else None, str(path) if path else None)
-            )
+            images.append(schema.Image(data if isinstance(data, bytes) else None, str(path) if path else None))
         else:
             raise UserError("an image is neither a path nor encoded bytes", where=where)
     return tuple(images)

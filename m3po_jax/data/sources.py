@@ -291,9 +291,7 @@ class TfdsSource(Sequence[schema.Prompt]):
         """Row `index` of `rows` with texts as `str` and images as encoded bytes."""
         row = self.rows()[index]
         return {
-            key: (value if isinstance(value, bytes) else list(value))
-            if key in IMAGE_KEYS
-            else _decoded(value)
+            key: (value if isinstance(value, bytes) else list(value)) if key in IMAGE_KEYS else _decoded(value)
             for key, value in row.items()
         }
 
@@ -410,15 +408,11 @@ def read_prompts(
         UserError: an unknown source, a missing or damaged file, no rows at all, or a bad row.
     """
     if config.source not in _READERS:
-        raise UserError(
-            f"unknown source {config.source!r}{nearest(config.source, _READERS)}", where="data.source"
-        )
+        raise UserError(f"unknown source {config.source!r}{nearest(config.source, _READERS)}", where="data.source")
     if not config.path:
         raise UserError("data.path is empty", where="data", remedy="name a file, a folder or a builder")
     if config.limit is not None and config.limit < 1:
-        raise UserError(
-            f"data.limit is {config.limit}", where="data", remedy="give a positive number or none"
-        )
+        raise UserError(f"data.limit is {config.limit}", where="data", remedy="give a positive number or none")
     source = _READERS[config.source](config, _Checker(require_image, problems))
     if not len(source) and not problems:
         raise UserError("no rows", where=config.path, remedy="check data.path and data.split")

@@ -169,9 +169,7 @@ def write_json_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Non
     """Writes one JSON object per line atomically; NaN and infinities are refused (they are not JSON)."""
     with atomic_write(path) as file:
         for row in rows:
-            file.write(
-                json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
-            )
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n")
 
 
 def read_json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:

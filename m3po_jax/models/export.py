@@ -61,9 +61,7 @@ def _atomic_directory(out_dir: Path, *, overwrite: bool) -> Iterator[Path]:
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError("a file is in the way", where=str(out_dir), remedy="choose another output directory")
     if out_dir.is_dir() and any(out_dir.iterdir()) and not overwrite:
-        raise UserError(
-            "already holds files", where=str(out_dir), remedy="remove it or choose another directory"
-        )
+        raise UserError("already holds files", where=str(out_dir), remedy="remove it or choose another directory")
     if jax.process_index() != 0:
         yield out_dir
         return
@@ -94,12 +92,7 @@ def _copy_other_files(base: Path, out_dir: Path) -> None:
     for file in sorted(base.rglob("*")):
         relative = file.relative_to(base)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if (
-            hidden
-            or not file.is_file()
-            or file.name.endswith(_WEIGHT_SUFFIXES)
-            or file.name == "adapter_config.json"
-        ):
+        if hidden or not file.is_file() or file.name.endswith(_WEIGHT_SUFFIXES) or file.name == "adapter_config.json":
             continue
         target = out_dir / relative
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -120,12 +113,7 @@ def _layer(x: jax.Array, index: int | None) -> jax.Array:
 def _value(variable: nnx.Variable, owner: Any, leaf: Parameter, index: int | None) -> np.ndarray:
     """One parameter (of one layer) on the host in stored orientation, its adapter merged in."""
     x = _layer(variable[...], index)
-    if (
-        leaf.path[-1] == "kernel"
-        and isinstance(owner, Linear)
-        and owner.lora_a is not None
-        and owner.lora_scale
-    ):
+    if leaf.path[-1] == "kernel" and isinstance(owner, Linear) and owner.lora_a is not None and owner.lora_scale:
         a, b = _layer(owner.lora_a[...], index), _layer(owner.lora_b[...], index)
         x = _merged(x, a, b, jnp.float32(owner.lora_scale))
     return leaf.source.to_stored(to_host(x))
@@ -156,9 +144,7 @@ def pending_tensors(model: nnx.Module, family: Family, config: Any) -> list[Pend
         parts = sorted(pieces[name], key=lambda piece: piece[0])
 
         def value() -> np.ndarray:
-            found = [
-                _value(variables[leaf.path], owners.get(leaf.path[:-1]), leaf, i) for _, leaf, i in parts
-            ]
+            found = [_value(variables[leaf.path], owners.get(leaf.path[:-1]), leaf, i) for _, leaf, i in parts]
             return found[0] if len(found) == 1 else np.concatenate(found)
 
         return PendingTensor(name, shapes[name], value)
@@ -290,9 +276,7 @@ def export_adapter(
         write = jax.process_index() == 0
         if write:
             (partial / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2) + "\n", "utf-8")
-        write_file(
-            partial / "adapter_model.safetensors", sorted(tensors, key=lambda t: t.name), kind, write=write
-        )
+        write_file(partial / "adapter_model.safetensors", sorted(tensors, key=lambda t: t.name), kind, write=write)
     return vllm_hint(lora_config.lora_rank)
 
 
@@ -311,18 +295,12 @@ def load_adapter(model: nnx.Module, directory: str | Path) -> LoRAConfig:
     raw = read_json(directory / "adapter_config.json")
     where = str(directory / "adapter_config.json")
     if raw.get("peft_type") != "LORA" or raw.get("use_dora") or raw.get("fan_in_fan_out"):
-        raise UserError(
-            "only plain LoRA adapters are read", where=where, remedy="merge it into its base model first"
-        )
+        raise UserError("only plain LoRA adapters are read", where=where, remedy="merge it into its base model first")
     if raw.get("bias", "none") != "none" or raw.get("rank_pattern") or raw.get("alpha_pattern"):
-        raise UserError(
-            "biases and per-layer ranks are not read", where=where, remedy="merge it into its base model"
-        )
+        raise UserError("biases and per-layer ranks are not read", where=where, remedy="merge it into its base model")
     file = directory / "adapter_model.safetensors"
     if not file.is_file():
-        raise UserError(
-            "no adapter_model.safetensors", where=str(directory), remedy="pickled adapters are not read"
-        )
+        raise UserError("no adapter_model.safetensors", where=str(directory), remedy="pickled adapters are not read")
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
         raise UserError("r and lora_alpha must be numbers", where=where)
@@ -340,9 +318,7 @@ def load_adapter(model: nnx.Module, directory: str | Path) -> LoRAConfig:
     projector: dict[str, Any] = {}
     for key, tensor in read_header(file).items():
         match = _FACTOR.fullmatch(key)
-        name = family.canonical_name(
-            f"{match['module']}.weight" if match else key.removeprefix("base_model.model.")
-        )
+        name = family.canonical_name(f"{match['module']}.weight" if match else key.removeprefix("base_model.model."))
         if match and name in places:
             leaf, index = places[name]
             fan_in, fan_out = leaf.layer_shape
@@ -353,9 +329,7 @@ def load_adapter(model: nnx.Module, directory: str | Path) -> LoRAConfig:
         elif not match and name and family.projector and name.startswith(f"{family.projector[1]}."):
             projector[name] = tensor
         else:
-            raise UserError(
-                f"{key} names no layer of this model", where=str(file), remedy="check the base model"
-            )
+            raise UserError(f"{key} names no layer of this model", where=str(file), remedy="check the base model")
     if not factors:
         raise UserError("holds no LoRA factors", where=str(file))
     _attach_factors(model, leaves, factors, rank, alpha / rank)
@@ -412,9 +386,7 @@ def _replace_leaves(
     for name, tensor in tensors.items():
         leaf = by_name.get(name)
         if leaf is None or leaf.stored()[name] != tensor.shape:
-            raise UserError(
-                f"{tensor.name} does not fit this model", where=where, remedy="check the base model"
-            )
+            raise UserError(f"{tensor.name} does not fit this model", where=where, remedy="check the base model")
         variable = getattr(owners[leaf.path[:-1]], leaf.path[-1])
         everything = (slice(None),) * len(leaf.shape)
         value = leaf.source.read(tensor, everything, leaf.shape).astype(leaf.dtype)

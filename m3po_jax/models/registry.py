@@ -169,9 +169,7 @@ def resolve_directory(path: str | Path) -> Path:
     if local.exists():
         raise UserError("a file, not a model directory", where=text)
     if not _HUB_ID.fullmatch(text) or text.count("/") != 1:
-        raise UserError(
-            "no such directory", where=text, remedy="give a model directory or a hub id like owner/name"
-        )
+        raise UserError("no such directory", where=text, remedy="give a model directory or a hub id like owner/name")
     import huggingface_hub
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -254,9 +252,7 @@ def stored_tensors(description: Description) -> dict[str, StoredTensor]:
             if name is None or (without_tower and family.tower and name.startswith(family.tower.prefix)):
                 continue
             if name in tensors:
-                raise UserError(
-                    f"{tensor.name} and {tensors[name].name} are the same tensor", where=str(directory)
-                )
+                raise UserError(f"{tensor.name} and {tensors[name].name} are the same tensor", where=str(directory))
             tensors[name] = tensor
     leaves = parameters(abstract_model(description), family.tensor_map(description.config))
     for copy in (copy for leaf in leaves.values() for copy in leaf.source.copies):
@@ -265,9 +261,7 @@ def stored_tensors(description: Description) -> dict[str, StoredTensor]:
     return tensors
 
 
-def abstract_model(
-    description: Description, *, dtype: Any = "float32", param_dtype: Any = "float32"
-) -> nnx.Module:
+def abstract_model(description: Description, *, dtype: Any = "float32", param_dtype: Any = "float32") -> nnx.Module:
     """The model's tree of shapes, types and axes, without memory."""
     build = partial(description.family.build, description.config, dtype=dtype, param_dtype=param_dtype)
     return nnx.eval_shape(build)
@@ -301,9 +295,7 @@ def load_model(
         raise UserError(f"init {init!r}{nearest(init, ('pretrained', 'random'))}", where="model.init")
     description = describe(directory, vision_tower=vision_tower)
     family, config = description.family, description.config
-    build = partial(
-        family.build, config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), seed=seed
-    )
+    build = partial(family.build, config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), seed=seed)
     if init == "random":
         model = initialise_parameters(build, mesh)
     else:

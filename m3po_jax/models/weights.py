@@ -91,9 +91,7 @@ class Source:
         x = tensor.read((slice(start + offset, min(stop + offset, stored_rows)), *rest))
         if stop > stored_rows and self.pad_rows:
             missing = (stop - start) - len(x)
-            x = np.concatenate(
-                [x, np.broadcast_to(_row_mean(tensor, rest), (missing, *x.shape[1:])).astype(x.dtype)]
-            )
+            x = np.concatenate([x, np.broadcast_to(_row_mean(tensor, rest), (missing, *x.shape[1:])).astype(x.dtype)])
         return x.T if self.kind == "linear" else x
 
 
@@ -198,9 +196,7 @@ def check_tensors(leaves: Mapping[Path, Parameter], tensors: Mapping[str, Stored
             )
 
 
-_write_layer = jax.jit(
-    lambda buffer, x, i: jax.lax.dynamic_update_index_in_dim(buffer, x, i, 0), donate_argnums=0
-)
+_write_layer = jax.jit(lambda buffer, x, i: jax.lax.dynamic_update_index_in_dim(buffer, x, i, 0), donate_argnums=0)
 
 
 def _load_leaf(leaf: Parameter, tensors: Mapping[str, StoredTensor], sharding: Sharding) -> jax.Array:
@@ -243,9 +239,7 @@ def load_parameters(
     for path, variable in nnx.to_flat_state(state):
         leaf = leaves[tuple(str(part) for part in path)]
         sharding = (
-            SingleDeviceSharding(jax.devices()[0])
-            if mesh is None
-            else sharding_for(leaf.axes, leaf.shape, mesh)
+            SingleDeviceSharding(jax.devices()[0]) if mesh is None else sharding_for(leaf.axes, leaf.shape, mesh)
         )
         loaded.append((path, variable.replace(_load_leaf(leaf, tensors, sharding))))
     return nnx.merge(graph, nnx.from_flat_state(loaded))

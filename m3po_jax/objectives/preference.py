@@ -111,9 +111,7 @@ def exo_pair(x: PairLogProbs, p: LossParameters) -> Losses:
 def nca_pair(x: PairLogProbs, p: LossParameters) -> Losses:
     """NCA, −log σ(βr_w) − ½ log σ(−βr_w) − ½ log σ(−βr_l), r the log-ratios (arXiv:2402.05369)."""
     chosen, rejected = p.beta * x.chosen_log_ratio, p.beta * x.rejected_log_ratio
-    return (
-        -jax.nn.log_sigmoid(chosen) - 0.5 * jax.nn.log_sigmoid(-chosen) - 0.5 * jax.nn.log_sigmoid(-rejected)
-    )
+    return -jax.nn.log_sigmoid(chosen) - 0.5 * jax.nn.log_sigmoid(-chosen) - 0.5 * jax.nn.log_sigmoid(-rejected)
 
 
 def bco_pair(x: PairLogProbs, p: LossParameters) -> Losses:
@@ -121,9 +119,7 @@ def bco_pair(x: PairLogProbs, p: LossParameters) -> Losses:
 
     TRL 0.26 subtracts a running mean of the rewards, so that the loss depends on its history; 1.16 does not.
     """
-    return -jax.nn.log_sigmoid(p.beta * x.chosen_log_ratio) - jax.nn.log_sigmoid(
-        -p.beta * x.rejected_log_ratio
-    )
+    return -jax.nn.log_sigmoid(p.beta * x.chosen_log_ratio) - jax.nn.log_sigmoid(-p.beta * x.rejected_log_ratio)
 
 
 def sppo_hard(x: PairLogProbs, p: LossParameters) -> Losses:
@@ -269,15 +265,11 @@ def check_loss(loss_type: str, beta: float, label_smoothing: float = 0.0) -> Pre
             `label_smoothing` outside the loss's domain.
     """
     if loss_type not in LOSSES:
-        raise UserError(
-            f"unknown loss_type {loss_type!r}{nearest(loss_type, LOSSES)}", where="train.loss_type"
-        )
+        raise UserError(f"unknown loss_type {loss_type!r}{nearest(loss_type, LOSSES)}", where="train.loss_type")
     if not (math.isfinite(beta) and beta > 0):
         raise UserError(f"beta must be positive, not {beta}", where="train.beta")
     if not 0 <= label_smoothing <= 0.5:
-        raise UserError(
-            f"label_smoothing must lie in [0, 0.5], not {label_smoothing}", where="train.label_smoothing"
-        )
+        raise UserError(f"label_smoothing must lie in [0, 0.5], not {label_smoothing}", where="train.label_smoothing")
     if loss_type == "robust" and label_smoothing == 0.5:
         raise UserError("loss_type 'robust' needs label_smoothing below 0.5", where="train.label_smoothing")
     if loss_type == "exo_pair" and label_smoothing == 0:

@@ -78,9 +78,7 @@ def scene_config(
     if seed < 0:
         raise UserError(f"the seed is {seed}", where="m3po_scenes", remedy="take 0 or more")
     if not 0 < scale <= 100:
-        raise UserError(
-            f"the scale is {scale}", where="m3po_scenes", remedy="take more than 0 and at most 100"
-        )
+        raise UserError(f"the scale is {scale}", where="m3po_scenes", remedy="take more than 0 and at most 100")
     name = regime
     name += f"_seed{seed}" if seed else ""
     name += f"_x{scale:g}" if scale != 1 else ""
@@ -98,16 +96,14 @@ def encode_png(image: np.ndarray) -> bytes:
 def scene_rows(split: str, index: int, config: SceneConfig) -> list[Row]:
     """The rows of one scene: a caption and, in some splits, yes/no questions.
 
-    The sft split asks one question a scene, "yes" and "no" in turn; validation and test ask six about each of
-    their first scenes, as POPE does. Only sft references may be noisy; metadata always lists the true
-    objects.
+    The sft split asks one question a scene, "yes" and "no" in turn, and prompts one about every fourth scene;
+    validation and test ask six about each of their first scenes, as POPE does. Only sft references may be noisy;
+    metadata always lists the true objects.
     """
     made = scene(split, index, config.seed)
     png = encode_png(made.image)
     regime = config.regime if split == "sft" else "clean"
-    swaps = language.substitute(
-        made.objects, regime, stream(config.seed, split, index, _NOISE_STREAM), config.seed
-    )
+    swaps = language.substitute(made.objects, regime, stream(config.seed, split, index, _NOISE_STREAM), config.seed)
     told = [swaps.get(name, name) for name in made.objects]
     about = {"objects": made.objects, "theme": made.theme, "scene": f"{split}-{index:05d}"}
     rows = [
@@ -147,6 +143,9 @@ def _questions(split: str, index: int, made: Scene, config: SceneConfig) -> list
     rng = stream(config.seed, split, index, _QUESTION_STREAM)
     if split == "sft":
         return [language.training_question(made.objects, index % 2 == 0, rng)]
+    if split == "prompts" and index % 4 == 0:
+        # A fifth of the prompts are short-answer ones, so that preference training keeps that format.
+        return [language.training_question(made.objects, index % 8 == 0, rng)]
     if split in ("validation", "test") and index < max(1, round(QUESTIONED_SCENES * config.scale)):
         return language.questions(made.objects, rng)
     return []
@@ -183,9 +182,7 @@ class M3poScenes(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,
         )
 
-    def _split_generators(
-        self, dl_manager: tfds.download.DownloadManager
-    ) -> dict[str, Iterator[tuple[int, Row]]]:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, Row]]]:
         return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, Row]]:
@@ -210,9 +207,7 @@ class M3poEasyVqa(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,
         )
 
-    def _split_generators(
-        self, dl_manager: tfds.download.DownloadManager
-    ) -> dict[str, Iterator[tuple[int, Row]]]:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, Row]]]:
         return {split: self._generate_examples(split) for split in EASY_VQA_COUNTS}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, Row]]:

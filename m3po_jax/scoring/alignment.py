@@ -36,9 +36,7 @@ class Backend(Protocol):
         ...
 
 
-def aggregate_claims(
-    probabilities: Sequence[float], rule: str, vocabulary_mass: float | None = None
-) -> float:
+def aggregate_claims(probabilities: Sequence[float], rule: str, vocabulary_mass: float | None = None) -> float:
     """Claim probabilities to one score.
 
     ``mean`` and ``min`` are over the claims made. ``soft_f1`` is the harmonic mean of the claims' mean probability
@@ -86,7 +84,7 @@ class Similarity:
             raise UserError(f"unknown unit {unit!r}", where="score.unit", remedy="whole or claim")
         self.processor, self.mesh, self.unit, self.aggregate = processor, mesh, unit, aggregate
         self.objects = list(vocabulary)
-        self.vocabulary = chair.vocabulary({name: () for name in vocabulary}) if vocabulary else None
+        self.vocabulary = chair.vocabulary(dict.fromkeys(vocabulary, ())) if vocabulary else None
         self.template, self.batch_size = template, batch_size
         self.graph, self.state = nnx.split(model)
         self.probabilistic = model.config.kind == "siglip" or model.config.pooling == "patches"
@@ -173,7 +171,11 @@ class Similarity:
             return np.full(len(pool), np.nan)
         texts = list(dict.fromkeys(render(claim.text) for answer in pool for claim in answer))
         known = dict(zip(texts, self._scores(image, texts), strict=True)) if texts else {}
-        mass = float(self._scores(image, [render(n) for n in self.objects]).sum()) if self.aggregate == "soft_f1" else None
+        mass = (
+            float(self._scores(image, [render(n) for n in self.objects]).sum())
+            if self.aggregate == "soft_f1"
+            else None
+        )
         scores = []
         for answer in pool:
             values = [1.0 - known[render(c.text)] if c.negated else known[render(c.text)] for c in answer]
@@ -191,7 +193,7 @@ class Reference:
     name = "reference"
 
     def __init__(self, vocabulary: Sequence[str]):
-        self.vocabulary = chair.vocabulary({name: () for name in vocabulary}) if vocabulary else None
+        self.vocabulary = chair.vocabulary(dict.fromkeys(vocabulary, ())) if vocabulary else None
 
     def __call__(self, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Scores:
         scores: Scores = []

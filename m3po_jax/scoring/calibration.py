@@ -99,9 +99,7 @@ class Reliability:
     error: float
 
 
-def reliability(
-    scores: ArrayLike, labels: ArrayLike, bins: int = 10, *, quantiles: bool = False
-) -> Reliability:
+def reliability(scores: ArrayLike, labels: ArrayLike, bins: int = 10, *, quantiles: bool = False) -> Reliability:
     """How often items of a given score are true.
 
     Args:

@@ -50,4 +50,4 @@ def split_claims(instruction: str, answer: str, vocabulary: chair.Vocabulary | N
 
 def object_vocabulary(names: Sequence[str]) -> chair.Vocabulary | None:
     """A vocabulary of plain object names, None for an empty list."""
-    return chair.vocabulary({name: () for name in names}) if names else None
+    return chair.vocabulary(dict.fromkeys(names, ())) if names else None

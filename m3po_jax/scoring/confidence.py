@@ -164,9 +164,7 @@ def confidence_variants(
     found: dict[str, Confidence] = {}
     for name in names:
         if name not in VARIANTS:
-            raise UserError(
-                f"unknown confidence variant {name!r}{nearest(name, VARIANTS)}", where="score.confidence"
-            )
+            raise UserError(f"unknown confidence variant {name!r}{nearest(name, VARIANTS)}", where="score.confidence")
         if name in {"prior", "visual"} and blank_token_logprobs is None:
             raise UserError(f"confidence variant {name!r} needs log-probs under a blank image", where="score")
         if name == "sum":
@@ -180,7 +178,5 @@ def confidence_variants(
         else:
             assert blank_token_logprobs is not None
             prior = mean_confidence(blank_token_logprobs)
-            found[name] = (
-                prior if name == "prior" else visual_confidence(mean_confidence(token_logprobs), prior)
-            )
+            found[name] = prior if name == "prior" else visual_confidence(mean_confidence(token_logprobs), prior)
     return found

@@ -69,9 +69,7 @@ def write_model(folder, tokenizer: Tokenizer, **changes):
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {"tokenizer_class": "PreTrainedTokenizerFast"} | names | changes.pop("tokenizer_config", {})
-        )
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | names | changes.pop("tokenizer_config", {}))
     )
     vision = {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
     config = {
@@ -108,9 +106,7 @@ def processor(folder):
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    return Processor.from_pretrained(
-        write_model(tmp_path_factory.mktemp("words"), word_level()), "plain", "crop"
-    )
+    return Processor.from_pretrained(write_model(tmp_path_factory.mktemp("words"), word_level()), "plain", "crop")
 
 
 def prompt(instruction="What is this?", images=1, **fields) -> schema.Prompt:

@@ -153,15 +153,8 @@ def test_json_array(tmp_path):
 
 
 VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-3, 3)
-    | st.floats()
-    | st.text(max_size=3)
-    | st.binary(max_size=2),
-    lambda inner: (
-        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["from", "value", "path"]), inner)
-    ),
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=3) | st.binary(max_size=2),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["from", "value", "path"]), inner),
     max_leaves=5,
 )
 
@@ -217,9 +210,7 @@ def test_parquet_folder_of_our_schema(tmp_path):
         read_prompts(DataConfig(source="parquet", path=str(tmp_path)), require_image=True)
     assert len(read_prompts(DataConfig(source="parquet", path=str(tmp_path), limit=130))) == 130
     (tmp_path / "2.parquet").write_bytes((tmp_path / "0.parquet").read_bytes())
-    with pytest.raises(
-        UserError, match=r"2\.parquet:row 0 \(id 'p0'\): the id occurs before, at .*0\.parquet:row 0"
-    ):
+    with pytest.raises(UserError, match=r"2\.parquet:row 0 \(id 'p0'\): the id occurs before, at .*0\.parquet:row 0"):
         read_prompts(DataConfig(source="parquet", path=str(tmp_path)))
 
 
@@ -249,15 +240,11 @@ def test_parquet_with_paths_or_bare_bytes_and_unequal_shards(tmp_path):
     pq.write_table(
         pa.table({"id": ["a", "b"], "question": ["q", "q"], "image": ["x.png", None]}), tmp_path / "a.parquet"
     )
-    source = read_prompts(
-        DataConfig(source="parquet", path=str(tmp_path / "a.parquet"), image_root="pictures")
-    )
+    source = read_prompts(DataConfig(source="parquet", path=str(tmp_path / "a.parquet"), image_root="pictures"))
     assert [row.images for row in source] == [(schema.Image(path="x.png"),), ()]
     assert str(source.image_root) == "pictures"
     pq.write_table(pa.table({"id": ["c"], "question": ["q"], "image": [png(1)]}), tmp_path / "b.parquet")
-    assert read_prompts(DataConfig(source="parquet", path=str(tmp_path / "b.parquet")))[0].images[
-        0
-    ].bytes == png(1)
+    assert read_prompts(DataConfig(source="parquet", path=str(tmp_path / "b.parquet")))[0].images[0].bytes == png(1)
     pq.write_table(pa.table({"id": ["d"], "question": ["q"]}), tmp_path / "c.parquet")
     assert read_prompts(DataConfig(source="parquet", path=str(tmp_path / "c.parquet")))[0].images == ()
     with pytest.raises(UserError, match=r"c\.parquet: its columns differ"):
@@ -388,8 +375,4 @@ def test_fingerprint_of_json_lines_sees_rows_and_image_files(tmp_path):
 def test_fingerprint_of_tfds(builders):
     one = fingerprint(read_prompts(DataConfig(source="tfds", path="m3po_test_builders:one_image")))
     part = fingerprint(read_prompts(DataConfig(source="tfds", path="m3po_test_builders:one_image", limit=4)))
-    assert (
-        one
-        == fingerprint(read_prompts(DataConfig(source="tfds", path="m3po_test_builders:one_image")))
-        != part
-    )
+    assert one == fingerprint(read_prompts(DataConfig(source="tfds", path="m3po_test_builders:one_image"))) != part

@@ -35,11 +35,7 @@ def test_columns_and_tables_are_taken_too(tmp_path):
     tables.write_table(tmp_path / "b.parquet", pa.table({"id": ["x", "y"], "n": [1, 2]}), small)
     tables.write_table(tmp_path / "c.parquet", [], small)
     rows = [{"id": "x", "n": 1}, {"id": "y", "n": 2}]
-    assert (
-        list(tables.read_rows(tmp_path / "a.parquet"))
-        == list(tables.read_rows(tmp_path / "b.parquet"))
-        == rows
-    )
+    assert list(tables.read_rows(tmp_path / "a.parquet")) == list(tables.read_rows(tmp_path / "b.parquet")) == rows
     assert list(tables.read_rows(tmp_path)) == rows * 2
 
 
@@ -162,13 +158,9 @@ def test_hash_tells_parts_apart(left, right):
 
 
 def test_hash_is_the_same_in_another_process(tmp_path):
-    code = (
-        "from m3po_jax.data.tables import content_hash; print(content_hash({'b': 1, 'a': [2.5, 'ä']}, b'x'))"
-    )
+    code = "from m3po_jax.data.tables import content_hash; print(content_hash({'b': 1, 'a': [2.5, 'ä']}, b'x'))"
     environment = os.environ | {"PYTHONHASHSEED": "77", "PYTHONPATH": os.pathsep.join(sys.path)}
-    other = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert other.stdout.strip() == tables.content_hash({"a": [2.5, "ä"], "b": 1}, b"x")
     with pytest.raises(TypeError):
         tables.content_hash({1, 2})

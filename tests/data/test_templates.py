@@ -85,9 +85,7 @@ def test_an_empty_instruction_is_refused(instruction):
         get_template("plain").render(instruction, 1, where="a.jsonl:1")
 
 
-@pytest.mark.parametrize(
-    ("instruction", "images"), [("<image> x", 0), ("<image><image> x", 1), ("<image> x", 2)]
-)
+@pytest.mark.parametrize(("instruction", "images"), [("<image> x", 0), ("<image><image> x", 1), ("<image> x", 2)])
 def test_placeholders_must_match_the_images(instruction, images):
     with pytest.raises(UserError, match="placeholders for"):
         get_template("plain").render(instruction, images)

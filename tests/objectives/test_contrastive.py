@@ -14,9 +14,7 @@ torch = pytest.importorskip("torch")
 
 def embeddings(images=5, texts=5, width=8, seed=0):
     rng = np.random.default_rng(seed)
-    return rng.normal(size=(images, width)).astype(np.float32), rng.normal(size=(texts, width)).astype(
-        np.float32
-    )
+    return rng.normal(size=(images, width)).astype(np.float32), rng.normal(size=(texts, width)).astype(np.float32)
 
 
 TEXT = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}

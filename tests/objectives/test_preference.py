@@ -154,9 +154,7 @@ def trl_dpo(arrays, chosen_lengths, rejected_lengths, *, loss_type, beta, label_
 def test_equals_trl_dpo_trainer(loss_type, label_smoothing, beta):
     arrays, chosen_lengths, rejected_lengths = token_log_probs(len(loss_type))
     settings = {"loss_type": loss_type, "beta": beta, "label_smoothing": label_smoothing}
-    (losses, chosen_rewards, rejected_rewards), gradients = ours(
-        arrays, chosen_lengths, rejected_lengths, **settings
-    )
+    (losses, chosen_rewards, rejected_rewards), gradients = ours(arrays, chosen_lengths, rejected_lengths, **settings)
     loss, trl_gradients, metrics = trl_dpo(arrays, chosen_lengths, rejected_lengths, **settings)
 
     assert losses.dtype == jnp.float64 and losses.shape == (PAIRS,)
@@ -165,9 +163,7 @@ def test_equals_trl_dpo_trainer(loss_type, label_smoothing, beta):
         lengths = chosen_lengths if role.endswith("chosen") else rejected_lengths
         for pair, length in enumerate(lengths):
             # The gradient by a sum is the gradient by any one of its tokens.
-            np.testing.assert_allclose(
-                gradient[pair], trl_gradient[pair, :length].mean(), rtol=1e-6, atol=1e-12
-            )
+            np.testing.assert_allclose(gradient[pair], trl_gradient[pair, :length].mean(), rtol=1e-6, atol=1e-12)
 
     sums = {name: jnp.asarray(arrays[name].sum(1)) for name in ORDER}
     found = preference_metrics(
@@ -222,8 +218,7 @@ def test_equals_trl_cpo_trainer(loss_type, trl_type, label_smoothing):
     # `concatenated_forward` gives averages to ipo and simpo, sums to the others.
     average = loss_type == "simpo"
     scaled = [
-        x / torch.tensor(n) if average else x
-        for x, n in zip(policy, (chosen_lengths, rejected_lengths), strict=True)
+        x / torch.tensor(n) if average else x for x, n in zip(policy, (chosen_lengths, rejected_lengths), strict=True)
     ]
     trainer = SimpleNamespace(
         alpha=0.0,

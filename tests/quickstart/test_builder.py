@@ -32,9 +32,7 @@ def rows(data_dir, split, name="m3po_scenes/systematic_x0.01"):
     source = tfds.builder(name, data_dir=str(data_dir)).as_data_source(
         split, decoders={"image": tfds.decode.SkipDecoding()}
     )
-    return [
-        {key: value if key == "image" else value.decode() for key, value in row.items()} for row in source
-    ]
+    return [{key: value if key == "image" else value.decode() for key, value in row.items()} for row in source]
 
 
 def test_sizes_ids_and_images(data_dir):
@@ -108,11 +106,7 @@ def test_registered_default_configuration(tmp_path, monkeypatch):
 
 
 def test_two_processes_prepare_the_same_folder(tmp_path):
-    code = (
-        "import sys\n"
-        "from m3po_jax.quickstart.builder import *\n"
-        "prepare(sys.argv[1], scene_config(scale=.004))"
-    )
+    code = "import sys\nfrom m3po_jax.quickstart.builder import *\nprepare(sys.argv[1], scene_config(scale=.004))"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     running = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env, stderr=subprocess.DEVNULL)
@@ -122,9 +116,7 @@ def test_two_processes_prepare_the_same_folder(tmp_path):
     assert len(rows(tmp_path, "prompts", "m3po_scenes/systematic_x0.004")) == 6
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"regime": "sistematic"}, {"seed": -1}, {"scale": 0}, {"scale": float("nan")}]
-)
+@pytest.mark.parametrize("wrong", [{"regime": "sistematic"}, {"seed": -1}, {"scale": 0}, {"scale": float("nan")}])
 def test_bad_configurations(wrong):
     with pytest.raises(UserError):
         module.scene_config(**wrong)

@@ -22,9 +22,7 @@ from m3po_jax.quickstart.scenes import SPLITS, pictures, scene, stream
 
 def digest(split: str, index: int, seed: int = 0) -> str:
     made = scene(split, index, seed)
-    return hashlib.sha256(made.image.tobytes() + "|".join((*made.objects, made.theme)).encode()).hexdigest()[
-        :16
-    ]
+    return hashlib.sha256(made.image.tobytes() + "|".join((*made.objects, made.theme)).encode()).hexdigest()[:16]
 
 
 def test_every_object_has_art_and_a_theme():

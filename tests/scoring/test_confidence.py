@@ -20,9 +20,7 @@ from m3po_jax.scoring.confidence import (
 )
 
 ragged = st.lists(st.lists(st.floats(-30, 0, width=32), min_size=1, max_size=30), min_size=1, max_size=6)
-answers = st.lists(
-    st.sampled_from(["A dog.", "dog", "two cats", "A red car, a dog and a cat.", "a dog, a cat", ""])
-)
+answers = st.lists(st.sampled_from(["A dog.", "dog", "two cats", "A red car, a dog and a cat.", "a dog, a cat", ""]))
 
 
 @given(ragged)
