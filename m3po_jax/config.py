@@ -31,9 +31,15 @@ class MeshConfig:
 class ModelConfig:
     """A model directory in Hugging Face layout, and how to run it."""
 
-    path: str = ""  # a local directory or a hub id; `builtin:NAME` for the checkpoints that ship with the package
+    path: str = (
+        ""  # a local directory or a hub id; `builtin:NAME` for the checkpoints that ship with the package
+    )
     dtype: str = "bfloat16"  # computation
     param_dtype: str = "bfloat16"  # frozen weights; trained ones are float32
+    init: str = "pretrained"  # pretrained | random: a directory with config.json alone starts from seed
+    vision_tower: str = (
+        ""  # a CLIP directory whose tower replaces the model's own (original LLaVA releases lack one)
+    )
     template: str = "vicuna_v1"  # vicuna_v1 | hf | plain, see data/templates.py
     image_fit: str = "pad"  # pad | crop | stretch, see data/images.py
     remat: str = "full"  # none | full | dots: what the backward pass recomputes
@@ -76,7 +82,9 @@ class ScoreConfig:
     aggregate: str = "mean"  # of claims: mean | min | soft_f1 (needs `vocabulary`)
     vocabulary: list[str] = field(default_factory=list)  # soft_f1: the claims that could have been made
     claim_template: str = "{claim}"  # the text that stands for one claim in the dual encoder
-    confidence: list[str] = field(default_factory=lambda: ["mean"])  # sum | mean | tail | cluster | prior | visual
+    confidence: list[str] = field(
+        default_factory=lambda: ["mean"]
+    )  # sum | mean | tail | cluster | prior | visual
     batch_size: int = 32  # prompts
 
 
@@ -84,7 +92,8 @@ class ScoreConfig:
 class SelectConfig:
     """The M3P-Score and the rules that a pair must satisfy (METHOD section 2)."""
 
-    rule: str = "m3p"  # m3p | mas_only | random | low_confidence | product | lexicographic | inversion | shared
+    # m3p | mas_only | vanilla | random | low_confidence | product | lexicographic | inversion | shared
+    rule: str = "m3p"
     confidence: str = "mean"  # the variant that enters the score
     lambda_preferred: float = 0.2
     lambda_dispreferred: float = 1.0
@@ -208,7 +217,9 @@ def load_recipe(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
     if path is not None:
         path = Path(path)
         if not path.is_file():
-            raise UserError("no such recipe", where=str(path), remedy="see configs/ for the recipes that ship")
+            raise UserError(
+                "no such recipe", where=str(path), remedy="see configs/ for the recipes that ship"
+            )
         try:
             loaded = OmegaConf.load(path)
         except Exception as error:  # yaml.YAMLError and its kin: the first line says where

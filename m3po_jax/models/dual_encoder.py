@@ -1,0 +1,150 @@
+"""Image-text dual encoders: CLIP (Radford et al., arXiv:2103.00020) and SigLIP (Zhai et al., arXiv:2303.15343).
+
+They judge how well a text fits an image (the `similarity` alignment score) and their vision towers are what
+LLaVA-shaped models see with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from m3po_jax.models.attention import Bidirectional, Causal
+from m3po_jax.models.encoder import Encoder, EncoderConfig
+from m3po_jax.models.layers import Embedding, LayerNorm, Linear
+from m3po_jax.models.vit import VisionTransformer, ViTConfig
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    encoder: EncoderConfig
+    vocab_size: int
+    max_positions: int
+    eos_token_id: int
+
+
+@dataclass(frozen=True)
+class DualEncoderConfig:
+    """`kind`: ``clip`` or ``siglip``; `projection_size` is the width of the common space."""
+
+    kind: str
+    vision: ViTConfig
+    text: TextConfig
+    projection_size: int
+
+
+class TextTransformer(nnx.Module):
+    def __init__(self, config: DualEncoderConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+        text, kinds = config.text, {"dtype": dtype, "param_dtype": param_dtype}
+        width = text.encoder.hidden_size
+        self.kind, self.eos_token_id = config.kind, text.eos_token_id
+        self.token_embedding = Embedding(text.vocab_size, width, axes=("vocab", "embed"), rngs=rngs, **kinds)
+        self.position_embedding = Embedding(
+            text.max_positions, width, axes=("position", "norm"), rngs=rngs, **kinds
+        )
+        self.encoder = Encoder(text.encoder, rngs=rngs, **kinds)
+        self.final_layer_norm = LayerNorm(width, eps=text.encoder.layer_norm_eps, **kinds)
+        # SigLIP projects inside the text tower, with a bias; CLIP outside it, without.
+        self.head = (
+            Linear(width, config.projection_size, axes=("embed", None), use_bias=True, rngs=rngs, **kinds)
+            if config.kind == "siglip"
+            else None
+        )
+
+    def __call__(self, token_ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, "b d"]:
+        x = self.token_embedding(token_ids) + self.position_embedding(jnp.arange(token_ids.shape[1]))
+        if self.kind == "siglip":
+            # SigLIP was trained on texts padded to the full length, padding attended to, pooled at the last slot.
+            x, _ = self.encoder(x, Bidirectional(jnp.ones_like(mask)))
+            return self.head(self.final_layer_norm(x)[:, -1])
+        x, _ = self.encoder(x, Causal(mask))
+        # Checkpoints from before transformers 4.31 state eos_token_id 2 whatever it is; their EOS is the highest id.
+        is_end = token_ids if self.eos_token_id == 2 else (token_ids == self.eos_token_id)
+        end = jnp.argmax(is_end.astype(jnp.int32), axis=1)
+        return jnp.take_along_axis(self.final_layer_norm(x), end[:, None, None], axis=1)[:, 0]
+
+
+def normalize(x: Float[Array, "... e"]) -> Float[Array, "... e"]:
+    x = x.astype(jnp.float32)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+class DualEncoder(nnx.Module):
+    """Both towers; similarity is ``exp(logit_scale) · cos(image, text) + logit_bias``."""
+
+    def __init__(self, config: DualEncoderConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+        kinds = {"dtype": dtype, "param_dtype": param_dtype}
+        clip = config.kind == "clip"
+        self.config = config
+        self.vision_tower = VisionTransformer(config.vision, rngs=rngs, **kinds)
+        self.text_tower = TextTransformer(config, rngs=rngs, **kinds)
+        project = lambda width: Linear(  # noqa: E731
+            width, config.projection_size, axes=("embed", None), rngs=rngs, **kinds
+        )
+        self.visual_projection = project(config.vision.encoder.hidden_size) if clip else None
+        self.text_projection = project(config.text.encoder.hidden_size) if clip else None
+        # CLIP starts at 1/0.07 with no bias; SigLIP's paper starts at 10 and −10.
+        self.logit_scale = nnx.Param(jnp.asarray([2.6592 if clip else 2.3026], jnp.float32), axes=(None,))
+        self.logit_bias = nnx.Param(jnp.asarray([0.0 if clip else -10.0], jnp.float32), axes=(None,))
+
+    def encode_image(
+        self, pixel_values: Float[Array, "b h w 3"], *, remat: str = "none"
+    ) -> Float[Array, "b e"]:
+        """Unit vectors, float32."""
+        _, pooled = self.vision_tower(pixel_values, remat=remat)
+        return normalize(pooled if self.visual_projection is None else self.visual_projection(pooled))
+
+    def encode_text(self, token_ids: Int[Array, "c t"], mask: Bool[Array, "c t"]) -> Float[Array, "c e"]:
+        """Unit vectors, float32. SigLIP wants texts padded to `text.max_positions`."""
+        pooled = self.text_tower(token_ids, mask)
+        return normalize(pooled if self.text_projection is None else self.text_projection(pooled))
+
+    def logits(self, images: Float[Array, "b e"], texts: Float[Array, "c e"]) -> Float[Array, "b c"]:
+        similarity = jnp.matmul(images, texts.T, precision=jax.lax.Precision.HIGHEST)
+        return jnp.exp(self.logit_scale[...]) * similarity + self.logit_bias[...]
+
+
+def dual_encoder_config(raw: dict[str, Any], where: str) -> DualEncoderConfig:
+    """CLIP or SigLIP from ``config.json``; absent keys take the published defaults.
+
+    Raises:
+        UserError: another model type.
+    """
+    from m3po_jax.errors import UserError
+    from m3po_jax.models.llava.config import vit_config
+
+    kind = raw.get("model_type")
+    if kind not in ("clip", "siglip"):
+        raise UserError(
+            f"model_type {kind!r} is not a dual encoder", where=where, remedy="use a CLIP or SigLIP model"
+        )
+    text, clip = raw.get("text_config") or {}, kind == "clip"
+    width = int(text.get("hidden_size", 512 if clip else 768))
+    encoder = EncoderConfig(
+        hidden_size=width,
+        intermediate_size=int(text.get("intermediate_size", 2048 if clip else 3072)),
+        num_layers=int(text.get("num_hidden_layers", 12)),
+        num_heads=int(text.get("num_attention_heads", 8 if clip else 12)),
+        activation=text.get("hidden_act", "quick_gelu" if clip else "gelu_pytorch_tanh"),
+        layer_norm_eps=float(text.get("layer_norm_eps", 1e-5 if clip else 1e-6)),
+    )
+    return DualEncoderConfig(
+        kind=kind,
+        vision=vit_config(raw.get("vision_config") or {}, kind, where),
+        text=TextConfig(
+            encoder=encoder,
+            vocab_size=int(text.get("vocab_size", 49408 if clip else 32000)),
+            max_positions=int(text.get("max_position_embeddings", 77 if clip else 64)),
+            eos_token_id=int(text.get("eos_token_id", 49407)),
+        ),
+        projection_size=int(raw.get("projection_dim", 512) if clip else text.get("projection_size") or width),
+    )
+
+
+def build(config: DualEncoderConfig, *, dtype: Any, param_dtype: Any, seed: int = 0) -> DualEncoder:
+    return DualEncoder(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(seed))

@@ -1,0 +1,120 @@
+"""The two forward passes that every stage is made of, for any vision-language model of the registry.
+
+`branch_log_probs` scores given answers (confidence, judges, reference and policy of the preference loss);
+`prefill` starts generation. Both run the prompt, with its images, once for all of its answers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from m3po_jax.models.attention import Causal, Tree
+from m3po_jax.models.llama import Llama
+
+
+class VisionLanguageModel(Protocol):
+    """What a family provides; see `llava/model.py` for shapes."""
+
+    config: Any
+    decoder: Llama
+
+    def image_features(self, pixel_values: jax.Array, *, remat: str = "none") -> jax.Array: ...
+
+    def embed_prompts(self, token_ids: jax.Array, features: jax.Array | None) -> jax.Array: ...
+
+
+def encode_images(
+    model: VisionLanguageModel, pixel_values: Float[Array, "b m h w 3"] | None, *, remat: str = "none"
+) -> Float[Array, "b m n v"] | None:
+    """Tower features of each row's images; None (or m = 0) for text-only batches."""
+    if pixel_values is None or pixel_values.shape[1] == 0:
+        return None
+    b, m = pixel_values.shape[:2]
+    features = model.image_features(pixel_values.reshape(b * m, *pixel_values.shape[2:]), remat=remat)
+    return features.reshape(b, m, *features.shape[1:])
+
+
+def prefix_positions(prefix_mask: Bool[Array, "b p"]) -> Int[Array, "b p"]:
+    """Rotary positions that count unpadded tokens from 0."""
+    return jnp.maximum(jnp.cumsum(prefix_mask, axis=1) - 1, 0)
+
+
+def last_valid(hidden: Float[Array, "b p d"], prefix_mask: Bool[Array, "b p"]) -> Float[Array, "b d"]:
+    """The hidden state of each row's last unpadded token."""
+    last = prefix_mask.shape[1] - 1 - jnp.argmax(prefix_mask[:, ::-1], axis=1)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+
+
+def token_log_probs(logits: Float[Array, "... vocab"], token_ids: Int[Array, "..."]) -> Float[Array, "..."]:
+    """log softmax(logits)[token] in float32, without the full softmax."""
+    chosen = jnp.take_along_axis(logits, token_ids[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def branch_hidden(
+    model: VisionLanguageModel,
+    prefix_ids: Int[Array, "b p"],
+    prefix_mask: Bool[Array, "b p"],
+    features: Float[Array, "b m n v"] | None,
+    branch_ids: Int[Array, "b k t"],
+    branch_mask: Bool[Array, "b k t"],
+    *,
+    remat: str = "none",
+) -> Float[Array, "b k t d"]:
+    """Hidden states from which each branch token is predicted.
+
+    Token 0 of a branch is predicted from the prompt's last token, token t from the branch's token t − 1.
+    """
+    b, p = prefix_ids.shape
+    _, k, t = branch_ids.shape
+    prefix = model.embed_prompts(prefix_ids, features)
+    branches = model.decoder.embed_tokens(branch_ids.reshape(b, k * t)).astype(prefix.dtype)
+    lengths = jnp.sum(prefix_mask, axis=1)
+    branch_positions = lengths[:, None, None] + jnp.arange(t)[None, None, :]
+    positions = jnp.concatenate(
+        [prefix_positions(prefix_mask), jnp.broadcast_to(branch_positions, (b, k, t)).reshape(b, k * t)],
+        axis=1,
+    )
+    hidden, _ = model.decoder(
+        jnp.concatenate([prefix, branches], axis=1), positions, Tree(prefix_mask, branch_mask), remat=remat
+    )
+    first = jnp.broadcast_to(
+        last_valid(hidden[:, :p], prefix_mask)[:, None, None], (b, k, 1, hidden.shape[-1])
+    )
+    rest = hidden[:, p:].reshape(b, k, t, -1)[:, :, :-1]
+    return jnp.concatenate([first, rest], axis=2)
+
+
+def branch_log_probs(
+    model: VisionLanguageModel,
+    prefix_ids: Int[Array, "b p"],
+    prefix_mask: Bool[Array, "b p"],
+    features: Float[Array, "b m n v"] | None,
+    branch_ids: Int[Array, "b k t"],
+    branch_mask: Bool[Array, "b k t"],
+    *,
+    remat: str = "none",
+) -> Float[Array, "b k t"]:
+    """log π(token | image, prompt, earlier tokens of the branch) in nats, temperature 1; 0 where masked.
+
+    The prompt is encoded once for its k branches, and logits exist at branch positions only.
+    """
+    hidden = branch_hidden(model, prefix_ids, prefix_mask, features, branch_ids, branch_mask, remat=remat)
+    log_probs = token_log_probs(model.decoder.logits(hidden), branch_ids)
+    return jnp.where(branch_mask, log_probs, 0.0)
+
+
+def prefill(
+    model: VisionLanguageModel,
+    prefix_ids: Int[Array, "b p"],
+    prefix_mask: Bool[Array, "b p"],
+    features: Float[Array, "b m n v"] | None,
+) -> tuple[Float[Array, "b vocab"], Any]:
+    """Logits of the first answer token and every layer's prefix keys and values [L, B, P, G, D]."""
+    x = model.embed_prompts(prefix_ids, features)
+    hidden, cache = model.decoder(x, prefix_positions(prefix_mask), Causal(prefix_mask), keep_cache=True)
+    return model.decoder.logits(last_valid(hidden, prefix_mask)), cache

@@ -1,0 +1,180 @@
+"""Building blocks that every model family shares.
+
+Parameters carry their logical axes as metadata (``nnx.Param(..., axes=("embed", "heads"))``); `sharding.py` maps
+them to the mesh. Shape suffixes: B batch, S sequence, D model width, F MLP width, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+M = TypeVar("M", bound=nnx.Module)
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+}
+
+
+def matmul_precision(dtype: Any) -> jax.lax.Precision | None:
+    """Full float32 products where float32 was asked for; TPUs would use one bfloat16 pass by default."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+class LoRAParam(nnx.Param):
+    """A trainable low-rank factor; the variable type is what separates adapter from base weights."""
+
+
+class Linear(nnx.Module):
+    """``y = x W + b``, plus ``(α/r) (x A) B`` once `lora.attach` has added the factors.
+
+    `kernel` is (in, out). The rank-r product is computed beside the base product, so that the base weight is
+    never rewritten and the reference model is the same module with `lora_scale` 0 (Hu et al., arXiv:2106.09685).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: tuple[str | None, str | None],
+        dtype: Any,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+        use_bias: bool = False,
+        std: float = 0.02,
+    ):
+        kernel = std * jax.random.normal(rngs.params(), (in_features, out_features), jnp.float32)
+        self.kernel = nnx.Param(kernel.astype(param_dtype), axes=axes)
+        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype), axes=axes[1:]) if use_bias else None
+        self.lora_a = nnx.data(None)
+        self.lora_b = nnx.data(None)
+        self.lora_scale = 0.0
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        precision = matmul_precision(self.dtype)
+        x = x.astype(self.dtype)
+        y = jnp.matmul(x, self.kernel[...].astype(self.dtype), precision=precision)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)
+        if self.lora_a is not None and self.lora_scale != 0.0:
+            low = jnp.matmul(x, self.lora_a[...].astype(self.dtype), precision=precision)
+            y = y + self.lora_scale * jnp.matmul(
+                low, self.lora_b[...].astype(self.dtype), precision=precision
+            )
+        return y
+
+
+class Embedding(nnx.Module):
+    def __init__(
+        self,
+        rows: int,
+        features: int,
+        *,
+        axes: Any,
+        dtype: Any,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+        std: float = 0.02,
+    ):
+        table = std * jax.random.normal(rngs.params(), (rows, features), jnp.float32)
+        self.table = nnx.Param(table.astype(param_dtype), axes=axes)
+        self.dtype = dtype
+
+    def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... features"]:
+        return jnp.take(self.table[...], ids, axis=0).astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · g, in float32 (Zhang and Sennrich, arXiv:1910.07467), cast back before the gain as LLaMA does."""
+
+    def __init__(self, features: int, *, eps: float, dtype: Any, param_dtype: Any):
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype), axes=("norm",))
+        self.eps, self.dtype = eps, dtype
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return self.scale[...].astype(self.dtype) * x.astype(self.dtype)
+
+
+class LayerNorm(nnx.Module):
+    def __init__(self, features: int, *, eps: float, dtype: Any, param_dtype: Any):
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype), axes=("norm",))
+        self.bias = nnx.Param(jnp.zeros((features,), param_dtype), axes=("norm",))
+        self.eps, self.dtype = eps, dtype
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        x = x * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return x.astype(self.dtype)
+
+
+def stack_layers(make_layer: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
+    """One module whose parameters hold `count` layers along a new leading axis named ``layers``."""
+
+    @nnx.vmap
+    def make(key: jax.Array) -> M:
+        return make_layer(nnx.Rngs(key))
+
+    stacked = make(jax.random.split(rngs.params(), count))
+    for _, variable in nnx.to_flat_state(nnx.state(stacked, nnx.Param)):
+        variable.set_metadata("axes", ("layers", *variable.get_metadata()["axes"]))
+    return stacked
+
+
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def scan_layers(
+    stacked: nnx.Module,
+    apply: Callable[[Any, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any = None,
+    *,
+    remat: str = "none",
+) -> tuple[Any, Any]:
+    """Runs `apply(layer, carry, x) -> (carry, y)` over the layers of `stacked`, compiled once.
+
+    `xs` and the returned ys have a leading layer axis. `remat` names what the backward pass keeps: everything
+    (``none``), nothing but each layer's input (``full``), or the results of matrix products (``dots``).
+    """
+    graph, state = nnx.split(stacked)
+
+    def body(carry: Any, inputs: Any) -> tuple[Any, Any]:
+        layer_state, x = inputs
+        return apply(nnx.merge(graph, layer_state), carry, x)
+
+    policy = REMAT_POLICIES[remat]
+    if policy is not None:
+        # Under a scan the loop itself prevents the common-subexpression merging that `prevent_cse` guards against.
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    return jax.lax.scan(body, carry, (state, xs))
+
+
+def unstack_layers(stacked: M, count: int) -> list[M]:
+    """The layers of a stacked module one by one, for loops that must not slice weights at every step."""
+    graph, state = nnx.split(stacked)
+    return [nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], state)) for i in range(count)]
+
+
+def take_layers(stacked: M, start: int, stop: int) -> M:
+    """A stacked module of the layers ``start:stop``."""
+    graph, state = nnx.split(stacked)
+    return nnx.merge(graph, jax.tree.map(lambda x: x[start:stop], state))

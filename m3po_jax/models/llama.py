@@ -1,0 +1,153 @@
+"""The LLaMA decoder (Touvron et al., arXiv:2302.13971), grouped-query attention included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from m3po_jax.models.attention import Layout
+from m3po_jax.models.layers import (
+    ACTIVATIONS,
+    Embedding,
+    Linear,
+    RMSNorm,
+    matmul_precision,
+    scan_layers,
+    stack_layers,
+)
+from m3po_jax.sharding import constrain
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    activation: str = "silu"
+    tie_word_embeddings: bool = False
+    max_positions: int = 4096
+
+
+def rotary_tables(
+    positions: Int[Array, "b s"], head_dim: int, theta: float
+) -> tuple[Float[Array, "b s 1 d"], Float[Array, "b s 1 d"]]:
+    """cos and sin of the rotary embedding (Su et al., arXiv:2104.09864), in the half-split order of Hugging Face."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rotary(x: Float[Array, "b s h d"], tables: tuple[jax.Array, jax.Array]) -> Float[Array, "b s h d"]:
+    cos, sin = tables
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([-second, first], axis=-1)
+    return (x * cos + rotated * sin).astype(x.dtype)
+
+
+class LlamaAttention(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+        c = config
+        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self.q_proj = Linear(c.hidden_size, q_width, axes=("embed", "heads"), **kinds)
+        self.k_proj = Linear(c.hidden_size, kv_width, axes=("embed", "kv_heads"), **kinds)
+        self.v_proj = Linear(c.hidden_size, kv_width, axes=("embed", "kv_heads"), **kinds)
+        self.o_proj = Linear(q_width, c.hidden_size, axes=("heads", "embed"), **kinds)
+        self.head_dim = c.head_dim
+
+    def __call__(self, x: jax.Array, rotary: Any, layout: Layout, cache: Any) -> tuple[jax.Array, Any]:
+        heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)  # noqa: E731
+        q = apply_rotary(heads(self.q_proj(x)), rotary)
+        k = apply_rotary(heads(self.k_proj(x)), rotary)
+        out, cache = layout(q, k, heads(self.v_proj(x)), cache)
+        return self.o_proj(out.reshape(*out.shape[:2], -1)), cache
+
+
+class LlamaMLP(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+        d, f = config.hidden_size, config.intermediate_size
+        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.gate_proj = Linear(d, f, axes=("embed", "mlp"), **kinds)
+        self.up_proj = Linear(d, f, axes=("embed", "mlp"), **kinds)
+        self.down_proj = Linear(f, d, axes=("mlp", "embed"), **kinds)
+        self.activation = config.activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaLayer(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+        norm = {"eps": config.rms_norm_eps, "dtype": dtype, "param_dtype": param_dtype}
+        self.input_norm = RMSNorm(config.hidden_size, **norm)
+        self.attention = LlamaAttention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.post_attention_norm = RMSNorm(config.hidden_size, **norm)
+        self.mlp = LlamaMLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, rotary: Any, layout: Layout, cache: Any) -> tuple[jax.Array, Any]:
+        attended, cache = self.attention(self.input_norm(x), rotary, layout, cache)
+        x = constrain(x + attended, "batch", None, None)
+        x = constrain(x + self.mlp(self.post_attention_norm(x)), "batch", None, None)
+        return x, cache
+
+
+class Llama(nnx.Module):
+    """Embeddings in, hidden states out; `logits` is separate so that only response positions pay for it."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+        kinds = {"dtype": dtype, "param_dtype": param_dtype}
+        self.config, self.dtype = config, dtype
+        self.embed_tokens = Embedding(
+            config.vocab_size, config.hidden_size, axes=("vocab", "embed"), rngs=rngs, **kinds
+        )
+        self.layers = stack_layers(lambda r: LlamaLayer(config, rngs=r, **kinds), config.num_layers, rngs)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **kinds)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(config.hidden_size, config.vocab_size, axes=("embed", "vocab"), rngs=rngs, **kinds)
+        )
+
+    def rotary(self, positions: Int[Array, "b s"]) -> tuple[jax.Array, jax.Array]:
+        return rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+
+    def __call__(
+        self,
+        x: Float[Array, "b s d"],
+        positions: Int[Array, "b s"],
+        layout: Layout,
+        *,
+        keep_cache: bool = False,
+        remat: str = "none",
+    ) -> tuple[Float[Array, "b s d"], Any]:
+        """Hidden states after the final norm and, with `keep_cache`, every layer's keys and values [L, B, S, G, D]."""
+        rotary = self.rotary(positions)
+
+        def apply(layer: LlamaLayer, x: jax.Array, _: None) -> tuple[jax.Array, Any]:
+            x, cache = layer(x, rotary, layout, None)
+            return x, cache if keep_cache else None
+
+        x, cache = scan_layers(self.layers, apply, constrain(x, "batch", None, None), remat=remat)
+        return self.norm(x), cache
+
+    def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
+        """Next-token logits in float32."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden).astype(jnp.float32)
+        table = self.embed_tokens.table[...].astype(self.dtype)
+        logits = jnp.einsum(
+            "...d,vd->...v", hidden.astype(self.dtype), table, precision=matmul_precision(self.dtype)
+        )
+        return logits.astype(jnp.float32)
