@@ -1,12 +1,13 @@
 """The LLaMA decoder as generation wants it: layers apart, products fused, one prefix for all candidates.
 
-The arithmetic is that of `models/llama.py`; the arrangement is not. Layers are unstacked once, before any loop,
-so that no step slices weights. Queries, keys and values are one product and so are gate and up, because a decode
-step is a handful of rows against every weight. Keys and values lie head-major, as the attention products read
-them, and the answers' cache is a list of chunks: only the last one is written, so the others are read in place.
+The arithmetic is that of `models/llama.py`; the arrangement is not. Layers are unstacked once, before any
+loop, so that no step slices weights. Queries, keys and values are one product and so are gate and up, because
+a decode step is a handful of rows against every weight. Keys and values lie head-major, as the attention
+products read them, and the answers' cache is a list of chunks: only the last is written, so the others are
+read in place.
 
-Shape suffixes: B prompts, P prefix tokens, K candidates, N slots of a chunk, G key/value heads, R query heads of
-each, D head width, E model width, F MLP width.
+Shape suffixes: B prompts, P prefix tokens, K candidates, N slots of a chunk, G key/value heads, R query heads
+of each, D head width, E model width, F MLP width.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ QUERY_BLOCK = 256  # prefill attends this many queries at a time, to the keys up
 
 
 class FusedLayer(NamedTuple):
-    """One layer's weights in the computation's dtype. Adapters are (A, α/r · B) beside their frozen kernel."""
+    """One layer's weights in the computation's dtype; adapters are (A, α/r · B) beside their kernel."""
 
-    input_norm: Float[Array, "e"]
+    input_norm: Float[Array, " e"]
     qkv: Float[Array, "e g r+2 d"]
     out: Float[Array, "gd e"]
-    mlp_norm: Float[Array, "e"]
+    mlp_norm: Float[Array, " e"]
     gate_up: Float[Array, "e 2 f"]
     down: Float[Array, "f e"]
     adapters: dict[str, KV]
@@ -122,7 +123,7 @@ def _finish(config: LlamaConfig, layer: FusedLayer, x: jax.Array, attended: jax.
 
 
 def _attend(parts: list[tuple[str, str, jax.Array, KV, jax.Array | None]], scale: float) -> jax.Array:
-    """One softmax over several sets of keys, none of them copied together; float32 sums, 0 where nothing is seen.
+    """One softmax over several sets of keys, none of them copied together; float32 sums, 0 for empty rows.
 
     A part is (equation of the scores, equation of the values, queries, keys and values, mask).
     """
@@ -199,8 +200,8 @@ def empty_chunks(config: LlamaConfig, batch: int, candidates: int, slots: int, d
 def _pin_stationary(x: jax.Array) -> jax.Array:
     """Splits a decode step's activations by width instead of by prompt over ``fsdp``.
 
-    The weights then stay where they are, and a few rows of activations travel: gathering the weights for every
-    token would move gigabytes a step (Pope et al., arXiv:2211.05102, the weight-stationary layout).
+    The weights then stay where they are, and a few rows of activations travel: gathering the weights for
+    every token would move gigabytes a step (Pope et al., arXiv:2211.05102, the weight-stationary layout).
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or x.shape[-1] % mesh.shape["fsdp"] or x.shape[0] % mesh.shape["data"]:
@@ -213,6 +214,7 @@ def decode_step(
     layers: tuple[FusedLayer, ...],
     x: Float[Array, "b k e"],
     positions: Int[Array, "b 1"],
+    *,
     prefix: list[KV],
     prefix_mask: Bool[Array, "b p"],
     full: list[list[KV]],
@@ -235,8 +237,8 @@ def decode_step(
         q = constrain(q, "batch", None, "kv_heads", None, None)
         own = []
         for buffer, new in zip(chunk[index], (k, v), strict=True):
-            new = constrain(new, "batch", None, "kv_heads", None)[:, :, :, None]
-            own.append(jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), slot, axis=3))
+            row = constrain(new, "batch", None, "kv_heads", None)[:, :, :, None].astype(buffer.dtype)
+            own.append(jax.lax.dynamic_update_slice_in_dim(buffer, row, slot, axis=3))
         own_kv = (own[0], own[1])
         updated.append(own_kv)
         branch = ("bkgrd,bkgnd->bgkrn", "bgkrn,bkgnd->bgkrd", q)

@@ -1,8 +1,8 @@
 """The batched generation engine: K candidates of every prompt, with the raw log-probability of every token.
 
-A prompt's image is encoded once and its prefix prefilled once; its candidates decode against that one copy. All
-shapes are static: prompts are padded to a bucketed length and batches to a fixed number of rows, so that one
-compiled program serves every batch of a kind.
+A prompt's image is encoded once and its prefix prefilled once; its candidates decode against that one copy.
+All shapes are static: prompts are padded to a bucketed length and batches to a fixed number of rows, so that
+one compiled program serves every batch of a kind.
 
 Shape suffixes: B prompts, P prefix tokens, K candidates, T new tokens, V vocabulary.
 """
@@ -72,7 +72,7 @@ class SamplingConfig:
 
 @dataclass
 class PromptBatch:
-    """Prompts on the host, right-padded. `pixel_values` is normalised, [B, M, H, W, 3]; None for text alone."""
+    """Prompts on the host, right-padded. `pixel_values` is normalised; None for text alone."""
 
     ids: list[str]
     token_ids: Int32[np.ndarray, "b p"]
@@ -103,13 +103,13 @@ class Generated:
 
 
 class DeviceResult(NamedTuple):
-    """What the compiled program returns. `steps` counts decode steps; `broken` marks prompts with NaN logits."""
+    """What the compiled program returns: `steps` tokens drawn, `broken` prompts with NaN logits."""
 
     token_ids: Int[Array, "b k t"]
     log_probs: Float[Array, "b k t"]
     lengths: Int[Array, "b k"]
     finished: Bool[Array, "b k"]
-    broken: Bool[Array, "b"]
+    broken: Bool[Array, " b"]
     steps: Int[Array, ""]
 
 
@@ -141,7 +141,7 @@ def bucket(length: int, multiple: int) -> int:
 
 
 def chunk_sizes(max_new_tokens: int) -> list[int]:
-    """Cache slots by stage: the capacity doubles, so that a short answer never reads a long answer's slots."""
+    """Cache slots by stage: capacity doubles, so that a short answer never reads a long answer's slots."""
     slots, sizes = max_new_tokens - 1, []  # the last token drawn is never fed back
     while sum(sizes) < slots:
         sizes.append(min(sum(sizes) or FIRST_CHUNK, slots - sum(sizes)))
@@ -149,7 +149,7 @@ def chunk_sizes(max_new_tokens: int) -> list[int]:
 
 
 def pad_rows(x: np.ndarray, rows: int, columns: int | None = None, value: Any = 0) -> np.ndarray:
-    """`x` with rows repeated from its last one up to `rows`, and axis 1 filled with `value` up to `columns`."""
+    """`x` with its last row repeated up to `rows`, and axis 1 filled with `value` up to `columns`."""
     if columns is not None and x.shape[1] < columns:
         filler = np.full((x.shape[0], columns - x.shape[1], *x.shape[2:]), value, x.dtype)
         x = np.concatenate([x, filler], axis=1)
@@ -162,9 +162,10 @@ class Generator:
     """Generates with one model on one mesh; every result is a function of prompt, seed and settings alone.
 
     Args:
-        model: a vision-language model, its weights on the devices of `mesh`. They are rearranged once; after an
-            update of the weights call `load` again (nothing is compiled anew).
-        batch_size: rows of the compiled program, rounded up to what the mesh divides; smaller batches are padded.
+        model: a vision-language model, its weights on the devices of `mesh`. They are rearranged once; after
+            an update of the weights call `load` again (nothing is compiled anew).
+        batch_size: rows of the compiled program, rounded up to what the mesh divides; smaller batches are
+            padded.
         prefix_bucket: prompt lengths are padded to a multiple of this.
     """
 
@@ -261,7 +262,7 @@ class Generator:
         s, config, decoder = self.sampling, model.config.text, model.decoder
         token_ids, mask = arrays["token_ids"], arrays["mask"]
         features = encode_images(model, arrays.get("pixel_values"))
-        # Contrastive decoding runs every prompt twice, in neighbouring rows: with its image and with a blank one.
+        # Contrastive decoding runs every prompt twice, in neighbouring rows: with its image and with a blank.
         views = 2 if s.contrast_alpha > 0 and features is not None else 1
         if views == 2:
             blank = encode_images(model, jnp.zeros_like(arrays["pixel_values"][:1, :1]))
@@ -346,7 +347,15 @@ class Generator:
                 positions = (lengths + state.step - 1)[:, None]
                 slot = state.step - 1 - start
                 hidden, chunk = decode_step(
-                    config, layers, fed, positions, prefix, mask, list(filled), state.chunk, slot
+                    config,
+                    layers,
+                    fed,
+                    positions,
+                    prefix=prefix,
+                    prefix_mask=mask,
+                    full=list(filled),
+                    chunk=state.chunk,
+                    slot=slot,
                 )
                 return advance(hidden, state._replace(chunk=chunk))
 

@@ -1,7 +1,8 @@
 """Drawing tokens: random streams that belong to a candidate, the usual warpers, and a cheap Gumbel-max draw.
 
-Everything is a pure function of its arguments. A candidate's stream is a function of (seed, prompt id, candidate
-index) and of its own step count, so neither the batch that a prompt travels in nor the machines change it.
+Everything is a pure function of its arguments. A candidate's stream is a function of (seed, prompt id,
+candidate index) and of its own step count, so neither the batch that a prompt travels in nor the machines
+change it.
 
 Shape suffixes: N rows (candidates of all prompts), V vocabulary.
 """
@@ -35,7 +36,7 @@ def step_keys(keys: UInt32[Array, "n 2"], step: Int[Array, ""]) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (0, None))(jax.random.wrap_key_data(keys, impl="threefry2x32"), step)
 
 
-def _ordered(x: Float[Array, "..."]) -> Int[Array, "..."]:
+def _ordered(x: Float[Array, " ..."]) -> Int[Array, " ..."]:
     """Integers in the order of the float32 values (−0 and +0 differ, NaN is not covered)."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
@@ -70,8 +71,8 @@ def keep_top_k(logits: Float[Array, "n v"], top_k: int) -> Float[Array, "n v"]:
 def keep_top_p(logits: Float[Array, "n v"], top_p: float) -> Float[Array, "n v"]:
     """The nucleus (Holtzman et al., arXiv:1904.09751) by Hugging Face's rule.
 
-    A token goes when it and all less likely ones together have a probability of at most 1 − p. Tokens that tie
-    at the cut stay or go together (a sort would split them by its own order). The likeliest token always stays.
+    A token goes when it and all less likely ones together have a probability of at most 1 − p. Tokens that
+    tie at the cut stay or go together (a sort would split them by its own order). The likeliest always stays.
     """
     if top_p >= 1.0:
         return logits
@@ -95,11 +96,11 @@ def warp(logits: Float[Array, "n v"], temperature: float, top_k: int, top_p: flo
     return keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
 
 
-def sample(keys: jax.Array, logits: Float[Array, "n v"]) -> Int[Array, "n"]:
+def sample(keys: jax.Array, logits: Float[Array, "n v"]) -> Int[Array, " n"]:
     """One draw a row from softmax(logits) by Gumbel-max in two levels, row i with `keys[i]` alone.
 
-    The vocabulary is cut into about √V blocks; Gumbel noise on the blocks' log-sum-exps picks a block, noise on
-    its logits the token. The distribution is the same (p(block) · p(token | block)), and 2√V random numbers
+    The vocabulary is cut into about √V blocks; Gumbel noise on the blocks' log-sum-exps picks a block, noise
+    on its logits the token. The distribution is the same (p(block) · p(token | block)), and 2√V random values
     replace V: at 32,000 tokens, noise for all of them costs more than the output layer.
     """
     rows, vocab = logits.shape
@@ -120,7 +121,7 @@ def contrast(
 ) -> Float[Array, "n v"]:
     """Visual contrastive decoding (Leng et al., arXiv:2311.16922, equations 3 and 5).
 
-    (1 + α)·logits − α·blank among the tokens whose probability with the image is at least β times the best one's.
+    (1 + α)·logits − α·blank among the tokens whose probability with the image is at least β times the best.
     """
     plausible = logits >= jnp.max(logits, axis=-1, keepdims=True) + math.log(beta)
     return jnp.where(plausible, (1.0 + alpha) * logits - alpha * blank, -jnp.inf)
@@ -128,7 +129,7 @@ def contrast(
 
 def sampling_bias(
     vocab_size: int, suppress: Sequence[int], eos_token_id: int, stop_bias: float
-) -> tuple[Bool[np.ndarray, "v"], Float[np.ndarray, "v"]]:
+) -> tuple[Bool[np.ndarray, " v"], Float[np.ndarray, " v"]]:
     """Which tokens are never drawn, and what is added to the logits before a draw."""
     never = np.zeros(vocab_size, bool)
     never[[token for token in suppress if 0 <= token < vocab_size and token != eos_token_id]] = True

@@ -9,6 +9,7 @@ from m3po_jax.config import LoRAConfig, MeshConfig
 from m3po_jax.generation.engine import Generator, PromptBatch, SamplingConfig, right_pad
 from m3po_jax.models import lora
 from m3po_jax.models.encoder import EncoderConfig
+from m3po_jax.models.layers import Linear
 from m3po_jax.models.llama import LlamaConfig
 from m3po_jax.models.llava.config import LlavaConfig
 from m3po_jax.models.llava.model import build
@@ -20,7 +21,7 @@ IMAGE, PAD, EOS, VOCAB = 120, 121, 2, 128
 
 def tiny_config(kv_heads=2):
     return LlavaConfig(
-        text=LlamaConfig(VOCAB, 32, 64, num_layers=3, num_heads=4, num_kv_heads=kv_heads, head_dim=8),
+        text=LlamaConfig(VOCAB, 32, 64, num_layers=2, num_heads=4, num_kv_heads=kv_heads, head_dim=8),
         vision=ViTConfig(
             "clip", EncoderConfig(16, 32, num_layers=2, num_heads=2), image_size=12, patch_size=4
         ),
@@ -28,7 +29,7 @@ def tiny_config(kv_heads=2):
     )
 
 
-def tiny_model(kv_heads=2, adapters=False, scale=3.0):
+def tiny_model(kv_heads=2, adapters=False, scale=5.0):
     """Weights are `scale` × the usual initialisation, so that attention and logits are far from uniform."""
     model = build(tiny_config(kv_heads), dtype=jnp.float32, param_dtype=jnp.float32, seed=3)
     if adapters:
@@ -36,9 +37,10 @@ def tiny_model(kv_heads=2, adapters=False, scale=3.0):
         for index, linear in enumerate(lora.adapters(model).values()):
             b = linear.lora_b[...]
             linear.lora_b[...] = 0.1 * jax.random.normal(jax.random.key(index), b.shape)
-    graph, state = nnx.split(model)
-    state = jax.tree.map(lambda x: x * scale if x.ndim > 2 else x, state)
-    return nnx.merge(graph, state)
+    for _, linear in nnx.iter_modules(model):
+        if isinstance(linear, Linear):
+            linear.kernel[...] = linear.kernel[...] * scale
+    return model
 
 
 def one_device():
