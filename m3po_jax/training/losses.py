@@ -50,9 +50,7 @@ def _answer_log_probs(model: Any, batch: TreeBatch, features: Any, remat: str) -
     return log_probs.astype(jnp.float32)
 
 
-def reference_sums(
-    model: Any, batch: TreeBatch, features: Any = None, *, remat: str = "none"
-) -> Float[Array, "b k"]:
+def reference_sums(model: Any, batch: TreeBatch, features: Any = None, *, remat: str = "none") -> Float[Array, "b k"]:
     """Σ_t log π_ref of every answer, nats: the given model, adapters switched off, without gradient."""
     lora.set_scale(model, 0.0)
     if features is None:

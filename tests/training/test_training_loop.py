@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import TinyProcessor, base_config, pair_rows, tiny_model, tiny_pairs
 from flax import nnx
+from training_tools import TinyProcessor, base_config, pair_rows, tiny_model, tiny_pairs
 
 from m3po_jax.data.batches import pair_batches
 from m3po_jax.errors import Interrupted, UserError
@@ -35,9 +35,7 @@ def run(path: Path, mesh: Any, stop_at: set[int] = frozenset(), **changes: Any) 
 
     for _ in range(len(stop_at) + 1):
         try:
-            return train(
-                tiny_model(config), tiny_pairs(config), config, output_dir=path, mesh=mesh, on_step=on_step
-            )
+            return train(tiny_model(config), tiny_pairs(config), config, output_dir=path, mesh=mesh, on_step=on_step)
         except Interrupted:
             continue
     raise AssertionError("interrupted more often than asked for")
@@ -80,9 +78,7 @@ def test_crash_between_checkpoints(uninterrupted: TrainResult, tmp_path: Path, o
             raise Killed
 
     with pytest.raises(Killed):
-        train(
-            tiny_model(config), tiny_pairs(config), config, output_dir=tmp_path, mesh=one_device, on_step=die
-        )
+        train(tiny_model(config), tiny_pairs(config), config, output_dir=tmp_path, mesh=one_device, on_step=die)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # a line cut short
     resumed = run(tmp_path, one_device, save_steps=4)
@@ -107,9 +103,7 @@ def test_other_settings_are_refused(uninterrupted: TrainResult, one_device: Any)
 def test_frozen_leaves_are_untouched(uninterrupted: TrainResult) -> None:
     before, after = leaves(tiny_model(base_config())), leaves(uninterrupted.model)
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
-    adapters = {
-        ".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(uninterrupted.model, LoRAParam))
-    }
+    adapters = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(uninterrupted.model, LoRAParam))}
     assert changed == adapters
 
 
@@ -138,7 +132,7 @@ def test_non_finite_loss_names_the_rows(tmp_path: Path, one_device: Any) -> None
             return pixels * np.nan if prompt.id == "row-5" else pixels
 
     pairs = pair_batches(pair_rows(7), Poisoned(), batch_size=config.batch_size, seed=3)
-    with pytest.raises(UserError, match="not finite at step .*row-5") as caught:
+    with pytest.raises(UserError, match=r"not finite at step .*row-5") as caught:
         train(tiny_model(config), pairs, config, output_dir=tmp_path, mesh=one_device)
     assert "row-4" not in str(caught.value)
     saved = {path.name for path in (tmp_path / "checkpoints").iterdir()}
