@@ -115,6 +115,7 @@ class LoRAConfig:
 @dataclass
 class TrainConfig:
     objective: str = "preference"  # preference | sft | contrastive
+    data: list[DataConfig] = field(default_factory=list)  # sft, contrastive: joined; empty: the recipe's `data`
     loss_type: str = "sigmoid"  # see objectives/preference.py
     beta: float = 0.1
     label_smoothing: float = 0.0
@@ -138,14 +139,23 @@ class TrainConfig:
 
 
 @dataclass
+class BenchmarkConfig:
+    """One benchmark: whose rule scores the answers, and where the questions come from."""
+
+    metric: str = "pope"  # pope | chair | short_answer
+    data: DataConfig = field(default_factory=DataConfig)
+    kind: str = ""  # only rows whose metadata has this `kind`; empty: all rows
+    vocabulary: list[str] = field(default_factory=list)  # chair: the objects; empty: those the rows name
+
+
+@dataclass
 class EvaluateConfig:
     """Benchmarks by name, and the decoding of evaluation answers (greedy)."""
 
-    benchmarks: list[str] = field(default_factory=list)
-    data: DataConfig = field(default_factory=DataConfig)
+    benchmarks: dict[str, BenchmarkConfig] = field(default_factory=dict)
     max_new_tokens: int = 128
     batch_size: int = 16
-    stop_bias: list[float] = field(default_factory=list)  # the base model's stop-bias frontier
+    stop_bias: list[float] = field(default_factory=list)  # the base model's stop-bias frontier (chair benchmarks)
     contrast_alpha: list[float] = field(default_factory=list)  # contrastive decoding (VCD) of the base model
     bootstrap_samples: int = 1000
 

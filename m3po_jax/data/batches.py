@@ -167,9 +167,7 @@ def collate_tree(rows: Sequence[TreeRow]) -> TreeBatch:
     prefix_ids, prefix_mask = _pad(
         [row.prefix for row in rows], (len(rows), padded_length(max(len(row.prefix) for row in rows)))
     )
-    branch_ids, branch_mask = _pad(
-        [row.branches for row in rows], (len(rows), branches, padded_length(longest))
-    )
+    branch_ids, branch_mask = _pad([row.branches for row in rows], (len(rows), branches, padded_length(longest)))
     return TreeBatch(
         prefix_ids=prefix_ids,
         prefix_mask=prefix_mask,
@@ -261,9 +259,7 @@ def pair_prompt(row: Mapping[str, Any], where: str = "") -> Prompt:
     *earlier, last = row["prompt"]
     turns = [message_text([message]) for message in earlier]
     history = [[user, assistant] for user, assistant in zip(turns[::2], turns[1::2], strict=True)]
-    images = tuple(
-        Image(bytes=image.get("bytes"), path=image.get("path")) for image in row.get("images") or ()
-    )
+    images = tuple(Image(bytes=image.get("bytes"), path=image.get("path")) for image in row.get("images") or ())
     return Prompt(
         id=row["id"],
         images=images,
@@ -366,9 +362,7 @@ def sft_batches(
         dataset=_endless(len(prompts), seed, batch_size, load, collate_tree),
         ids=tuple(prompt.id for prompt in prompts),
         batch_size=batch_size,
-        fingerprint=_fingerprint(
-            seed, batch_size, [(prompt.id, prompt.instruction) for prompt in prompts], answers
-        ),
+        fingerprint=_fingerprint(seed, batch_size, [(prompt.id, prompt.instruction) for prompt in prompts], answers),
     )
 
 

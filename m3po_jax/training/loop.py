@@ -139,9 +139,7 @@ def train(
     if compute_reference:
         base = jax.tree.map(
             jnp.copy,
-            jax.device_put(
-                partition.base_weights(start), partition.base_weights(step_fn.shardings.trainable)
-            ),
+            jax.device_put(partition.base_weights(start), partition.base_weights(step_fn.shardings.trainable)),
         )
     state = step_fn.init(start)
     compiled_before = step_fn.compilations
@@ -187,9 +185,7 @@ def train(
                     on_step(done, last)
                 if stopping:
                     saved.wait()
-                    raise Interrupted(
-                        f"stopped by {stop.received} after step {done} of {total}; all is saved"
-                    )
+                    raise Interrupted(f"stopped by {stop.received} after step {done} of {total}; all is saved")
         saved.wait()
     if first:
         seconds = time.monotonic() - started
@@ -207,13 +203,9 @@ def train(
 class _Guards:
     """Checks that end a run before it wastes hours; see `check`."""
 
-    def __init__(
-        self, config: TrainConfig, batches: BatchSource, where: str, adapters_off: bool, tolerance: float
-    ):
+    def __init__(self, config: TrainConfig, batches: BatchSource, where: str, adapters_off: bool, tolerance: float):
         self.batches, self.where, self.tolerance = batches, where, tolerance
-        self.expects_ln2 = (
-            config.objective == "preference" and config.loss_type in LN2_LOSSES and adapters_off
-        )
+        self.expects_ln2 = config.objective == "preference" and config.loss_type in LN2_LOSSES and adapters_off
 
     def check(
         self,

@@ -32,9 +32,7 @@ class MetricsLog:
         """Appends one line, on disk when this returns; numbers that JSON lacks (NaN) become null."""
         if not self.enabled:
             return
-        finite = {
-            name: float(value) if math.isfinite(float(value)) else None for name, value in metrics.items()
-        }
+        finite = {name: float(value) if math.isfinite(float(value)) else None for name, value in metrics.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")
 

@@ -39,13 +39,9 @@ def learning_rate_schedule(config: TrainConfig, total_steps: int) -> optax.Sched
             where="train.lr_schedule",
         )
     if not (math.isfinite(config.learning_rate) and config.learning_rate > 0):
-        raise UserError(
-            f"learning_rate must be positive, not {config.learning_rate}", where="train.learning_rate"
-        )
+        raise UserError(f"learning_rate must be positive, not {config.learning_rate}", where="train.learning_rate")
     if not 0 <= config.warmup_ratio <= 1:
-        raise UserError(
-            f"warmup_ratio must lie in [0, 1], not {config.warmup_ratio}", where="train.warmup_ratio"
-        )
+        raise UserError(f"warmup_ratio must lie in [0, 1], not {config.warmup_ratio}", where="train.warmup_ratio")
     warmup = warmup_steps(config.warmup_ratio, total_steps)
     shape = SCHEDULES[config.lr_schedule]
 

@@ -60,11 +60,7 @@ class Partition:
 
     def base_weights(self, trainable: Parameters) -> Parameters:
         """The trainable leaves that are no adapters: at the start, they belong to the reference."""
-        return {
-            name: trainable[name]
-            for name, adapter in zip(self.names, self.adapters, strict=True)
-            if not adapter
-        }
+        return {name: trainable[name] for name, adapter in zip(self.names, self.adapters, strict=True) if not adapter}
 
 
 def trainable_filter(config: TrainConfig, objective: str | None = None) -> Callable[[Any, Any], bool]:
@@ -285,8 +281,7 @@ def _shardings(
         for name, axes, shape in zip(partition.names, partition.axes, shapes, strict=True)
     }
     abstract = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32)
-        for name, shape in zip(partition.names, shapes, strict=True)
+        name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in zip(partition.names, shapes, strict=True)
     }
     moments = optax.tree_map_params(
         optimizer,

@@ -42,9 +42,7 @@ class TinyProcessor:
 
     def pixel_values(self, prompt: Prompt) -> np.ndarray:
         seeds = [int(image.path or 0) for image in prompt.images]
-        return np.stack([np.random.default_rng(seed).normal(size=(8, 8, 3)) for seed in seeds]).astype(
-            np.float32
-        )
+        return np.stack([np.random.default_rng(seed).normal(size=(8, 8, 3)) for seed in seeds]).astype(np.float32)
 
 
 def pair_rows(count: int, images: int = 1) -> list[dict[str, Any]]:

@@ -35,9 +35,7 @@ def run(path: Path, mesh: Any, stop_at: set[int] = frozenset(), **changes: Any) 
 
     for _ in range(len(stop_at) + 1):
         try:
-            return train(
-                tiny_model(config), tiny_pairs(config), config, output_dir=path, mesh=mesh, on_step=on_step
-            )
+            return train(tiny_model(config), tiny_pairs(config), config, output_dir=path, mesh=mesh, on_step=on_step)
         except Interrupted:
             continue
     raise AssertionError("interrupted more often than asked for")
@@ -80,9 +78,7 @@ def test_crash_between_checkpoints(uninterrupted: TrainResult, tmp_path: Path, o
             raise Killed
 
     with pytest.raises(Killed):
-        train(
-            tiny_model(config), tiny_pairs(config), config, output_dir=tmp_path, mesh=one_device, on_step=die
-        )
+        train(tiny_model(config), tiny_pairs(config), config, output_dir=tmp_path, mesh=one_device, on_step=die)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # a line cut short
     resumed = run(tmp_path, one_device, save_steps=4)
@@ -107,9 +103,7 @@ def test_other_settings_are_refused(uninterrupted: TrainResult, one_device: Any)
 def test_frozen_leaves_are_untouched(uninterrupted: TrainResult) -> None:
     before, after = leaves(tiny_model(base_config())), leaves(uninterrupted.model)
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
-    adapters = {
-        ".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(uninterrupted.model, LoRAParam))
-    }
+    adapters = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(uninterrupted.model, LoRAParam))}
     assert changed == adapters
 
 
