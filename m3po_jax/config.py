@@ -89,6 +89,7 @@ class SelectConfig:
     # m3p | mas_only | vanilla | random | low_confidence | product | lexicographic | inversion | shared
     rule: str = "m3p"
     confidence: str = "mean"  # the variant that enters the score
+    confidence_dispreferred: str = ""  # another variant for the rejected role; empty: the same
     lambda_preferred: float = 0.2
     lambda_dispreferred: float = 1.0
     chosen_floor: float = 0.5  # least MAS of a chosen answer
