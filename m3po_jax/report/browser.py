@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from m3po_jax.report.formatting import as_number, clip
+from m3po_jax.report.formatting import as_number, clip, format_number
 from m3po_jax.report.images import thumbnails
 from m3po_jax.report.run_data import Pairs, Reader, Round
 
@@ -46,6 +46,15 @@ class Answer:
     dispreferred: float | None = None
     other: list[tuple[str, float]] = field(default_factory=list)  # further backends and variants
 
+    @property
+    def details(self) -> str:
+        """Length, mean log-probability and further scores in one line."""
+        parts = [] if self.length is None else [f"{format_number(self.length, 0)} tokens"]
+        if self.mean_log_prob is not None:
+            parts.append(f"mean log-prob {format_number(self.mean_log_prob, 2)}")
+        parts += [f"{name} {format_number(value, 2)}" for name, value in self.other]
+        return " · ".join(parts)
+
 
 @dataclass
 class Item:
@@ -68,7 +77,7 @@ class Item:
 
 def spread(values: np.ndarray, ids: Sequence[str], count: int) -> list[int]:
     """Rows evenly spread over the ranking by value (best first, ties by id), best and worst included."""
-    ranking = sorted(range(len(ids)), key=lambda row: (-_or_low(values[row]), ids[row], row))
+    ranking = sorted(range(len(ids)), key=lambda row: (-_or_low(float(values[row])), ids[row], row))
     if len(ranking) <= count:
         return ranking
     places = np.unique(np.linspace(0, len(ranking) - 1, count).round().astype(int))
@@ -106,6 +115,8 @@ def colour_tokens(ids: Any, log_probs: Any, token_text: TokenText) -> list[Token
             text = str(token_text(int(token)))
         except Exception:  # an id that this tokenizer does not have
             text = f"⟨{token}⟩"
+        if position == 0:
+            text = text.lstrip(" ")
         level = 0 if log_prob is None else sum(math.exp(min(log_prob, 0.0)) < level for level in LEVELS)
         tokens.append(Token(text, level, log_prob))
     return tokens
@@ -168,10 +179,10 @@ def browse_round(
         item.more_images = max(0, len(structs) - IMAGES_SHOWN)
         images.append([struct.get("bytes") for struct in structs[:IMAGES_SHOWN]])
         score_of = {row.get("candidate"): row for row in scores.get(item.id, [])}
-        for row in candidates.get(item.id, []):
-            index = row.get("candidate")
+        for candidate in candidates.get(item.id, []):
+            index = candidate.get("candidate")
             role = "" if item.reason else {chosen: "chosen", rejected: "rejected"}.get(index, "")
-            item.answers.append(_answer(row, score_of.get(index, {}), role, token_text))
+            item.answers.append(_answer(candidate, score_of.get(index, {}), role, token_text))
         if not item.answers and not item.reason:  # pairs that came from elsewhere have no candidates
             for role in ("chosen", "rejected"):
                 text = instruction_of(pair.get(role))
@@ -189,7 +200,7 @@ def _pair_item(found: Round, pairs: Pairs, row: int) -> Item:
     return Item(pairs.ids[row], found.number, "", value=value, rank=rank, of=len(pairs))
 
 
-def _pair_numbers(pairs: Pairs | None, prompt_id: str, role: str) -> dict[str, float | None]:
+def _pair_numbers(pairs: Pairs | None, prompt_id: str, role: str) -> dict[str, Any]:
     if pairs is None or prompt_id not in pairs.ids:
         return {}
     row = pairs.ids.index(prompt_id)

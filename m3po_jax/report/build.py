@@ -83,8 +83,8 @@ def render(
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     context: dict[str, Any] = {
         "version": __version__,
-        "style": Markup(style),  # noqa: S704 - a file of this package
-        "script": Markup(script),  # noqa: S704 - a file of this package
+        "style": Markup(style),  # a file of this package
+        "script": Markup(script),  # a file of this package
         "script_hash": digest,
         "header": overview.header(run),
         "config_text": run.config_text,
@@ -134,8 +134,8 @@ def build_report(
 ) -> Path:
     """Writes ``report.html`` into a run directory and returns its path.
 
-    The page needs no network and no other file. It shows what is there: a run that is half done gives a report
-    of that half, with what is missing named.
+    The page needs no network and no other file. It shows what is there: a half-finished run
+    gives a report of that half, with what is missing named.
 
     Args:
         run_dir: A run directory (DESIGN section 3).

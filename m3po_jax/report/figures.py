@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from m3po_jax.report.formatting import as_number, slug
 from m3po_jax.report.run_data import Candidates, Pairs, Round, Run
-from m3po_jax.report.svg import Series, histogram_chart, line_chart, scatter_chart
+from m3po_jax.report.svg import Series, bin_size, histogram_chart, line_chart, scatter_chart
 
 
 @dataclass
@@ -127,9 +127,9 @@ def training_curves(run: Run, curves: Sequence[Curve]) -> list[Figure]:
         if drawn is None:
             continue
         note = curve.note
-        longest = max(len(line.x) for line in series)
-        if longest > 160:
-            note = f"{note} Each point is a mean over about {round(longest / 160)} steps.".strip()
+        size = bin_size(max(len(line.x) for line in series))
+        if size > 1:
+            note = f"{note} Each point is a mean over {size} logged steps.".strip()
         legend = [(f"s{line.style % 8}", line.name) for line in series]
         figures.append(
             Figure(
@@ -144,8 +144,8 @@ def training_curves(run: Run, curves: Sequence[Curve]) -> list[Figure]:
     return figures
 
 
-def pair_scores(candidates: Candidates | None, pairs: Pairs | None, name: str, role: str) -> np.ndarray:
-    """A score of the chosen or rejected answers: from the pair rows, which state MAS and confidence."""
+def _pair_scores(pairs: Pairs | None, name: str, role: str) -> np.ndarray:
+    """MAS or confidence of the chosen or rejected answers, as the pair rows state them."""
     return pairs.numbers[f"{role}_{name}"] if pairs is not None else np.array([])
 
 
@@ -156,25 +156,23 @@ def distributions(found: Round) -> list[Figure]:
     empty = np.array([])
     notes = {
         "mas": "Chosen and rejected answers should stand apart here.",
-        "confidence": "Rejected answers that are as confident as chosen ones are the hard negatives M3PO looks for.",
+        "confidence": "The hard negatives M3PO looks for are rejected answers as confident as chosen ones.",
     }
     titles = {"mas": "Alignment score (MAS)", "confidence": "Confidence"}
     for name in ("mas", "confidence"):
         groups = [("all", scores.get(name, empty))]
-        groups += [
-            (role, pair_scores(found.candidates, found.pairs, name, role)) for role in ("chosen", "rejected")
-        ]
+        groups += [(role, _pair_scores(found.pairs, name, role)) for role in ("chosen", "rejected")]
         svg = histogram_chart(titles[name], groups, x_label="MAS" if name == "mas" else "confidence")
         if svg is not None:
             legend = [
                 (css, f"{text} ({np.isfinite(values).sum():,})")
-                for (css, values), text in zip(groups, ("all candidates", "chosen", "rejected"), strict=True)
+                for (css, values), text in zip(groups, ("all", "chosen", "rejected"), strict=True)
                 if np.isfinite(values).any()
             ]
             figures.append(Figure(f"hist-{name}-{found.number}", titles[name], svg, notes[name], legend))
     groups_xy = [("all", scores.get("mas", empty), scores.get("confidence", empty))]
     for role in ("chosen", "rejected"):
-        x, y = (pair_scores(found.candidates, found.pairs, name, role) for name in ("mas", "confidence"))
+        x, y = (_pair_scores(found.pairs, name, role) for name in ("mas", "confidence"))
         groups_xy.append((role, x, y))
     svg = scatter_chart("Alignment against confidence", groups_xy, x_label="MAS", y_label="confidence")
     if svg is not None:
@@ -184,7 +182,7 @@ def distributions(found: Round) -> list[Figure]:
                 "Alignment against confidence",
                 svg,
                 "Upper left: confidently wrong. At most 700 points of each kind are drawn.",
-                [("all", "all candidates"), ("chosen", "chosen"), ("rejected", "rejected")],
+                [("all", "all"), ("chosen", "chosen"), ("rejected", "rejected")],
             )
         )
     return figures

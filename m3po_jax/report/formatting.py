@@ -14,7 +14,7 @@ DASH = "–"
 MAX_TEXT = 2000  # characters of one model answer that are shown
 # C0 and C1 controls have no meaning in HTML (NUL is a parse error); bidi controls may reorder what surrounds
 # them, which `<bdi>` isolates, so they may stay.
-_CONTROLS = {code: "\ufffd" for code in (*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), *range(0x7F, 0xA0))}
+_CONTROLS = dict.fromkeys((*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), *range(0x7F, 0xA0)), "\ufffd")
 
 
 def as_number(value: Any) -> float | None:
@@ -56,7 +56,7 @@ def format_compact(value: Any) -> str:
 def format_percent(value: Any, digits: int = 0) -> str:
     """A share in [0, 1] as a percentage."""
     number = as_number(value)
-    return DASH if number is None else f"{format_number(100 * number, digits)} %"
+    return DASH if number is None else f"{format_number(100 * number, digits)}\u00a0%"
 
 
 def format_duration(seconds: Any) -> str:
@@ -121,7 +121,7 @@ def embed_json(value: Any) -> Markup:
     text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)  # noqa: S704 - escaped just above
+    return Markup(text)
 
 
 def encode_page(html: str) -> bytes:

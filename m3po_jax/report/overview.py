@@ -65,6 +65,7 @@ def header(run: Run) -> dict[str, Any]:
         ("Device", manifest.get("device"), False),
         ("Started", format_time(manifest["started"]) if manifest.get("started") else None, False),
         ("Last stage finished", format_time(finished) if finished else None, False),
+        ("Time in stages", format_duration(seconds) if (seconds := total_seconds(run)) > 0 else None, False),
         ("Seed", manifest.get("seed", run.setting("seed")), False),
         ("Selection rule", run.setting("select.rule"), False),
         ("Loss", run.setting("train.loss_type"), False),
@@ -254,10 +255,7 @@ def headlines(run: Run, tables: list[EvaluationTable]) -> list[Headline]:
             tone = "bad" if ratio < DISPLACED_LIMIT else ""
             note = "nats per token against the reference"
             found.append(Headline("Chosen log-ratio", format_number(ratio, 3, sign=True), note, tone))
-    seconds = total_seconds(run)
-    if seconds > 0:
-        found.append(Headline("Time", format_duration(seconds), f"in {len(stages(run))} stages"))
-    return found[:7]
+    return found[:6]
 
 
 def _stated(value: Any) -> list[str]:
@@ -265,16 +263,25 @@ def _stated(value: Any) -> list[str]:
 
 
 def warnings(run: Run) -> list[str]:
-    """What a careful reader should know, in plain words; the stages' own warnings first."""
+    """What a careful reader should know, in plain words; the stages' own warnings first.
+
+    Our own remarks are about the latest state of the run; the arms' numbers stand in their table.
+    """
     found = _stated(run.evaluation.get("warnings"))
+    places: dict[str, list[str]] = {}
     for name, rounds in [("", run.rounds), *run.arms.items()]:
         for r in rounds:
-            where = f"Round {r.number}" if not name else f"{name}, round {r.number}"
-            stated = _stated(r.summary.get("warnings"))
-            found += [f"{where}: {line}" for line in stated]
-            if not name:
-                found += [f"{where}: {line}" for line in _round_warnings(r, " ".join(stated).lower())]
-            found += [f"{where}: {line}" for line in _training_warnings(r)]
+            where = f"{name} round {r.number}".strip()
+            for line in _stated(r.summary.get("warnings")):
+                places.setdefault(line, []).append(where)
+    found += [f"{line} ({', '.join(where)})" for line, where in places.items()]
+    selected = next((r for r in reversed(run.rounds) if r.candidates is not None or r.summary), None)
+    if selected is not None:
+        stated = " ".join(_stated(selected.summary.get("warnings"))).lower()
+        found += [f"Round {selected.number}: {line}" for line in _round_warnings(selected, stated)]
+    trained = next((r for r in reversed(run.rounds) if r.metrics), None)
+    if trained is not None:
+        found += [f"Round {trained.number}: {line}" for line in _training_warnings(trained)]
     found += [f"File {line}." for line in run.problems]
     return list(dict.fromkeys(found))
 
@@ -290,14 +297,14 @@ def _round_warnings(found: Round, stated: str) -> list[str]:
     r = correlation(found)
     if r is not None and r > CORRELATION_LIMIT and "correlat" not in stated:
         lines.append(
-            f"MAS and confidence correlate within prompts at {format_number(r, 2)} (above {CORRELATION_LIMIT}): "
-            "confidence says little that MAS does not, and M3PO is then close to choosing by MAS alone."
+            f"MAS and confidence correlate within prompts at {format_number(r, 2)} (above {CORRELATION_LIMIT}"
+            "): confidence says little that MAS does not, and M3PO is then close to choosing by MAS alone."
         )
     auroc = as_number(_dict(found.calibration.get("confidence")).get("auroc"))
     if auroc is not None and abs(auroc - 0.5) < 0.05 and "auroc" not in stated:
         lines.append(
-            f"Confidence separates right from wrong answers no better than chance (AUROC {format_number(auroc, 2)}): "
-            "its weights λ add noise."
+            "Confidence separates right from wrong answers no better than chance "
+            f"(AUROC {format_number(auroc, 2)}): its weights λ add noise."
         )
     auroc = as_number(_dict(found.calibration.get("mas")).get("auroc"))
     if auroc is not None and auroc < 0.6:
@@ -319,8 +326,8 @@ def _training_warnings(found: Round) -> list[str]:
     ratio = _late(found, "chosen_logratio_per_token")
     if ratio is not None and ratio < DISPLACED_LIMIT:
         lines.append(
-            f"chosen answers ended {format_number(-ratio, 3)} nats per token less likely than under the reference "
-            "(likelihood displacement); a chosen-likelihood anchor prevents this."
+            f"chosen answers ended {format_number(-ratio, 3)} nats per token less likely than under the "
+            "reference (likelihood displacement); a chosen-likelihood anchor prevents this."
         )
     return lines
 

@@ -290,7 +290,7 @@ class Reader:
             return {}, ""
         try:
             # Interpolations stay as they are written: the page must not print environment variables.
-            loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+            loaded: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
             text = path.read_text(encoding="utf-8", errors="replace")
         except (
             Exception

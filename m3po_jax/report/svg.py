@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from m3po_jax.report.formatting import format_compact
 
-WIDTH, HEIGHT = 420, 240
+WIDE, NARROW, HEIGHT = 480, 330, 240  # two and three charts in a row: text has the same size in both
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 12, 34
 MAX_POINTS = 160  # of one line; longer ones are averaged in equal bins
 
@@ -53,30 +53,46 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(k * step, 12) for k in range(first, last + 1)]
 
 
+def bin_size(count: int, limit: int = MAX_POINTS) -> int:
+    """Neighbouring points that are averaged into one, so that `count` points become at most `limit`."""
+    return max(1, -(-count // limit))
+
+
 def average(x: Sequence[float], y: Sequence[float], limit: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most `limit` points: means of equal runs of neighbours. NaNs are left out of the means."""
+    """Means of `bin_size` neighbours each; NaNs are left out.
+
+    All bins but the last have the same size: uneven ones would show noise that is not in the data.
+    """
     xs, ys = np.asarray(x, float), np.asarray(y, float)
     keep = np.isfinite(xs) & np.isfinite(ys)
     xs, ys = xs[keep], ys[keep]
-    if len(xs) <= limit:
+    size = bin_size(len(xs), limit)
+    if size == 1:
         return xs, ys
-    parts = np.array_split(np.arange(len(xs)), limit)
-    return np.array([xs[p].mean() for p in parts]), np.array([ys[p].mean() for p in parts])
+    starts = np.arange(0, len(xs), size)
+    counts = np.diff(np.append(starts, len(xs)))
+    return np.add.reduceat(xs, starts) / counts, np.add.reduceat(ys, starts) / counts
 
 
 class _Frame:
     """Scales, gridlines and axis labels of one chart."""
 
     def __init__(
-        self, x: tuple[float, float], y: tuple[float, float], *, left: int = LEFT, height: int = HEIGHT
+        self,
+        x: tuple[float, float],
+        y: tuple[float, float],
+        *,
+        width: int = WIDE,
+        height: int = HEIGHT,
+        left: int = LEFT,
     ):
         self.x0, self.x1 = _widen(*x)
         self.y0, self.y1 = _widen(*y)
-        self.left, self.height = left, height
+        self.left, self.right, self.height, self.width = left, width - RIGHT, height, width
         self.parts: list[Markup] = []
 
     def px(self, x: float) -> float:
-        return self.left + (x - self.x0) / (self.x1 - self.x0) * (WIDTH - self.left - RIGHT)
+        return self.left + (x - self.x0) / (self.x1 - self.x0) * (self.right - self.left)
 
     def py(self, y: float) -> float:
         return self.height - BOTTOM - (y - self.y0) / (self.y1 - self.y0) * (self.height - BOTTOM - TOP)
@@ -89,22 +105,22 @@ class _Frame:
         for value in ticks(self.y0, self.y1, 4) if y_axis else []:
             at = self.py(value)
             label = f"{format_compact(100 * value)} %" if percent else format_compact(value)
-            self.add('<path class="grid" d="M{} {:.1f}H{}"/>', self.left, at, WIDTH - RIGHT)
+            self.add('<path class="grid" d="M{} {:.1f}H{}"/>', self.left, at, self.right)
             self.add(
                 '<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>',
                 self.left - 6,
                 at + 3.5,
                 label,
             )
-        for value in ticks(self.x0, self.x1, 6):
+        for value in ticks(self.x0, self.x1, round(self.width / 75)):
             self.add(
                 '<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>',
                 self.px(value),
                 bottom + 14,
                 format_compact(value),
             )
-        self.add('<path class="axis" d="M{} {}H{}"/>', self.left, bottom, WIDTH - RIGHT)
-        middle = (self.left + WIDTH - RIGHT) / 2
+        self.add('<path class="axis" d="M{} {}H{}"/>', self.left, bottom, self.right)
+        middle = (self.left + self.right) / 2
         self.add(
             '<text class="label" x="{}" y="{}" text-anchor="middle">{}</text>',
             middle,
@@ -115,7 +131,7 @@ class _Frame:
     def svg(self, title: str, extra: str = "") -> Markup:
         body = Markup("").join(self.parts)
         return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}"{}>{}</svg>').format(
-            WIDTH, self.height, title, Markup(extra), body
+            self.width, self.height, title, Markup(extra), body
         )
 
 
@@ -167,10 +183,10 @@ def line_chart(
         frame.add('<text class="tick" x="{:.1f}" y="{}">{}</text>', frame.px(at) + 4, TOP + 8, label)
     if reference:
         at = frame.py(reference[0])
-        frame.add('<path class="reference" d="M{} {:.1f}H{}"/>', LEFT, at, WIDTH - RIGHT)
+        frame.add('<path class="reference" d="M{} {:.1f}H{}"/>', LEFT, at, frame.right)
         frame.add(
             '<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>',
-            WIDTH - RIGHT,
+            frame.right,
             at - 4,
             reference[1],
         )
@@ -187,8 +203,9 @@ def line_chart(
         "x0": frame.x0,
         "x1": frame.x1,
         "left": LEFT,
-        "right": WIDTH - RIGHT,
-        "width": WIDTH,
+        "right": frame.right,
+        "width": frame.width,
+        "bottom": HEIGHT - BOTTOM,
         "percent": percent,
         "series": [
             {
@@ -220,7 +237,7 @@ def histogram_chart(
     edges = np.linspace(low, high, min(bins, max(4, round(math.sqrt(len(every))))) + 1)
     shares = [(name, np.histogram(values, edges)[0] / len(values)) for name, values in finite]
     top = max(float(share.max()) for _, share in shares)
-    frame = _Frame((float(edges[0]), float(edges[-1])), (0.0, top * 1.06))
+    frame = _Frame((float(edges[0]), float(edges[-1])), (0.0, top * 1.06), width=NARROW)
     frame.axes(x_label, percent=True)
     for name, share in shares:
         xs = np.repeat(edges, 2)
@@ -246,7 +263,7 @@ def scatter_chart(
     if not finite:
         return None
     every_x, every_y = (np.concatenate([group[axis] for group in finite]) for axis in (1, 2))
-    frame = _Frame(_padded(every_x, 0.03), _padded(every_y, 0.03))
+    frame = _Frame(_padded(every_x, 0.03), _padded(every_y, 0.03), width=NARROW)
     frame.axes(x_label)
     frame.add(
         '<text class="label" transform="translate(11 {}) rotate(-90)" text-anchor="middle">{}</text>',
@@ -261,7 +278,7 @@ def scatter_chart(
 
 
 def forest_chart(
-    title: str, points: Sequence[Point], *, band: tuple[float, float] | None, digits: int
+    title: str, points: Sequence[Point], *, band: tuple[float, float] | None, digits: int, x_label: str
 ) -> Markup:
     """One row a system: value (`Point.y`) and interval on a common axis, `band` shaded behind (the base)."""
     lows = [p.interval[0] if p.interval else p.y for p in points]
@@ -278,7 +295,7 @@ def forest_chart(
             max(end - x, 1),
             row_height * len(points),
         )
-    frame.axes("", y_axis=False)
+    frame.axes(x_label, y_axis=False)
     for row, point in enumerate(points):
         y = TOP + row_height * (row + 0.5)
         shown = point.name if len(point.name) <= 18 else point.name[:17] + "…"
@@ -314,7 +331,8 @@ def frontier_chart(title: str, points: Sequence[Point], *, x_label: str, y_label
     line = sorted((p.x, p.y) for p in points if p.kind == "frontier" or p.name == "base")
     if len(line) > 1:
         frame.add('<path class="frontier" d="{}"/>', _path(frame, *np.array(line).T))
-    taken: list[tuple[float, float, float, float]] = []
+    # Boxes that labels must not cover: the marks, then the labels already placed.
+    taken = [(frame.px(p.x) - 5, frame.py(p.y) - 5, frame.px(p.x) + 5, frame.py(p.y) + 5) for p in points]
     for p in points:
         x, y = frame.px(p.x), frame.py(p.y)
         frame.add(
@@ -329,7 +347,9 @@ def frontier_chart(title: str, points: Sequence[Point], *, x_label: str, y_label
             width = 6.2 * len(shown)
             for dx, dy in ((8, 4), (-8 - width, 4), (8, -7), (8, 14), (-8 - width, -7), (-8 - width, 14)):
                 box = (x + dx, y + dy - 10, x + dx + width, y + dy + 2)
-                inside = box[0] >= LEFT and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM
+                inside = (
+                    box[0] >= LEFT and box[2] <= frame.width and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM
+                )
                 free = all(box[0] > o[2] or box[2] < o[0] or box[1] > o[3] or box[3] < o[1] for o in taken)
                 if inside and free:  # a label with no free place is left to the mark's tooltip
                     taken.append(box)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from m3po_jax.report.figures import Figure
@@ -40,7 +40,7 @@ def _interval(value: Any) -> tuple[float, float] | None:
 
 
 def verdict(value: float | None, base: tuple[float, float] | None, better: str | None) -> str:
-    """Where `value` lies against the base's interval: ``better``, ``worse``, ``differs`` or nothing (inside)."""
+    """``better``, ``worse`` or ``differs`` outside the base's interval, nothing inside it."""
     if value is None or base is None or base[0] <= value <= base[1]:
         return ""
     if better not in ("higher", "lower"):
@@ -70,7 +70,7 @@ def _table(table: dict[str, Any], index: int) -> EvaluationTable:
                 "better": column.get("better") if column.get("better") in ("higher", "lower") else None,
             }
         )
-    rows = []
+    rows: list[dict[str, Any]] = []
     for row in _dicts(table.get("rows")):
         kind = row.get("kind") if row.get("kind") in KINDS else "arm"
         values, intervals = row.get("values"), row.get("intervals")
@@ -87,14 +87,12 @@ def _table(table: dict[str, Any], index: int) -> EvaluationTable:
     base = next((row for row in rows if row["is_base"]), None)
     for row in rows:
         row["cells"] = [_cell(row, base, column) for column in columns]
-    figures = _forests(rows, base, columns, index)
-    frontier = _frontier(rows, columns, index)
     return EvaluationTable(
         title=str(table.get("title") or "Evaluation"),
         note=str(table.get("note") or ""),
         columns=columns,
         rows=rows,
-        figures=([frontier] if frontier else []) + figures,
+        figures=_frontier(rows, columns, index) + _forests(rows, base, columns, index),
         has_verdicts=any(cell.verdict for row in rows for cell in row["cells"]),
     )
 
@@ -106,7 +104,11 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
 def _cell(row: dict[str, Any], base: dict[str, Any] | None, column: dict[str, Any]) -> Cell:
     key, digits = column["key"], column["digits"]
     value, interval = as_number(row["values"].get(key)), _interval(row["intervals"].get(key))
-    text = f"{format_number(interval[0], digits)} – {format_number(interval[1], digits)}" if interval else ""
+    text = (
+        f"{format_number(interval[0], digits)} – {format_number(interval[1], digits)}"
+        if interval and value is not None
+        else ""
+    )
     judged = ""
     if base is not None and row is not base:
         judged = verdict(value, _interval(base["intervals"].get(key)), column["better"])
@@ -134,19 +136,19 @@ def _forests(
             continue
         band = _interval(base["intervals"].get(key)) if base else None
         wish = {"higher": "higher is better", "lower": "lower is better", None: ""}[column["better"]]
-        svg = forest_chart(column["label"], points, band=band, digits=column["digits"])
-        figures.append(Figure(f"forest-{index}-{slug(key)}", column["label"], svg, wish))
+        svg = forest_chart(column["label"], points, band=band, digits=column["digits"], x_label=wish)
+        figures.append(Figure(f"forest-{index}-{slug(key)}", column["label"], svg))
     return figures
 
 
-def _frontier(rows: list[dict[str, Any]], columns: list[dict[str, Any]], index: int) -> Figure | None:
+def _frontier(rows: list[dict[str, Any]], columns: list[dict[str, Any]], index: int) -> list[Figure]:
     """The first metric to be lowered against recall (or cover), with the base's stop-bias sweep as a line."""
     cost = next((c for c in columns if c["better"] == "lower"), None)
     gain = next(
         (c for c in columns if any(w in (c["key"] + c["label"]).lower() for w in ("recall", "cover"))), None
     )
     if cost is None or gain is None or not any(row["kind"] == "frontier" for row in rows):
-        return None
+        return []
     points = []
     for row in rows:
         x, y = as_number(row["values"].get(gain["key"])), as_number(row["values"].get(cost["key"]))
@@ -156,19 +158,20 @@ def _frontier(rows: list[dict[str, Any]], columns: list[dict[str, Any]], index: 
         f"{cost['label']} against {gain['label']}", points, x_label=gain["label"], y_label=cost["label"]
     )
     if svg is None:
-        return None
-    return Figure(
+        return []
+    figure = Figure(
         f"frontier-{index}",
         f"{cost['label']} at equal {gain['label']}",
         svg,
-        "The line is the base model made to stop earlier or later. Only a system below the line does better than a "
-        "shorter answer would.",
+        "The line is the base model made to stop earlier or later. Only a system below the line does better "
+        "than a shorter answer would.",
         [
             ("frontier", "base, stop bias swept"),
             ("arm", "trained arms"),
             ("decoding", "decoding, no training"),
         ],
     )
+    return [figure]
 
 
 @dataclass
@@ -179,8 +182,6 @@ class BenchmarkView:
     counts: list[tuple[str, str]]
     items: list[dict[str, Any]]
     total: int
-    note: str = ""
-    flips: dict[str, int] = field(default_factory=dict)
 
 
 def flatten(value: Any, prefix: str = "", limit: int = 80) -> list[tuple[str, str]]:
@@ -230,7 +231,7 @@ def benchmark_views(run: Run) -> list[BenchmarkView]:
 
 def _benchmark(run: Run, found: Round, name: str, benchmark: Benchmark) -> BenchmarkView:
     base = _base_items(run, name) if found.number else {}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for item in benchmark.items:
         correct = item.get("correct") if isinstance(item.get("correct"), bool) else None
         before = base.get(str(item.get("id")), {}).get("correct")
@@ -261,7 +262,7 @@ def _benchmark(run: Run, found: Round, name: str, benchmark: Benchmark) -> Bench
     if base:
         counts += [("fixed against base", f"{fixed:,}"), ("broken against base", f"{broken:,}")]
         counts += [("McNemar p", format_compact(round(mcnemar(fixed, broken), 4)))]
-    order = {"broken": 0, "fixed": 1, "": 2}
+    order: dict[Any, int] = {"broken": 0, "fixed": 1, "": 2}
     # Stable: inside each class the benchmark's own order remains.
     rows.sort(key=lambda row: (order[row["change"]], row["correct"] is not False))
     return BenchmarkView(

@@ -120,8 +120,8 @@ def write_round(
             log_probs.append(np.minimum(0, -rng.exponential(max(0.05, -confidence[c]), words)).tolist())
             candidate_rows.append(
                 {
-                    "id": pid, "candidate": c, "text": texts[c], "token_ids": ids, "token_logprobs": log_probs[c],
-                    "finish_reason": "length" if c == 3 and p % 9 == 0 else "stop", "sampling": "{}",
+                    "id": pid, "candidate": c, "text": texts[c], "token_ids": ids,
+                    "token_logprobs": log_probs[c], "finish_reason": "length" if c == 3 and p % 9 == 0 else "stop", "sampling": "{}",
                 }
             )  # fmt: skip
             score_rows.append(
@@ -213,8 +213,9 @@ def write_run(
     run.mkdir(parents=True, exist_ok=True)
     hostile = bool(kwargs.get("hostile"))
     (run / "config.yaml").write_text(
-        "name: scenes\nseed: 3\nmodel:\n  path: builtin:tiny-llava\n  template: vicuna_v1\ndata:\n  path: data/scenes.jsonl\n"
-        "select:\n  rule: m3p\n  lambda_dispreferred: 1.0\ntrain:\n  loss_type: sigmoid\n  chosen_nll_weight: 0.0\n  beta: 0.1\n"
+        "name: scenes\nseed: 3\nmodel:\n  path: builtin:tiny-llava\n  template: vicuna_v1\n"
+        "data:\n  path: data/scenes.jsonl\nselect:\n  rule: m3p\n  lambda_dispreferred: 1.0\n"
+        "train:\n  loss_type: sigmoid\n  chosen_nll_weight: 0.0\n  beta: 0.1\n"
         "secret: ${oc.env:HOME}\n"
     )
     stages = []
@@ -224,8 +225,10 @@ def write_run(
         ):
             stages.append(
                 {
-                    "stage": stage, "round": r, "arm": None, "seconds": seconds / r, "rows": 1500 if stage == "generate" else 700,
-                    "finished": f"2026-11-23T1{r}:{10 + number}:00+00:00", "details": {"tokens": 81234} if number == 0 else {},
+                    "stage": stage, "round": r, "arm": None, "seconds": seconds / r,
+                    "rows": 1500 if stage == "generate" else 700,
+                    "finished": f"2026-11-23T1{r}:{10 + number}:00+00:00",
+                    "details": {"tokens": 81234} if number == 0 else {},
                 }
             )  # fmt: skip
         write_round(run / f"round-{r}", seed=r, **kwargs)
@@ -243,7 +246,8 @@ def write_run(
             "name": HOSTILE if hostile else "scenes-tiny",
             "versions": {"m3po_jax": "0.1.0", "jax": "0.10.2", "flax": "0.12.8", "python": "3.11.9"},
             "seed": 3, "model": {"path": "builtin:tiny-llava", "hash": "sha256:" + "ab12" * 16},
-            "data": {"fingerprint": "sha256:" + "77fe" * 16}, "template": "vicuna_v1", "device": "8 × TPU v5e",
+            "data": {"fingerprint": "sha256:" + "77fe" * 16}, "template": "vicuna_v1",
+            "device": "8 × TPU v5e",
             "started": "2026-11-23T08:32:00+00:00", "stages": stages,
         },
     )  # fmt: skip
@@ -251,8 +255,9 @@ def write_run(
     folder = run / f"round-{rounds}" / "evaluation" / "pope"
     text = HOSTILE if hostile else "Yes, there is a cat."
     items = [
-        {"id": f"q{i}", "prompt": "Is there a cat in the image?", "output": text, "parsed": "yes" if i % 5 else None,
-         "label": "yes" if i % 3 else "no", "correct": bool(i % 3 and i % 5)}
+        {"id": f"q{i}", "prompt": "Is there a cat in the image?", "output": text,
+         "parsed": "yes" if i % 5 else None, "label": "yes" if i % 3 else "no",
+         "correct": bool(i % 3 and i % 5)}
         for i in range(50)
     ]  # fmt: skip
     write_jsonl(folder / "items.jsonl", items)
