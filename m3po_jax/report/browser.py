@@ -178,10 +178,14 @@ def browse_round(
         structs = [struct for struct in structs if isinstance(struct, dict)]
         item.more_images = max(0, len(structs) - IMAGES_SHOWN)
         images.append([struct.get("bytes") for struct in structs[:IMAGES_SHOWN]])
-        score_of = {row.get("candidate"): row for row in scores.get(item.id, [])}
+        score_of: dict[Any, dict[str, Any]] = {row.get("candidate"): row for row in scores.get(item.id, [])}
         for candidate in candidates.get(item.id, []):
             index = candidate.get("candidate")
-            role = "" if item.reason else {chosen: "chosen", rejected: "rejected"}.get(index, "")
+            role = (
+                ""
+                if item.reason
+                else ("chosen" if index == chosen else "rejected" if index == rejected else "")
+            )
             item.answers.append(_answer(candidate, score_of.get(index, {}), role, token_text))
         if not item.answers and not item.reason:  # pairs that came from elsewhere have no candidates
             for role in ("chosen", "rejected"):

@@ -121,7 +121,8 @@ def write_round(
             candidate_rows.append(
                 {
                     "id": pid, "candidate": c, "text": texts[c], "token_ids": ids,
-                    "token_logprobs": log_probs[c], "finish_reason": "length" if c == 3 and p % 9 == 0 else "stop", "sampling": "{}",
+                    "token_logprobs": log_probs[c],
+                    "finish_reason": "length" if c == 3 and p % 9 == 0 else "stop", "sampling": "{}",
                 }
             )  # fmt: skip
             score_rows.append(
