@@ -16,12 +16,8 @@ SIDES = (360, 256, 160, 96)  # longest side in pixels; the first at which all th
 BUDGET = 2_000_000  # bytes of all data URIs together
 
 
-def thumbnail(data: bytes | None, side: int = SIDES[0]) -> str | None:
-    """A WebP data URI at most `side` pixels long, or None for bytes that are no readable image.
-
-    The image is always decoded and encoded anew, so nothing of the original file (metadata, trailing bytes,
-    scripts in SVG) reaches the page.
-    """
+def _decode(data: bytes | None, side: int) -> Image.Image | None:
+    """An opaque, upright image at most `side` pixels long; None for bytes that are no readable image."""
     if not data:
         return None
     try:
@@ -36,11 +32,28 @@ def thumbnail(data: bytes | None, side: int = SIDES[0]) -> str | None:
                 rgba = upright.convert("RGBA")
         flat = Image.new("RGB", rgba.size, "white")
         flat.paste(rgba, mask=rgba.getchannel("A"))
-        out = io.BytesIO()
-        flat.save(out, "WEBP", quality=80, method=4)
     except Exception:  # Pillow's decoders raise many types on corrupt input; none may stop a report
         return None
+    return flat
+
+
+def _encode(image: Image.Image | None, side: int) -> str | None:
+    if image is None:
+        return None
+    small = image.copy()
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    small.save(out, "WEBP", quality=80, method=2)
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode("ascii")
+
+
+def thumbnail(data: bytes | None, side: int = SIDES[0]) -> str | None:
+    """A WebP data URI at most `side` pixels long, or None for bytes that are no readable image.
+
+    The image is always decoded and encoded anew, so nothing of the original file (metadata, trailing bytes,
+    scripts in SVG) reaches the page.
+    """
+    return _encode(_decode(data, side), side)
 
 
 def thumbnails(images: Iterable[Any], budget: int = BUDGET) -> list[str | None]:
@@ -48,10 +61,10 @@ def thumbnails(images: Iterable[Any], budget: int = BUDGET) -> list[str | None]:
 
     Images that do not fit even at the smallest size are left out from the end of the list.
     """
-    encoded = list(images)
+    decoded = [_decode(data, SIDES[0]) for data in images]
     uris: list[str | None] = []
     for side in SIDES:
-        uris = [thumbnail(data, side) for data in encoded]
+        uris = [_encode(image, side) for image in decoded]
         if sum(len(uri) for uri in uris if uri) <= budget:
             return uris
     used = 0

@@ -85,3 +85,24 @@ def test_nothing_overflows_sideways(tmp_path, width):
     result = chromium(tmp_path / "profile", probe, "--dump-dom", "--allow-file-access-from-files")
     title = re.search(r"<title>(\d+)</title>", result.stdout)
     assert title and int(title.group(1)) <= width
+
+
+def test_search_and_filters_hide_items(tmp_path):
+    page = build_report(write_run(tmp_path / "run", rounds=2, steps=5), word)
+    probe = tmp_path / "probe.html"
+    probe.write_text(
+        f"<iframe id=f src='{page.as_uri()}'></iframe><script>f.onload=()=>{{"
+        "const page=f.contentDocument, found=[];"
+        "const set=(id,value)=>{const e=page.getElementById(id);e.value=value;"
+        "e.dispatchEvent(new f.contentWindow.Event('input'));"
+        "const shown=[...page.querySelectorAll('.item')].filter(i=>!i.hidden);"
+        "found.push(shown.length,new Set(shown.map(i=>i.dataset.status+i.dataset.round)).size)};"
+        "set('search','SCENE-0002 picture');set('search','no such words');set('search','');"
+        "set('status','pair');set('round','2');"
+        "page.getElementById('toggle').click();found.push(page.querySelectorAll('.item[open]').length);"
+        "document.title=found.join(' ')}</script>"
+    )
+    result = chromium(tmp_path / "profile", probe, "--dump-dom", "--allow-file-access-from-files")
+    title = re.search(r"<title>([\d ]+)</title>", result.stdout)
+    # A pair of that id in both rounds; then nothing, everything, all pairs, those of one round.
+    assert title and title.group(1) == "2 2 0 0 64 6 40 2 20 1 20"

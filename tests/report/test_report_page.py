@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from report_runs import (
     HOSTILE,
     evaluation,
@@ -319,26 +321,17 @@ def test_evaluation_is_bold_only_outside_the_interval_of_the_base(tmp_path):
     assert len(page.of_class("kind-frontier")) == 1
 
 
-def test_report_of_a_long_run_stays_small(tmp_path):
+def test_report_of_a_long_run_stays_small(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
 
     def noise(seed: int, side: int) -> bytes:
-        import io
-
-        from PIL import Image
-
         out = io.BytesIO()
         small = Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8))
         small.resize((640, 480), Image.Resampling.BICUBIC).save(out, "JPEG", quality=80)
         return out.getvalue()
 
-    import report_runs
-
-    original, report_runs.picture = report_runs.picture, noise
-    try:
-        write_round(tmp_path / "run" / "round-1", prompts=150, k=8, words=160)
-    finally:
-        report_runs.picture = original
+    monkeypatch.setattr("report_runs.picture", noise)
+    write_round(tmp_path / "run" / "round-1", prompts=120, k=8, words=160)
     write_jsonl(tmp_path / "run" / "round-1" / "metrics.jsonl", metric_rows(3000, 1.0, 0))
     path = build_report(tmp_path / "run", word)
     assert path.stat().st_size < 5_000_000
