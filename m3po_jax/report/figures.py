@@ -154,6 +154,7 @@ def distributions(found: Round) -> list[Figure]:
     figures = []
     scores = found.candidates.scores if found.candidates is not None else {}
     empty = np.array([])
+    paired = found.pairs is not None and len(found.pairs) > 0
     notes = {
         "mas": "Chosen and rejected answers should stand apart here.",
         "confidence": "The hard negatives M3PO looks for are rejected answers as confident as chosen ones.",
@@ -169,7 +170,11 @@ def distributions(found: Round) -> list[Figure]:
                 for (css, values), text in zip(groups, ("all", "chosen", "rejected"), strict=True)
                 if np.isfinite(values).any()
             ]
-            figures.append(Figure(f"hist-{name}-{found.number}", titles[name], svg, notes[name], legend))
+            figures.append(
+                Figure(
+                    f"hist-{name}-{found.number}", titles[name], svg, notes[name] if paired else "", legend
+                )
+            )
     groups_xy = [("all", scores.get("mas", empty), scores.get("confidence", empty))]
     for role in ("chosen", "rejected"):
         x, y = (_pair_scores(found.pairs, name, role) for name in ("mas", "confidence"))
@@ -182,7 +187,7 @@ def distributions(found: Round) -> list[Figure]:
                 "Alignment against confidence",
                 svg,
                 "Upper left: confidently wrong. At most 700 points of each kind are drawn.",
-                [("all", "all"), ("chosen", "chosen"), ("rejected", "rejected")],
+                [(css, css) for css, x, y in groups_xy if (np.isfinite(x) & np.isfinite(y)).any()],
             )
         )
     return figures

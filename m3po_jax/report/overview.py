@@ -298,7 +298,7 @@ def _round_warnings(found: Round, stated: str) -> list[str]:
     if r is not None and r > CORRELATION_LIMIT and "correlat" not in stated:
         lines.append(
             f"MAS and confidence correlate within prompts at {format_number(r, 2)} (above {CORRELATION_LIMIT}"
-            "): confidence partly repeats MAS, so compare with `mas_dpo` before crediting confidence."
+            "): confidence partly repeats MAS, so compare with mas_dpo before crediting confidence."
         )
     auroc = as_number(_dict(found.calibration.get("confidence")).get("auroc"))
     if auroc is not None and abs(auroc - 0.5) < 0.05 and "auroc" not in stated:

@@ -339,6 +339,16 @@ def test_report_of_a_long_run_stays_small(tmp_path, monkeypatch):
     assert len([1 for tag, _ in page.elements if tag == "img"]) == 84  # 60 pairs, 24 dropped prompts
 
 
+def test_a_run_without_pairs_speaks_of_no_chosen_answers(tmp_path):
+    write_round(tmp_path / "run" / "round-1", prompts=6)
+    shutil.rmtree(tmp_path / "run" / "round-1" / "pairs")
+    page = build(tmp_path / "run")
+    assert "scatter-1" in page.source and "hist-mas-1" in page.source
+    assert not re.search(
+        "chosen|rejected", page.text.split("From prompts to pairs")[1].replace("confidently wrong", "")
+    )
+
+
 def test_max_pairs_bounds_the_browser(tmp_path):
     write_round(tmp_path / "run" / "round-1", prompts=30, k=2)
     page = build(tmp_path / "run", max_pairs=5)
