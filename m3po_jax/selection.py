@@ -220,7 +220,8 @@ def _constraints(pool: Pool, config: SelectConfig) -> list[tuple[Reason, Callabl
             (Reason.NO_MARGIN, lambda p: bool(mas[p[0]] > mas[p[1]])),
             (Reason.SAME_TEXT, lambda p: plain(p[0]) != plain(p[1])),
         ]
-    z = z_scores(mas)
+    # One outlier among five has z = −2 exactly: rounding must not decide whether the band holds it.
+    z = z_scores(mas) + 1e-9
     low, high = config.length_ratio
     tests: list[tuple[Reason, Callable[[Index], bool]]] = [
         (Reason.NO_MARGIN, lambda p: bool(mas[p[0]] - mas[p[1]] >= config.margin)),

@@ -224,7 +224,8 @@ def _answer(ids: Sequence[int] | np.ndarray, limit: int, where: str) -> np.ndarr
 
 def _endless(count: int, seed: int, batch_size: int, load: Callable[[int], Any], collate: Any) -> Any:
     """Batches of an endless stream that visits all rows once an epoch, each epoch in an order of its own."""
-    rows = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+    # Grain's own endless repeat has sys.maxsize elements and overflows in batches of one row.
+    rows = grain.MapDataset.range(count).seed(seed).shuffle().repeat(1_000_000)
     return rows.map(load).batch(batch_size, batch_fn=collate)
 
 

@@ -57,9 +57,7 @@ def fuse(decoder: Llama) -> tuple[FusedLayer, ...]:
         layer = nnx.merge(graph, jax.tree.map(lambda x: x[index], state))
         attention, mlp = layer.attention, layer.mlp
         heads = lambda linear: linear.kernel[...].reshape(c.hidden_size, c.num_kv_heads, -1, c.head_dim)  # noqa: E731
-        qkv = jnp.concatenate(
-            [heads(attention.q_proj), heads(attention.k_proj), heads(attention.v_proj)], axis=2
-        )
+        qkv = jnp.concatenate([heads(attention.q_proj), heads(attention.k_proj), heads(attention.v_proj)], axis=2)
         gate_up = jnp.stack([mlp.gate_proj.kernel[...], mlp.up_proj.kernel[...]], axis=1)
         linears = {
             name: getattr(part, name)

@@ -288,9 +288,7 @@ class Generator:
             raw = logits[:, 0].reshape(rows * k, -1)
             shaped = raw
             if views == 2:
-                shaped = draw.contrast(
-                    raw, logits[:, 1].reshape(raw.shape), s.contrast_alpha, s.contrast_beta
-                )
+                shaped = draw.contrast(raw, logits[:, 1].reshape(raw.shape), s.contrast_alpha, s.contrast_beta)
             shaped = jnp.where(constants["never"], -jnp.inf, shaped + constants["bias"])
             if s.temperature == 0.0:
                 token = jnp.argmax(shaped, axis=-1)
@@ -340,9 +338,7 @@ class Generator:
                 # Slot step − 1 takes the latest token; the stage ends when its slots are full.
                 return (state.step <= stop) & ~jnp.all(state.stopped)
 
-            def body(
-                state: _State, start: int = start, filled: tuple[list[KV], ...] = tuple(filled)
-            ) -> _State:
+            def body(state: _State, start: int = start, filled: tuple[list[KV], ...] = tuple(filled)) -> _State:
                 fed = decoder.embed_tokens(jnp.repeat(state.token, views, axis=0))
                 positions = (lengths + state.step - 1)[:, None]
                 slot = state.step - 1 - start

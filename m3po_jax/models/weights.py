@@ -245,6 +245,33 @@ def load_parameters(
     return nnx.merge(graph, nnx.from_flat_state(loaded))
 
 
+def replace_parameters(
+    model: nnx.Module,
+    tensor_map: TensorMap,
+    tensors: Mapping[str, StoredTensor],
+    mesh: Mesh | None,
+    where: str,
+) -> None:
+    """Overwrites, in place, the parameters that `tensors` (canonical names) hold, and no others.
+
+    Raises:
+        UserError: a tensor has another shape than the model's, or belongs to a parameter that is not complete.
+    """
+    stored = {
+        path: leaf
+        for path, leaf in parameters(model, tensor_map).items()
+        if any(name in tensors for name in leaf.stored())
+    }
+    check_tensors(stored, tensors, where)
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        leaf = stored.get(tuple(str(part) for part in path))
+        if leaf is not None:
+            sharding = (
+                SingleDeviceSharding(jax.devices()[0]) if mesh is None else sharding_for(leaf.axes, leaf.shape, mesh)
+            )
+            variable[...] = _load_leaf(leaf, tensors, sharding)
+
+
 def initialise_parameters(build: Callable[[], nnx.Module], mesh: Mesh | None) -> nnx.Module:
     """A randomly initialised model, each device computing its own shards."""
     abstract = nnx.eval_shape(build)

@@ -246,6 +246,10 @@ def easy_vqa_rows(split: str, count: int) -> Iterator[Row]:
     questions, answers, image_ids = read()
     rng = np.random.Generator(np.random.PCG64([0x45565141, len(answers)]))
     rank = Counter[str]()
+    facts: dict[int, set[str]] = {}  # what is seen, from the answers to "what shape" and "what color"
+    for answer, image_id in zip(answers, image_ids, strict=True):
+        if answer_type(answer) != "yesno":
+            facts.setdefault(image_id, set()).add(answer)
     keyed: list[tuple[int, str, int]] = []
     for position in rng.permutation(len(answers)).tolist():
         keyed.append((rank[answers[position]], answers[position], position))
@@ -263,6 +267,8 @@ def easy_vqa_rows(split: str, count: int) -> Iterator[Row]:
                     "kind": "vqa",
                     "category": answer_type(answer),
                     "scene": f"easy-vqa-{split}-{image_ids[position]}",
+                    # Half of a truth would make the other half a false negative.
+                    "objects": sorted(seen) if len(seen := facts.get(image_ids[position], set())) == 2 else [],
                 }
             ),
         }

@@ -20,7 +20,6 @@ from m3po_jax.data.batches import ContrastiveBatch, TreeBatch
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.models import lora
 from m3po_jax.models.forward import branch_log_probs, encode_images
-from m3po_jax.objectives.contrastive import similarity_logits
 from m3po_jax.objectives.metrics import preference_metrics
 from m3po_jax.objectives.preference import preference_loss
 from m3po_jax.objectives.sft import token_nll
@@ -145,15 +144,14 @@ def contrastive(
     """SigLIP's sigmoid loss (arXiv:2303.15343, eq. 1) of a dual encoder, nats per image."""
     images = model.encode_image(batch.pixel_values, remat=remat)
     texts = model.encode_text(batch.text_ids, batch.text_mask)
-    scale, bias = jnp.exp(model.logit_scale[...])[0], model.logit_bias[...][0]
-    logits = similarity_logits(images, texts, scale, bias)
+    logits = model.logits(images, texts)
     known = batch.labels != 0
     row_losses = -jnp.sum(jnp.where(known, jax.nn.log_sigmoid(batch.labels * logits), 0.0), axis=1)
     true = batch.labels > 0
     metrics = {
         "accuracy": jnp.mean((logits > 0) == true),
         "recall": jnp.mean(jnp.sum((logits > 0) & true, axis=1) / jnp.maximum(jnp.sum(true, axis=1), 1)),
-        "logit_scale": scale,
+        "logit_scale": jnp.exp(model.logit_scale[...])[0],
     }
     return LossOutput(jnp.mean(row_losses), metrics, row_losses)
 

@@ -1,5 +1,6 @@
 """Rows to ids and pixels, on a small LLaMA-like tokenizer (byte fallback, dummy prefix) and others."""
 
+import io
 import json
 import pickle
 
@@ -309,3 +310,39 @@ def test_template_and_ids_agree(words):
     ids = words.encode_prompt(row).tolist()
     assert words.decode(ids) == "USER: What is this? ASSISTANT:"
     assert words.template is get_template("plain")
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_hf_template_equals_the_transformers_processor(folder, images):
+    """Same ids and pixels as LlavaProcessor on the text of the llava-hf chat template."""
+    transformers = pytest.importorskip("transformers")
+    clip = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    settings.pop("image_processor_type")
+    oracle = transformers.LlavaProcessor(
+        clip.CLIPImageProcessorPil(**settings),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    pictures = [
+        PILImage.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 45, 3), np.uint8))
+        for seed in range(images)
+    ]
+    encoded = []
+    for picture in pictures:
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        encoded.append(schema.Image(bytes=buffer.getvalue()))
+    text = "USER: " + "<image>\n" * images + "What is this? ASSISTANT:"
+    want = oracle(images=pictures, text=text, return_tensors="np")
+    processor = Processor.from_pretrained(folder, "hf", "crop")
+    row = schema.Prompt("x", tuple(encoded), "What is this?")
+    assert processor.encode_prompt(row).tolist() == [BOS, *want["input_ids"][0].tolist()]
+    np.testing.assert_allclose(
+        processor.pixel_values(row), want["pixel_values"].transpose(0, 2, 3, 1), atol=1e-6
+    )

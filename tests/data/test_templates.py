@@ -122,3 +122,24 @@ def test_pieces_are_joined_and_images_counted(instruction, images, name, history
     texts = [isinstance(piece, str) for piece in pieces]
     assert not any(a and b for a, b in pairwise(texts))
     assert to_text(pieces).endswith(" ASSISTANT:")
+
+
+def test_pieces_lie_where_the_golden_ids_have_their_markers():
+    """Ids of the original between BOS, -200 and </s>: one run per text piece, markers in the same places."""
+    template = get_template("vicuna_v1")
+    rows = {
+        "describe_short": ("Describe this image.", 1, []),
+        "two_images": ("What differs?", 2, []),
+        "image_last": ("What is shown here? <image>", 1, []),
+        "text_only": ("Hello!", 0, []),
+        "multi_turn": ("What colour is it?", 1, [("What is this?", "A red bus.")]),
+    }
+    cases = {case["id"]: case["split_rule_ids"] for case in goldens()["computed_prompts"]}
+    for name, row in rows.items():
+        shape: list[object] = []
+        for token in cases[name][1:]:
+            marker = {-200: Marker.IMAGE, 2: Marker.EOS}.get(token)
+            if marker or not shape or shape[-1] is not str:
+                shape.append(marker or str)
+        assert cases[name][0] == 1
+        assert [piece if isinstance(piece, Marker) else str for piece in template.render(*row)] == shape

@@ -89,6 +89,4 @@ def test_contrast_equals_the_paper():
     alpha, beta = 0.7, 0.2
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = np.where(p >= beta * p.max(-1, keepdims=True), (1 + alpha) * logits - alpha * blank, -np.inf)
-    np.testing.assert_allclose(
-        contrast(jnp.asarray(logits), jnp.asarray(blank), alpha, beta), expected, rtol=1e-5
-    )
+    np.testing.assert_allclose(contrast(jnp.asarray(logits), jnp.asarray(blank), alpha, beta), expected, rtol=1e-5)

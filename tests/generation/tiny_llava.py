@@ -22,9 +22,7 @@ IMAGE, PAD, EOS, VOCAB = 120, 121, 2, 128
 def tiny_config(kv_heads=2):
     return LlavaConfig(
         text=LlamaConfig(VOCAB, 32, 64, num_layers=2, num_heads=4, num_kv_heads=kv_heads, head_dim=8),
-        vision=ViTConfig(
-            "clip", EncoderConfig(16, 32, num_layers=2, num_heads=2), image_size=12, patch_size=4
-        ),
+        vision=ViTConfig("clip", EncoderConfig(16, 32, num_layers=2, num_heads=2), image_size=12, patch_size=4),
         image_token_id=IMAGE,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_tools import base_config
 
@@ -24,6 +24,7 @@ def test_cosine_with_warmup() -> None:
     np.testing.assert_allclose(values[3:], 1 + np.cos(np.pi * np.arange(9) / 9), rtol=1e-5)
 
 
+@settings(deadline=None)  # the first call compiles
 @given(
     st.sampled_from(["constant", "linear", "cosine"]),
     st.floats(0, 1),
@@ -33,7 +34,7 @@ def test_rates_are_positive_and_peak_after_the_warmup(name: str, ratio: float, t
     values = rates(total, lr_schedule=name, warmup_ratio=ratio, learning_rate=3.0)
     warmup = warmup_steps(ratio, total)
     assert (values > 0).all() and values.max() <= 3.0 * (1 + 1e-6)
-    assert np.argmax(values) == max(warmup - 1, 0)
+    assert values[max(warmup - 1, 0)] == pytest.approx(3.0)
     assert (np.diff(values[:warmup]) > 0).all() and (np.diff(values[warmup:]) <= 0).all()
 
 

@@ -26,8 +26,29 @@ from m3po_jax.models.llava.model import reference_forward
 from m3po_jax.models.vit import ViTConfig
 from m3po_jax.objectives.contrastive import sigmoid_contrastive_loss
 from m3po_jax.sharding import shard_batch
-from m3po_jax.training.losses import check_objective, contrastive, preference, reference_sums, sft
+from m3po_jax.training.losses import check_objective, contrastive, reference_sums
+from m3po_jax.training.losses import preference as preference_of
+from m3po_jax.training.losses import sft as sft_of
 from m3po_jax.training.step import make_step, place_frozen, split_model
+
+
+def jitted(loss: Any) -> Any:
+    """`loss(model, batch, config, reference_model=...)`, compiled as one program."""
+
+    def call(model: Any, batch: Any, config: TrainConfig, reference_model: Any = None) -> Any:
+        parts = [None if m is None else nnx.split(m) for m in (model, reference_model)]
+
+        @jax.jit
+        def run(states: Any, batch: Any) -> Any:
+            models = [part and nnx.merge(part[0], state) for part, state in zip(parts, states, strict=True)]
+            return loss(models[0], batch, config, reference_model=models[1])
+
+        return run([part and part[1] for part in parts], batch)
+
+    return call
+
+
+preference, sft = jitted(preference_of), jitted(sft_of)
 
 
 def recorded(batch: TreeBatch, seed: int = 0) -> TreeBatch:
@@ -36,19 +57,36 @@ def recorded(batch: TreeBatch, seed: int = 0) -> TreeBatch:
     return batch._replace(reference=-rng.uniform(5, 30, batch.reference.shape).astype(np.float32))
 
 
+@jax.jit
+def _plain_logits(graph: Any, state: Any, tokens: jax.Array, pixels: jax.Array) -> jax.Array:
+    model = nnx.merge(graph, state)
+    mask = jnp.ones(tokens.shape, bool)
+    return reference_forward(model, tokens, mask, encode_images(model, pixels))
+
+
 def plain_sums(model: Any, batch: TreeBatch) -> jax.Array:
-    """Σ log π of each answer from one ordinary causal pass per (row, branch), unpadded."""
+    """Σ log π of each answer from ordinary causal passes over the prompt and that one answer.
+
+    Rows are padded behind the answer, where causal attention cannot look.
+    """
+    prefixes, answers = batch.prefix_mask.sum(-1), batch.branch_mask.sum(-1)
+    rows, branches, t = batch.branch_ids.shape
+    tokens = np.zeros((rows, branches, batch.prefix_ids.shape[1] + t), np.int32)
+    for row in range(rows):
+        p = prefixes[row]
+        tokens[row, :, :p] = batch.prefix_ids[row, :p]
+        tokens[row, :, p : p + t] = batch.branch_ids[row]
+    graph, state = nnx.split(model)
     sums = []
-    for row in range(batch.prefix_ids.shape[0]):
-        prefix = batch.prefix_ids[row][np.asarray(batch.prefix_mask[row])]
-        features = encode_images(model, jnp.asarray(batch.pixel_values[row : row + 1]))
-        for branch in range(batch.branch_ids.shape[1]):
-            answer = batch.branch_ids[row, branch][np.asarray(batch.branch_mask[row, branch])]
-            tokens = np.concatenate([prefix, answer])[None]
-            logits = reference_forward(model, jnp.asarray(tokens), np.ones_like(tokens, bool), features)
-            log_probs = jax.nn.log_softmax(logits[0, len(prefix) - 1 : -1])
-            sums.append(log_probs[jnp.arange(len(answer)), answer].sum())
-    return jnp.stack(sums).reshape(batch.branch_ids.shape[:2])
+    for branch in range(branches):
+        logits = _plain_logits(graph, state, tokens[:, branch], batch.pixel_values)
+        log_probs = jax.nn.log_softmax(logits[:, :-1])
+        scores = jnp.take_along_axis(log_probs, tokens[:, branch, 1:, None], axis=-1)[..., 0]
+        place = np.arange(1, tokens.shape[-1])
+        last = (prefixes + answers[:, branch])[:, None]
+        counted = (place >= prefixes[:, None]) & (place < last)
+        sums.append(jnp.where(counted, scores, 0.0).sum(-1))
+    return jnp.stack(sums, axis=1)
 
 
 def test_shared_prefix_equals_two_sequences() -> None:
@@ -60,7 +98,7 @@ def test_shared_prefix_equals_two_sequences() -> None:
     trainable = {name: value + 0.1 for name, value in trainable.items()}
 
     def ours(trainable: Any) -> jax.Array:
-        return preference(partition.merge(trainable, frozen), batch, config).loss
+        return preference_of(partition.merge(trainable, frozen), batch, config).loss
 
     def plain(trainable: Any) -> jax.Array:
         sums = plain_sums(partition.merge(trainable, frozen), batch)
@@ -128,7 +166,7 @@ def test_whole_step_equals_torch(tmp_path: Path) -> None:
     given = batch._replace(reference=sums(reference).detach().numpy())
 
     def ours(trainable: Any) -> Any:
-        out = preference(partition.merge(trainable, frozen), given, config)
+        out = preference_of(partition.merge(trainable, frozen), given, config)
         return out.loss, out.metrics
 
     (value, metrics), gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(trainable)
@@ -154,7 +192,8 @@ def test_reference_is_the_model_without_adapters() -> None:
     active = {name: value + 0.1 for name, value in trainable.items()}
     expected = plain_sums(partition.merge(trainable, frozen), batch)
 
-    computed = reference_sums(partition.merge(active, frozen), batch)
+    graph, weights = nnx.split(partition.merge(active, frozen))
+    computed = jax.jit(lambda w, b: reference_sums(nnx.merge(graph, w), b))(weights, batch)
     np.testing.assert_allclose(computed, expected, rtol=1e-4)
 
     def loss(reference: str, given: TreeBatch, with_model: bool = True) -> float:
@@ -252,7 +291,7 @@ def test_sft_is_the_token_mean() -> None:
 def test_contrastive_is_siglips_loss() -> None:
     model, batch = dual_model(), contrastive_batch()
     out = contrastive(model, batch, base_config(objective="contrastive"))
-    images = model.encode_image(batch.pixel_values)
+    images = model.encode_image(batch.pixel_values)[:, 0]
     texts = model.encode_text(batch.text_ids, batch.text_mask)
     scale, bias = jnp.exp(model.logit_scale[...]), model.logit_bias[...]
     expected = sigmoid_contrastive_loss(images, texts, batch.labels, scale, bias)

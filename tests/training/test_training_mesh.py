@@ -41,6 +41,8 @@ def test_meshes_agree(tmp_path: Path) -> None:
         for line, expected in zip(results[name]["metrics"], one["metrics"], strict=True):
             actual, wanted = json.loads(line), json.loads(expected)
             assert actual.keys() == wanted.keys()
+            if wanted["step"] == 1:  # policy = reference: rounding decides which of two equal rewards is higher
+                del actual["rewards/accuracies"], wanted["rewards/accuracies"]
             np.testing.assert_allclose(list(actual.values()), list(wanted.values()), rtol=1e-3, atol=1e-5)
     # Frozen and trained weights are split over fsdp (and tensor), not copied.
     assert results["shards"] == {"kernel": 0.25, "lora_a": 0.5}
