@@ -119,8 +119,8 @@ class TableRows(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """All rows, without their images: a pass over the texts does not copy encoded images."""
+    def without_images(self) -> Iterator[dict[str, Any]]:
+        """All rows but for their images: a pass over the texts need not copy encoded images."""
         names = [name for name in self.table.column_names if name != "images"]
         for chunk in self.table.select(names).to_batches(max_chunksize=256):
             yield from chunk.to_pylist()
@@ -314,7 +314,8 @@ def pair_batches(
         rows = TableRows(rows)
     _require_rows(len(rows), batch_size)
     ids, answers, references = [], [], []
-    for number, row in enumerate(rows):
+    texts = rows.without_images() if isinstance(rows, TableRows) else rows
+    for number, row in enumerate(texts):
         place = f"{where}:{number + 1} (id {row['id']!r})"
         ids.append(row["id"])
         pair, sums = [], []
