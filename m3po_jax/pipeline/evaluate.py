@@ -84,7 +84,7 @@ def score_answers(benchmark: Benchmark, answers: Sequence[Mapping[str, Any]]) ->
             )
         names = config.vocabulary or sorted({name for p in benchmark.prompts for name in p.metadata["objects"]})
         records = [dict(answer) | {"objects": prompts[answer["id"]].metadata["objects"]} for answer in answers]
-        return chair.chair(records, chair.vocabulary({name: () for name in names}))
+        return chair.chair(records, chair.vocabulary(dict.fromkeys(names, ())))
     labels = [
         {
             "id": p.id,

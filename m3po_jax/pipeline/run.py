@@ -241,7 +241,8 @@ class Run:
                 "train", round=round, arm=arm, seconds=trained.seconds, steps=trained.result.steps
             )
             say(
-                f"round {round}, {arm or main_name(recipe)}: trained {trained.result.steps} steps in {trained.seconds:.0f} s"
+                f"round {round}, {arm or main_name(recipe)}: trained {trained.result.steps} steps "
+                f"in {trained.seconds:.0f} s"
             )
         return trained
 

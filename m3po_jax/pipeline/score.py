@@ -180,7 +180,7 @@ def calibration(candidates: Path, scores: Path, prompts: Mapping[str, Prompt]) -
         for row in tables.read_rows(candidates, columns=["id", "candidate", "text"])
     }
     known = sorted({name for prompt in prompts.values() for name in prompt.metadata.get("objects") or ()})
-    signals = ["mas"] + sorted(name for name in (rows[0] if rows else {}) if name.startswith("confidence_"))
+    signals = ["mas", *sorted(name for name in (rows[0] if rows else {}) if name.startswith("confidence_"))]
     table = {name: np.array([np.nan if row[name] is None else row[name] for row in rows], float) for name in signals}
     result: dict[str, Any] = {
         "correlation_mas_confidence": {

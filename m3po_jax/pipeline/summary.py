@@ -116,8 +116,8 @@ def _warnings(benchmark: str, base: Mapping[str, Any] | None) -> list[str]:
     found = []
     if base and base["metric"] == "pope" and base["summary"]["accuracy"] < 0.6:
         found.append(
-            f"{benchmark}: the base answers {base['summary']['accuracy']:.0%} right, near chance; differences between "
-            "systems mean little there"
+            f"{benchmark}: the base answers {base['summary']['accuracy']:.0%} right, near chance; differences "
+            "between systems mean little there"
         )
     if base and base.get("cut"):
         found.append(f"{benchmark}: {base['cut']} of the base's answers were cut at the length limit")
