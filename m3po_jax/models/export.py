@@ -61,9 +61,7 @@ def _atomic_directory(out_dir: Path, *, overwrite: bool) -> Iterator[Path]:
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError("a file is in the way", where=str(out_dir), remedy="choose another output directory")
     if out_dir.is_dir() and any(out_dir.iterdir()) and not overwrite:
-        raise UserError(
-            "already holds files", where=str(out_dir), remedy="remove it or choose another directory"
-        )
+        raise UserError("already holds files", where=str(out_dir), remedy="remove it or choose another directory")
     if jax.process_index() != 0:
         yield out_dir
         return
@@ -94,12 +92,7 @@ def _copy_other_files(base: Path, out_dir: Path) -> None:
     for file in sorted(base.rglob("*")):
         relative = file.relative_to(base)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if (
-            hidden
-            or not file.is_file()
-            or file.name.endswith(_WEIGHT_SUFFIXES)
-            or file.name == "adapter_config.json"
-        ):
+        if hidden or not file.is_file() or file.name.endswith(_WEIGHT_SUFFIXES) or file.name == "adapter_config.json":
             continue
         target = out_dir / relative
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -120,15 +113,14 @@ def _layer(x: jax.Array, index: int | None) -> jax.Array:
 def _value(variable: nnx.Variable, owner: Any, leaf: Parameter, index: int | None) -> np.ndarray:
     """One parameter (of one layer) on the host in stored orientation, its adapter merged in."""
     x = _layer(variable[...], index)
-    if (
-        leaf.path[-1] == "kernel"
-        and isinstance(owner, Linear)
-        and owner.lora_a is not None
-        and owner.lora_scale
-    ):
+    if leaf.path[-1] == "kernel" and isinstance(owner, Linear) and owner.lora_a is not None and owner.lora_scale:
         a, b = _layer(owner.lora_a[...], index), _layer(owner.lora_b[...], index)
         x = _merged(x, a, b, jnp.float32(owner.lora_scale))
     return leaf.source.to_stored(to_host(x))
+
+
+def _modules(model: nnx.Module) -> dict[tuple[str, ...], Any]:
+    return {tuple(str(part) for part in path): module for path, module in nnx.iter_modules(model)}
 
 
 def pending_tensors(model: nnx.Module, family: Family, config: Any) -> list[PendingTensor]:
@@ -138,7 +130,7 @@ def pending_tensors(model: nnx.Module, family: Family, config: Any) -> list[Pend
         tuple(str(part) for part in path): variable
         for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
-    owners = {tuple(str(part) for part in path): module for path, module in nnx.iter_modules(model)}
+    owners = _modules(model)
     pieces: dict[str, list[tuple[int, Parameter, int | None]]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for leaf in leaves.values():
@@ -156,9 +148,7 @@ def pending_tensors(model: nnx.Module, family: Family, config: Any) -> list[Pend
         parts = sorted(pieces[name], key=lambda piece: piece[0])
 
         def value() -> np.ndarray:
-            found = [
-                _value(variables[leaf.path], owners.get(leaf.path[:-1]), leaf, i) for _, leaf, i in parts
-            ]
+            found = [_value(variables[leaf.path], owners.get(leaf.path[:-1]), leaf, i) for _, leaf, i in parts]
             return found[0] if len(found) == 1 else np.concatenate(found)
 
         return PendingTensor(name, shapes[name], value)
@@ -226,7 +216,7 @@ def _module_name(leaf: Parameter, index: int | None) -> str:
 
 
 def export_adapter(
-    model: nnx.Module,
+    model: Any,
     base_name_or_path: str,
     out_dir: str | Path,
     lora_config: LoRAConfig,
@@ -246,7 +236,8 @@ def export_adapter(
     """
     kind, out_dir = _export_dtype(dtype), Path(out_dir)
     family, config = family_of_model(model), model.config
-    tensors, roots = [], set()
+    tensors: list[PendingTensor] = []
+    roots: set[str] = set()
     for linear, leaf in _adapted(model, family, config):
         assert linear.lora_a is not None and linear.lora_b is not None
         *_, rank = linear.lora_a.shape
@@ -262,12 +253,15 @@ def export_adapter(
     if not tensors:
         raise UserError("the model has no adapter", where="export", remedy="export the full model instead")
     saved_modules = None
-    if lora_config.train_projector and family.projector is not None:
-        saved_modules = [family.projector[1]]
+    if lora_config.train_projector and family.projector:
+        saved = family.projector[0]
+        saved_modules = [saved]
+        # PEFT looks these up under the running version's own module name, so every version's name is there.
         tensors += [
-            PendingTensor(f"base_model.model.{tensor.name}", tensor.shape, tensor.value)
+            PendingTensor(f"base_model.model.{module}{tensor.name.removeprefix(saved)}", tensor.shape, tensor.value)
             for tensor in pending_tensors(model, family, config)
-            if tensor.name.startswith(f"{family.projector[1]}.")
+            if tensor.name.startswith(f"{saved}.")
+            for module in family.projector
         ]
     targets = "|".join(sorted({path.split(".")[-1] for path in lora.adapters(model)}))
     assert len(roots) == 1, roots  # one decoder; the regex below speaks of one
@@ -290,16 +284,14 @@ def export_adapter(
         write = jax.process_index() == 0
         if write:
             (partial / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2) + "\n", "utf-8")
-        write_file(
-            partial / "adapter_model.safetensors", sorted(tensors, key=lambda t: t.name), kind, write=write
-        )
+        write_file(partial / "adapter_model.safetensors", sorted(tensors, key=lambda t: t.name), kind, write=write)
     return vllm_hint(lora_config.lora_rank)
 
 
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<letter>[AB])\.weight")
 
 
-def load_adapter(model: nnx.Module, directory: str | Path) -> LoRAConfig:
+def load_adapter(model: Any, directory: str | Path) -> LoRAConfig:
     """Puts a PEFT LoRA adapter (ours or PEFT's own, in any layout's names) onto `model`, in place.
 
     Layers that the file does not mention get B = 0, i.e. nothing is added there.
@@ -311,18 +303,12 @@ def load_adapter(model: nnx.Module, directory: str | Path) -> LoRAConfig:
     raw = read_json(directory / "adapter_config.json")
     where = str(directory / "adapter_config.json")
     if raw.get("peft_type") != "LORA" or raw.get("use_dora") or raw.get("fan_in_fan_out"):
-        raise UserError(
-            "only plain LoRA adapters are read", where=where, remedy="merge it into its base model first"
-        )
+        raise UserError("only plain LoRA adapters are read", where=where, remedy="merge it into its base model first")
     if raw.get("bias", "none") != "none" or raw.get("rank_pattern") or raw.get("alpha_pattern"):
-        raise UserError(
-            "biases and per-layer ranks are not read", where=where, remedy="merge it into its base model"
-        )
+        raise UserError("biases and per-layer ranks are not read", where=where, remedy="merge it into its base model")
     file = directory / "adapter_model.safetensors"
     if not file.is_file():
-        raise UserError(
-            "no adapter_model.safetensors", where=str(directory), remedy="pickled adapters are not read"
-        )
+        raise UserError("no adapter_model.safetensors", where=str(directory), remedy="pickled adapters are not read")
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
         raise UserError("r and lora_alpha must be numbers", where=where)
@@ -340,9 +326,7 @@ def load_adapter(model: nnx.Module, directory: str | Path) -> LoRAConfig:
     projector: dict[str, Any] = {}
     for key, tensor in read_header(file).items():
         match = _FACTOR.fullmatch(key)
-        name = family.canonical_name(
-            f"{match['module']}.weight" if match else key.removeprefix("base_model.model.")
-        )
+        name = family.canonical_name(f"{match['module']}.weight" if match else key.removeprefix("base_model.model."))
         if match and name in places:
             leaf, index = places[name]
             fan_in, fan_out = leaf.layer_shape
@@ -350,12 +334,10 @@ def load_adapter(model: nnx.Module, directory: str | Path) -> LoRAConfig:
             if tensor.shape != shape:
                 raise UserError(f"{key} has shape {list(tensor.shape)}, not {list(shape)}", where=str(file))
             factors.setdefault(leaf.path, {})[index, match["letter"]] = tensor.read().astype(np.float32).T
-        elif not match and name and family.projector and name.startswith(f"{family.projector[1]}."):
+        elif not match and name and family.projector and name.startswith(f"{family.projector[0]}."):
             projector[name] = tensor
         else:
-            raise UserError(
-                f"{key} names no layer of this model", where=str(file), remedy="check the base model"
-            )
+            raise UserError(f"{key} names no layer of this model", where=str(file), remedy="check the base model")
     if not factors:
         raise UserError("holds no LoRA factors", where=str(file))
     _attach_factors(model, leaves, factors, rank, alpha / rank)
@@ -371,20 +353,21 @@ def load_adapter(model: nnx.Module, directory: str | Path) -> LoRAConfig:
 
 def _place(value: np.ndarray, axes: tuple[str | None, ...], like: jax.Array) -> jax.Array:
     """`value` on the devices of `like`, sharded by its own axes."""
-    if isinstance(like.sharding, jax.sharding.NamedSharding):
-        sharding = sharding_for(axes, value.shape, like.sharding.mesh)
+    mesh = getattr(like.sharding, "mesh", None)
+    if isinstance(mesh, jax.sharding.Mesh):
+        sharding = sharding_for(axes, value.shape, mesh)
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
     return jax.device_put(value, like.sharding)
 
 
 def _attach_factors(
-    model: nnx.Module,
+    model: Any,
     leaves: Mapping[tuple[str, ...], Parameter],
     factors: Mapping[tuple[str, ...], Mapping[tuple[int, str], np.ndarray]],
     rank: int,
     scale: float,
 ) -> None:
-    owners = {tuple(str(part) for part in path): module for path, module in nnx.iter_modules(model)}
+    owners = _modules(model)
     for path, given in factors.items():
         leaf, linear = leaves[path], owners[path[:-1]]
         fan_in, fan_out = leaf.layer_shape
@@ -407,14 +390,12 @@ def _replace_leaves(
     model: nnx.Module, leaves: Mapping[tuple[str, ...], Parameter], tensors: Mapping[str, Any], where: str
 ) -> None:
     """Overwrites unstacked parameters whose stored tensors are given."""
-    owners = {tuple(str(part) for part in path): module for path, module in nnx.iter_modules(model)}
+    owners = _modules(model)
     by_name = {leaf.source.name: leaf for leaf in leaves.values() if leaf.layers is None}
     for name, tensor in tensors.items():
         leaf = by_name.get(name)
         if leaf is None or leaf.stored()[name] != tensor.shape:
-            raise UserError(
-                f"{tensor.name} does not fit this model", where=where, remedy="check the base model"
-            )
+            raise UserError(f"{tensor.name} does not fit this model", where=where, remedy="check the base model")
         variable = getattr(owners[leaf.path[:-1]], leaf.path[-1])
         everything = (slice(None),) * len(leaf.shape)
         value = leaf.source.read(tensor, everything, leaf.shape).astype(leaf.dtype)

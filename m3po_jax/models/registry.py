@@ -63,7 +63,8 @@ class Family:
         tensor_map: ``config -> {parameter path: Source}`` in the layout that export writes.
         canonical_name: A stored tensor's name in that layout, from any published one; None: skip it.
         lora_scope: First part of the paths of layers that may be adapted.
-        projector: Modules that `train_projector` trains: our path and the stored prefix.
+        projector: What `train_projector` trains, as transformers names the module: first the canonical name,
+            then those of other versions.
         tower: Set where the vision tower can come from elsewhere.
     """
 
@@ -75,7 +76,7 @@ class Family:
     tensor_map: Callable[[Any], TensorMap]
     canonical_name: Callable[[str], str | None]
     lora_scope: str = "decoder"
-    projector: tuple[str, str] | None = None
+    projector: tuple[str, ...] = ()
     tower: Tower | None = None
 
 
@@ -88,7 +89,7 @@ FAMILIES = (
         build=llava.build,
         tensor_map=llava_weights.tensor_map,
         canonical_name=llava_weights.canonical_name,
-        projector=("projector", "multi_modal_projector"),
+        projector=("multi_modal_projector", "model.multi_modal_projector"),
         tower=Tower(
             default=llava_weights.default_tower,
             configure=llava_weights.with_tower,
@@ -169,9 +170,7 @@ def resolve_directory(path: str | Path) -> Path:
     if local.exists():
         raise UserError("a file, not a model directory", where=text)
     if not _HUB_ID.fullmatch(text) or text.count("/") != 1:
-        raise UserError(
-            "no such directory", where=text, remedy="give a model directory or a hub id like owner/name"
-        )
+        raise UserError("no such directory", where=text, remedy="give a model directory or a hub id like owner/name")
     import huggingface_hub
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -254,9 +253,7 @@ def stored_tensors(description: Description) -> dict[str, StoredTensor]:
             if name is None or (without_tower and family.tower and name.startswith(family.tower.prefix)):
                 continue
             if name in tensors:
-                raise UserError(
-                    f"{tensor.name} and {tensors[name].name} are the same tensor", where=str(directory)
-                )
+                raise UserError(f"{tensor.name} and {tensors[name].name} are the same tensor", where=str(directory))
             tensors[name] = tensor
     leaves = parameters(abstract_model(description), family.tensor_map(description.config))
     for copy in (copy for leaf in leaves.values() for copy in leaf.source.copies):
@@ -265,9 +262,7 @@ def stored_tensors(description: Description) -> dict[str, StoredTensor]:
     return tensors
 
 
-def abstract_model(
-    description: Description, *, dtype: Any = "float32", param_dtype: Any = "float32"
-) -> nnx.Module:
+def abstract_model(description: Description, *, dtype: Any = "float32", param_dtype: Any = "float32") -> nnx.Module:
     """The model's tree of shapes, types and axes, without memory."""
     build = partial(description.family.build, description.config, dtype=dtype, param_dtype=param_dtype)
     return nnx.eval_shape(build)
@@ -301,9 +296,7 @@ def load_model(
         raise UserError(f"init {init!r}{nearest(init, ('pretrained', 'random'))}", where="model.init")
     description = describe(directory, vision_tower=vision_tower)
     family, config = description.family, description.config
-    build = partial(
-        family.build, config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), seed=seed
-    )
+    build = partial(family.build, config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), seed=seed)
     if init == "random":
         model = initialise_parameters(build, mesh)
     else:
