@@ -89,6 +89,7 @@ class SelectConfig:
     # m3p | mas_only | vanilla | random | low_confidence | product | lexicographic | inversion | shared
     rule: str = "m3p"
     confidence: str = "mean"  # the variant that enters the score
+    confidence_dispreferred: str = ""  # another variant for the rejected role; empty: the same
     lambda_preferred: float = 0.2
     lambda_dispreferred: float = 1.0
     chosen_floor: float = 0.5  # least MAS of a chosen answer
@@ -115,6 +116,7 @@ class LoRAConfig:
 @dataclass
 class TrainConfig:
     objective: str = "preference"  # preference | sft | contrastive
+    data: list[DataConfig] = field(default_factory=list)  # sft, contrastive: joined; empty: the recipe's `data`
     loss_type: str = "sigmoid"  # see objectives/preference.py
     beta: float = 0.1
     label_smoothing: float = 0.0
@@ -138,14 +140,23 @@ class TrainConfig:
 
 
 @dataclass
+class BenchmarkConfig:
+    """One benchmark: whose rule scores the answers, and where the questions come from."""
+
+    metric: str = "pope"  # pope | chair | short_answer
+    data: DataConfig = field(default_factory=DataConfig)
+    kind: str = ""  # only rows whose metadata has this `kind`; empty: all rows
+    vocabulary: list[str] = field(default_factory=list)  # chair: the objects; empty: those the rows name
+
+
+@dataclass
 class EvaluateConfig:
     """Benchmarks by name, and the decoding of evaluation answers (greedy)."""
 
-    benchmarks: list[str] = field(default_factory=list)
-    data: DataConfig = field(default_factory=DataConfig)
+    benchmarks: dict[str, BenchmarkConfig] = field(default_factory=dict)
     max_new_tokens: int = 128
     batch_size: int = 16
-    stop_bias: list[float] = field(default_factory=list)  # the base model's stop-bias frontier
+    stop_bias: list[float] = field(default_factory=list)  # the base model's stop-bias frontier (chair benchmarks)
     contrast_alpha: list[float] = field(default_factory=list)  # contrastive decoding (VCD) of the base model
     bootstrap_samples: int = 1000
 

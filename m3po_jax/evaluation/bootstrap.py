@@ -74,9 +74,7 @@ def bootstrap(
     sample = np.concatenate(drawn)
     defined = sample[~np.isnan(sample)]
     estimate = float(statistic(sums.sum(axis=0)))
-    low, high = (
-        np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]).tolist() if len(defined) else (None, None)
-    )
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]).tolist() if len(defined) else (None, None)
     return {
         "estimate": None if np.isnan(estimate) else estimate,
         "low": low,

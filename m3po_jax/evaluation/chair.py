@@ -119,9 +119,7 @@ def vocabulary(synonyms: Mapping[str, Iterable[str]]) -> Vocabulary:
             if not words:
                 raise UserError(f"the term {term!r} of {name!r} has no words", where="CHAIR vocabulary")
             if terms.setdefault(words, name) != name:
-                raise UserError(
-                    f"{term!r} stands for {terms[words]!r} and {name!r}", where="CHAIR vocabulary"
-                )
+                raise UserError(f"{term!r} stands for {terms[words]!r} and {name!r}", where="CHAIR vocabulary")
     return Vocabulary(terms, suppressed={}, lemmas={})
 
 
@@ -141,9 +139,7 @@ def coco_vocabulary(synonym_lines: Iterable[str], merged_terms: Mapping[str, str
             # Official behaviour: a name that keeps a leading space never matches.
             if name and name == name.strip():
                 single.setdefault(name, names[0])
-    terms: dict[tuple[str, ...], str | None] = {
-        (name,): target for name, target in single.items() if " " not in name
-    }
+    terms: dict[tuple[str, ...], str | None] = {(name,): target for name, target in single.items() if " " not in name}
     for term, merged in merged_terms.items():
         terms[tuple(term.split(" "))] = single.get(merged)
     return Vocabulary(terms, suppressed={"seat": "toilet"}, lemmas={"bus": "bu", "buses": "bus"})
@@ -230,8 +226,6 @@ def summarize(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "hallucinated_mentions": hallucinated,
         "captions_with_hallucination": with_one,
         "captions_without_objects": sum(not item["mentions"] for item in items),
-        "top_hallucinated": [
-            list(pair) for pair in sorted(wrong.items(), key=lambda pair: (-pair[1], pair[0]))[:10]
-        ],
+        "top_hallucinated": [list(pair) for pair in sorted(wrong.items(), key=lambda pair: (-pair[1], pair[0]))[:10]],
         "degenerate": reasons,
     }

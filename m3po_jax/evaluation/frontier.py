@@ -50,9 +50,7 @@ def matched(arm: Mapping[str, float | None], points: Sequence[Mapping[str, float
     elif not curve:
         reason = "the frontier has no points"
     elif not curve[0][0] <= recall <= curve[-1][0]:
-        reason = (
-            f"recall {recall:.4f} is outside the frontier's range {curve[0][0]:.4f} to {curve[-1][0]:.4f}"
-        )
+        reason = f"recall {recall:.4f} is outside the frontier's range {curve[0][0]:.4f} to {curve[-1][0]:.4f}"
     base = None
     if reason is None and recall is not None:
         base = float(np.interp(recall, [point[0] for point in curve], [point[1] for point in curve]))

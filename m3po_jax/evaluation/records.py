@@ -56,9 +56,7 @@ def text_field(record: Record, field: str = "text") -> str:
     """
     value = record.get(field)
     if not isinstance(value, str):
-        raise UserError(
-            f"{field!r} must be text, not {type(value).__name__}", where=f"id {record.get('id')!r}"
-        )
+        raise UserError(f"{field!r} must be text, not {type(value).__name__}", where=f"id {record.get('id')!r}")
     return value
 
 

@@ -86,9 +86,7 @@ def short_answers(answers: Iterable[Record], references: Iterable[Record]) -> di
     names = sorted({item["category"] for item in items})
     return {
         "summary": accuracy(items),
-        "categories": {
-            name: accuracy([item for item in items if item["category"] == name]) for name in names
-        },
+        "categories": {name: accuracy([item for item in items if item["category"] == name]) for name in names},
         "items": items,
     }
 

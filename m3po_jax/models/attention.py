@@ -40,8 +40,12 @@ def dense_attention(
     q: Float[Array, "b s h d"],
     k: Float[Array, "b t g d"],
     v: Float[Array, "b t g d"],
-    mask: Bool[Array, (b #s t
-)],
+    mask: Bool[
+        Array,
+        (
+            b  # s t
+        ),
+    ],
 ) -> Float[Array, "b s h d"]:
     """Grouped-query attention with an explicit mask (true: may attend); softmax in float32."""
     b, s, h, d = q.shape

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -93,8 +94,13 @@ class DualEncoder(nnx.Module):
         self.visual_projection = project(config.vision.encoder.hidden_size) if clip else None
         self.text_projection = project(config.text.encoder.hidden_size) if clip else None
         # CLIP starts at 1/0.07 with no bias; SigLIP's paper starts at 10 and −10.
-        self.logit_scale = nnx.Param(jnp.asarray([2.6592 if clip else 2.3026], jnp.float32), axes=(None,))
-        self.logit_bias = nnx.Param(jnp.asarray([0.0 if clip else -10.0], jnp.float32), axes=(None,))
+        if config.pooling == "patches":
+            # Log-sum-exp over n unrelated patches adds log n; together every pair starts at about σ(−4).
+            bias, scale = -4.0 - float(np.log(config.vision.num_patches)), 2.3026
+        else:
+            bias, scale = (0.0, 2.6592) if clip else (-10.0, 2.3026)
+        self.logit_scale = nnx.Param(jnp.asarray([scale], jnp.float32), axes=(None,))
+        self.logit_bias = nnx.Param(jnp.asarray([bias], jnp.float32), axes=(None,))
 
     def encode_image(self, pixel_values: Float[Array, "b h w 3"], *, remat: str = "none") -> Float[Array, "b n e"]:
         """Unit vectors, float32: one an image (n = 1), or one a patch with ``pooling: patches``."""

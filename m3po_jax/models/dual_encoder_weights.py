@@ -29,5 +29,6 @@ def tensor_map(config: DualEncoderConfig) -> dict[Path, Source]:
         return tensors | {("logit_scale",): Source("logit_scale"), ("logit_bias",): Source("logit_bias")}
     for name in ("visual_projection", "text_projection"):
         tensors |= tensor_names.linear((name,), name, bias=False)
-    # CLIP stores its scale as a scalar and knows no bias.
-    return tensors | {("logit_scale",): Source("logit_scale", shape=()), ("logit_bias",): Source(None)}
+    # CLIP stores its scale as a scalar and knows no bias; a model that compares patches was trained with one.
+    bias = Source("logit_bias") if config.pooling == "patches" else Source(None)
+    return tensors | {("logit_scale",): Source("logit_scale", shape=()), ("logit_bias",): bias}

@@ -30,6 +30,7 @@ from m3po_jax.models.weights import (
     initialise_parameters,
     load_parameters,
     parameters,
+    replace_parameters,
 )
 
 
@@ -262,6 +263,14 @@ def stored_tensors(description: Description) -> dict[str, StoredTensor]:
     return tensors
 
 
+def tower_tensors(description: Description) -> dict[str, StoredTensor]:
+    """The vision tower's tensors, by the canonical names of the family that borrows it."""
+    assert description.tower is not None and description.family.tower is not None
+    named = description.family.tower.canonical_name
+    found = {named(tensor.name): tensor for tensor in open_directory(description.tower).values()}
+    return {name: tensor for name, tensor in found.items() if name is not None}
+
+
 def abstract_model(description: Description, *, dtype: Any = "float32", param_dtype: Any = "float32") -> nnx.Module:
     """The model's tree of shapes, types and axes, without memory."""
     build = partial(description.family.build, description.config, dtype=dtype, param_dtype=param_dtype)
@@ -284,7 +293,8 @@ def load_model(
         dtype: Of computation.
         param_dtype: Of the parameters in memory; stored values are cast.
         mesh: None keeps everything on the first device.
-        init: ``pretrained``, or ``random`` to draw weights from `seed` and read ``config.json`` alone.
+        init: ``pretrained``, or ``random`` to draw weights from `seed` and read ``config.json`` alone (and
+            `vision_tower`, where it is given).
         vision_tower: A CLIP directory whose tower replaces the model's own.
 
     Raises:
@@ -299,6 +309,10 @@ def load_model(
     build = partial(family.build, config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), seed=seed)
     if init == "random":
         model = initialise_parameters(build, mesh)
+        if description.tower is not None:
+            replace_parameters(
+                model, family.tensor_map(config), tower_tensors(description), mesh, str(description.tower)
+            )
     else:
         tensors = stored_tensors(description)
         model = load_parameters(nnx.eval_shape(build), family.tensor_map(config), tensors, mesh)

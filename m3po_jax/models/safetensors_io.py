@@ -99,9 +99,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         ) from None
     header.pop("__metadata__", None)
     return {
-        name: StoredTensor(
-            name, file, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0]
-        )
+        name: StoredTensor(name, file, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
     }
 
@@ -120,9 +118,7 @@ def _weight_files(directory: Path) -> list[Path]:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(f"names {name!r}, not a safetensors file of this directory", where=str(index))
         if not (directory / name).is_file():
-            raise UserError(
-                f"names {name}, which is missing", where=str(index), remedy="download or copy it again"
-            )
+            raise UserError(f"names {name}, which is missing", where=str(index), remedy="download or copy it again")
         files.append(directory / name)
     return files
 
@@ -207,9 +203,7 @@ def _cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
         raise UserError(
             f"a value does not fit {dtype.name}" if finite else "not every value is finite",
             where=name,
-            remedy="export with dtype=bfloat16"
-            if finite
-            else "training has diverged: take an earlier checkpoint",
+            remedy="export with dtype=bfloat16" if finite else "training has diverged: take an earlier checkpoint",
         )
     return cast
 

@@ -24,14 +24,10 @@ def decoder(config: LlamaConfig, path: Path, model: str, head: str) -> dict[Path
     layers = (*path, "layers")
     copies = (f"{head}.weight",) if config.tie_word_embeddings else ()
     tensors = {
-        (*path, "embed_tokens", "table"): Source(
-            f"{model}.embed_tokens.weight", pad_rows=True, copies=copies
-        ),
+        (*path, "embed_tokens", "table"): Source(f"{model}.embed_tokens.weight", pad_rows=True, copies=copies),
         (*path, "norm", "scale"): Source(f"{model}.norm.weight"),
         (*layers, "input_norm", "scale"): Source(f"{model}.layers.{{}}.input_layernorm.weight"),
-        (*layers, "post_attention_norm", "scale"): Source(
-            f"{model}.layers.{{}}.post_attention_layernorm.weight"
-        ),
+        (*layers, "post_attention_norm", "scale"): Source(f"{model}.layers.{{}}.post_attention_layernorm.weight"),
     }
     for ours, theirs, names in (
         ("attention", "self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")),
@@ -74,12 +70,8 @@ def vision_transformer(config: ViTConfig, path: Path, prefix: str, *, pooled: bo
     if pooled:
         head, name = (*path, "head"), f"{prefix}.head"
         tensors[(*head, "probe")] = Source(f"{name}.probe")
-        for i, projection in enumerate(
-            ("q_proj", "k_proj", "v_proj")
-        ):  # torch's MultiheadAttention fuses them
-            tensors[(*head, projection, "kernel")] = Source(
-                f"{name}.attention.in_proj_weight", "linear", part=(i, 3)
-            )
+        for i, projection in enumerate(("q_proj", "k_proj", "v_proj")):  # torch's MultiheadAttention fuses them
+            tensors[(*head, projection, "kernel")] = Source(f"{name}.attention.in_proj_weight", "linear", part=(i, 3))
             tensors[(*head, projection, "bias")] = Source(f"{name}.attention.in_proj_bias", part=(i, 3))
         tensors |= linear((*head, "out_proj"), f"{name}.attention.out_proj", bias=True)
         tensors |= layer_norm((*head, "layernorm"), f"{name}.layernorm")

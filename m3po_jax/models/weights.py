@@ -91,9 +91,7 @@ class Source:
         x = tensor.read((slice(start + offset, min(stop + offset, stored_rows)), *rest))
         if stop > stored_rows and self.pad_rows:
             missing = (stop - start) - len(x)
-            x = np.concatenate(
-                [x, np.broadcast_to(_row_mean(tensor, rest), (missing, *x.shape[1:])).astype(x.dtype)]
-            )
+            x = np.concatenate([x, np.broadcast_to(_row_mean(tensor, rest), (missing, *x.shape[1:])).astype(x.dtype)])
         return x.T if self.kind == "linear" else x
 
 
@@ -198,9 +196,7 @@ def check_tensors(leaves: Mapping[Path, Parameter], tensors: Mapping[str, Stored
             )
 
 
-_write_layer = jax.jit(
-    lambda buffer, x, i: jax.lax.dynamic_update_index_in_dim(buffer, x, i, 0), donate_argnums=0
-)
+_write_layer = jax.jit(lambda buffer, x, i: jax.lax.dynamic_update_index_in_dim(buffer, x, i, 0), donate_argnums=0)
 
 
 def _load_leaf(leaf: Parameter, tensors: Mapping[str, StoredTensor], sharding: Sharding) -> jax.Array:
@@ -243,12 +239,37 @@ def load_parameters(
     for path, variable in nnx.to_flat_state(state):
         leaf = leaves[tuple(str(part) for part in path)]
         sharding = (
-            SingleDeviceSharding(jax.devices()[0])
-            if mesh is None
-            else sharding_for(leaf.axes, leaf.shape, mesh)
+            SingleDeviceSharding(jax.devices()[0]) if mesh is None else sharding_for(leaf.axes, leaf.shape, mesh)
         )
         loaded.append((path, variable.replace(_load_leaf(leaf, tensors, sharding))))
     return nnx.merge(graph, nnx.from_flat_state(loaded))
+
+
+def replace_parameters(
+    model: nnx.Module,
+    tensor_map: TensorMap,
+    tensors: Mapping[str, StoredTensor],
+    mesh: Mesh | None,
+    where: str,
+) -> None:
+    """Overwrites, in place, the parameters that `tensors` (canonical names) hold, and no others.
+
+    Raises:
+        UserError: a tensor has another shape than the model's, or belongs to a parameter that is not complete.
+    """
+    stored = {
+        path: leaf
+        for path, leaf in parameters(model, tensor_map).items()
+        if any(name in tensors for name in leaf.stored())
+    }
+    check_tensors(stored, tensors, where)
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        leaf = stored.get(tuple(str(part) for part in path))
+        if leaf is not None:
+            sharding = (
+                SingleDeviceSharding(jax.devices()[0]) if mesh is None else sharding_for(leaf.axes, leaf.shape, mesh)
+            )
+            variable[...] = _load_leaf(leaf, tensors, sharding)
 
 
 def initialise_parameters(build: Callable[[], nnx.Module], mesh: Mesh | None) -> nnx.Module:

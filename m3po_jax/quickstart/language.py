@@ -84,9 +84,7 @@ def substitute(objects: Sequence[str], regime: str, rng: np.random.Generator, se
         UserError: for an unknown regime.
     """
     if regime not in NOISE_REGIMES:
-        raise UserError(
-            f"unknown noise regime {regime!r}{nearest(regime, NOISE_REGIMES)}", where="label noise"
-        )
+        raise UserError(f"unknown noise regime {regime!r}{nearest(regime, NOISE_REGIMES)}", where="label noise")
     if regime == "clean":
         return {}
     hit, which, replacement = rng.random(3)

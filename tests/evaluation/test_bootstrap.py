@@ -52,8 +52,7 @@ def test_interval_lies_between_the_extremes(rows):
     result = bootstrap([image for image, _, _ in rows], values, resamples=200)
     assert result["estimate"] == pytest.approx(values[:, 0].sum() / values[:, 1].sum())
     rates = [
-        ratio_of_sums(values[[row[0] == image for row in rows]].sum(axis=0))
-        for image in {row[0] for row in rows}
+        ratio_of_sums(values[[row[0] == image for row in rows]].sum(axis=0)) for image in {row[0] for row in rows}
     ]
     assert min(rates) - 1e-12 <= result["low"] <= result["high"] <= max(rates) + 1e-12
 

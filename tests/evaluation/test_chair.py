@@ -121,9 +121,7 @@ names = st.lists(st.sampled_from(sorted(WORDS.objects)), max_size=6)
 
 @given(st.lists(st.tuples(names, names), min_size=1, max_size=6))
 def test_bounds_and_additivity(cases):
-    records = [
-        {"id": index, "text": " , ".join(said), "objects": true} for index, (said, true) in enumerate(cases)
-    ]
+    records = [{"id": index, "text": " , ".join(said), "objects": true} for index, (said, true) in enumerate(cases)]
     result = chair(records, WORDS)
     summary = result["summary"]
     assert summary["mentions"] == sum(len(said) for said, _ in cases)
@@ -139,9 +137,7 @@ COCO_LINES = ["bus, minibus", "chair, seat", "toilet", "tie", "motorcycle, scoot
 
 
 def test_coco_rules():
-    words = coco_vocabulary(
-        COCO_LINES, {"bow tie": "tie", "passenger train": "train", "train track": "train track"}
-    )
+    words = coco_vocabulary(COCO_LINES, {"bow tie": "tie", "passenger train": "train", "train track": "train track"})
     assert words.mentions("A bow tie and a passenger train on a train track") == ["tie", "train"]
     assert words.mentions("a seat") == ["chair"]
     assert words.mentions("a seat by the toilet") == ["toilet"]
@@ -149,9 +145,7 @@ def test_coco_rules():
 
 
 @pytest.mark.skipif(not (SHARED / "data/pope/captions").is_dir(), reason="needs the shared POPE captions")
-@pytest.mark.parametrize(
-    "name", ["llava_i1_short", "llava_i2_brief", "mplug_owl_i1_short", "mplug_owl_i2_brief"]
-)
+@pytest.mark.parametrize("name", ["llava_i1_short", "llava_i2_brief", "mplug_owl_i1_short", "mplug_owl_i2_brief"])
 def test_published_coco_scores(name):
     data = SHARED / "data"
     words = coco_vocabulary(
@@ -164,8 +158,7 @@ def test_published_coco_scores(name):
     lines = (data / f"pope/captions/{name}.jsonl").read_text().splitlines()
     captions = [json.loads(line) for line in lines]
     records = [
-        {"id": row["image_id"], "text": row["caption"], "objects": truth[str(row["image_id"])]}
-        for row in captions
+        {"id": row["image_id"], "text": row["caption"], "objects": truth[str(row["image_id"])]} for row in captions
     ]
     summary = chair(records, words)["summary"]
     expected = json.loads((data / "pope/captions/expected.json").read_text())["files"][f"{name}.jsonl"]

@@ -28,9 +28,7 @@ def test_nothing_is_extrapolated(recall):
 
 def test_undefined_values():
     assert matched({"recall": None, "chair_i": 0.3}, BASE)["delta_chair_i"] is None
-    assert (
-        "no points" in matched({"recall": 0.5, "chair_i": 0.3}, [{"recall": 0.5, "chair_i": None}])["reason"]
-    )
+    assert "no points" in matched({"recall": 0.5, "chair_i": 0.3}, [{"recall": 0.5, "chair_i": None}])["reason"]
 
 
 def test_dominated_points_are_lifted():

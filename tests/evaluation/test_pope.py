@@ -91,9 +91,7 @@ def test_categories_and_their_mean():
         {"id": "c", "label": "yes", "category": "popular"},
         {"id": "d", "label": "no", "category": "popular"},
     ]
-    answers = [
-        {"id": key, "text": text} for key, text in zip("abcd", ["Yes", "No", "Yes", "Yes"], strict=True)
-    ]
+    answers = [{"id": key, "text": text} for key, text in zip("abcd", ["Yes", "No", "Yes", "Yes"], strict=True)]
     result = pope(answers, labels)
     assert result["categories"]["random"]["f1"] == 1
     assert result["categories"]["popular"]["f1"] == pytest.approx(2 / 3)

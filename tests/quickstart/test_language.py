@@ -95,8 +95,7 @@ def test_systematic_noise_is_systematic():
 
 def test_diffuse_noise():
     swapped = [
-        substitute(("person", "car", "dog"), "diffuse", stream(0, "sft", index, 1), 0)
-        for index in range(1500)
+        substitute(("person", "car", "dog"), "diffuse", stream(0, "sft", index, 1), 0) for index in range(1500)
     ]
     assert np.mean([bool(swaps) for swaps in swapped]) == pytest.approx(0.55, abs=0.04)
     replaced = {old for swaps in swapped for old in swaps}

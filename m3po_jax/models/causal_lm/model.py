@@ -27,17 +27,11 @@ class CausalLM(nnx.Module):
         self.decoder = Llama(config.text, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def image_features(self, pixel_values: jax.Array, *, remat: str = "none") -> jax.Array:
-        raise UserError(
-            "this model reads text only", where="model.path", remedy="use a vision-language model"
-        )
+        raise UserError("this model reads text only", where="model.path", remedy="use a vision-language model")
 
-    def embed_prompts(
-        self, token_ids: Int[Array, "b s"], features: jax.Array | None
-    ) -> Float[Array, "b s d"]:
+    def embed_prompts(self, token_ids: Int[Array, "b s"], features: jax.Array | None) -> Float[Array, "b s d"]:
         if features is not None:
-            raise UserError(
-                "this model reads text only", where="model.path", remedy="use a vision-language model"
-            )
+            raise UserError("this model reads text only", where="model.path", remedy="use a vision-language model")
         return self.decoder.embed_tokens(token_ids)
 
 

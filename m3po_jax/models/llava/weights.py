@@ -57,9 +57,7 @@ def tower_name(name: str) -> str | None:
 
 
 def tensor_map(config: LlavaConfig) -> dict[Path, Source]:
-    tensors = tensor_names.decoder(
-        config.text, ("decoder",), "language_model.model", "language_model.lm_head"
-    )
+    tensors = tensor_names.decoder(config.text, ("decoder",), "language_model.model", "language_model.lm_head")
     for name in ("linear_1", "linear_2"):
         tensors |= tensor_names.linear(
             ("projector", name), f"multi_modal_projector.{name}", bias=config.projector_bias
@@ -91,9 +89,7 @@ def with_tower(raw: dict[str, Any], tower: dict[str, Any] | None, where: str) ->
     """
     if tower is not None:
         tower = {**(tower.get("vision_config") or tower), "model_type": "clip_vision_model"}
-        tower = {
-            key: value for key, value in tower.items() if key not in ("architectures", "transformers_version")
-        }
+        tower = {key: value for key, value in tower.items() if key not in ("architectures", "transformers_version")}
     if not is_original(raw):
         return raw if tower is None else {**raw, "vision_config": tower}
     projector = raw.get("mm_projector_type", "linear")
@@ -105,9 +101,7 @@ def with_tower(raw: dict[str, Any], tower: dict[str, Any] | None, where: str) ->
         )
     select = {"patch": "default", "cls_patch": "full"}.get(raw.get("mm_vision_select_feature", "patch"))
     if select is None:
-        raise UserError(
-            f"mm_vision_select_feature {raw['mm_vision_select_feature']!r} is unknown", where=where
-        )
+        raise UserError(f"mm_vision_select_feature {raw['mm_vision_select_feature']!r} is unknown", where=where)
     vocabulary = int(raw.get("vocab_size", 32000))
     text = {key: raw[key] for key in _TEXT_KEYS if raw.get(key) is not None}
     padded = -(-(vocabulary + 2) // PADDED_VOCABULARY) * PADDED_VOCABULARY

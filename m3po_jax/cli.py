@@ -1,0 +1,129 @@
+"""The `m3po` command: one verb per stage, each a thin shell over a documented function."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from m3po_jax.errors import Interrupted, UserError
+from m3po_jax.version import __version__
+
+# sysexits.h: a launcher that sees EX_TEMPFAIL requeues the same command.
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 75
+
+VERBS: dict[str, tuple[str, str]] = {
+    "run": (
+        "the whole loop, then evaluation and the report",
+        "Generates candidates, scores and pairs them, trains on the pairs, `rounds` times, then evaluates every arm "
+        "and writes report.html. Whatever is finished is skipped, so the same command continues a stopped run.",
+    ),
+    "generate": (
+        "candidates with token ids and raw log-probs",
+        "Samples `generate.num_candidates` answers for every prompt of `data` into round-R/candidates/.",
+    ),
+    "score": (
+        "alignment scores (MAS) and confidence for candidates",
+        "Scores round-R/candidates/ into round-R/scores/: one MAS per candidate and backend, and the confidence "
+        "variants of `score.confidence`.",
+    ),
+    "select": (
+        "preference pairs, and the reason for every dropped prompt",
+        "Pairs a good answer with a confidently wrong one into round-R/pairs/. With --input and --output it works on "
+        "JSON lines of scored candidates alone.",
+    ),
+    "train": (
+        "a checkpoint from pairs, references or image-claim lists",
+        "objective: preference trains on round-R/pairs/; sft and contrastive train on `train.data`.",
+    ),
+    "evaluate": (
+        "answers and metrics of the benchmarks",
+        "Answers every benchmark of `evaluate.benchmarks` with the model (or its trained checkpoint) into "
+        "round-R/evaluation/. With --answers FILE it scores saved answers instead.",
+    ),
+    "export": (
+        "a Hugging Face directory or a PEFT adapter",
+        "Writes what was trained so that transformers, PEFT and vLLM load it.",
+    ),
+    "report": (
+        "one self-contained report.html",
+        "Writes report.html from whatever the run directory holds.",
+    ),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="m3po",
+        description="Multimodal-model-guided preference optimization for large vision-language models, in JAX.",
+        epilog="m3po VERB --help tells what a verb reads and writes. Recipes are in configs/.",
+    )
+    parser.add_argument("--version", action="version", version=f"m3po_jax {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, (summary, description) in VERBS.items():
+        verb = verbs.add_parser(
+            name,
+            help=summary,
+            description=description,
+            epilog="Any key of the recipe can be replaced: dotted.key=value, e.g. train.beta=0.2 name=trial.",
+        )
+        verb.add_argument("--config", metavar="RECIPE.yaml", help="the recipe; without one, all defaults")
+        verb.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the recipe")
+        if name != "report":
+            verb.add_argument(
+                "--mock", action="store_true", help="shrink the recipe to a tiny model and a handful of rows"
+            )
+        if name in ("generate", "score", "select", "train", "evaluate", "export"):
+            verb.add_argument("--round", type=int, default=1, metavar="R", help="which round's folder (default 1)")
+        if name in ("select", "train", "evaluate", "export"):
+            verb.add_argument("--arm", default=None, help="a comparison arm of the recipe (default: the main one)")
+        if name == "select":
+            verb.add_argument("--input", metavar="FILE.jsonl", help="scored candidates as JSON lines")
+            verb.add_argument("--output", metavar="FILE.jsonl", help="where the pairs go, as JSON lines")
+        if name == "evaluate":
+            verb.add_argument(
+                "--answers", metavar="FILE.jsonl", help='saved answers: {"id": ..., "text": ...} a line'
+            )
+            verb.add_argument("--benchmark", help="the benchmark that --answers belongs to")
+        if name == "export":
+            verb.add_argument("--format", choices=("huggingface", "peft"), default="huggingface")
+            verb.add_argument("--output", metavar="DIR", help="default: export-FORMAT/ in the run directory")
+            verb.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
+    return parser
+
+
+def _quiet_libraries() -> None:
+    """Keeps libraries' chatter off the screen; M3PO_VERBOSE=1 leaves it on."""
+    if os.environ.get("M3PO_VERBOSE") == "1":
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    for name in ("absl", "jax", "orbax", "etils", "tensorflow_datasets", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit status (0, 2 for a user's error, 75 when stopped and resumable)."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    _quiet_libraries()
+    try:
+        from m3po_jax.pipeline import verbs
+
+        verb: Callable[[argparse.Namespace], None] = getattr(verbs, options.verb)
+        verb(options)
+    except UserError as error:
+        print(f"m3po: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        reason = str(stopped) or "interrupted; what is finished is saved"
+        print(f"m3po: {reason}; the same command continues", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Inputs of a CLIP or SigLIP dual encoder: texts as fixed-length ids, images as pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from m3po_jax.data.images import ImageProcessor, decode
+from m3po_jax.data.schema import Prompt
+from m3po_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class DualEncoderProcessor:
+    """Tokenizer and image processor of a dual encoder's directory.
+
+    Attributes:
+        max_positions: Length of every text; longer texts are cut before their end token, as CLIP does.
+        image_fit: ``crop`` or ``stretch`` as the model was trained; `pad` keeps the whole image.
+    """
+
+    tokenizer: Any
+    image_processor: ImageProcessor
+    max_positions: int
+    eos_token_id: int
+    pad_token_id: int
+    image_root: Path = Path(".")
+    max_image_pixels: int = 50_000_000
+    image_fit: str = "crop"
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        max_positions: int,
+        image_root: str | Path = ".",
+        image_fit: str = "crop",
+        max_image_pixels: int = 50_000_000,
+    ) -> DualEncoderProcessor:
+        """Reads a local directory in Hugging Face layout.
+
+        Raises:
+            UserError: tokenizer or image processor are missing or malformed.
+        """
+        from transformers import AutoTokenizer
+
+        folder = Path(directory)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # transformers raises many types on malformed folders
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"cannot load the tokenizer ({reason})", where=str(folder)) from None
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no EOS token", where=str(folder), remedy="set eos_token")
+        pad = tokenizer.pad_token_id
+        return cls(
+            tokenizer=tokenizer,
+            image_processor=ImageProcessor.from_pretrained(folder),
+            max_positions=max_positions,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+            image_root=Path(image_root),
+            max_image_pixels=max_image_pixels,
+            image_fit=image_fit,
+        )
+
+    def encode_texts(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "c t"], Bool[np.ndarray, "c t"]]:
+        """Ids and mask of shape [texts, max_positions]; each text ends with the end token."""
+        ids = np.full((len(texts), self.max_positions), self.pad_token_id, np.int32)
+        mask = np.zeros(ids.shape, bool)
+        for row, text in enumerate(texts):
+            tokens = list(self.tokenizer(text, truncation=False)["input_ids"])
+            if tokens and tokens[-1] == self.eos_token_id:
+                tokens.pop()
+            tokens = [*tokens[: self.max_positions - 1], self.eos_token_id]
+            ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
+        return ids, mask
+
+    def pixel_values(self, prompt: Prompt) -> Float[np.ndarray, "images h w 3"]:
+        """Normalised pixels of every image of the prompt.
+
+        Raises:
+            UserError: naming the row, for anything that is wrong with an image.
+        """
+        where = prompt.where or f"id {prompt.id!r}"
+        images = [
+            decode(image, root=self.image_root, max_pixels=self.max_image_pixels, where=where)
+            for image in prompt.images
+        ]
+        size = (self.image_processor.height, self.image_processor.width)
+        if not images:
+            return np.zeros((0, *size, 3), np.float32)
+        return np.stack([self.image_processor(image, self.image_fit) for image in images])  # type: ignore[arg-type]

@@ -1,0 +1,299 @@
+"""Images: safe decoding, and the pixel pipeline of CLIP, LLaVA-1.5 and SigLIP in Pillow and NumPy.
+
+Encoded images come from strangers, so nothing is trusted: paths stay inside the data's root, the pixel count
+is read from the header before anything is decoded, and only common raster formats are tried (Pillow hands
+EPS to Ghostscript). The pixel pipeline equals the PIL back end of `transformers` 5.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image as PILImage
+
+from m3po_jax.data import schema
+from m3po_jax.errors import UserError, nearest
+
+ImageFit = Literal["pad", "crop", "stretch"]
+IMAGE_FITS = ("pad", "crop", "stretch")
+
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+# Padding to a square and resizing the short side blow up thin images: 1 x 50,000,000 would need 2.5e15.
+_MAX_INTERMEDIATE_PIXELS = 400_000_000
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_BROKEN = "the file is damaged or not an image: replace it or drop the row"
+
+
+def _encoded(image: schema.Image, root: Path, where: str) -> BytesIO | Path:
+    if image.bytes is not None:
+        if not image.bytes:
+            raise UserError("the image has no bytes", where=where, remedy="replace it or drop the row")
+        return BytesIO(image.bytes)
+    if not image.path:
+        raise UserError(
+            "the image has neither bytes nor a path", where=where, remedy="give one of them or drop the row"
+        )
+    try:
+        root = root.resolve()
+        path = (root / image.path).resolve()
+        inside = path.is_relative_to(root)
+        present = inside and path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # null bytes, name too long, symlink loops
+        raise UserError(f"unusable image path {image.path!r} ({error})", where=where) from None
+    if not inside:
+        raise UserError(
+            f"image path {image.path!r} leads outside {root}",
+            where=where,
+            remedy="move the image under data.image_root, or set data.image_root",
+        )
+    if not present:
+        raise UserError(f"no image file {image.path!r} under {root}", where=where, remedy="check data.image_root")
+    return path
+
+
+def read_encoded(image: schema.Image, *, root: Path, where: str) -> bytes:
+    """The image's encoded bytes, undecoded; a path must lie under `root`.
+
+    Raises:
+        UserError: no bytes and no usable path.
+    """
+    source = _encoded(image, root, where)
+    return source.getvalue() if isinstance(source, BytesIO) else source.read_bytes()
+
+
+def to_rgb(image: PILImage.Image) -> PILImage.Image:
+    """`image` in mode RGB; transparency is laid on white, as `transformers` 5's `convert_to_rgb` does."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = PILImage.new("RGBA", image.size, (255, 255, 255, 255))
+        return PILImage.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def decode(image: schema.Image, *, root: Path, max_pixels: int, where: str) -> PILImage.Image:
+    """Decodes an image (its first frame) into RGB; EXIF orientation is ignored, as `transformers` does.
+
+    Args:
+        image: Encoded bytes, or a path that must stay inside `root` once symbolic links are resolved.
+        root: The folder that image paths are relative to.
+        max_pixels: Width times height allowed; checked in the header, before any pixel is decoded.
+        where: File, row and id, for the error message.
+
+    Raises:
+        UserError: missing, outside `root`, truncated, corrupt, not an image, or too large.
+    """
+    source = _encoded(image, root, where)
+    PILImage.init()
+    formats = [name for name in _FORMATS if name in PILImage.OPEN]
+    too_large = f"more than data.max_image_pixels = {max_pixels}"
+    remedy = "shrink the image, or raise data.max_image_pixels"
+    try:
+        with PILImage.open(source, formats=formats) as opened:
+            width, height = opened.size
+            if width * height > max_pixels:
+                raise UserError(f"the image has {width} x {height} pixels, {too_large}", where=where, remedy=remedy)
+            if width < 1 or height < 1:
+                raise UserError(f"the image is empty ({width} x {height})", where=where, remedy=_BROKEN)
+            opened.load()
+            return to_rgb(opened)
+    except UserError:
+        raise
+    except PILImage.DecompressionBombError:
+        raise UserError(f"the image has {too_large}", where=where, remedy=remedy) from None
+    except Exception as error:  # Pillow's decoders raise a dozen types on corrupt input
+        reason = f"{type(error).__name__}: {error}" if not isinstance(source, BytesIO) else type(error).__name__
+        raise UserError(f"cannot decode the image ({reason})", where=where, remedy=_BROKEN) from None
+
+
+def _pair(value: Any, name: str, where: str) -> tuple[int, int]:
+    """(height, width) of a `size` or `crop_size` entry."""
+    if isinstance(value, int):
+        return value, value
+    if isinstance(value, dict) and {"height", "width"} <= value.keys():
+        return int(value["height"]), int(value["width"])
+    raise UserError(f"unsupported {name} {value!r}", where=where, remedy="use a LLaVA, CLIP or SigLIP processor")
+
+
+def _triple(value: Any) -> tuple[float, float, float]:
+    values = [float(value)] * 3 if isinstance(value, (int, float)) else [float(v) for v in value]
+    red, green, blue = values
+    return red, green, blue
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """The pixel pipeline: fit to a rectangle, rescale, normalise.
+
+    Attributes:
+        height: Rows of the result.
+        width: Columns of the result.
+        shortest_edge: Length to which `crop` and `pad` bring the short side before they cut the centre.
+        resample: Pillow's filter number (3 is bicubic).
+        rescale_factor: Factor on 0..255 values.
+        mean: Of the rescaled values, per channel; `int(255 * mean)` is the colour that `pad` adds.
+        std: Of the rescaled values, per channel.
+        native_fit: What the model's own `transformers` processor does; used where no fit is named.
+    """
+
+    height: int
+    width: int
+    shortest_edge: int
+    resample: int
+    rescale_factor: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    native_fit: ImageFit
+
+    @classmethod
+    def from_pretrained(cls, model_dir: str | Path) -> ImageProcessor:
+        """Reads `preprocessor_config.json`, or the image part of `processor_config.json` (transformers 5).
+
+        Raises:
+            UserError: no such file, malformed, or a processor that is not a plain resize (tiling, say).
+        """
+        folder = Path(model_dir)
+        config, where = None, str(folder)
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            path = folder / name
+            if not path.is_file():
+                continue
+            try:
+                loaded = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"not valid JSON: {error}", where=str(path)) from None
+            loaded = loaded.get("image_processor", loaded) if isinstance(loaded, dict) else {}
+            if "size" in loaded:
+                config, where = loaded, str(path)
+                break
+        if config is None:
+            raise UserError(
+                "no image processor settings (preprocessor_config.json)",
+                where=where,
+                remedy="copy the file from the model's repository",
+            )
+        try:
+            return cls.from_config(config, where=where)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"malformed image processor settings: {error}", where=where) from None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], *, where: str = "image processor") -> ImageProcessor:
+        """Builds it from the fields of a `transformers` image processor."""
+        kind = str(config.get("image_processor_type", "CLIPImageProcessor"))
+        if not kind.startswith(("CLIP", "LlavaImage", "Siglip")) or kind.startswith("Siglip2"):
+            raise UserError(f"unsupported image processor {kind}", where=where, remedy="LLaVA, CLIP or SigLIP only")
+        if not config.get("do_resize", True):
+            raise UserError("do_resize: false is not supported", where=where)
+        siglip = kind.startswith("Siglip")
+        size = config["size"]
+        resized: tuple[int, int] | None = None
+        if isinstance(size, dict) and "shortest_edge" in size:
+            shortest = int(size["shortest_edge"])
+        elif isinstance(size, int) and not siglip:  # CLIP's files of old: a bare number is the short side
+            shortest = size
+        else:
+            resized = _pair(size, "size", where)
+            shortest = min(resized)
+        crops = bool(config.get("do_center_crop", not siglip))
+        native: ImageFit = "crop"
+        if crops:
+            height, width = _pair(config.get("crop_size", 224), "crop_size", where)
+            if resized is not None and resized != (height, width):
+                raise UserError("a fixed size with another crop_size is not supported", where=where)
+            if resized is not None:
+                native = "stretch"
+        elif resized is None:
+            raise UserError("size.shortest_edge without do_center_crop gives ragged images", where=where)
+        else:
+            (height, width), native = resized, "stretch"
+        if config.get("do_pad") and kind.startswith("Llava"):
+            native = "pad"
+        normalize = config.get("do_normalize", True)
+        mean, std = (0.5, 0.5) if siglip else (_CLIP_MEAN, _CLIP_STD)
+        return cls(
+            height=height,
+            width=width,
+            shortest_edge=shortest,
+            resample=int(config.get("resample", 3)),
+            rescale_factor=float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0,
+            mean=_triple(config.get("image_mean", mean) if normalize else 0.0),
+            std=_triple(config.get("image_std", std) if normalize else 1.0),
+            native_fit=native,
+        )
+
+    def __call__(self, image: PILImage.Image, fit: ImageFit | None = None) -> Float[np.ndarray, "height width 3"]:
+        """Pixel values of one image, float32, normalised.
+
+        Args:
+            image: Any mode; converted to RGB.
+            fit: ``pad`` first puts the image in the middle of a square of the mean colour (original LLaVA);
+                ``crop`` resizes the short side and cuts the centre (CLIP, llava-hf); ``stretch`` ignores the
+                aspect ratio (SigLIP). None: the model's own.
+
+        Raises:
+            UserError: an image too thin to be fitted in memory.
+        """
+        fit = fit or self.native_fit
+        if fit not in IMAGE_FITS:
+            raise UserError(f"unknown image_fit {fit!r}{nearest(fit, IMAGE_FITS)}")
+        image = image if image.mode == "RGB" and "transparency" not in image.info else to_rgb(image)
+        if fit == "pad":
+            image = self._pad_to_square(image)
+        image = self._resize(image, self.height, self.width) if fit == "stretch" else self._crop(image)
+        # Every value is one of 256: a table per channel is exact and faster than arithmetic on the pixels.
+        values = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
+        table = (values[:, None] - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        pixels = np.asarray(image)
+        return np.stack([table[pixels[..., channel], channel] for channel in range(3)], axis=-1)
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """The mean colour, cut to whole numbers as LLaVA does: (122, 116, 104) for CLIP."""
+        red, green, blue = (int(255 * mean) for mean in self.mean)
+        return red, green, blue
+
+    def _pad_to_square(self, image: PILImage.Image) -> PILImage.Image:
+        width, height = image.size
+        side = max(width, height)
+        if width == height:
+            return image
+        _check_intermediate(side, side, image)
+        square = PILImage.new("RGB", (side, side), self.background)
+        square.paste(image, ((side - width) // 2, (side - height) // 2))
+        return square
+
+    def _crop(self, image: PILImage.Image) -> PILImage.Image:
+        width, height = image.size
+        # transformers' get_resize_output_image_size: the long side is cut, not rounded.
+        long = int(self.shortest_edge * max(width, height) / min(width, height))
+        new_width, new_height = (self.shortest_edge, long) if width <= height else (long, self.shortest_edge)
+        image = self._resize(image, new_height, new_width)
+        top, left = (new_height - self.height) // 2, (new_width - self.width) // 2
+        if top >= 0 and left >= 0:
+            return image.crop((left, top, left + self.width, top + self.height))
+        # Smaller than the crop: transformers adds black, the odd row above and the odd column on the left.
+        canvas_height, canvas_width = max(self.height, new_height), max(self.width, new_width)
+        top_pad, left_pad = -((new_height - canvas_height) // 2), -((new_width - canvas_width) // 2)
+        canvas = PILImage.new("RGB", (canvas_width, canvas_height))
+        canvas.paste(image, (left_pad, top_pad))
+        top, left = top + top_pad, left + left_pad
+        return canvas.crop((left, top, left + self.width, top + self.height))
+
+    def _resize(self, image: PILImage.Image, height: int, width: int) -> PILImage.Image:
+        _check_intermediate(height, width, image)
+        return image.resize((width, height), resample=PILImage.Resampling(self.resample))
+
+
+def _check_intermediate(height: int, width: int, image: PILImage.Image) -> None:
+    if height * width > _MAX_INTERMEDIATE_PIXELS:
+        raise UserError(
+            f"the image ({image.size[0]} x {image.size[1]} pixels) is too thin to be fitted",
+            remedy="crop it, or drop the row",
+        )

@@ -1,0 +1,236 @@
+"""Files of a run directory: parquet shards and JSON lines, complete or absent.
+
+A file is written under a temporary name in its own folder, flushed to disk and renamed, so a reader sees a
+whole file or none, whenever a writer is killed. A shard's name carries a hash of what it was made from, so a
+repeated command knows what is already done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from m3po_jax.errors import UserError
+
+_TEMPORARY = ".tmp"
+# Small row groups let shuffled readers fetch a row without its whole file.
+_ROW_GROUP_ROWS = 64
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
+    """A binary file that appears at `path` when the block ends without an exception, and not before."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The leading dot and the suffix keep the temporary out of every reader's way.
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_TEMPORARY, dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would lock out the other users of a shared folder
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename survive a power cut, where the file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def to_table(rows: Iterable[Mapping[str, Any]] | Mapping[str, Sequence[Any]], schema: pa.Schema) -> pa.Table:
+    """Rows or columns as an Arrow table of `schema`; absent nullable fields become null.
+
+    Raises:
+        ValueError: a field that `schema` does not have, a missing field that must not be null, or a value of
+            another type.
+    """
+    if isinstance(rows, Mapping):
+        columns = {name: list(values) for name, values in rows.items()}
+    else:
+        rows = list(rows)
+        unknown = {name for row in rows for name in row} - set(schema.names)
+        if unknown:
+            raise ValueError(f"fields {sorted(unknown)} are not in the schema {schema.names}")
+        columns = {name: [row.get(name) for row in rows] for name in schema.names}
+    unknown = set(columns) - set(schema.names)
+    if unknown:
+        raise ValueError(f"fields {sorted(unknown)} are not in the schema {schema.names}")
+    count = len(next(iter(columns.values()), ()))
+    arrays = []
+    for field in schema:
+        values = columns.get(field.name, [None] * count)
+        try:
+            array = pa.array(values, field.type)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise ValueError(f"field {field.name!r} is not {field.type}: {error}") from None
+        if not field.nullable and array.null_count:
+            raise ValueError(f"field {field.name!r} must not be null")
+        arrays.append(array)
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def write_table(
+    path: str | Path,
+    rows: pa.Table | Iterable[Mapping[str, Any]] | Mapping[str, Sequence[Any]],
+    schema: pa.Schema,
+) -> None:
+    """Writes a parquet file atomically.
+
+    Args:
+        path: The file; folders above it are made.
+        rows: A table, dictionaries, or one dictionary of columns.
+        schema: Types and order of the columns, see `m3po_jax.data.schema`.
+
+    Raises:
+        ValueError: rows that do not fit `schema`.
+    """
+    table = rows.cast(schema) if isinstance(rows, pa.Table) else to_table(rows, schema)
+    with atomic_write(path) as file:
+        pq.write_table(table, file, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
+
+
+def shards(directory: str | Path, suffix: str = ".parquet") -> list[Path]:
+    """Complete shards of `directory`, sorted by name; empty where there is no such folder."""
+    folder = Path(directory)
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix == suffix and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def open_parquet(path: str | Path) -> pq.ParquetFile:
+    """A parquet file for reading.
+
+    Raises:
+        UserError: missing, truncated or not parquet.
+    """
+    try:
+        return pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        reason = "no such file" if not Path(path).exists() else str(error).splitlines()[0]
+        raise UserError(
+            f"cannot read the parquet file ({reason})", where=str(path), remedy="delete it and run again"
+        ) from None
+
+
+def read_rows(directory: str | Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of all complete shards of a folder (or of one file), shards in order of their names.
+
+    Args:
+        directory: A folder of parquet shards, or one parquet file.
+        columns: Fields to read; None: all.
+
+    Raises:
+        UserError: a damaged shard, or a column that is not there.
+    """
+    path = Path(directory)
+    for shard in [path] if path.is_file() else shards(path):
+        with open_parquet(shard) as file:
+            missing = set(columns or ()) - set(file.schema_arrow.names)
+            if missing:
+                raise UserError(f"no column {sorted(missing)[0]!r}", where=str(shard))
+            try:
+                for batch in file.iter_batches(batch_size=_ROW_GROUP_ROWS, columns=columns):
+                    yield from batch.to_pylist()
+            except (OSError, pa.ArrowInvalid) as error:
+                raise UserError(
+                    f"damaged shard ({str(error).splitlines()[0]})",
+                    where=str(shard),
+                    remedy="delete it and run again",
+                ) from None
+
+
+def write_json_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON object per line atomically; NaN and infinities are refused (they are not JSON)."""
+    with atomic_write(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n")
+
+
+def read_json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, object) for each line that is not blank; `where` is ``file:line``.
+
+    Raises:
+        UserError: missing file, a line that is not UTF-8 or not a JSON object.
+    """
+    path = Path(path)
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)
+        raise UserError(reason, where=str(path), remedy="check the path") from None
+    with file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                where = f"{path}:{number}"
+                yield where, parse_json_object(line, where)
+
+
+def parse_json_object(data: bytes | str, where: str) -> dict[str, Any]:
+    """A JSON object; UserError where it is malformed or something else."""
+    try:
+        text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
+        row = json.loads(text)
+    except UnicodeDecodeError:
+        raise UserError("not UTF-8", where=where, remedy="save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"malformed JSON: {error}", where=where, remedy="one JSON object per line") from None
+    if not isinstance(row, dict):
+        raise UserError("not a JSON object", where=where, remedy="one JSON object per line")
+    return row
+
+
+def content_hash(*parts: Any) -> str:
+    """SHA-256 (hex) of bytes, texts and anything that JSON can hold; the same in every process.
+
+    Mappings are hashed in the order of their keys. Every part is framed by its kind and length, so that
+    ("ab", "c") and ("a", "bc") differ.
+
+    Raises:
+        TypeError: a part that is not bytes and not JSON.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, (bytes, bytearray, memoryview)):
+            kind, data = b"b", bytes(part)
+        else:
+            kind = b"j"
+            data = json.dumps(part, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+        digest.update(kind + len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 (hex) of a file's bytes, read in pieces."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shard_name(index: int, inputs_hash: str) -> str:
+    """``00042-0123456789abcdef.parquet``: sorts by index, changes with the inputs."""
+    return f"{index:05d}-{inputs_hash[:16]}.parquet"

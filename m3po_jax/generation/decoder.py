@@ -1,0 +1,251 @@
+"""The LLaMA decoder as generation wants it: layers apart, products fused, one prefix for all candidates.
+
+The arithmetic is that of `models/llama.py`; the arrangement is not. Layers are unstacked once, before any
+loop, so that no step slices weights. Queries, keys and values are one product and so are gate and up, because
+a decode step is a handful of rows against every weight. Keys and values lie head-major, as the attention
+products read them, and the answers' cache is a list of chunks: only the last is written, so the others are
+read in place.
+
+Shape suffixes: B prompts, P prefix tokens, K candidates, N slots of a chunk, G key/value heads, R query heads
+of each, D head width, E model width, F MLP width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from m3po_jax.models.forward import prefix_positions
+from m3po_jax.models.layers import ACTIVATIONS, Linear, matmul_precision
+from m3po_jax.models.llama import Llama, LlamaConfig, apply_rotary, rotary_tables
+from m3po_jax.sharding import constrain
+
+KV = tuple[jax.Array, jax.Array]
+QUERY_BLOCK = 256  # prefill attends this many queries at a time, to the keys up to them
+
+
+class FusedLayer(NamedTuple):
+    """One layer's weights in the computation's dtype; adapters are (A, α/r · B) beside their kernel."""
+
+    input_norm: Float[Array, " e"]
+    qkv: Float[Array, "e g r+2 d"]
+    out: Float[Array, "gd e"]
+    mlp_norm: Float[Array, " e"]
+    gate_up: Float[Array, "e 2 f"]
+    down: Float[Array, "f e"]
+    adapters: dict[str, KV]
+
+
+def _adapter(linear: Linear) -> KV | None:
+    if linear.lora_a is None or linear.lora_scale == 0.0:
+        return None
+    b = linear.lora_scale * linear.lora_b[...].astype(jnp.float32)
+    return linear.lora_a[...].astype(linear.dtype), b.astype(linear.dtype)
+
+
+def fuse(decoder: Llama) -> tuple[FusedLayer, ...]:
+    """Every layer's weights, unstacked and fused; meant for `jax.jit` under the mesh of the model."""
+    c, dtype = decoder.config, decoder.dtype
+    graph, state = nnx.split(decoder.layers)
+
+    def one(index: int) -> FusedLayer:
+        layer = nnx.merge(graph, jax.tree.map(lambda x: x[index], state))
+        attention, mlp = layer.attention, layer.mlp
+        heads = lambda linear: linear.kernel[...].reshape(c.hidden_size, c.num_kv_heads, -1, c.head_dim)  # noqa: E731
+        qkv = jnp.concatenate([heads(attention.q_proj), heads(attention.k_proj), heads(attention.v_proj)], axis=2)
+        gate_up = jnp.stack([mlp.gate_proj.kernel[...], mlp.up_proj.kernel[...]], axis=1)
+        linears = {
+            name: getattr(part, name)
+            for part, names in (
+                (attention, ("q_proj", "k_proj", "v_proj", "o_proj")),
+                (mlp, ("gate_proj", "up_proj", "down_proj")),
+            )
+            for name in names
+        }
+        return FusedLayer(
+            layer.input_norm.scale[...].astype(dtype),
+            constrain(qkv.astype(dtype), "embed", "kv_heads", None, None),
+            constrain(attention.o_proj.kernel[...].astype(dtype), "heads", "embed"),
+            layer.post_attention_norm.scale[...].astype(dtype),
+            constrain(gate_up.astype(dtype), "embed", None, "mlp"),
+            constrain(mlp.down_proj.kernel[...].astype(dtype), "mlp", "embed"),
+            {name: pair for name, linear in linears.items() if (pair := _adapter(linear)) is not None},
+        )
+
+    return tuple(one(index) for index in range(c.num_layers))
+
+
+def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return scale * y.astype(scale.dtype)
+
+
+def _product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, x, w, precision=matmul_precision(w.dtype))
+
+
+def _adapted(layer: FusedLayer, name: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`y` plus the low-rank product of the adapter called `name`, in y's shape."""
+    if name not in layer.adapters:
+        return y
+    a, b = layer.adapters[name]
+    return y + _product("...r,ro->...o", _product("...e,er->...r", x, a), b).reshape(y.shape)
+
+
+def _project(config: LlamaConfig, layer: FusedLayer, x: jax.Array, rotary: Any) -> tuple[jax.Array, ...]:
+    """Rotated queries [..., G, R, D], rotated keys and values [..., G, D] of normalised inputs [B, S, E]."""
+    y = _product("bse,egrd->bsgrd", x, layer.qkv)
+    q, k, v = y[..., :-2, :], y[..., -2, :], y[..., -1, :]
+    q = _adapted(layer, "q_proj", x, q)
+    k = _adapted(layer, "k_proj", x, k)
+    v = _adapted(layer, "v_proj", x, v)
+    flat = q.reshape(*q.shape[:2], config.num_heads, config.head_dim)
+    return apply_rotary(flat, rotary).reshape(q.shape), apply_rotary(k, rotary), v
+
+
+def _finish(config: LlamaConfig, layer: FusedLayer, x: jax.Array, attended: jax.Array, pin: Any) -> jax.Array:
+    """Output projection, residuals and MLP; `attended` is [B, S, H·D]."""
+    x = pin(x + _adapted(layer, "o_proj", attended, _product("bsd,de->bse", attended, layer.out)))
+    normal = _rms_norm(x, layer.mlp_norm, config.rms_norm_eps)
+    both = _product("bse,ecf->bscf", normal, layer.gate_up)
+    gate = _adapted(layer, "gate_proj", normal, both[..., 0, :])
+    up = _adapted(layer, "up_proj", normal, both[..., 1, :])
+    hidden = ACTIVATIONS[config.activation](gate) * up
+    return pin(x + _adapted(layer, "down_proj", hidden, _product("bsf,fe->bse", hidden, layer.down)))
+
+
+def _attend(parts: list[tuple[str, str, jax.Array, KV, jax.Array | None]], scale: float) -> jax.Array:
+    """One softmax over several sets of keys, none of them copied together; float32 sums, 0 for empty rows.
+
+    A part is (equation of the scores, equation of the values, queries, keys and values, mask).
+    """
+    scores = []
+    for into_scores, _, q, (k, _), mask in parts:
+        precision = matmul_precision(q.dtype)
+        s = scale * jnp.einsum(into_scores, q, k, precision=precision, preferred_element_type=jnp.float32)
+        scores.append(s if mask is None else jnp.where(mask, s, -jnp.inf))
+    top = scores[0].max(-1, keepdims=True)
+    for s in scores[1:]:
+        top = jnp.maximum(top, s.max(-1, keepdims=True))
+    top = jnp.where(jnp.isneginf(top), 0.0, top)  # NaN goes through, so that it is noticed
+    total: Any = 0.0
+    out: Any = 0.0
+    for s, (_, into_values, _, (_, v), _) in zip(scores, parts, strict=True):
+        weights = jnp.exp(s - top)
+        total = total + weights.sum(-1, keepdims=True)
+        precision = matmul_precision(v.dtype)
+        out = out + jnp.einsum(
+            into_values, weights.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32
+        )
+    return (out / jnp.maximum(total, 1e-30)).astype(parts[0][3][1].dtype)
+
+
+def prefill(
+    config: LlamaConfig,
+    layers: tuple[FusedLayer, ...],
+    x: Float[Array, "b p e"],
+    mask: Bool[Array, "b p"],
+) -> tuple[Float[Array, "b e"], list[KV]]:
+    """The last unpadded token's state before the final norm, and each layer's prefix cache [B, G, P, D].
+
+    Only that one state is needed, so the last layer computes queries and MLP for it alone.
+    """
+    b, p, _ = x.shape
+    rotary = rotary_tables(prefix_positions(mask), config.head_dim, config.rope_theta)
+    last = p - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    pin = lambda y: constrain(y, "batch", None, None)  # noqa: E731
+    pick = lambda y: jnp.take_along_axis(y, last.reshape(b, *(1,) * (y.ndim - 1)), axis=1)  # noqa: E731
+    scale, cache = config.head_dim**-0.5, []
+    causal = jnp.arange(p)[:, None] >= jnp.arange(p)[None, :]
+    x = pin(x)
+    for index, layer in enumerate(layers):
+        normal = _rms_norm(x, layer.input_norm, config.rms_norm_eps)
+        q, k, v = _project(config, layer, normal, rotary)
+        k, v = (constrain(y.transpose(0, 2, 1, 3), "batch", "kv_heads", None, None) for y in (k, v))
+        cache.append((k, v))
+        if index == len(layers) - 1:
+            seen = mask[:, None, None, None, :]
+            parts = [("bsgrd,bgpd->bgrsp", "bgrsp,bgpd->bgrsd", pick(q), (k, v), seen)]
+            attended, x = _attend(parts, scale), pick(x)
+        else:
+            blocks = []
+            for start in range(0, p, QUERY_BLOCK):
+                stop = min(start + QUERY_BLOCK, p)
+                seen = (causal[start:stop, :stop] & mask[:, None, :stop])[:, None, None]
+                own = (k[:, :, :stop], v[:, :, :stop])
+                blocks.append(
+                    _attend([("bsgrd,bgpd->bgrsp", "bgrsp,bgpd->bgrsd", q[:, start:stop], own, seen)], scale)
+                )
+            attended = jnp.concatenate(blocks, axis=3)
+        attended = attended.transpose(0, 3, 1, 2, 4).reshape(b, x.shape[1], -1)
+        x = _finish(config, layer, x, attended, pin)
+    return x[:, 0], cache
+
+
+def empty_chunks(config: LlamaConfig, batch: int, candidates: int, slots: int, dtype: Any) -> list[KV]:
+    """One unwritten chunk for every layer: keys [B, G, K, D, N] and values [B, G, K, N, D].
+
+    Each lies as its product reads it; the other order would be transposed, that is copied, at every step.
+    """
+    lead, d = (batch, config.num_kv_heads, candidates), config.head_dim
+    zeros = lambda shape: constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None, None)  # noqa: E731
+    return [(zeros((*lead, d, slots)), zeros((*lead, slots, d))) for _ in range(config.num_layers)]
+
+
+def _pin_stationary(x: jax.Array) -> jax.Array:
+    """Splits a decode step's activations by width instead of by prompt over ``fsdp``.
+
+    The weights then stay where they are, and a few rows of activations travel: gathering the weights for
+    every token would move gigabytes a step (Pope et al., arXiv:2211.05102, the weight-stationary layout).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or x.shape[-1] % mesh.shape["fsdp"] or x.shape[0] % mesh.shape["data"]:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec("data", None, "fsdp"))
+
+
+def decode_step(
+    config: LlamaConfig,
+    layers: tuple[FusedLayer, ...],
+    x: Float[Array, "b k e"],
+    positions: Int[Array, "b 1"],
+    *,
+    prefix: list[KV],
+    prefix_mask: Bool[Array, "b p"],
+    full: list[list[KV]],
+    chunk: list[KV],
+    slot: Int[Array, ""],
+) -> tuple[Float[Array, "b k e"], list[KV]]:
+    """One token of every candidate: states before the final norm, and the chunk with the token in `slot`.
+
+    `full` holds earlier chunks, all of whose slots are written.
+    """
+    b, candidates, _ = x.shape
+    rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
+    written = jnp.arange(chunk[0][1].shape[3]) <= slot
+    seen = prefix_mask[:, None, None, None, :]
+    scale, updated = config.head_dim**-0.5, []
+    x = _pin_stationary(x)
+    for index, layer in enumerate(layers):
+        normal = _rms_norm(x, layer.input_norm, config.rms_norm_eps)
+        q, k, v = _project(config, layer, normal, rotary)
+        q = constrain(q.transpose(0, 2, 1, 3, 4), "batch", "kv_heads", None, None, None)
+        k, v = (constrain(y.transpose(0, 2, 1, 3), "batch", "kv_heads", None, None) for y in (k, v))
+        keys, values = chunk[index]
+        put = jax.lax.dynamic_update_slice_in_dim
+        keys = put(keys, k[..., None].astype(keys.dtype), slot, axis=4)
+        values = put(values, v[:, :, :, None].astype(values.dtype), slot, axis=3)
+        updated.append((keys, values))
+        branch = ("bgkrd,bgkdn->bgkrn", "bgkrn,bgknd->bgkrd", q)
+        parts: list[Any] = [("bgkrd,bgpd->bgkrp", "bgkrp,bgpd->bgkrd", q, prefix[index], seen)]
+        parts += [(*branch, earlier[index], None) for earlier in full]
+        parts += [(*branch, (keys, values), written)]
+        attended = _attend(parts, scale).transpose(0, 2, 1, 3, 4).reshape(b, candidates, -1)
+        x = _finish(config, layer, x, attended, _pin_stationary)
+    return x, updated

@@ -1,0 +1,165 @@
+"""The `train` verb: preference pairs, references or image-claim lists in; a checkpoint and metrics out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jax.sharding import Mesh
+
+from m3po_jax.config import Recipe
+from m3po_jax.data import batches, tables
+from m3po_jax.data.schema import Prompt
+from m3po_jax.errors import UserError
+from m3po_jax.pipeline.models import Joined, Policy, attach_adapter, load_dual_encoder, load_policy, read_rows
+from m3po_jax.sharding import use_mesh
+from m3po_jax.training.loop import TrainResult, train
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained model, and the model and directory it started from (which `export` copies files from)."""
+
+    result: TrainResult
+    base: Any
+    seconds: float
+
+    @property
+    def model(self) -> Any:
+        return self.result.model
+
+
+def read_pairs(directory: Path) -> pa.Table:
+    """All complete pair shards of a directory.
+
+    Raises:
+        UserError: there are none, or nothing survived the selection.
+    """
+    files = tables.shards(directory)
+    if not files:
+        raise UserError("no pairs", where=str(directory), remedy="run `m3po select` first")
+    table = pa.concat_tables([pq.read_table(path) for path in files], promote_options="default")
+    if table.num_rows == 0:
+        raise UserError(
+            "no prompt gave a pair", where=str(directory), remedy="see drops.jsonl beside it; loosen select.*"
+        )
+    return table
+
+
+def training_rows(recipe: Recipe) -> Joined:
+    """The rows of `train.data`, one source after another (default: the recipe's own data)."""
+    parts = [read_rows(config, require_image=False) for config in (recipe.train.data or [recipe.data])]
+    roots = {part.image_root for part in parts if part[0].images and part[0].images[0].bytes is None}
+    if len(roots) > 1:
+        raise UserError(
+            f"sources with image files have different roots ({', '.join(map(str, sorted(roots)))})",
+            where="train.data",
+            remedy="set image_root of each to one common folder",
+        )
+    joined = Joined(parts)
+    if roots:
+        joined.image_root = roots.pop()
+    return joined
+
+
+def chosen_as_references(table: pa.Table) -> list[Prompt]:
+    """Pairs as SFT rows whose reference is the chosen answer (the `sft_chosen` arm)."""
+    rows = batches.TableRows(table)
+    return [
+        dataclasses.replace(
+            batches.pair_prompt(row, f"pairs:{number + 1} (id {row['id']!r})"),
+            reference=batches.message_text(row["chosen"]),
+        )
+        for number, row in enumerate(rows)
+    ]
+
+
+def train_on_pairs(
+    recipe: Recipe, policy: Policy, pairs: pa.Table, out: Path, mesh: Mesh, *, start: Any, seed: int
+) -> Trained:
+    """DPO, or SFT on the chosen answers, from `start`: the policy's model with adapters, trained or not."""
+    started = time.monotonic()
+    config = recipe.train
+    size, longest = config.batch_size, config.max_answer_tokens
+    if config.objective == "sft":
+        source: Any = batches.sft_batches(
+            chosen_as_references(pairs), policy.processor, batch_size=size, seed=seed, max_answer_tokens=longest
+        )
+    else:
+        source = batches.pair_batches(
+            pairs, policy.processor, batch_size=size, seed=seed, max_answer_tokens=longest, where=str(out / "pairs")
+        )
+    with use_mesh(mesh):
+        result = train(start, source, config, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)
+    return Trained(result, policy.loaded, time.monotonic() - started)
+
+
+def train_on_rows(recipe: Recipe, out: Path, mesh: Mesh) -> Trained:
+    """SFT of a vision-language model on references, or contrastive training of a dual encoder."""
+    started = time.monotonic()
+    config = recipe.train
+    rows: Joined = training_rows(recipe)
+    loaded, source = (
+        _contrastive(recipe, rows, mesh) if config.objective == "contrastive" else _sft(recipe, rows, mesh)
+    )
+    with use_mesh(mesh):
+        result = train(
+            loaded.model, source, config, output_dir=out, mesh=mesh, seed=recipe.seed, remat=recipe.model.remat
+        )
+    return Trained(result, loaded.base, time.monotonic() - started)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    model: Any
+    base: Any
+
+
+def _contrastive(recipe: Recipe, rows: Joined, mesh: Mesh) -> tuple[_Start, Any]:
+    loaded, processor = load_dual_encoder(
+        recipe.model.path,
+        mesh,
+        image_root=rows.image_root,
+        init=recipe.model.init,
+        seed=recipe.seed,
+        dtype=recipe.model.dtype,
+        image_fit=recipe.model.image_fit,
+    )
+    source = batches.contrastive_batches(
+        _with_objects(rows),
+        processor,
+        encode_texts=processor.encode_texts,
+        batch_size=recipe.train.batch_size,
+        seed=recipe.seed,
+        claim_template=recipe.score.claim_template,
+    )
+    return _Start(loaded.model, loaded), source
+
+
+def _with_objects(rows: Sequence[Prompt]) -> list[Prompt]:
+    """One row an image, and only images whose objects are known; questions about one image would repeat it."""
+    seen: set[str] = set()
+    kept = []
+    for row in rows:
+        key = str(row.metadata.get("scene") or row.id)
+        if key not in seen and row.metadata.get("objects"):
+            seen.add(key)
+            kept.append(row)
+    return kept
+
+
+def _sft(recipe: Recipe, rows: Joined, mesh: Mesh) -> tuple[_Start, Any]:
+    policy = load_policy(recipe, mesh, image_root=rows.image_root)
+    source = batches.sft_batches(
+        rows,
+        policy.processor,
+        batch_size=recipe.train.batch_size,
+        seed=recipe.seed,
+        max_answer_tokens=recipe.train.max_answer_tokens,
+    )
+    return _Start(attach_adapter(policy, recipe, mesh), policy.loaded), source

@@ -1,0 +1,218 @@
+"""Multimodal Alignment Scores: functions from (image, instruction, candidates) to [0, 1] (METHOD section 3).
+
+A backend scores the whole candidate pool of a batch of prompts; NaN means that it abstains, and the selection
+drops the prompt. Only the orchestration is here: models run in `models/` and `scoring/engine.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from m3po_jax.data.dual_inputs import DualEncoderProcessor
+from m3po_jax.data.schema import Prompt
+from m3po_jax.errors import UserError
+from m3po_jax.evaluation import chair
+from m3po_jax.evaluation.short_answer import normalize
+from m3po_jax.scoring.claims import Claim, split_claims
+from m3po_jax.sharding import shard_batch, to_host, use_mesh
+
+Scores = list[np.ndarray]
+
+
+class Backend(Protocol):
+    """`name` becomes the column ``mas_<name>``; `prepare` may look at whole prompts before the pool is scored."""
+
+    name: str
+
+    def __call__(self, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Scores:
+        """One array of scores in [0, 1] per prompt, one entry per candidate."""
+        ...
+
+
+def aggregate_claims(probabilities: Sequence[float], rule: str, vocabulary_mass: float | None = None) -> float:
+    """Claim probabilities to one score.
+
+    ``mean`` and ``min`` are over the claims made. ``soft_f1`` is the harmonic mean of the claims' mean probability
+    (soft precision) and their share of `vocabulary_mass`, the summed probability of every claim that could have
+    been made (soft recall): unlike precision it does not reward brevity. No claim scores 0 under each rule.
+    """
+    if not len(probabilities):
+        return 0.0
+    values = np.asarray(probabilities, np.float64)
+    if rule == "mean":
+        return float(values.mean())
+    if rule == "min":
+        return float(values.min())
+    if rule == "soft_f1":
+        assert vocabulary_mass is not None
+        precision, recall = values.mean(), min(values.sum() / max(vocabulary_mass, 1e-9), 1.0)
+        return float(2 * precision * recall / max(precision + recall, 1e-9))
+    raise UserError(f"unknown rule {rule!r}", where="score.aggregate", remedy="mean, min or soft_f1")
+
+
+class Similarity:
+    """A CLIP or SigLIP dual encoder, on whole answers or claim by claim.
+
+    SigLIP's score is its probability, sigmoid(logit), and so is that of a model whose bias was trained; CLIP's is
+    CLIPScore, min(2.5 · max(cos, 0), 1) (Hessel et al., arXiv:2104.08718).
+    """
+
+    name = "similarity"
+
+    def __init__(
+        self,
+        model: Any,
+        processor: DualEncoderProcessor,
+        mesh: Mesh,
+        *,
+        unit: str = "claim",
+        aggregate: str = "mean",
+        vocabulary: Sequence[str] = (),
+        template: str = "{claim}",
+        batch_size: int = 32,
+    ):
+        if aggregate == "soft_f1" and not vocabulary:
+            raise UserError("soft_f1 needs the claims that could be made", where="score.vocabulary")
+        if unit not in ("whole", "claim"):
+            raise UserError(f"unknown unit {unit!r}", where="score.unit", remedy="whole or claim")
+        self.processor, self.mesh, self.unit, self.aggregate = processor, mesh, unit, aggregate
+        self.objects = list(vocabulary)
+        self.vocabulary = chair.vocabulary(dict.fromkeys(vocabulary, ())) if vocabulary else None
+        self.template, self.batch_size = template, batch_size
+        self.graph, self.state = nnx.split(model)
+        self.probabilistic = model.config.kind == "siglip" or model.config.pooling == "patches"
+        self.texts: dict[str, np.ndarray] = {}
+
+        @partial(jax.jit, static_argnums=0)
+        def images(graph: Any, state: Any, pixels: jax.Array) -> jax.Array:
+            return nnx.merge(graph, state).encode_image(pixels)
+
+        @partial(jax.jit, static_argnums=0)
+        def texts(graph: Any, state: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
+            return nnx.merge(graph, state).encode_text(ids, mask)
+
+        @partial(jax.jit, static_argnums=0)
+        def logits(graph: Any, state: Any, image: jax.Array, text: jax.Array) -> jax.Array:
+            return nnx.merge(graph, state).logits(image, text)
+
+        self._images, self._texts, self._logits = images, texts, logits
+
+    def _embed_texts(self, texts: Sequence[str]) -> None:
+        """Adds the embeddings of unseen texts to the cache, in batches of one compiled shape."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.texts]
+        for start in range(0, len(new), self.batch_size):
+            part = new[start : start + self.batch_size]
+            ids, mask = self.processor.encode_texts(part + part[-1:] * (self.batch_size - len(part)))
+            embedded = to_host(self._texts(self.graph, self.state, *shard_batch((ids, mask), self.mesh)))
+            self.texts.update(zip(part, embedded[: len(part)], strict=True))
+
+    def _scores(self, image: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+        """Scores in [0, 1] of texts against one image's embedding."""
+        matrix = np.stack([self.texts[text] for text in texts])
+        # Padded to a few sizes, so that the product is compiled a handful of times.
+        width = max(8, 1 << (len(texts) - 1).bit_length())
+        padded = np.concatenate([matrix, np.repeat(matrix[-1:], width - len(texts), axis=0)])
+        if not self.probabilistic:
+            return np.clip(2.5 * np.max(image @ matrix.T, axis=0), 0.0, 1.0)
+        logits = to_host(self._logits(self.graph, self.state, image[None], padded))[0, : len(texts)]
+        return 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
+
+    def __call__(self, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Scores:
+        render = lambda claim: self.template.replace("{claim}", claim)  # noqa: E731
+        if self.unit == "whole":
+            claims = [[[Claim(answer)] for answer in pool] for pool in pools]
+            render = lambda claim: claim  # noqa: E731
+        else:
+            claims = [
+                [split_claims(prompt.instruction, answer, self.vocabulary) for answer in pool]
+                for prompt, pool in zip(prompts, pools, strict=True)
+            ]
+        with use_mesh(self.mesh):
+            self._embed_texts([render(c.text) for pool in claims for answer in pool for c in answer])
+            if self.aggregate == "soft_f1":
+                self._embed_texts([render(name) for name in self.objects])
+            scores: Scores = []
+            for start in range(0, len(prompts), self.batch_size):
+                part = prompts[start : start + self.batch_size]
+                embedded = self._embed_images(part)
+                for image, pool in zip(embedded, claims[start : start + self.batch_size], strict=True):
+                    scores.append(self._score_pool(image, pool, render))
+            return scores
+
+    def _embed_images(self, prompts: Sequence[Prompt]) -> list[np.ndarray | None]:
+        """Each prompt's image embedding [n, e] (several images joined), None where it has no image."""
+        pixels = [self.processor.pixel_values(prompt) for prompt in prompts]
+        flat = np.concatenate(pixels)
+        if not len(flat):
+            return [None] * len(prompts)
+        count = max(-(-len(flat) // self.batch_size), 1) * self.batch_size
+        padded = np.concatenate([flat, np.repeat(flat[-1:], count - len(flat), axis=0)])
+        parts = [
+            to_host(self._images(self.graph, self.state, shard_batch(padded[i : i + self.batch_size], self.mesh)))
+            for i in range(0, count, self.batch_size)
+        ]
+        embedded, found, offset = np.concatenate(parts), [], 0
+        for own in pixels:
+            found.append(np.concatenate(list(embedded[offset : offset + len(own)])) if len(own) else None)
+            offset += len(own)
+        return found
+
+    def _score_pool(
+        self, image: np.ndarray | None, pool: Sequence[Sequence[Claim]], render: Callable[[str], str]
+    ) -> np.ndarray:
+        if image is None:
+            return np.full(len(pool), np.nan)
+        texts = list(dict.fromkeys(render(claim.text) for answer in pool for claim in answer))
+        known = dict(zip(texts, self._scores(image, texts), strict=True)) if texts else {}
+        mass = (
+            float(self._scores(image, [render(n) for n in self.objects]).sum())
+            if self.aggregate == "soft_f1"
+            else None
+        )
+        scores = []
+        for answer in pool:
+            values = [1.0 - known[render(c.text)] if c.negated else known[render(c.text)] for c in answer]
+            rule = "mean" if answer and answer[0].short else self.aggregate
+            scores.append(aggregate_claims(values, rule, mass))
+        return np.array(scores)
+
+
+class Reference:
+    """Agreement with what the data says: listed objects (F1 of mentions) or the reference answer (exact match).
+
+    For data with annotations, and as an upper bound for learned backends; not a judge of free text.
+    """
+
+    name = "reference"
+
+    def __init__(self, vocabulary: Sequence[str]):
+        self.vocabulary = chair.vocabulary(dict.fromkeys(vocabulary, ())) if vocabulary else None
+
+    def __call__(self, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Scores:
+        scores: Scores = []
+        for prompt, pool in zip(prompts, pools, strict=True):
+            objects = set(prompt.metadata.get("objects") or ())
+            if self.vocabulary is not None and objects and prompt.metadata.get("kind") == "caption":
+                scores.append(np.array([self._object_f1(answer, objects) for answer in pool]))
+            elif prompt.reference is not None:
+                wanted = normalize(prompt.reference)
+                scores.append(np.array([float(normalize(answer) == wanted) for answer in pool]))
+            else:
+                scores.append(np.full(len(pool), np.nan))
+        return scores
+
+    def _object_f1(self, answer: str, objects: set[str]) -> float:
+        assert self.vocabulary is not None
+        named = self.vocabulary.mentions(answer)
+        if not named:
+            return 0.0
+        precision = sum(name in objects for name in named) / len(named)
+        recall = len(objects.intersection(named)) / len(objects)
+        return 2 * precision * recall / max(precision + recall, 1e-9)

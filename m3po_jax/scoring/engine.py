@@ -1,0 +1,193 @@
+"""Teacher-forced scoring: what a model thinks of given answers, with the prompt encoded once for all of them.
+
+Shape suffixes: B prompts, P prefix tokens, K branches (answers) of a prompt, T tokens of a branch, C choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Bool, Float, Float32, Int
+
+from m3po_jax.errors import UserError
+from m3po_jax.generation.engine import PromptBatch, bucket, pad_rows
+from m3po_jax.models import lora
+from m3po_jax.models.forward import VisionLanguageModel, branch_hidden, branch_log_probs, encode_images
+from m3po_jax.sharding import replicate, shard_batch, to_host, use_mesh
+
+
+class Scorer:
+    """Scores answers under one model on one mesh.
+
+    Shapes are padded to buckets, so that few programs are compiled: rows to `batch_size` (longer inputs are
+    cut into several batches), prompts and answers to multiples of their bucket, more than four answers to a
+    multiple of four.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        mesh: Mesh,
+        *,
+        batch_size: int = 16,
+        prefix_bucket: int = 32,
+        branch_bucket: int = 32,
+    ):
+        self.mesh, self.prefix_bucket, self.branch_bucket = mesh, prefix_bucket, branch_bucket
+        self.batch_size = bucket(batch_size, mesh.shape["data"] * mesh.shape["fsdp"])
+        self.compilations = 0
+        self._log_probs = jax.jit(self._log_probs_program, static_argnums=(0, 3))
+        self._choices = jax.jit(self._choices_program, static_argnums=(0, 3))
+        self.load(model)
+
+    def load(self, model: VisionLanguageModel) -> None:
+        """Takes the model's present weights for all later calls."""
+        self.graph, self.state = nnx.split(model)
+        reference = nnx.merge(self.graph, self.state)
+        lora.set_scale(reference, 0.0)
+        self.reference_graph = nnx.split(reference)[0]
+
+    def log_probs(
+        self,
+        batch: PromptBatch,
+        branch_ids: Int[np.ndarray, "b k t"],
+        branch_mask: Bool[np.ndarray, "b k t"],
+        *,
+        blank_images: bool = False,
+        reference: bool = False,
+    ) -> Float32[np.ndarray, "b k t"]:
+        """log π(token | image, prompt, earlier tokens of the answer) in nats, temperature 1; 0 where masked.
+
+        Args:
+            branch_ids: answers, right-padded, the end token included if it is to count.
+            blank_images: every image is replaced by the processor's mean colour (zeros after normalisation),
+                which leaves the language prior.
+            reference: the model without its adapters.
+
+        Raises:
+            UserError: a score is not finite; names the prompt.
+        """
+        _, k, t = branch_ids.shape
+        ids = self._pad_branches(branch_ids.astype(np.int32), bucket(t, self.branch_bucket))
+        mask = self._pad_branches(branch_mask.astype(bool), bucket(t, self.branch_bucket))
+        graph = self.reference_graph if reference else self.graph
+        arrays = {"branch_ids": ids, "branch_mask": mask}
+        return self._run(self._log_probs, graph, batch, arrays, {}, blank_images=blank_images)[:, :k, :t]
+
+    def choice_probabilities(
+        self,
+        batch: PromptBatch,
+        token_ids: Sequence[int],
+        branch_ids: Int[np.ndarray, "b k t"] | None = None,
+        branch_mask: Bool[np.ndarray, "b k t"] | None = None,
+        *,
+        blank_images: bool = False,
+        reference: bool = False,
+    ) -> Float32[np.ndarray, "b k c"]:
+        """Probability of each of `token_ids` as the next token after the prompt and, if given, each branch.
+
+        The probabilities are those of the full vocabulary (they need not sum to 1): add the spellings of one
+        answer. Branches serve several questions about one image, each right-padded; without them k is 1.
+        """
+        rows = len(batch.ids)
+        if branch_ids is None or branch_mask is None:
+            branch_ids, branch_mask = np.zeros((rows, 1, 0), np.int32), np.zeros((rows, 1, 0), bool)
+        _, k, t = branch_ids.shape
+        # One more slot than the longest branch: the state that predicts the token after it.
+        width = bucket(t + 1, self.branch_bucket) if t else 1
+        arrays = {
+            "branch_ids": self._pad_branches(branch_ids.astype(np.int32), width),
+            "branch_mask": self._pad_branches(branch_mask.astype(bool), width),
+        }
+        graph = self.reference_graph if reference else self.graph
+        choices = {"choices": np.asarray(token_ids, np.int32)}
+        return self._run(self._choices, graph, batch, arrays, choices, blank_images=blank_images)[:, :k]
+
+    @staticmethod
+    def _pad_branches(x: np.ndarray, width: int) -> np.ndarray:
+        _, k, t = x.shape
+        count = k if k <= 4 else bucket(k, 4)
+        return np.pad(x, ((0, 0), (0, count - k), (0, width - t)))
+
+    def _run(
+        self,
+        program: Any,
+        graph: nnx.GraphDef,
+        batch: PromptBatch,
+        branches: dict[str, np.ndarray],
+        constants: dict[str, np.ndarray],
+        *,
+        blank_images: bool,
+    ) -> np.ndarray:
+        total, length = batch.token_ids.shape
+        columns, done = bucket(length, self.prefix_bucket), []
+        for start in range(0, total, self.batch_size):
+            part = slice(start, min(start + self.batch_size, total))
+            count, rows = part.stop - part.start, self.batch_size
+            arrays = {
+                "prefix_ids": pad_rows(batch.token_ids[part].astype(np.int32), rows, columns),
+                "prefix_mask": pad_rows(batch.mask[part].astype(bool), rows, columns, False),
+                **{name: pad_rows(x[part], rows) for name, x in branches.items()},
+            }
+            if batch.pixel_values is not None:
+                arrays["pixel_values"] = pad_rows(batch.pixel_values[part], rows)
+            with use_mesh(self.mesh):
+                inputs = {**shard_batch(arrays, self.mesh), **replicate(constants, self.mesh)}
+                result = to_host(program(graph, self.state, inputs, blank_images))[:count]
+            broken = ~np.isfinite(result).reshape(count, -1).all(axis=1)
+            if broken.any():
+                raise UserError(
+                    "the model's scores are not finite",
+                    where=f"prompt {batch.ids[start + int(np.argmax(broken))]}",
+                    remedy="check the checkpoint, or compute in float32 (model.dtype=float32)",
+                )
+            done.append(result)
+        return np.concatenate(done)
+
+    @staticmethod
+    def _features(model: VisionLanguageModel, arrays: dict[str, jax.Array], blank: bool) -> jax.Array | None:
+        pixels = arrays.get("pixel_values")
+        if pixels is None or not blank:
+            return encode_images(model, pixels)
+        one = encode_images(model, jnp.zeros_like(pixels[:1, :1]))
+        return None if one is None else jnp.broadcast_to(one, (*pixels.shape[:2], *one.shape[2:]))
+
+    def _log_probs_program(
+        self, graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], blank: bool
+    ) -> Float[jax.Array, "b k t"]:
+        self.compilations += 1
+        model = nnx.merge(graph, state)
+        return branch_log_probs(
+            model,
+            arrays["prefix_ids"],
+            arrays["prefix_mask"],
+            self._features(model, arrays, blank),
+            arrays["branch_ids"],
+            arrays["branch_mask"],
+        )
+
+    def _choices_program(
+        self, graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], blank: bool
+    ) -> Float[jax.Array, "b k c"]:
+        self.compilations += 1
+        model = nnx.merge(graph, state)
+        mask = arrays["branch_mask"]
+        hidden = branch_hidden(
+            model,
+            arrays["prefix_ids"],
+            arrays["prefix_mask"],
+            self._features(model, arrays, blank),
+            arrays["branch_ids"],
+            mask,
+        )
+        after = jnp.sum(mask, axis=2, dtype=jnp.int32)[:, :, None, None]
+        last = jnp.take_along_axis(hidden, after, axis=2)[:, :, 0]
+        logits = model.decoder.logits(last)
+        probabilities = jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+        return jnp.take(probabilities, arrays["choices"], axis=-1)

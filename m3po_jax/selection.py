@@ -1,0 +1,513 @@
+"""Preference pairs from scored candidates (METHOD section 2): one pair, or the reason for none, per prompt.
+
+`select_pair` is the rule on arrays; `select_rows` applies it to joined candidate and score rows and adds the
+budget and the diagnostics. Everything is deterministic: ties go to the lower candidate number, and the random
+rules draw from a stream that depends on (seed, prompt id) alone, so that the order of prompts and candidates
+does not matter.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from m3po_jax.config import SelectConfig
+from m3po_jax.data.schema import message
+from m3po_jax.errors import UserError, nearest
+from m3po_jax.scoring.calibration import correlation
+from m3po_jax.scoring.confidence import VARIANTS, normalised_text, text_similarity
+from m3po_jax.scoring.m3p import m3p_scores, z_scores
+
+_TWO_STEP = (
+    "m3p",
+    "mas_only",
+    "low_confidence",
+    "product",
+    "lexicographic",
+    "shared",
+)  # chosen, then rejected
+_JOINT = ("inversion", "random", "vanilla")  # both at once
+RULES = (*_TWO_STEP, *_JOINT)
+CORRELATION_LIMIT = 0.4  # above it confidence says little that MAS does not (METHOD section 5)
+
+
+class Reason(enum.StrEnum):
+    """Why a prompt gave no pair. Constraints thin out the candidates in turn: the one that took the last."""
+
+    TOO_FEW_CANDIDATES = "too_few_candidates"
+    ABSTAINED = "abstained"  # MAS absent, so that fewer than two candidates are left
+    NO_CONFIDENCE = "no_confidence"  # likewise confidence, under a rule that uses it
+    NO_CONTRAST = "no_contrast"  # MAS hardly varies within the pool
+    BELOW_FLOOR = "below_floor"  # no candidate is good enough to be chosen
+    NO_MARGIN = "no_margin"  # none is clearly worse than the chosen one
+    NOT_BAD = "not_bad"  # lexicographic: none is below τ₋
+    GARBAGE = "garbage"  # those left lie below the hardness band
+    LENGTH = "length"  # those left are much shorter or longer than the chosen one
+    SAME_TEXT = "same_text"  # those left say the same as the chosen one
+    NEAR_DUPLICATE = "near_duplicate"  # those left are too similar to the chosen one
+    OVER_BUDGET = "over_budget"  # a pair of too little value
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The scored candidates of one prompt, all sequences of one length, in any order.
+
+    Attributes:
+        id: The prompt's.
+        candidates: Candidate numbers, unique.
+        texts: The answers.
+        lengths: Their response tokens, EOS included.
+        mas: Alignment scores; not finite: the scorer abstained.
+        confidence: Any variant; not finite: unknown.
+        dispreferred_confidence: The variant for the rejected role, where it is another (arm `m3po_prior`).
+    """
+
+    id: str
+    candidates: Sequence[int]
+    texts: Sequence[str]
+    lengths: Sequence[int]
+    mas: Float[np.ndarray, " candidates"]
+    confidence: Float[np.ndarray, " candidates"]
+    dispreferred_confidence: Float[np.ndarray, " candidates"] | None = None
+
+    def __post_init__(self) -> None:
+        columns: list[Any] = [self.texts, self.lengths, self.mas, self.confidence]
+        if self.dispreferred_confidence is not None:
+            columns.append(self.dispreferred_confidence)
+        if any(len(column) != len(self.candidates) for column in columns):
+            raise UserError("columns of different lengths", where=f"id {self.id!r}")
+        repeated = [number for number, count in Counter(self.candidates).items() if count > 1]
+        if repeated:
+            raise UserError(f"candidate {repeated[0]} occurs twice", where=f"id {self.id!r}")
+
+    @property
+    def rejected_confidence(self) -> Float[np.ndarray, " candidates"]:
+        return self.confidence if self.dispreferred_confidence is None else self.dispreferred_confidence
+
+    def take(self, index: Sequence[int]) -> Pool:
+        """The candidates at these positions, in this order."""
+        index = list(index)
+        other = self.dispreferred_confidence
+        return Pool(
+            self.id,
+            [self.candidates[i] for i in index],
+            [self.texts[i] for i in index],
+            [self.lengths[i] for i in index],
+            np.asarray(self.mas, np.float64)[index],
+            np.asarray(self.confidence, np.float64)[index],
+            None if other is None else np.asarray(other, np.float64)[index],
+        )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A chosen and a rejected candidate of one prompt; `chosen` and `rejected` are candidate numbers.
+
+    Attributes:
+        chosen_confidence: NaN where unknown; so is the rejected one's (of the variant that judged its role).
+        value: (m_w − m_l)·σ(z(c_l)): what the pair teaches, how confident the mistake is. Ranks pairs.
+    """
+
+    id: str
+    chosen: int
+    rejected: int
+    chosen_mas: float
+    rejected_mas: float
+    chosen_confidence: float
+    rejected_confidence: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A prompt without a pair."""
+
+    id: str
+    reason: Reason
+
+
+def check_config(config: SelectConfig) -> None:
+    """Raises UserError where a setting cannot be meant."""
+    if config.rule not in RULES:
+        raise UserError(f"unknown rule {config.rule!r}{nearest(config.rule, RULES)}", where="select.rule")
+    low_high = config.length_ratio
+    if len(low_high) != 2 or not 0 <= low_high[0] <= low_high[1]:
+        raise UserError(f"expected two ascending numbers, not {low_high}", where="select.length_ratio")
+    if len(config.lexicographic) != 2 or config.lexicographic[0] < config.lexicographic[1]:
+        raise UserError(
+            f"expected the chosen and a lower rejected threshold, not {config.lexicographic}",
+            where="select.lexicographic",
+        )
+    if not 0 < config.budget <= 1:
+        raise UserError(f"must lie in (0, 1], not {config.budget}", where="select.budget")
+    if not config.margin >= 0:
+        raise UserError(f"must not be negative, not {config.margin}", where="select.margin")
+    for name in ("lambda_preferred", "lambda_dispreferred", "chosen_floor", "min_rejected_z"):
+        if math.isnan(getattr(config, name)):
+            raise UserError("is not a number", where=f"select.{name}")
+
+
+def uses_confidence(config: SelectConfig) -> bool:
+    """Whether the rule needs a confidence for every candidate."""
+    if config.rule == "m3p":
+        return bool(config.lambda_preferred or config.lambda_dispreferred)
+    return config.rule not in {"mas_only", "random", "vanilla"}
+
+
+def _stream(seed: int, key: str) -> np.random.Generator:
+    digest = hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "surrogatepass")).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
+
+
+def _usable(pool: Pool, config: SelectConfig) -> Pool | Drop:
+    """The candidates that have every score the rule needs, by candidate number."""
+    if len(pool.candidates) < 2:
+        return Drop(pool.id, Reason.TOO_FEW_CANDIDATES)
+    order = sorted(range(len(pool.candidates)), key=lambda i: pool.candidates[i])
+    order = [i for i in order if np.isfinite(pool.mas[i])]
+    if len(order) < 2:
+        return Drop(pool.id, Reason.ABSTAINED)
+    if uses_confidence(config):
+        order = [i for i in order if np.isfinite(pool.confidence[i]) and np.isfinite(pool.rejected_confidence[i])]
+        if len(order) < 2:
+            return Drop(pool.id, Reason.NO_CONFIDENCE)
+    return pool.take(order)
+
+
+def _unit(values: np.ndarray) -> np.ndarray:
+    """Min-max to [0, 1]; ones where all are equal, so that a constant leaves a product's order alone."""
+    span = np.ptp(values)
+    return (values - values.min()) / span if span > 0 else np.ones_like(values)
+
+
+def _role_scores(pool: Pool, config: SelectConfig) -> tuple[np.ndarray, np.ndarray]:
+    """What the rules with two independent argmaxes maximise: (preferred, dispreferred), each [candidates]."""
+    mas, chosen, rejected = pool.mas, pool.confidence, pool.rejected_confidence
+    plus, minus = config.lambda_preferred, config.lambda_dispreferred
+    if config.rule == "mas_only":
+        return m3p_scores(mas, chosen, 0, 0)
+    if config.rule == "low_confidence":
+        minus = -minus
+    if config.rule == "shared":
+        preferred = m3p_scores(mas, chosen, plus, 0)[0]
+        return preferred, -preferred
+    if config.rule == "product":
+        quality = _unit(mas)
+        return quality * _unit(chosen), (1 - quality) * _unit(rejected)
+    if config.rule == "lexicographic":
+        return mas, rejected
+    return m3p_scores(mas, chosen, plus, 0)[0], m3p_scores(mas, rejected, 0, minus)[1]
+
+
+Index = tuple[int, int]  # positions of (chosen, rejected) in the pool
+
+
+def _constraints(pool: Pool, config: SelectConfig) -> list[tuple[Reason, Callable[[Index], bool]]]:
+    """Tests of a pair, in the order in which they are blamed; the cheap ones first."""
+    mas, lengths, texts = pool.mas, pool.lengths, pool.texts
+    plain = functools.cache(lambda i: normalised_text(texts[i]))
+    if config.rule == "vanilla":
+        return [
+            (Reason.NO_MARGIN, lambda p: bool(mas[p[0]] > mas[p[1]])),
+            (Reason.SAME_TEXT, lambda p: plain(p[0]) != plain(p[1])),
+        ]
+    # One outlier among five has z = −2 exactly: rounding must not decide whether the band holds it.
+    z = z_scores(mas) + 1e-9
+    low, high = config.length_ratio
+    tests: list[tuple[Reason, Callable[[Index], bool]]] = [
+        (Reason.NO_MARGIN, lambda p: bool(mas[p[0]] - mas[p[1]] >= config.margin)),
+        (Reason.GARBAGE, lambda p: bool(z[p[1]] >= config.min_rejected_z)),
+        (Reason.LENGTH, lambda p: low * lengths[p[0]] <= lengths[p[1]] <= high * lengths[p[0]]),
+        (Reason.SAME_TEXT, lambda p: plain(p[0]) != plain(p[1])),
+        (
+            Reason.NEAR_DUPLICATE,
+            lambda p: text_similarity(texts[p[0]], texts[p[1]]) <= config.max_similarity,
+        ),
+    ]
+    if config.rule == "lexicographic":
+        tests.insert(1, (Reason.NOT_BAD, lambda p: bool(mas[p[1]] < config.lexicographic[1])))
+    return tests
+
+
+def _argmax(scores: np.ndarray, index: Iterable[int]) -> int:
+    """The best position; candidates are in number order, so the first of equals has the lowest number."""
+    return max(index, key=lambda i: (scores[i], -i))
+
+
+def select_pair(pool: Pool, config: SelectConfig) -> Pair | Drop:
+    """The pair that `config.rule` makes of a prompt's candidates, or why there is none.
+
+    Candidates without a score that the rule needs do not take part. Then: the pool must have contrast; the
+    chosen answer must reach the floor; the rejected one must keep the margin, the hardness band, the length
+    ratio, and differ in text. m3p, mas_only, low_confidence, product, lexicographic and shared choose the
+    best answer first and then its rejected partner; ``inversion`` takes the valid pair with the largest
+    (m_w − m_l) + λ₋(c_l − c_w), ``random`` any valid pair. ``vanilla`` is the plain DPO baseline: any two
+    candidates of different text and different MAS, ordered by MAS, without floor, margin or band.
+
+    Raises:
+        UserError: a setting that cannot be meant (`check_config`).
+    """
+    check_config(config)
+    usable = _usable(pool, config)
+    if isinstance(usable, Drop):
+        return usable
+    pool = usable
+    positions = range(len(pool.candidates))
+    if np.std(pool.mas) < config.min_contrast or np.ptp(pool.mas) == 0:
+        return Drop(pool.id, Reason.NO_CONTRAST)
+
+    floor = config.chosen_floor
+    if config.rule == "lexicographic":
+        floor = max(floor, config.lexicographic[0])
+    good = [i for i in positions if config.rule == "vanilla" or pool.mas[i] >= floor]
+    if not good:
+        return Drop(pool.id, Reason.BELOW_FLOOR)
+    joint = config.rule in _JOINT
+    preferred, dispreferred = (pool.mas, -pool.mas) if joint else _role_scores(pool, config)
+    if not joint:
+        good = [_argmax(preferred, good)]
+    pairs = [(w, j) for w in good for j in positions if j != w]
+    for reason, holds in _constraints(pool, config):
+        pairs = [pair for pair in pairs if holds(pair)]
+        if not pairs:
+            return Drop(pool.id, reason)
+
+    if config.rule == "inversion":
+        mas, confidence = pool.mas, pool.confidence
+        gain = [mas[w] - mas[j] + config.lambda_dispreferred * (confidence[j] - confidence[w]) for w, j in pairs]
+        chosen, rejected = pairs[int(np.argmax(gain))]
+    elif joint:
+        chosen, rejected = pairs[int(_stream(config.seed, pool.id).integers(len(pairs)))]
+    else:
+        chosen = good[0]
+        rejected = _argmax(dispreferred, (j for _, j in pairs))
+    return _pair(pool, chosen, rejected)
+
+
+def _pair(pool: Pool, chosen: int, rejected: int) -> Pair:
+    gap = float(pool.mas[chosen] - pool.mas[rejected])
+    z = float(z_scores(pool.rejected_confidence)[rejected])
+    sureness = 1 / (1 + math.exp(-z)) if math.isfinite(z) else 0.5  # unknown confidence counts as average
+    return Pair(
+        pool.id,
+        int(pool.candidates[chosen]),
+        int(pool.candidates[rejected]),
+        float(pool.mas[chosen]),
+        float(pool.mas[rejected]),
+        float(pool.confidence[chosen]),
+        float(pool.rejected_confidence[rejected]),
+        gap * sureness,
+    )
+
+
+def apply_budget(pairs: Sequence[Pair], budget: float) -> tuple[list[Pair], list[Drop]]:
+    """The best share `budget` of all pairs by value (rounded up), in the given order; the rest as drops.
+
+    Equal values go by prompt id, so that the order of prompts does not matter.
+    """
+    count = math.ceil(len(pairs) * budget - 1e-9)
+    ranked = sorted(pairs, key=lambda pair: (-pair.value, pair.id))
+    kept = {pair.id for pair in ranked[:count]}
+    return (
+        [pair for pair in pairs if pair.id in kept],
+        [Drop(pair.id, Reason.OVER_BUDGET) for pair in pairs if pair.id not in kept],
+    )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Pairs and drops of a whole data set, and what the report shows of them."""
+
+    pairs: list[Pair]
+    drops: list[Drop]
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+def select_pools(pools: Sequence[Pool], config: SelectConfig) -> Selection:
+    """`select_pair` on every prompt, then the budget over all pairs.
+
+    The summary has: ``prompts``, ``pairs``, ``kept_rate``, ``dropped`` (count by reason), ``correlation``
+    (mean within-prompt Pearson r of MAS and the confidence of the rejected role), ``length_difference``
+    (chosen − rejected tokens), ``mas_gap``, ``chosen_mas``, ``rejected_mas``, ``value`` (means over pairs;
+    None without any), and ``warnings`` (lines of text).
+    """
+    check_config(config)
+    found = [select_pair(pool, config) for pool in pools]
+    pairs, over = apply_budget([item for item in found if isinstance(item, Pair)], config.budget)
+    drops = [item for item in found if isinstance(item, Drop)] + over
+
+    correlations = [correlation(pool.mas, pool.rejected_confidence) for pool in pools]
+    correlations = [value for value in correlations if not math.isnan(value)]
+    by_id = {pool.id: pool for pool in pools}
+
+    def length(pair: Pair, candidate: int) -> int:
+        pool = by_id[pair.id]
+        return pool.lengths[list(pool.candidates).index(candidate)]
+
+    def mean(values: Iterable[float]) -> float | None:
+        values = list(values)
+        return float(np.mean(values)) if values else None
+
+    counts = Counter(str(drop.reason) for drop in drops)
+    summary: dict[str, Any] = {
+        "prompts": len(pools),
+        "pairs": len(pairs),
+        "kept_rate": len(pairs) / len(pools) if pools else 0.0,
+        "dropped": {reason: counts[reason] for reason in map(str, Reason) if counts[reason]},
+        "correlation": mean(correlations),
+        "length_difference": mean(length(p, p.chosen) - length(p, p.rejected) for p in pairs),
+        "mas_gap": mean(p.chosen_mas - p.rejected_mas for p in pairs),
+        "chosen_mas": mean(p.chosen_mas for p in pairs),
+        "rejected_mas": mean(p.rejected_mas for p in pairs),
+        "value": mean(p.value for p in pairs),
+    }
+    summary["warnings"] = _warnings(summary)
+    return Selection(pairs, drops, summary)
+
+
+def _warnings(summary: dict[str, Any]) -> list[str]:
+    lines = []
+    if summary["correlation"] is not None and summary["correlation"] > CORRELATION_LIMIT:
+        lines.append(
+            f"MAS and confidence correlate at {summary['correlation']:.2f} within prompts (above "
+            f"{CORRELATION_LIMIT}): confidence adds little to MAS here, so expect m3p to tie with mas_only; "
+            "the prior or visual confidence overlaps less"
+        )
+    if summary["prompts"] and not summary["pairs"]:
+        reason, count = max(summary["dropped"].items(), key=lambda item: item[1])
+        lines.append(f"no prompt gave a pair; most often because of {reason} ({count} prompts)")
+    return lines
+
+
+def _number(row: dict[str, Any], key: str, where: str) -> float:
+    """A float of a row; null is NaN."""
+    if key not in row:
+        raise UserError(f"no column {key!r}", where=where, remedy="run `m3po score` first")
+    value = row[key]
+    if value is None:
+        return math.nan
+    if isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            pass
+    raise UserError(f"{key} is not a number: {str(value)[:40]!r}", where=where)
+
+
+def _confidence(row: dict[str, Any], variant: str, required: bool, where: str) -> float:
+    column = f"confidence_{variant}"
+    if variant == "mean" and column not in row:
+        column = "confidence"  # as hand-written rows have it; it stands for no other variant
+    return _number(row, column, where) if required or column in row else math.nan
+
+
+def _check_row(row: Any, where: str) -> None:
+    if not isinstance(row, dict):
+        raise UserError("not an object", where=where)
+    for key, kind in (("id", str), ("candidate", (int, np.integer)), ("text", str)):
+        if not isinstance(row.get(key), kind) or isinstance(row[key], bool):
+            wanted = "an integer" if key == "candidate" else "a string"
+            raise UserError(f"{key} must be {wanted}, not {str(row.get(key))[:40]!r}", where=where)
+    ids, log_probs = row.get("token_ids"), row.get("token_logprobs")
+    if ids is not None and log_probs is not None and len(ids) != len(log_probs):
+        raise UserError(f"{len(ids)} token_ids but {len(log_probs)} token_logprobs", where=where)
+
+
+def _length(row: dict[str, Any]) -> int:
+    """Response tokens; without recorded tokens the words, plus one for EOS."""
+    for key in ("token_ids", "token_logprobs"):
+        if row.get(key) is not None:
+            return len(row[key])
+    return len(row["text"].split()) + 1
+
+
+def _pair_row(pair: Pair, chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": pair.id}
+    if chosen.get("instruction") is not None:
+        row["images"] = list(chosen.get("images") or [])
+        row["prompt"] = message("user", chosen["instruction"], images=len(row["images"]))
+    roles = {"chosen": chosen, "rejected": rejected}
+    row |= {role: message("assistant", source["text"]) for role, source in roles.items()}
+    row |= {f"{role}_candidate": int(source["candidate"]) for role, source in roles.items()}
+    row |= {f"{role}_token_ids": source.get("token_ids") for role, source in roles.items()}
+    row |= {f"reference_{role}_logprobs": source.get("token_logprobs") for role, source in roles.items()}
+    for key in ("chosen_mas", "rejected_mas", "chosen_confidence", "rejected_confidence", "value"):
+        value = getattr(pair, key)
+        row[key] = value if math.isfinite(value) else None
+    return row
+
+
+def select_rows(
+    rows: Iterable[dict[str, Any]],
+    config: SelectConfig,
+    *,
+    dispreferred_confidence: str = "",
+    where: str = "scored candidates",
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+    """Pairs from candidate rows joined with their score rows, in any order.
+
+    Args:
+        rows: With ``id``, ``candidate``, ``text``, ``mas``; ``confidence_<variant>`` (or ``confidence``, for
+            the variant mean) where the rule uses it; ``token_ids`` and ``token_logprobs`` if recorded. A null
+            or NaN ``mas`` means that the scorer abstained: that candidate does not take part; likewise a null
+            confidence under a rule that uses it. ``instruction`` and ``images`` are carried over where
+            present.
+        dispreferred_confidence: Another variant for the rejected role; empty: the same one.
+        where: The file's name, for errors.
+
+    Returns:
+        (pairs, drops, summary). Pairs have the columns of `schema.PAIR` (``images`` and ``prompt`` only if
+        the rows have an instruction), by first appearance of their prompt; drops have ``id``, ``reason``,
+        ``candidates`` (how many there were); the summary is that of `select_pools`.
+
+    Raises:
+        UserError: a missing column, a value of the wrong kind, a candidate number twice in a prompt.
+    """
+    check_config(config)
+    variants = [config.confidence, dispreferred_confidence or config.confidence]
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise UserError(f"unknown variant {variant!r}{nearest(variant, VARIANTS)}", where="select.confidence")
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    scores: dict[str, list[tuple[float, float, float]]] = {}
+    for number, row in enumerate(rows, start=1):
+        spot = f"{where}:{number}"
+        _check_row(row, spot)
+        spot = f"{spot} (id {row['id']!r})"
+        mas = _number(row, "mas", spot)
+        known = [_confidence(row, v, uses_confidence(config), spot) for v in variants]
+        grouped.setdefault(row["id"], []).append(row)
+        scores.setdefault(row["id"], []).append((mas, known[0], known[1]))
+
+    pools = []
+    for key, members in grouped.items():
+        mas_column, confidence, rejected = np.array(scores[key], np.float64).T
+        pools.append(
+            Pool(
+                key,
+                [int(row["candidate"]) for row in members],
+                [row["text"] for row in members],
+                [_length(row) for row in members],
+                mas_column,
+                confidence,
+                rejected if variants[0] != variants[1] else None,
+            )
+        )
+    selection = select_pools(pools, config)
+    pairs = []
+    for pair in selection.pairs:
+        by_number = {int(row["candidate"]): row for row in grouped[pair.id]}
+        pairs.append(_pair_row(pair, by_number[pair.chosen], by_number[pair.rejected]))
+    drops = [
+        {"id": drop.id, "reason": str(drop.reason), "candidates": len(grouped[drop.id])} for drop in selection.drops
+    ]
+    return pairs, drops, selection.summary

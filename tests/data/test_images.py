@@ -1,0 +1,310 @@
+"""Decoding of hostile images, and the pixel pipeline against transformers' PIL back end."""
+
+import io
+import json
+import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as PILImage
+
+from m3po_jax.data import schema
+from m3po_jax.data.images import IMAGE_FITS, ImageProcessor, decode, to_rgb
+from m3po_jax.errors import UserError
+
+CLIP = {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_resize": True,
+    "size": {"shortest_edge": 30},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 30, "width": 30},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+SIGLIP = {
+    "image_processor_type": "SiglipImageProcessor",
+    "size": {"height": 28, "width": 28},
+    "resample": 3,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+SIZES = [(30, 30), (1, 1), (17, 5), (5, 17), (31, 29), (400, 3), (3, 400), (97, 101), (640, 213)]
+MODES = ["RGB", "L", "LA", "RGBA", "P", "PA", "CMYK", "1", "I;16", "I", "YCbCr"]
+
+
+def oracle(kind: str, **settings):
+    """One of transformers' PIL image processors."""
+    clip = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
+    llava = pytest.importorskip("transformers.models.llava.image_processing_pil_llava")
+    siglip = pytest.importorskip("transformers.models.siglip.image_processing_pil_siglip")
+    classes = {
+        "CLIPImageProcessor": clip.CLIPImageProcessorPil,
+        "LlavaImageProcessor": llava.LlavaImageProcessorPil,
+        "SiglipImageProcessor": siglip.SiglipImageProcessorPil,
+    }
+    processor = classes[kind](**{k: v for k, v in settings.items() if k != "image_processor_type"})
+    return lambda image: np.asarray(processor(image)["pixel_values"][0]).transpose(1, 2, 0)
+
+
+def picture(size: tuple[int, int], mode: str = "RGB", seed: int = 0) -> PILImage.Image:
+    rng = np.random.default_rng(seed)
+    width, height = size
+    rgba = PILImage.fromarray(rng.integers(0, 256, (height, width, 4), np.uint8))
+    if mode == "I;16":
+        return PILImage.fromarray(rng.integers(0, 65536, (height, width)).astype(np.uint16))
+    if mode == "I":
+        return rgba.convert("L").convert("I")
+    if mode in ("P", "PA"):
+        palette = rgba.convert("RGB").quantize(7)
+        return palette if mode == "P" else palette.convert("PA")
+    return rgba if mode == "RGBA" else rgba.convert("RGB").convert(mode)
+
+
+def png(image: PILImage.Image, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def load(data: bytes | None = None, *, path: str | None = None, root: Path = Path("."), limit: int = 10**6):
+    return decode(schema.Image(data, path), root=root, max_pixels=limit, where="prompts.jsonl:3 (id 'x')")
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("fit", IMAGE_FITS)
+def test_pixels_equal_transformers_for_every_fit_and_shape(size, fit):
+    image = picture(size, seed=sum(size))
+    settings = {
+        "crop": CLIP,
+        "pad": CLIP | {"image_processor_type": "LlavaImageProcessor", "do_pad": True},
+        "stretch": CLIP
+        | {
+            "image_processor_type": "SiglipImageProcessor",
+            "size": {"height": 30, "width": 30},
+            "do_center_crop": False,
+        },
+    }[fit]
+    got = ImageProcessor.from_config(CLIP)(image, fit)
+    assert got.dtype == np.float32 and got.shape == (30, 30, 3)
+    np.testing.assert_allclose(got, oracle(settings["image_processor_type"], **settings)(image), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CLIP | {"size": {"shortest_edge": 40}},  # resized further than the crop
+        CLIP | {"size": {"shortest_edge": 21}},  # smaller than the crop: black borders
+        CLIP | {"size": {"shortest_edge": 22}, "crop_size": {"height": 25, "width": 31}},
+        CLIP | {"do_normalize": False, "rescale_factor": 1 / 127.5},
+        CLIP | {"do_rescale": False, "resample": 2},
+        CLIP | {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "size": {"shortest_edge": 37}},
+        SIGLIP,
+        SIGLIP | {"size": {"height": 20, "width": 33}, "resample": 2},
+    ],
+)
+@pytest.mark.parametrize("size", [(64, 48), (13, 55), (90, 7)])
+def test_settings_of_the_model_are_followed(config, size):
+    image = picture(size)
+    want = oracle(config["image_processor_type"], **config)(image)
+    np.testing.assert_allclose(ImageProcessor.from_config(config)(image), want, atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(width=st.integers(1, 130), height=st.integers(1, 130), fit=st.sampled_from(["pad", "crop"]))
+def test_any_size_equals_transformers(width, height, fit):
+    image = picture((width, height), seed=width * 131 + height)
+    config = CLIP | {"image_processor_type": "LlavaImageProcessor", "do_pad": fit == "pad"}
+    want = oracle("LlavaImageProcessor", **config)(image)
+    np.testing.assert_allclose(ImageProcessor.from_config(config)(image), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.filterwarnings("ignore")
+def test_every_pixel_mode_becomes_rgb_as_in_transformers(mode):
+    transforms = pytest.importorskip("transformers.image_transforms")
+    image = picture((19, 11), mode)
+    want = transforms.convert_to_rgb(image)
+    assert to_rgb(image).mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(to_rgb(image)), np.asarray(want))
+    np.testing.assert_allclose(
+        ImageProcessor.from_config(CLIP)(image), oracle("CLIPImageProcessor", **CLIP)(image), atol=1e-6
+    )
+
+
+def test_a_transparent_palette_entry_becomes_white():
+    image = PILImage.new("P", (4, 4), 0)
+    image.putpalette([10, 20, 30] * 256)
+    assert np.asarray(load(png(image, transparency=0))).tolist() == [[[255] * 3] * 4] * 4
+
+
+def test_padding_uses_the_mean_colour_cut_to_whole_numbers():
+    processor = ImageProcessor.from_config(CLIP)
+    assert processor.background == (122, 116, 104)
+    corner = processor(PILImage.new("RGB", (60, 20)), "pad")[0, 0]
+    want = (np.array([122, 116, 104]) / 255 - CLIP["image_mean"]) / CLIP["image_std"]
+    np.testing.assert_allclose(corner, want, atol=1e-6)
+
+
+def test_exif_orientation_is_ignored():
+    exif = PILImage.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    buffer = io.BytesIO()
+    picture((12, 5)).save(buffer, "JPEG", exif=exif)
+    assert load(buffer.getvalue()).size == (12, 5)
+
+
+def test_reads_the_folder_of_a_model(tmp_path):
+    with pytest.raises(UserError, match=r"preprocessor_config\.json"):
+        ImageProcessor.from_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": SIGLIP, "patch_size": 14}))
+    assert ImageProcessor.from_pretrained(tmp_path).native_fit == "stretch"
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(CLIP))
+    assert ImageProcessor.from_pretrained(tmp_path).native_fit == "crop"
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(CLIP | {"size": 30, "crop_size": 30}))
+    assert ImageProcessor.from_pretrained(tmp_path) == ImageProcessor.from_config(CLIP)
+    for broken in (
+        "{",
+        json.dumps(CLIP | {"image_mean": ["x", 1, 2]}),
+        json.dumps(CLIP | {"image_std": [1]}),
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(broken)
+        with pytest.raises(UserError, match=r"preprocessor_config\.json: "):
+            ImageProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_processor_type": "LlavaNextImageProcessor"},
+        {"image_processor_type": "Siglip2ImageProcessor"},
+        {"do_resize": False},
+        {"do_center_crop": False},
+        {"size": {"longest_edge": 30}},
+        {"size": {"height": 40, "width": 40}},
+    ],
+)
+def test_processors_it_cannot_follow_are_refused(change):
+    with pytest.raises(UserError):
+        ImageProcessor.from_config(CLIP | change)
+
+
+def test_unknown_fit_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'crop'"):
+        ImageProcessor.from_config(CLIP)(picture((3, 3)), "croop")
+
+
+def test_thin_images_are_refused_before_they_are_blown_up():
+    processor = ImageProcessor.from_config(CLIP | {"size": {"shortest_edge": 336}})
+    thin = PILImage.new("RGB", (1, 100_000))
+    for fit in ("pad", "crop"):
+        with pytest.raises(UserError, match="too thin"):
+            processor(thin, fit)
+    assert processor(thin, "stretch").shape == (30, 30, 3)
+
+
+def test_decodes_bytes_and_paths_alike(tmp_path):
+    image = picture((9, 7))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.png").write_bytes(png(image))
+    for got in (
+        load(png(image)),
+        load(path="sub/a.png", root=tmp_path),
+        load(path=str(tmp_path / "sub" / "a.png"), root=tmp_path),
+        load(path="sub/../sub/a.png", root=tmp_path),
+    ):
+        assert got.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(image))
+
+
+def test_paths_cannot_leave_the_root(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "secret.png").write_bytes(png(picture((3, 3))))
+    (tmp_path / "root2").mkdir()
+    (tmp_path / "root2" / "b.png").write_bytes(png(picture((3, 3))))
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    (root / "folder").symlink_to(tmp_path)
+    for path in (
+        "../secret.png",
+        str(tmp_path / "secret.png"),
+        "link.png",
+        "folder/secret.png",
+        "../root2/b.png",
+        "/etc/passwd",
+    ):
+        with pytest.raises(UserError, match=r"prompts\.jsonl:3 \(id 'x'\): .*outside"):
+            load(path=path, root=root)
+
+
+def test_things_that_are_not_files_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in ("missing.png", ".", "pipe", "loop", "a\0b", "x" * 5000, ""):
+        with pytest.raises(UserError, match=r"prompts\.jsonl:3 \(id 'x'\): "):
+            load(path=path, root=tmp_path)
+    with pytest.raises(UserError, match="neither bytes nor a path"):
+        load()
+
+
+def forged_png(width: int, height: int) -> bytes:
+    """A PNG whose header claims a size that its data does not have."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = chunk(b"IDAT", zlib.compress(b"\0" * 30))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "no bytes"),
+        (b"hello, this is text", "cannot decode"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot decode"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "cannot decode"),
+        (png(picture((40, 40)))[:200], "cannot decode"),
+        (png(picture((40, 40)))[:20], "cannot decode"),
+        (forged_png(0, 5), ""),
+        (forged_png(90, 90), "cannot decode"),
+        (forged_png(1001, 1000), "1001 x 1000 pixels"),
+        (forged_png(20000, 20000), "more than data.max_image_pixels = 1000000"),
+    ],
+)
+def test_hostile_bytes_give_one_clear_line(data, reason):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(UserError, match=reason) as caught:
+            load(data)
+    assert str(caught.value).startswith("prompts.jsonl:3 (id 'x'): ")
+    assert caught.value.remedy and "\n" not in str(caught.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_flipped_and_cut_files_never_raise_anything_else(data):
+    image = picture((13, 9))
+    kind = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"]))
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    body = bytearray(buffer.getvalue())
+    for _ in range(data.draw(st.integers(1, 8))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    body = body[: data.draw(st.integers(1, len(body)))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            assert load(bytes(body)).mode == "RGB"
+        except UserError as error:
+            assert error.where == "prompts.jsonl:3 (id 'x')"
