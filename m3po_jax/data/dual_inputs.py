@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from m3po_jax.data.images import ImageProcessor, decode
+from m3po_jax.data.images import IMAGE_FITS, ImageProcessor, decode
 from m3po_jax.data.schema import Prompt
-from m3po_jax.errors import UserError
+from m3po_jax.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class DualEncoderProcessor:
 
     Attributes:
         max_positions: Length of every text; longer texts are cut before their end token, as CLIP does.
-        image_fit: ``crop`` or ``stretch`` as the model was trained; `pad` keeps the whole image.
+        image_fit: ``crop``, ``stretch`` or ``pad`` (keeps the whole image); empty: as the model was trained.
     """
 
     tokenizer: Any
@@ -31,7 +31,7 @@ class DualEncoderProcessor:
     pad_token_id: int
     image_root: Path = Path(".")
     max_image_pixels: int = 50_000_000
-    image_fit: str = "crop"
+    image_fit: str = ""
 
     @classmethod
     def from_pretrained(
@@ -40,17 +40,21 @@ class DualEncoderProcessor:
         *,
         max_positions: int,
         image_root: str | Path = ".",
-        image_fit: str = "crop",
+        image_fit: str = "",
         max_image_pixels: int = 50_000_000,
     ) -> DualEncoderProcessor:
         """Reads a local directory in Hugging Face layout.
 
         Raises:
-            UserError: tokenizer or image processor are missing or malformed.
+            UserError: tokenizer or image processor are missing or malformed, or `image_fit` is unknown.
         """
         from transformers import AutoTokenizer
 
         folder = Path(directory)
+        if image_fit and image_fit not in IMAGE_FITS:
+            raise UserError(
+                f"unknown image_fit {image_fit!r}{nearest(image_fit, IMAGE_FITS)}", where="model.image_fit"
+            )
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         except Exception as error:  # transformers raises many types on malformed folders
@@ -75,12 +79,19 @@ class DualEncoderProcessor:
         ids = np.full((len(texts), self.max_positions), self.pad_token_id, np.int32)
         mask = np.zeros(ids.shape, bool)
         for row, text in enumerate(texts):
-            tokens = list(self.tokenizer(text, truncation=False)["input_ids"])
+            tokens = list(self.tokenizer(self._plain(text), truncation=False)["input_ids"])
             if tokens and tokens[-1] == self.eos_token_id:
                 tokens.pop()
             tokens = [*tokens[: self.max_positions - 1], self.eos_token_id]
             ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
         return ids, mask
+
+    def _plain(self, text: str) -> str:
+        """Text in which no special token is spelt: an answer could end itself before its false half is read."""
+        text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be tokenised
+        for token in self.tokenizer.all_special_tokens:
+            text = text.replace(token, " ")
+        return text
 
     def pixel_values(self, prompt: Prompt) -> Float[np.ndarray, "images h w 3"]:
         """Normalised pixels of every image of the prompt.
@@ -89,11 +100,13 @@ class DualEncoderProcessor:
             UserError: naming the row, for anything that is wrong with an image.
         """
         where = prompt.where or f"id {prompt.id!r}"
-        images = [
-            decode(image, root=self.image_root, max_pixels=self.max_image_pixels, where=where)
-            for image in prompt.images
-        ]
-        size = (self.image_processor.height, self.image_processor.width)
-        if not images:
-            return np.zeros((0, *size, 3), np.float32)
-        return np.stack([self.image_processor(image, self.image_fit) for image in images])  # type: ignore[arg-type]
+        pixels = np.zeros(
+            (len(prompt.images), self.image_processor.height, self.image_processor.width, 3), np.float32
+        )
+        for index, image in enumerate(prompt.images):
+            decoded = decode(image, root=self.image_root, max_pixels=self.max_image_pixels, where=where)
+            try:
+                pixels[index] = self.image_processor(decoded, self.image_fit or None)  # type: ignore[arg-type]
+            except UserError as error:
+                raise UserError(error.what, where=where, remedy=error.remedy) from None
+        return pixels

@@ -18,7 +18,7 @@ from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
 from m3po_jax.pipeline.models import Joined, Policy, attach_adapter, load_dual_encoder, load_policy, read_rows
 from m3po_jax.sharding import use_mesh
-from m3po_jax.training.loop import TrainResult, train
+from m3po_jax.training.loop import TrainResult, load_trained, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +79,10 @@ def chosen_as_references(table: pa.Table) -> list[Prompt]:
     ]
 
 
-def train_on_pairs(recipe: Recipe, policy: Policy, pairs: pa.Table, out: Path, mesh: Mesh, *, seed: int) -> Trained:
-    """DPO (or SFT on the chosen answers) from `policy`, with adapters as the recipe says."""
+def train_on_pairs(
+    recipe: Recipe, policy: Policy, pairs: pa.Table, out: Path, mesh: Mesh, *, start: Any, seed: int
+) -> Trained:
+    """DPO, or SFT on the chosen answers, from `start`: the policy's model with adapters, trained or not."""
     started = time.monotonic()
     config = recipe.train
     size, longest = config.batch_size, config.max_answer_tokens
@@ -92,10 +94,26 @@ def train_on_pairs(recipe: Recipe, policy: Policy, pairs: pa.Table, out: Path, m
         source = batches.pair_batches(
             pairs, policy.processor, batch_size=size, seed=seed, max_answer_tokens=longest, where=str(out / "pairs")
         )
-    model = attach_adapter(policy, recipe, mesh)
     with use_mesh(mesh):
-        result = train(model, source, config, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)
+        result = train(start, source, config, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)
     return Trained(result, policy.loaded, time.monotonic() - started)
+
+
+def load_from_rows(recipe: Recipe, out: Path, mesh: Mesh) -> Trained:
+    """What a finished `train_on_rows` made, without reading its data again."""
+    started = time.monotonic()
+    config = recipe.train
+    if config.objective == "contrastive":
+        loaded, _ = load_dual_encoder(
+            recipe.model.path, mesh, init=recipe.model.init, seed=recipe.seed, dtype=recipe.model.dtype
+        )
+        start = _Start(loaded.model, loaded)
+    else:
+        policy = load_policy(recipe, mesh)
+        start = _Start(attach_adapter(policy, recipe, mesh), policy.loaded)
+    with use_mesh(mesh):
+        result = load_trained(start.model, config, output_dir=out, mesh=mesh)
+    return Trained(result, start.base, time.monotonic() - started)
 
 
 def train_on_rows(recipe: Recipe, out: Path, mesh: Mesh) -> Trained:

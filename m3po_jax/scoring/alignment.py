@@ -17,13 +17,16 @@ from jax.sharding import Mesh
 
 from m3po_jax.data.dual_inputs import DualEncoderProcessor
 from m3po_jax.data.schema import Prompt
-from m3po_jax.errors import UserError
-from m3po_jax.evaluation import chair
+from m3po_jax.errors import UserError, nearest
 from m3po_jax.evaluation.short_answer import normalize
-from m3po_jax.scoring.claims import Claim, split_claims
+from m3po_jax.scoring.claims import Claim, object_vocabulary, polarity, split_claims
 from m3po_jax.sharding import shard_batch, to_host, use_mesh
 
 Scores = list[np.ndarray]
+AGGREGATES = ("mean", "min", "soft_f1")
+UNITS = ("whole", "claim")
+# Texts whose embeddings are kept between calls; sentences of free text are rarely met again.
+KEPT_TEXTS = 50_000
 
 
 class Backend(Protocol):
@@ -54,14 +57,41 @@ def aggregate_claims(probabilities: Sequence[float], rule: str, vocabulary_mass:
         assert vocabulary_mass is not None
         precision, recall = values.mean(), min(values.sum() / max(vocabulary_mass, 1e-9), 1.0)
         return float(2 * precision * recall / max(precision + recall, 1e-9))
-    raise UserError(f"unknown rule {rule!r}", where="score.aggregate", remedy="mean, min or soft_f1")
+    raise UserError(f"unknown rule {rule!r}{nearest(rule, AGGREGATES)}", where="score.aggregate")
+
+
+def check_aggregate(rule: str, vocabulary: Sequence[str]) -> None:
+    """UserError unless `rule` is one of `AGGREGATES` and has what it needs."""
+    if rule not in AGGREGATES:
+        raise UserError(f"unknown rule {rule!r}{nearest(rule, AGGREGATES)}", where="score.aggregate")
+    if rule == "soft_f1" and not vocabulary:
+        raise UserError("soft_f1 needs the claims that could be made", where="score.vocabulary")
+
+
+def pool_scores(
+    pool: Sequence[Sequence[Claim]], probability: Callable[[Claim], float], rule: str, mass: float | None
+) -> np.ndarray:
+    """One score per candidate from its claims; a denied claim counts as 1 − p, a short answer by its mean."""
+    scores = []
+    for claims in pool:
+        values = [1.0 - probability(c) if c.negated else probability(c) for c in claims]
+        scores.append(aggregate_claims(values, "mean" if claims and claims[0].short else rule, mass))
+    return np.array(scores, np.float64)
 
 
 class Similarity:
     """A CLIP or SigLIP dual encoder, on whole answers or claim by claim.
 
     SigLIP's score is its probability, sigmoid(logit), and so is that of a model whose bias was trained; CLIP's is
-    CLIPScore, min(2.5 · max(cos, 0), 1) (Hessel et al., arXiv:2104.08718).
+    CLIPScore, min(2.5 · max(cos, 0), 1) (Hessel et al., arXiv:2104.08718). Of several images the best counts.
+
+    Args:
+        unit: ``claim``, or ``whole``: each answer as it stands, cut to the model's text window; `aggregate`,
+            `vocabulary` and `template` do not apply to it.
+        aggregate: See `aggregate_claims`.
+        vocabulary: The objects that claims are about; without it, claims are sentences.
+        template: Text that stands for one claim, with ``{claim}`` in it.
+        batch_size: Images, and texts, of one pass.
     """
 
     name = "similarity"
@@ -78,13 +108,15 @@ class Similarity:
         template: str = "{claim}",
         batch_size: int = 32,
     ):
-        if aggregate == "soft_f1" and not vocabulary:
-            raise UserError("soft_f1 needs the claims that could be made", where="score.vocabulary")
-        if unit not in ("whole", "claim"):
-            raise UserError(f"unknown unit {unit!r}", where="score.unit", remedy="whole or claim")
-        self.processor, self.mesh, self.unit, self.aggregate = processor, mesh, unit, aggregate
+        if unit not in UNITS:
+            raise UserError(f"unknown unit {unit!r}{nearest(unit, UNITS)}", where="score.unit")
+        check_aggregate(aggregate, vocabulary)
+        if "{claim}" not in template:
+            raise UserError(f"no {{claim}} in {template!r}", where="score.claim_template")
+        self.processor, self.mesh, self.unit = processor, mesh, unit
+        self.aggregate = "mean" if unit == "whole" else aggregate
         self.objects = list(vocabulary)
-        self.vocabulary = chair.vocabulary(dict.fromkeys(vocabulary, ())) if vocabulary else None
+        self.vocabulary = object_vocabulary(vocabulary)
         self.template, self.batch_size = template, batch_size
         self.graph, self.state = nnx.split(model)
         self.probabilistic = model.config.kind == "siglip" or model.config.pooling == "patches"
@@ -113,46 +145,50 @@ class Similarity:
             embedded = to_host(self._texts(self.graph, self.state, *shard_batch((ids, mask), self.mesh)))
             self.texts.update(zip(part, embedded[: len(part)], strict=True))
 
-    def _scores(self, image: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-        """Scores in [0, 1] of texts against one image's embedding."""
+    def _scores(self, images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+        """Scores in [0, 1] of texts against one prompt's images ([m, n, e]); the best image counts."""
         matrix = np.stack([self.texts[text] for text in texts])
+        if not self.probabilistic:
+            return np.clip(2.5 * np.max(images[:, 0] @ matrix.T, axis=0), 0.0, 1.0)
         # Padded to a few sizes, so that the product is compiled a handful of times.
         width = max(8, 1 << (len(texts) - 1).bit_length())
         padded = np.concatenate([matrix, np.repeat(matrix[-1:], width - len(texts), axis=0)])
-        if not self.probabilistic:
-            return np.clip(2.5 * np.max(image @ matrix.T, axis=0), 0.0, 1.0)
-        logits = to_host(self._logits(self.graph, self.state, image[None], padded))[0, : len(texts)]
+        logits = to_host(self._logits(self.graph, self.state, images, padded))[:, : len(texts)].max(axis=0)
         return 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
 
+    def _claims(self, prompt: Prompt, answer: str) -> list[Claim]:
+        if self.unit == "claim":
+            return split_claims(prompt.instruction, answer, self.vocabulary)
+        return [Claim(answer)] if any(letter.isalnum() for letter in answer) else []
+
+    def _render(self, text: str) -> str:
+        return self.template.replace("{claim}", text) if self.unit == "claim" else text
+
     def __call__(self, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Scores:
-        render = lambda claim: self.template.replace("{claim}", claim)  # noqa: E731
-        if self.unit == "whole":
-            claims = [[[Claim(answer)] for answer in pool] for pool in pools]
-            render = lambda claim: claim  # noqa: E731
-        else:
-            claims = [
-                [split_claims(prompt.instruction, answer, self.vocabulary) for answer in pool]
-                for prompt, pool in zip(prompts, pools, strict=True)
-            ]
+        claims = [
+            [self._claims(prompt, answer) for answer in pool] for prompt, pool in zip(prompts, pools, strict=True)
+        ]
+        if len(self.texts) > KEPT_TEXTS:
+            self.texts.clear()
         with use_mesh(self.mesh):
-            self._embed_texts([render(c.text) for pool in claims for answer in pool for c in answer])
+            self._embed_texts([self._render(c.text) for pool in claims for answer in pool for c in answer])
             if self.aggregate == "soft_f1":
-                self._embed_texts([render(name) for name in self.objects])
+                self._embed_texts([self._render(name) for name in self.objects])
             scores: Scores = []
             for start in range(0, len(prompts), self.batch_size):
                 part = prompts[start : start + self.batch_size]
                 embedded = self._embed_images(part)
-                for image, pool in zip(embedded, claims[start : start + self.batch_size], strict=True):
-                    scores.append(self._score_pool(image, pool, render))
+                for images, pool in zip(embedded, claims[start : start + self.batch_size], strict=True):
+                    scores.append(self._score_pool(images, pool))
             return scores
 
     def _embed_images(self, prompts: Sequence[Prompt]) -> list[np.ndarray | None]:
-        """Each prompt's image embedding [n, e] (several images joined), None where it has no image."""
+        """The embeddings [m, n, e] of each prompt's m images, None where it has none."""
         pixels = [self.processor.pixel_values(prompt) for prompt in prompts]
         flat = np.concatenate(pixels)
         if not len(flat):
             return [None] * len(prompts)
-        count = max(-(-len(flat) // self.batch_size), 1) * self.batch_size
+        count = -(-len(flat) // self.batch_size) * self.batch_size
         padded = np.concatenate([flat, np.repeat(flat[-1:], count - len(flat), axis=0)])
         parts = [
             to_host(self._images(self.graph, self.state, shard_batch(padded[i : i + self.batch_size], self.mesh)))
@@ -160,59 +196,54 @@ class Similarity:
         ]
         embedded, found, offset = np.concatenate(parts), [], 0
         for own in pixels:
-            found.append(np.concatenate(list(embedded[offset : offset + len(own)])) if len(own) else None)
+            found.append(embedded[offset : offset + len(own)] if len(own) else None)
             offset += len(own)
         return found
 
-    def _score_pool(
-        self, image: np.ndarray | None, pool: Sequence[Sequence[Claim]], render: Callable[[str], str]
-    ) -> np.ndarray:
-        if image is None:
+    def _score_pool(self, images: np.ndarray | None, pool: Sequence[Sequence[Claim]]) -> np.ndarray:
+        if images is None:
             return np.full(len(pool), np.nan)
-        texts = list(dict.fromkeys(render(claim.text) for answer in pool for claim in answer))
-        known = dict(zip(texts, self._scores(image, texts), strict=True)) if texts else {}
-        mass = (
-            float(self._scores(image, [render(n) for n in self.objects]).sum())
-            if self.aggregate == "soft_f1"
-            else None
-        )
-        scores = []
-        for answer in pool:
-            values = [1.0 - known[render(c.text)] if c.negated else known[render(c.text)] for c in answer]
-            rule = "mean" if answer and answer[0].short else self.aggregate
-            scores.append(aggregate_claims(values, rule, mass))
-        return np.array(scores)
+        texts = list(dict.fromkeys(self._render(claim.text) for answer in pool for claim in answer))
+        known = dict(zip(texts, self._scores(images, texts), strict=True)) if texts else {}
+        mass = None
+        if self.aggregate == "soft_f1":
+            mass = float(self._scores(images, [self._render(name) for name in self.objects]).sum())
+        return pool_scores(pool, lambda claim: float(known[self._render(claim.text)]), self.aggregate, mass)
 
 
 class Reference:
-    """Agreement with what the data says: listed objects (F1 of mentions) or the reference answer (exact match).
+    """Agreement with what the data says: listed objects (F1 of mentions) or the reference answer.
 
-    For data with annotations, and as an upper bound for learned backends; not a judge of free text.
+    A caption (``metadata["kind"]``) of an image with listed objects is scored by the objects it names; a yes/no
+    reference by whether the answer says the same; any other by exact match, normalised as in VQA. For data with
+    annotations, and as an upper bound for learned backends; not a judge of free text.
     """
 
     name = "reference"
 
     def __init__(self, vocabulary: Sequence[str]):
-        self.vocabulary = chair.vocabulary(dict.fromkeys(vocabulary, ())) if vocabulary else None
+        self.vocabulary = object_vocabulary(vocabulary)
 
     def __call__(self, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Scores:
         scores: Scores = []
         for prompt, pool in zip(prompts, pools, strict=True):
             objects = set(prompt.metadata.get("objects") or ())
             if self.vocabulary is not None and objects and prompt.metadata.get("kind") == "caption":
-                scores.append(np.array([self._object_f1(answer, objects) for answer in pool]))
+                scores.append(np.array([self._object_f1(answer, objects) for answer in pool], np.float64))
             elif prompt.reference is not None:
                 wanted = normalize(prompt.reference)
-                scores.append(np.array([float(normalize(answer) == wanted) for answer in pool]))
+                scores.append(np.array([_agrees(prompt.instruction, answer, wanted) for answer in pool], np.float64))
             else:
                 scores.append(np.full(len(pool), np.nan))
         return scores
 
     def _object_f1(self, answer: str, objects: set[str]) -> float:
         assert self.vocabulary is not None
-        named = self.vocabulary.mentions(answer)
-        if not named:
-            return 0.0
-        precision = sum(name in objects for name in named) / len(named)
-        recall = len(objects.intersection(named)) / len(objects)
-        return 2 * precision * recall / max(precision + recall, 1e-9)
+        named = set(self.vocabulary.mentions(answer))
+        return 2 * len(named & objects) / (len(named) + len(objects)) if named else 0.0
+
+
+def _agrees(instruction: str, answer: str, wanted: str) -> bool:
+    if wanted in ("yes", "no") and (said := polarity(instruction, answer)):
+        return said == wanted
+    return normalize(answer) == wanted

@@ -12,8 +12,12 @@ from dataclasses import dataclass
 
 from m3po_jax.evaluation import chair
 
-_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*|\n+")
+_BULLET = re.compile(r"^[ \t]*(?:[-*•]|\d+[.)])[ \t]+", re.MULTILINE)
 _POLARITY = re.compile(r"^\W*(yes|no)\b", re.IGNORECASE)
+_STANDS_ALONE = re.compile(r"\s*(?:$|[,.;:!\n–—-])")
+_OPEN_QUESTION = re.compile(r"\b(?:what|which|who|whom|whose|where|when|why|how)\b", re.IGNORECASE)
+SHORT_WORDS = 4  # an answer of up to so many words means nothing without its question
 
 
 @dataclass(frozen=True)
@@ -22,30 +26,53 @@ class Claim:
 
     Attributes:
         negated: The answer denies it.
-        short: It comes from a yes/no answer, which mentions nothing else: recall has no meaning there.
+        short: It comes from a short answer to a question, which claims nothing else: recall has no meaning there.
+        question: The text is a yes/no question, not a statement.
     """
 
     text: str
     negated: bool = False
     short: bool = False
+    question: bool = False
+
+
+def polarity(instruction: str, answer: str) -> str | None:
+    """``yes`` or ``no`` where the answer answers a yes/no question, else None ("No people are to be seen.")."""
+    found = _POLARITY.match(answer)
+    if found is None or ("?" not in instruction and "yes or no" not in instruction.lower()):
+        return None
+    if _STANDS_ALONE.match(answer[found.end() :]) or not _OPEN_QUESTION.search(instruction):
+        return found.group(1).lower()
+    return None
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences and list items that have a letter or digit, in order, without bullets and numbering."""
+    parts = (part.strip() for part in _SENTENCE.split(_BULLET.sub("", text)))
+    return [part for part in parts if any(letter.isalnum() for letter in part)]
 
 
 def split_claims(instruction: str, answer: str, vocabulary: chair.Vocabulary | None) -> list[Claim]:
     """The claims of an answer, in order.
 
     With a vocabulary of objects a claim is an object that the answer mentions, once; a yes/no answer asserts or
-    denies the objects that its question names. Without one, a claim is a sentence, and a yes/no answer is joined
-    to its question.
+    denies the objects that its question names. Without one, a claim is a sentence; a yes/no answer asserts or
+    denies its question, whatever else it says being further claims, and another short answer to a question is
+    joined to it.
     """
-    polarity = _POLARITY.match(answer)
-    negated = bool(polarity) and polarity.group(1).lower() == "no"  # type: ignore[union-attr]
+    said = polarity(instruction, answer)
     if vocabulary is not None:
-        text = instruction if polarity else answer
-        return [Claim(name, negated, bool(polarity)) for name in dict.fromkeys(vocabulary.mentions(text))]
-    if polarity:
-        return [Claim(instruction.strip(), negated, True)]
-    sentences = [part.strip() for part in _SENTENCE.split(answer)]
-    return [Claim(part) for part in sentences if any(letter.isalnum() for letter in part)]
+        text = instruction if said else answer
+        return [Claim(name, said == "no", said is not None) for name in dict.fromkeys(vocabulary.mentions(text))]
+    parts = sentences(answer)
+    # What follows the last question mark says how to answer ("Answer with a single word.").
+    question = instruction[: instruction.rfind("?") + 1].strip()
+    if said:
+        rest = parts[1:]
+        return [Claim(question or instruction.strip(), said == "no", not rest, True), *map(Claim, rest)]
+    if question and len(parts) == 1 and len(parts[0].split()) <= SHORT_WORDS:
+        return [Claim(f"{question} {parts[0]}", short=True)]
+    return [Claim(part) for part in parts]
 
 
 def object_vocabulary(names: Sequence[str]) -> chair.Vocabulary | None:

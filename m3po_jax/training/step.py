@@ -297,3 +297,11 @@ def _shardings(
 def place_frozen(frozen: nnx.State, mesh: Mesh) -> nnx.State:
     """Frozen leaves on their shardings (no copy for those already there)."""
     return jax.device_put(frozen, state_shardings(frozen, mesh))
+
+
+def place_trainable(partition: Partition, trainable: Parameters, mesh: Mesh) -> Parameters:
+    """Trainable leaves on their shardings."""
+    axes = partition.axes_by_name
+    return {
+        name: jax.device_put(value, sharding_for(axes[name], value.shape, mesh)) for name, value in trainable.items()
+    }

@@ -1,0 +1,178 @@
+"""The recipes that ship: they load, their settings can be meant, and their headers say what the models weigh."""
+
+import dataclasses
+import math
+import os
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from m3po_jax.config import DataConfig, LoRAConfig, Recipe, load_recipe, override
+from m3po_jax.data.images import IMAGE_FITS
+from m3po_jax.data.sources import read_prompts
+from m3po_jax.data.templates import get_template
+from m3po_jax.generation.engine import SamplingConfig
+from m3po_jax.models import lora
+from m3po_jax.models.layers import LoRAParam
+from m3po_jax.models.llava.config import llava_config
+from m3po_jax.models.llava.model import build
+from m3po_jax.objectives.preference import check_loss
+from m3po_jax.scoring.confidence import VARIANTS
+from m3po_jax.selection import check_config
+from m3po_jax.sharding import spec_for
+from m3po_jax.training.losses import check_objective
+from m3po_jax.training.optimizer import learning_rate_schedule
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("quickstart"))
+SHARED = Path(os.environ.get("M3PO_SHARED", ROOT / "../shared")) / "data"
+# Chips that each recipe's header speaks of.
+CHIPS = {"llava15_7b_single_gpu": 1, "llava15_13b_m3po_pod": 16}
+
+
+def header(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comments = [
+        line.removeprefix("#").strip() for line in lines[: next(i for i, x in enumerate(lines) if x[:1] != "#")]
+    ]
+    return " ".join(comments)
+
+
+def chips(path: Path) -> int:
+    return CHIPS.get(path.stem, 8)
+
+
+def mesh_sizes(recipe: Recipe, count: int) -> dict[str, int]:
+    sizes = dataclasses.asdict(recipe.mesh)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    return {axis: count // fixed if size == -1 else size for axis, size in sizes.items()}
+
+
+def check(recipe: Recipe) -> None:
+    check_config(recipe.select)
+    check_loss(recipe.train.loss_type, recipe.train.beta, recipe.train.label_smoothing)
+    check_objective(recipe.train)
+    learning_rate_schedule(recipe.train, 100)
+    get_template(recipe.model.template)
+    assert recipe.model.image_fit in IMAGE_FITS
+    g = recipe.generate
+    SamplingConfig(g.num_candidates, g.temperature, g.top_k, g.top_p, g.max_new_tokens)
+    assert g.max_new_tokens <= recipe.train.max_answer_tokens, "a candidate could not be trained on"
+    assert set(recipe.score.confidence) <= set(VARIANTS)
+    wanted = {recipe.select.confidence, recipe.select.confidence_dispreferred} - {""}
+    assert wanted <= set(recipe.score.confidence), "selection needs a variant that is not computed"
+    for benchmark in recipe.evaluate.benchmarks.values():
+        assert benchmark.metric in ("pope", "chair", "short_answer")
+
+
+def test_there_are_recipes():
+    assert len(FILES) >= 6
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_recipe_and_arms_can_be_meant(path):
+    recipe = load_recipe(path)
+    assert recipe.name != Recipe().name
+    check(recipe)
+    for name, changes in recipe.arms.items():
+        changed = override(recipe, changes, where=name)
+        assert changed != recipe
+        check(changed)
+
+
+def test_names_do_not_collide():
+    names = [load_recipe(path).name for path in FILES]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_mesh_and_batches_fit_the_hardware_of_the_header(path):
+    recipe, count = load_recipe(path), chips(path)
+    sizes = mesh_sizes(recipe, count)
+    assert math.prod(sizes.values()) == count
+    rows = sizes["data"] * sizes["fsdp"]
+    micro = recipe.train.batch_size // recipe.train.gradient_accumulation_steps
+    assert micro % rows == 0, "rows that do not divide are replicated on every chip"
+    assert recipe.generate.batch_size % rows == 0
+    # What the header's sums are made of.
+    row = "rows" if recipe.train.objective == "sft" else "pairs"
+    assert f"{micro // rows} {row} ×" in header(path)
+    if recipe.train.objective == "preference":
+        assert f"2 × {recipe.train.max_answer_tokens} answer tokens" in header(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_header_tells_hardware_memory_and_time(path):
+    text = header(path)
+    assert all(f" {word}" in text for word in ("Hardware:", "Memory, an estimate by arithmetic"))
+    assert "Time: not measured." in text
+    assert f"configs/{path.name}" in text or "launch/" in text
+
+
+def llava(hidden: int, mlp: int, layers: int, heads: int) -> nnx.Module:
+    """The abstract LLaVA-1.5 with the recipes' adapters."""
+    text = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers, "rms_norm_eps": 1e-5}
+    text |= {"num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": 32064, "model_type": "llama"}
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision |= {"image_size": 336, "patch_size": 14, "projection_dim": 768, "model_type": "clip_vision_model"}
+    raw = {"model_type": "llava", "image_token_index": 32000, "text_config": text, "vision_config": vision}
+
+    def make() -> nnx.Module:
+        model = build(llava_config(raw, "config.json"), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, seed=0)
+        lora.attach(model, LoRAConfig(), scope="decoder", rngs=nnx.Rngs(0))
+        return model
+
+    return nnx.eval_shape(make)
+
+
+class Sizes:
+    def __init__(self, shape: dict[str, int]):
+        self.shape = shape
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_parameter_counts_of_the_header(path):
+    """The estimates start from counts that the code itself gives: parameters, and a chip's part of the adapters."""
+    recipe = load_recipe(path)
+    assert recipe.train.lora == LoRAConfig(lora_rank=128, lora_alpha=256)
+    model = llava(5120, 13824, 40, 40) if "13b" in path.stem else llava(4096, 11008, 32, 32)
+    mesh = Sizes(mesh_sizes(recipe, chips(path)))
+    frozen = adapters = part = frozen_part = 0.0
+    for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        count = math.prod(variable.shape)
+        spec = spec_for(variable.get_metadata()["axes"], variable.shape, mesh)
+        split = [(axes,) if isinstance(axes, str) else axes or () for axes in spec]
+        share = count / math.prod(mesh.shape[axis] for axes in split for axis in axes)
+        if issubclass(variable.type, LoRAParam):
+            adapters, part = adapters + count, part + share
+        else:
+            frozen, frozen_part = frozen + count, frozen_part + share
+    text = header(path)
+    assert f"{frozen / 1e9:.2f} B parameters × 2 bytes" in text
+    assert f"{adapters / 1e6:.0f} M parameters" in text
+    assert part == adapters or f"a chip holds {part / 1e6:.0f} M" in text
+    numbers = re.search(r"frozen weights .*? ([\d.]+) GB .*?adapters .*? ([\d.]+) GB", text)
+    assert numbers is not None
+    assert float(numbers[1]) == round(frozen_part * 2 / 1e9, 1)
+    assert float(numbers[2]) == round(part * 20 / 1e9, 1)
+
+
+def test_the_three_baselines_differ_in_the_rule_alone():
+    main = load_recipe(ROOT / "configs/llava15_7b_m3po.yaml")
+    for stem in ("dpo", "mas_dpo"):
+        other = load_recipe(ROOT / f"configs/llava15_7b_{stem}.yaml")
+        rule = main.arms[stem]["select.rule"]
+        assert dataclasses.replace(other, name=main.name, arms=main.arms) == override(main, {"select.rule": rule})
+
+
+def test_pope_question_files_read_as_they_are():
+    if not (SHARED / "pope").is_dir():
+        pytest.skip("no shared data")
+    recipe = load_recipe(ROOT / "configs/llava15_7b_m3po.yaml")
+    for benchmark in recipe.evaluate.benchmarks.values():
+        file = SHARED / "pope" / Path(benchmark.data.path).name
+        rows = read_prompts(DataConfig(source=benchmark.data.source, path=str(file), limit=20), require_image=True)
+        assert {row.metadata["label"] for row in rows} <= {"yes", "no"}
