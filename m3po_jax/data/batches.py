@@ -29,8 +29,9 @@ LENGTHS = tuple(sorted({step << power for power in range(1, 14) for step in (4, 
 class TreeBatch(NamedTuple):
     """B prompts (images included) with K answers each: the layout of `models.forward.branch_log_probs`.
 
-    Arrays are NumPy's on the host, JAX's in a step. Padding is at the end of every axis. `reference` holds Σ_t log π_ref(token) of each answer in nats, NaN
-    where nothing was recorded; `row_index` is the row's place in the source (see `BatchSource.ids`).
+    Arrays are NumPy's on the host and JAX's in a step. Padding is at the end of every axis. `reference` holds
+    Σ_t log π_ref(token) of each answer in nats, NaN where nothing was recorded; `row_index` is the row's place in
+    the source (see `BatchSource.ids`).
     """
 
     prefix_ids: Int[Any, "b p"]
