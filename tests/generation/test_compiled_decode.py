@@ -1,4 +1,4 @@
-"""What the compiled program must not hold: K copies of a prefix cache, or a cache copied in the decode loop."""
+"""What the compiled program must not hold: K copies of a prefix cache, or cache copies in the decode loop."""
 
 import re
 
