@@ -83,7 +83,9 @@ def make_parser() -> argparse.ArgumentParser:
             verb.add_argument("--input", metavar="FILE.jsonl", help="scored candidates as JSON lines")
             verb.add_argument("--output", metavar="FILE.jsonl", help="where the pairs go, as JSON lines")
         if name == "evaluate":
-            verb.add_argument("--answers", metavar="FILE.jsonl", help='saved answers: {"id": ..., "text": ...} a line')
+            verb.add_argument(
+                "--answers", metavar="FILE.jsonl", help='saved answers: {"id": ..., "text": ...} a line'
+            )
             verb.add_argument("--benchmark", help="the benchmark that --answers belongs to")
         if name == "export":
             verb.add_argument("--format", choices=("huggingface", "peft"), default="huggingface")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -64,14 +64,18 @@ class ContrastiveBatch(NamedTuple):
 Batch = TypeVar("Batch", TreeBatch, PromptBatch, ContrastiveBatch)
 
 
-class PromptProcessor(Protocol):
-    """What the pipelines need of `data.processing.Processor`."""
+class PixelProcessor(Protocol):
+    """What `contrastive_batches` needs of `data.dual_inputs.DualEncoderProcessor`."""
+
+    def pixel_values(self, prompt: Prompt) -> np.ndarray: ...
+
+
+class PromptProcessor(PixelProcessor, Protocol):
+    """What the other pipelines need of `data.processing.Processor`."""
 
     def encode_prompt(self, prompt: Prompt) -> Sequence[int] | np.ndarray: ...
 
     def encode_answer(self, text: str) -> Sequence[int] | np.ndarray: ...
-
-    def pixel_values(self, prompt: Prompt) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,12 @@ class TableRows(Sequence[dict[str, Any]]):
 
     def __len__(self) -> int:
         return self.table.num_rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """All rows, without their images: a pass over the texts does not copy encoded images."""
+        names = [name for name in self.table.column_names if name != "images"]
+        for chunk in self.table.select(names).to_batches(max_chunksize=256):
+            yield from chunk.to_pylist()
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -179,7 +189,7 @@ def collate_tree(rows: Sequence[TreeRow]) -> TreeBatch:
     )
 
 
-def _pixels(processor: PromptProcessor, prompt: Prompt) -> np.ndarray | None:
+def _pixels(processor: PixelProcessor, prompt: Prompt) -> np.ndarray | None:
     """Pixels of a prompt's images, or None; whatever a decoder raises becomes one line that names the row."""
     if not prompt.images:
         return None
@@ -214,7 +224,8 @@ def _answer(ids: Sequence[int] | np.ndarray, limit: int, where: str) -> np.ndarr
 
 def _endless(count: int, seed: int, batch_size: int, load: Callable[[int], Any], collate: Any) -> Any:
     """Batches of an endless stream that visits all rows once an epoch, each epoch in an order of its own."""
-    rows = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+    # Grain's own endless repeat has sys.maxsize elements and overflows in batches of one row.
+    rows = grain.MapDataset.range(count).seed(seed).shuffle().repeat(1_000_000)
     return rows.map(load).batch(batch_size, batch_fn=collate)
 
 
@@ -345,12 +356,14 @@ def sft_batches(
         UserError: no rows, or an answer that is missing, empty or too long.
     """
     _require_rows(len(prompts), batch_size)
-    answers = []
+    ids, instructions, answers = [], [], []
     for prompt in prompts:
         if prompt.reference is None:
             raise UserError(
                 "the row has no reference answer", where=_where(prompt), remedy="add `reference` or drop it"
             )
+        ids.append(prompt.id)
+        instructions.append(prompt.instruction)
         answers.append(_answer(processor.encode_answer(prompt.reference), max_answer_tokens, _where(prompt)))
 
     def load(index: int) -> TreeRow:
@@ -360,9 +373,9 @@ def sft_batches(
 
     return BatchSource(
         dataset=_endless(len(prompts), seed, batch_size, load, collate_tree),
-        ids=tuple(prompt.id for prompt in prompts),
+        ids=tuple(ids),
         batch_size=batch_size,
-        fingerprint=_fingerprint(seed, batch_size, [(prompt.id, prompt.instruction) for prompt in prompts], answers),
+        fingerprint=_fingerprint(seed, batch_size, ids, instructions, answers),
     )
 
 
@@ -371,6 +384,7 @@ def prompt_batches(
 ) -> BatchSource[PromptBatch]:
     """Prompts once, in order, for generation and scoring; copies of the last row fill the last batch."""
     _require_rows(len(prompts), batch_size)
+    ids = tuple(prompt.id for prompt in prompts)
     total = math.ceil(len(prompts) / batch_size) * batch_size
 
     def load(index: int) -> TreeRow:
@@ -385,15 +399,15 @@ def prompt_batches(
 
     return BatchSource(
         dataset=grain.MapDataset.range(total).map(load).batch(batch_size, batch_fn=collate),
-        ids=tuple(prompt.id for prompt in prompts),
+        ids=ids,
         batch_size=batch_size,
-        fingerprint=_fingerprint(batch_size, [(prompt.id, prompt.instruction) for prompt in prompts]),
+        fingerprint=_fingerprint(batch_size, ids),
     )
 
 
 def contrastive_batches(
     prompts: Sequence[Prompt],
-    processor: PromptProcessor,
+    processor: PixelProcessor,
     *,
     encode_texts: Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]],
     batch_size: int,
@@ -417,13 +431,14 @@ def contrastive_batches(
             claims.
     """
     _require_rows(len(prompts), batch_size)
-    objects = []
+    ids, objects = [], []
     for prompt in prompts:
         named = prompt.metadata.get("objects")
         if not isinstance(named, (list, tuple)) or not all(isinstance(claim, str) for claim in named):
             raise UserError("metadata.objects is not a list of texts", where=_where(prompt))
         if len(prompt.images) != 1:
             raise UserError(f"{len(prompt.images)} images where one is needed", where=_where(prompt))
+        ids.append(prompt.id)
         objects.append(frozenset(named))
     vocabulary = sorted(set().union(*objects))
     if not vocabulary:
@@ -461,13 +476,13 @@ def contrastive_batches(
 
     return BatchSource(
         dataset=_endless(len(prompts), seed, batch_size, load, collate),
-        ids=tuple(prompt.id for prompt in prompts),
+        ids=tuple(ids),
         batch_size=batch_size,
         fingerprint=_fingerprint(
             seed,
             batch_size,
             claim_template,
-            [prompt.id for prompt in prompts],
+            ids,
             [sorted(named) for named in objects],
         ),
     )

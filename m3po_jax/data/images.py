@@ -58,6 +58,16 @@ def _encoded(image: schema.Image, root: Path, where: str) -> BytesIO | Path:
     return path
 
 
+def read_encoded(image: schema.Image, *, root: Path, where: str) -> bytes:
+    """The image's encoded bytes, undecoded; a path must lie under `root`.
+
+    Raises:
+        UserError: no bytes and no usable path.
+    """
+    source = _encoded(image, root, where)
+    return source.getvalue() if isinstance(source, BytesIO) else source.read_bytes()
+
+
 def to_rgb(image: PILImage.Image) -> PILImage.Image:
     """`image` in mode RGB; transparency is laid on white, as `transformers` 5's `convert_to_rgb` does."""
     if "A" in image.getbands() or image.info.get("transparency") is not None:

@@ -51,6 +51,7 @@ class PlainText:
         self._forbidden, self._unknown = forbidden, unknown
         self._tokenizer: Tokenizer = Tokenizer.from_str(json.dumps(content))
         self._tokenizer.encode_special_tokens = True
+        self._whole_words = content.get("model", {}).get("type") == "WordLevel"
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
 
@@ -72,6 +73,12 @@ class PlainText:
         if self._unknown is None:
             raise UserError(f"the text {text[:80]!r} contains the spelling of a special token")
         return [self._unknown if token in self._forbidden else token for token in ids]
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        """The piece of one id, with ``▁`` where a space precedes it (as transformers names and writes it)."""
+        piece = self._tokenizer.id_to_token(token) or f"<{token}>"
+        # A vocabulary of whole words keeps no spaces: every word but punctuation follows one.
+        return f"▁{piece}" if self._whole_words and any(letter.isalnum() for letter in piece) else piece
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` without special tokens and outer white space."""

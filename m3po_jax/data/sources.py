@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from m3po_jax.config import DataConfig
-from m3po_jax.data import schema, tables
+from m3po_jax.data import schema, tables, tfds_build
 from m3po_jax.data.rows import IMAGE_KEYS, parse_images, prompt_from_row
 from m3po_jax.errors import UserError, nearest
 
@@ -271,7 +271,8 @@ class TfdsSource(Sequence[schema.Prompt]):
         if self._rows is None:
             import tensorflow_datasets as tfds
 
-            builder = tfds.builder_from_directory(str(self.image_root))
+            with tfds_build.quiet():
+                builder = tfds.builder_from_directory(str(self.image_root))
 
             class Encoded(tfds.decode.SkipDecoding):
                 """Gives images as the bytes that are stored; TFDS's own does not know sequences of images."""
@@ -347,22 +348,21 @@ def _tfds_folder(config: DataConfig) -> Path:
     try:
         if module:
             importlib.import_module(module)  # registers its builders
-        builder = tfds.builder(name, try_gcs=False)
-        if not builder.is_prepared():
-            builder.download_and_prepare(
-                file_format="array_record",
-                download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-            )
-    except UserError:
-        raise
+        with tfds_build.quiet():
+            builder = tfds.builder(name, try_gcs=False)
+        return tfds_build.prepare(builder)
     except Exception as error:  # whatever a builder's own code raises
+        own: BaseException | None = error
+        while own is not None and not isinstance(own, UserError):
+            own = own.__cause__  # TFDS wraps what a builder raises
+        if own is not None:
+            raise own from None
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
             f"cannot open the TFDS data set ({type(error).__name__}: {reason})",
             where=f"data.path {config.path!r}",
             remedy="give a prepared folder, NAME/CONFIG, or package.module:NAME/CONFIG",
         ) from None
-    return Path(builder.data_dir)
 
 
 def _read_tfds(config: DataConfig, checker: _Checker) -> TfdsSource:

@@ -189,10 +189,13 @@ def prefill(
 
 
 def empty_chunks(config: LlamaConfig, batch: int, candidates: int, slots: int, dtype: Any) -> list[KV]:
-    """One unwritten chunk [B, K, G, N, D] of keys and of values for every layer."""
-    shape = (batch, candidates, config.num_kv_heads, slots, config.head_dim)
-    zeros = lambda: constrain(jnp.zeros(shape, dtype), "batch", None, "kv_heads", None, None)  # noqa: E731
-    return [(zeros(), zeros()) for _ in range(config.num_layers)]
+    """One unwritten chunk for every layer: keys [B, G, K, D, N] and values [B, G, K, N, D].
+
+    Each lies as its product reads it; the other order would be transposed, that is copied, at every step.
+    """
+    lead, d = (batch, config.num_kv_heads, candidates), config.head_dim
+    zeros = lambda shape: constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None, None)  # noqa: E731
+    return [(zeros((*lead, d, slots)), zeros((*lead, slots, d))) for _ in range(config.num_layers)]
 
 
 def _pin_stationary(x: jax.Array) -> jax.Array:
@@ -225,24 +228,24 @@ def decode_step(
     """
     b, candidates, _ = x.shape
     rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
-    written = jnp.arange(chunk[0][0].shape[3]) <= slot
+    written = jnp.arange(chunk[0][1].shape[3]) <= slot
     seen = prefix_mask[:, None, None, None, :]
     scale, updated = config.head_dim**-0.5, []
     x = _pin_stationary(x)
     for index, layer in enumerate(layers):
         normal = _rms_norm(x, layer.input_norm, config.rms_norm_eps)
         q, k, v = _project(config, layer, normal, rotary)
-        q = constrain(q, "batch", None, "kv_heads", None, None)
-        own = []
-        for buffer, new in zip(chunk[index], (k, v), strict=True):
-            row = constrain(new, "batch", None, "kv_heads", None)[:, :, :, None].astype(buffer.dtype)
-            own.append(jax.lax.dynamic_update_slice_in_dim(buffer, row, slot, axis=3))
-        own_kv = (own[0], own[1])
-        updated.append(own_kv)
-        branch = ("bkgrd,bkgnd->bgkrn", "bgkrn,bkgnd->bgkrd", q)
-        parts: list[Any] = [("bkgrd,bgpd->bgkrp", "bgkrp,bgpd->bgkrd", q, prefix[index], seen)]
+        q = constrain(q.transpose(0, 2, 1, 3, 4), "batch", "kv_heads", None, None, None)
+        k, v = (constrain(y.transpose(0, 2, 1, 3), "batch", "kv_heads", None, None) for y in (k, v))
+        keys, values = chunk[index]
+        put = jax.lax.dynamic_update_slice_in_dim
+        keys = put(keys, k[..., None].astype(keys.dtype), slot, axis=4)
+        values = put(values, v[:, :, :, None].astype(values.dtype), slot, axis=3)
+        updated.append((keys, values))
+        branch = ("bgkrd,bgkdn->bgkrn", "bgkrn,bgknd->bgkrd", q)
+        parts: list[Any] = [("bgkrd,bgpd->bgkrp", "bgkrp,bgpd->bgkrd", q, prefix[index], seen)]
         parts += [(*branch, earlier[index], None) for earlier in full]
-        parts += [(*branch, own_kv, written)]
+        parts += [(*branch, (keys, values), written)]
         attended = _attend(parts, scale).transpose(0, 2, 1, 3, 4).reshape(b, candidates, -1)
         x = _finish(config, layer, x, attended, _pin_stationary)
     return x, updated

@@ -79,8 +79,10 @@ def chosen_as_references(table: pa.Table) -> list[Prompt]:
     ]
 
 
-def train_on_pairs(recipe: Recipe, policy: Policy, pairs: pa.Table, out: Path, mesh: Mesh, *, seed: int) -> Trained:
-    """DPO (or SFT on the chosen answers) from `policy`, with adapters as the recipe says."""
+def train_on_pairs(
+    recipe: Recipe, policy: Policy, pairs: pa.Table, out: Path, mesh: Mesh, *, start: Any, seed: int
+) -> Trained:
+    """DPO, or SFT on the chosen answers, from `start`: the policy's model with adapters, trained or not."""
     started = time.monotonic()
     config = recipe.train
     size, longest = config.batch_size, config.max_answer_tokens
@@ -92,9 +94,8 @@ def train_on_pairs(recipe: Recipe, policy: Policy, pairs: pa.Table, out: Path, m
         source = batches.pair_batches(
             pairs, policy.processor, batch_size=size, seed=seed, max_answer_tokens=longest, where=str(out / "pairs")
         )
-    model = attach_adapter(policy, recipe, mesh)
     with use_mesh(mesh):
-        result = train(model, source, config, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)
+        result = train(start, source, config, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)
     return Trained(result, policy.loaded, time.monotonic() - started)
 
 

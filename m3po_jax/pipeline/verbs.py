@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 
 from m3po_jax.config import Recipe, load_recipe
 from m3po_jax.errors import UserError, nearest
+from m3po_jax.pipeline import evaluate as evaluating
+from m3po_jax.pipeline import summary
 from m3po_jax.pipeline import train as training
 from m3po_jax.pipeline.console import say
+from m3po_jax.pipeline.run import Run
 from m3po_jax.pipeline.rundir import RunDirectory
+from m3po_jax.pipeline.select import select_file
 from m3po_jax.sharding import initialize_distributed, make_mesh, use_mesh
 
 
@@ -35,14 +42,105 @@ def _start() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
-def train(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     _start()
-    if recipe.train.objective == "preference":
-        from m3po_jax.pipeline import run as running
+    report = Run(recipe).execute()
+    say(f"report: {report}")
 
-        running.Run(recipe).train_stage(options.round, _arm(recipe, options))
+
+def generate(options: argparse.Namespace) -> None:
+    with _stage(options) as running:
+        running.generate_stage(options.round)
+
+
+def score(options: argparse.Namespace) -> None:
+    with _stage(options) as running:
+        running.score_stage(options.round)
+
+
+def select(options: argparse.Namespace) -> None:
+    if options.input or options.output:
+        if not (options.input and options.output):
+            raise UserError("--input and --output go together", where="select")
+        found = select_file(Path(options.input), Path(options.output), _recipe(options).select)
+        say(f"{found['pairs']} pairs of {found['prompts']} prompts; dropped: {found['dropped'] or 'none'}")
         return
+    with _stage(options) as running:
+        running.select_stage(options.round, _arm(running.recipe, options))
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    if options.answers:
+        _evaluate_answers(options)
+        return
+    with _stage(options) as running:
+        arm = _arm(running.recipe, options)
+        if not running.recipe.evaluate.benchmarks:
+            raise UserError("no benchmark", where="evaluate.benchmarks", remedy="name at least one in the recipe")
+        if (running.directory.round(options.round, arm) / "done.json").exists():
+            running.evaluate_stage(options.round, arm)
+        else:
+            running.evaluate_base()
+        summary.write_tables(running)
+
+
+def _evaluate_answers(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
+    known = recipe.evaluate.benchmarks
+    name = options.benchmark or (next(iter(known)) if len(known) == 1 else None)
+    if name is None or name not in known:
+        raise UserError(
+            f"unknown benchmark {name!r}{nearest(name or '', known)}",
+            where="--benchmark",
+            remedy="name one of evaluate.benchmarks",
+        )
+    out = RunDirectory.of(recipe).root / "saved-answers" / name
+    benchmark = evaluating.read_benchmark(name, known[name])
+    results = evaluating.score_file(benchmark, Path(options.answers), recipe.evaluate, out, seed=recipe.seed)
+    print(json.dumps(results["summary"], indent=2))
+    say(f"per-item records in {out}")
+
+
+def report(options: argparse.Namespace) -> None:
+    from m3po_jax.report import build_report
+
+    recipe = _recipe(options)
+    directory = RunDirectory.of(recipe)
+    say(f"report: {build_report(directory.root, _token_text(recipe))}")
+
+
+def _token_text(recipe: Recipe) -> Callable[[int], str] | None:
+    """Token texts for the report's hover, where the model's tokenizer is at hand."""
+    from m3po_jax.data.processing import Processor
+    from m3po_jax.models.registry import resolve_directory
+    from m3po_jax.report.browser import tokenizer_text
+
+    try:
+        folder = resolve_directory(recipe.model.path)
+        return tokenizer_text(Processor.from_pretrained(folder, recipe.model.template, recipe.model.image_fit).text)
+    except UserError:
+        return None
+
+
+@contextmanager
+def _stage(options: argparse.Namespace) -> Iterator[Run]:
+    """A locked, opened run for one stage's verb."""
+    recipe = _recipe(options)
+    _start()
+    running = Run(recipe)
+    with running.directory.lock():
+        running.open()
+        yield running
+
+
+def train(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
+    if options.arm is not None or recipe.train.objective == "preference":
+        with _stage(options) as running:
+            running.train_stage(options.round, _arm(recipe, options))
+        return
+    _start()
     directory = RunDirectory.of(recipe)
     mesh = make_mesh(recipe.mesh)
     with directory.lock():
@@ -62,9 +160,7 @@ def export(options: argparse.Namespace) -> None:
     output = Path(options.output) if options.output else directory.root / f"export-{options.format}"
     mesh = make_mesh(recipe.mesh)
     if recipe.train.objective == "preference" or options.arm is not None:
-        from m3po_jax.pipeline import run as running
-
-        trained = running.Run(recipe).train_stage(options.round, _arm(recipe, options), only_finished=True)
+        trained = Run(recipe).train_stage(options.round, _arm(recipe, options), only_finished=True)
     else:
         if not (directory.root / "done.json").exists():
             raise UserError("no finished training", where=str(directory.root), remedy="run `m3po train` first")

@@ -25,9 +25,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from m3po_jax.data import tfds_build
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.quickstart import language
-from m3po_jax.quickstart.scenes import SIDE, SPLITS, Scene, scene, stream
+from m3po_jax.quickstart.scenes import SIDE, Scene, scene, stream
 
 SCENE_COUNTS: dict[str, int] = {
     "sft": 6000,
@@ -39,6 +40,10 @@ SCENE_COUNTS: dict[str, int] = {
 # As many images as POPE asks about; each adds six questions to its split.
 QUESTIONED_SCENES = 500
 EASY_VQA_COUNTS: dict[str, int] = {"train": 6000, "test": 1500}
+# What `m3po run` reads, so that its first run starts within seconds: the first scenes and questions of the above.
+DEMO_SCENE_COUNTS: dict[str, int] = {"prompts": 1500, "validation": 300, "test": 1000}
+DEMO_QUESTIONED_SCENES = 300
+DEMO_EASY_VQA_COUNTS: dict[str, int] = {"test": 500}
 
 # Streams of one scene; 0 draws its pixels (`scenes.scene`).
 _NOISE_STREAM, _QUESTION_STREAM = 1, 2
@@ -55,12 +60,24 @@ class SceneConfig(tfds.core.BuilderConfig):
         seed: Seed of the scenes and of the label noise.
         scale: Every split's size is multiplied by it (at least one scene a split); small ones are for tests.
         noisy_questions: Let the yes/no answers of the sft split follow the noisy caption, too.
+        demo: Only the splits, scenes and questions that the quickstart's own run reads; rows are the same.
     """
 
     regime: str = "systematic"
     seed: int = 0
     scale: float = 1.0
     noisy_questions: bool = False
+    demo: bool = False
+
+    def scenes(self) -> dict[str, int]:
+        """Number of scenes of every split."""
+        counts = DEMO_SCENE_COUNTS if self.demo else SCENE_COUNTS
+        return {split: max(1, round(count * self.scale)) for split, count in counts.items()}
+
+    def questioned(self) -> int:
+        """How many scenes of validation and test, the first ones, have questions."""
+        count = DEMO_QUESTIONED_SCENES if self.demo else QUESTIONED_SCENES
+        return max(1, round(count * self.scale))
 
 
 def scene_config(
@@ -146,7 +163,7 @@ def _questions(split: str, index: int, made: Scene, config: SceneConfig) -> list
     if split == "prompts" and index % 4 == 0:
         # A fifth of the prompts are short-answer ones, so that preference training keeps that format.
         return [language.training_question(made.objects, index % 8 == 0, rng)]
-    if split in ("validation", "test") and index < max(1, round(QUESTIONED_SCENES * config.scale)):
+    if split in ("validation", "test") and index < config.questioned():
         return language.questions(made.objects, rng)
     return []
 
@@ -168,7 +185,10 @@ class M3poScenes(tfds.core.GeneratorBasedBuilder):
 
     name = "m3po_scenes"
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [scene_config(regime) for regime in language.NOISE_REGIMES]  # noqa: RUF012 - TFDS's protocol
+    BUILDER_CONFIGS = [  # noqa: RUF012 - TFDS's protocol
+        *(scene_config(regime) for regime in language.NOISE_REGIMES),
+        SceneConfig(name="demo", demo=True),
+    ]
     builder_config: SceneConfig
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -183,12 +203,23 @@ class M3poScenes(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, Row]]]:
-        return {split: self._generate_examples(split) for split in SPLITS}
+        return {split: self._generate_examples(split) for split in self.builder_config.scenes()}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, Row]]:
-        count = max(1, round(SCENE_COUNTS[split] * self.builder_config.scale))
+        count = self.builder_config.scenes()[split]
         rows = (row for index in range(count) for row in scene_rows(split, index, self.builder_config))
         yield from enumerate(rows)
+
+
+@dataclass
+class EasyVqaConfig(tfds.core.BuilderConfig):
+    """What `m3po_easy_vqa` holds: all that this package uses, or only what the quickstart's own run reads."""
+
+    demo: bool = False
+
+    def rows(self) -> dict[str, int]:
+        """Number of rows of every split."""
+        return DEMO_EASY_VQA_COUNTS if self.demo else EASY_VQA_COUNTS
 
 
 class M3poEasyVqa(tfds.core.GeneratorBasedBuilder):
@@ -196,6 +227,8 @@ class M3poEasyVqa(tfds.core.GeneratorBasedBuilder):
 
     name = "m3po_easy_vqa"
     VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [EasyVqaConfig(name="full"), EasyVqaConfig(name="demo", demo=True)]  # noqa: RUF012
+    builder_config: EasyVqaConfig
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -208,10 +241,10 @@ class M3poEasyVqa(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, Row]]]:
-        return {split: self._generate_examples(split) for split in EASY_VQA_COUNTS}
+        return {split: self._generate_examples(split) for split in self.builder_config.rows()}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, Row]]:
-        yield from enumerate(easy_vqa_rows(split, EASY_VQA_COUNTS[split]))
+        yield from enumerate(easy_vqa_rows(split, self.builder_config.rows()[split]))
 
 
 def answer_type(answer: str) -> str:
@@ -274,21 +307,6 @@ def easy_vqa_rows(split: str, count: int) -> Iterator[Row]:
         }
 
 
-def _prepare(builder: tfds.core.DatasetBuilder) -> Path:
-    """Build once; TFDS writes to a temporary folder and renames it, so a stopped build leaves nothing."""
-    if not builder.is_prepared():
-        try:
-            builder.download_and_prepare(
-                file_format="array_record",
-                download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-            )
-        except OSError:
-            # Another process may have finished the same data between our look and our rename.
-            if not builder.is_prepared():
-                raise
-    return Path(builder.data_dir)
-
-
 def prepare(data_dir: str | Path, config: SceneConfig | None = None) -> Path:
     """Build `m3po_scenes` under `data_dir` unless it is there, and return its folder.
 
@@ -299,16 +317,20 @@ def prepare(data_dir: str | Path, config: SceneConfig | None = None) -> Path:
     config = config or scene_config()
     # TFDS refuses an equal but other object under the name of a registered configuration.
     config = next((known for known in M3poScenes.BUILDER_CONFIGS if known == config), config)
-    return _prepare(M3poScenes(data_dir=str(data_dir), config=config))
+    return tfds_build.prepare(M3poScenes(data_dir=str(data_dir), config=config))
 
 
-def prepare_easy_vqa(data_dir: str | Path) -> Path:
+def prepare_easy_vqa(data_dir: str | Path, config: str = "full") -> Path:
     """Build `m3po_easy_vqa` under `data_dir` unless it is there, and return its folder.
+
+    Args:
+        data_dir: The tensorflow-datasets root.
+        config: ``full``, or ``demo``: the first rows of the test split only.
 
     Raises:
         UserError: when the easy-vqa package is missing.
     """
-    builder = M3poEasyVqa(data_dir=str(data_dir))
+    builder = M3poEasyVqa(data_dir=str(data_dir), config=config)
     if not builder.is_prepared():
         _easy_vqa()  # TFDS would wrap the message
-    return _prepare(builder)
+    return tfds_build.prepare(builder)

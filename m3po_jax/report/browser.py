@@ -161,9 +161,7 @@ def browse_round(
     ids = {item.id for item in items}
     if not ids:
         return [], []
-    pair_rows = _by_id(
-        reader.table(found.path / "pairs", ["id", "images", "prompt", "chosen", "rejected"], ids)
-    )
+    pair_rows = _by_id(reader.table(found.path / "pairs", ["id", "images", "prompt", "chosen", "rejected"], ids))
     file = found.path / "prompts.parquet"
     prompts = _by_id(reader.table(file, ["id", "images", "instruction"], ids)) if file.is_file() else {}
     columns = ["id", "candidate", "text", "token_ids", "token_logprobs", "finish_reason"]
@@ -181,20 +179,14 @@ def browse_round(
         score_of: dict[Any, dict[str, Any]] = {row.get("candidate"): row for row in scores.get(item.id, [])}
         for candidate in candidates.get(item.id, []):
             index = candidate.get("candidate")
-            role = (
-                ""
-                if item.reason
-                else ("chosen" if index == chosen else "rejected" if index == rejected else "")
-            )
+            role = "" if item.reason else ("chosen" if index == chosen else "rejected" if index == rejected else "")
             item.answers.append(_answer(candidate, score_of.get(index, {}), role, token_text))
         if not item.answers and not item.reason:  # pairs that came from elsewhere have no candidates
             for role in ("chosen", "rejected"):
                 text = instruction_of(pair.get(role))
                 item.answers.append(Answer(-1, role, clip(text), **_pair_numbers(found.pairs, item.id, role)))
         order = {"chosen": 0, "rejected": 1, "": 2}
-        item.answers.sort(
-            key=lambda a: (order[a.role], -_or_low(math.nan if a.mas is None else a.mas), a.index)
-        )
+        item.answers.sort(key=lambda a: (order[a.role], -_or_low(math.nan if a.mas is None else a.mas), a.index))
     return items, images
 
 
@@ -214,11 +206,7 @@ def _pair_numbers(pairs: Pairs | None, prompt_id: str, role: str) -> dict[str, A
 def _answer(row: dict[str, Any], score: dict[str, Any], role: str, token_text: TokenText | None) -> Answer:
     log_probs = [value for value in row.get("token_logprobs") or [] if as_number(value) is not None]
     known = ("id", "candidate", "mas", "confidence", "m3p_preferred", "m3p_dispreferred")
-    other = [
-        (name, number)
-        for name in score
-        if name not in known and (number := as_number(score[name])) is not None
-    ]
+    other = [(name, number) for name in score if name not in known and (number := as_number(score[name])) is not None]
     ids = row.get("token_ids")
     return Answer(
         index=int(row.get("candidate") or 0),
@@ -236,9 +224,7 @@ def _answer(row: dict[str, Any], score: dict[str, Any], role: str, token_text: T
     )
 
 
-def finish(
-    items: Sequence[Item], images: Sequence[Sequence[bytes | None]], token_budget: int = TOKEN_BUDGET
-) -> None:
+def finish(items: Sequence[Item], images: Sequence[Sequence[bytes | None]], token_budget: int = TOKEN_BUDGET) -> None:
     """Adds thumbnails within their budget, and drops coloured tokens beyond theirs.
 
     Chosen and rejected answers keep their colours first.

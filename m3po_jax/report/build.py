@@ -36,12 +36,8 @@ def _asset(name: str) -> str:
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(
-        number=format_number, percent=format_percent, compact=format_compact, slug=slug
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(number=format_number, percent=format_percent, compact=format_compact, slug=slug)
     return environment
 
 
@@ -129,9 +125,7 @@ def _calibration(calibration: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def build_report(
-    run_dir: Path | str, token_text: TokenText | None = None, *, max_pairs: int = MAX_PAIRS
-) -> Path:
+def build_report(run_dir: Path | str, token_text: TokenText | None = None, *, max_pairs: int = MAX_PAIRS) -> Path:
     """Writes ``report.html`` into a run directory and returns its path.
 
     The page needs no network and no other file. It shows what is there: a half-finished run

@@ -108,13 +108,9 @@ def training_curves(run: Run, curves: Sequence[Curve]) -> list[Figure]:
     # Only the plain sigmoid loss starts at ln 2; an anchor or another loss adds to it.
     plain = run.setting("train.loss_type") == "sigmoid" and anchored == 0.0
     for curve in curves:
-        reference = (
-            (float(np.log(2)), "ln 2: start of DPO") if curve.key == "loss" and plain else curve.reference
-        )
+        reference = (float(np.log(2)), "ln 2: start of DPO") if curve.key == "loss" and plain else curve.reference
         series = [_series(main_arm(run), run.rounds, curve.key, 0, True)]
-        series += [
-            _series(arm, rounds, curve.key, 1 + i, False) for i, (arm, rounds) in enumerate(run.arms.items())
-        ]
+        series += [_series(arm, rounds, curve.key, 1 + i, False) for i, (arm, rounds) in enumerate(run.arms.items())]
         series = [line for line in series if line.x]
         drawn = line_chart(
             curve.title,
@@ -171,9 +167,7 @@ def distributions(found: Round) -> list[Figure]:
                 if np.isfinite(values).any()
             ]
             figures.append(
-                Figure(
-                    f"hist-{name}-{found.number}", titles[name], svg, notes[name] if paired else "", legend
-                )
+                Figure(f"hist-{name}-{found.number}", titles[name], svg, notes[name] if paired else "", legend)
             )
     groups_xy = [("all", scores.get("mas", empty), scores.get("confidence", empty))]
     for role in ("chosen", "rejected"):

@@ -55,9 +55,7 @@ def header(run: Run) -> dict[str, Any]:
     manifest = run.manifest
     model, data = _dict(manifest.get("model")), _dict(manifest.get("data"))
     name = manifest.get("name") or run.setting("name") or run.path.resolve().name
-    finished = max(
-        (str(s["finished"]) for s in stages(run) if isinstance(s.get("finished"), str)), default=None
-    )
+    finished = max((str(s["finished"]) for s in stages(run) if isinstance(s.get("finished"), str)), default=None)
     facts = [
         ("Model", model.get("path") or run.setting("model.path"), False),
         ("Data", run.setting("data.path"), False),
@@ -126,17 +124,11 @@ def pair_total(found: Round) -> int | None:
 
 def drop_counts(found: Round) -> list[tuple[str, int]]:
     """Dropped prompts by reason, most frequent first."""
-    stated = {
-        str(k): int(n)
-        for k, v in _dict(found.summary.get("drops")).items()
-        if (n := as_number(v)) is not None
-    }
+    stated = {str(k): int(n) for k, v in _dict(found.summary.get("drops")).items() if (n := as_number(v)) is not None}
     if not stated:
         for _, reason in found.drops:
             stated[reason] = stated.get(reason, 0) + 1
-    return sorted(
-        ((reason, n) for reason, n in stated.items() if n > 0), key=lambda item: (-item[1], item[0])
-    )
+    return sorted(((reason, n) for reason, n in stated.items() if n > 0), key=lambda item: (-item[1], item[0]))
 
 
 def funnel(found: Round) -> dict[str, list[Bar]]:

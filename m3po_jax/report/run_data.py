@@ -155,9 +155,7 @@ class Reader:
             self.note(path, f"{broken} malformed line{'s' if broken > 1 else ''} left out")
         return rows
 
-    def table(
-        self, folder: Path, columns: Sequence[str] | None, ids: Iterable[str] | None = None
-    ) -> pa.Table | None:
+    def table(self, folder: Path, columns: Sequence[str] | None, ids: Iterable[str] | None = None) -> pa.Table | None:
         """All parquet shards of a folder (or one file), with the wanted columns that exist."""
         files = [folder] if folder.is_file() else sorted(folder.glob("*.parquet"))
         tables = []
@@ -214,9 +212,7 @@ class Reader:
         if "text" in names:
             texts = table.column("text").to_pylist()
             distinct = len({(i, normalise(str(text))) for i, text in zip(ids, texts, strict=True)})
-        return Candidates(
-            ids, candidate, tokens, truncated, distinct, self._join(ids, candidate, scores, path)
-        )
+        return Candidates(ids, candidate, tokens, truncated, distinct, self._join(ids, candidate, scores, path))
 
     def _join(
         self, ids: list[str], candidate: np.ndarray, scores: pa.Table | None, path: Path
@@ -264,9 +260,7 @@ class Reader:
                 found = Benchmark(self.mapping(folder / "results.json"), self.lines(folder / "items.jsonl"))
                 if found.results or found.items:
                     benchmarks[folder.name] = found
-        prompts = (
-            self.table(path / "prompts.parquet", ["id"]) if (path / "prompts.parquet").is_file() else None
-        )
+        prompts = self.table(path / "prompts.parquet", ["id"]) if (path / "prompts.parquet").is_file() else None
         return Round(
             number=number,
             path=path,
@@ -292,9 +286,7 @@ class Reader:
             # Interpolations stay as they are written: the page must not print environment variables.
             loaded: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
             text = path.read_text(encoding="utf-8", errors="replace")
-        except (
-            Exception
-        ) as error:  # YAML and OmegaConf raise many types; the rest of the run is still worth it
+        except Exception as error:  # YAML and OmegaConf raise many types; the rest of the run is still worth it
             self.note(path, f"not readable ({type(error).__name__}), left out")
             return {}, ""
         return (loaded if isinstance(loaded, dict) else {}), text

@@ -319,9 +319,7 @@ def frontier_chart(title: str, points: Sequence[Point], *, x_label: str, y_label
     """Systems in the plane of two metrics; those of kind `frontier` are joined by a line, in order of x."""
     if not points:
         return None
-    frame = _Frame(
-        _padded(np.array([p.x for p in points]), 0.12), _padded(np.array([p.y for p in points]), 0.12)
-    )
+    frame = _Frame(_padded(np.array([p.x for p in points]), 0.12), _padded(np.array([p.y for p in points]), 0.12))
     frame.axes(x_label)
     frame.add(
         '<text class="label" transform="translate(11 {}) rotate(-90)" text-anchor="middle">{}</text>',
@@ -347,9 +345,7 @@ def frontier_chart(title: str, points: Sequence[Point], *, x_label: str, y_label
             width = 6.2 * len(shown)
             for dx, dy in ((8, 4), (-8 - width, 4), (8, -7), (8, 14), (-8 - width, -7), (-8 - width, 14)):
                 box = (x + dx, y + dy - 10, x + dx + width, y + dy + 2)
-                inside = (
-                    box[0] >= LEFT and box[2] <= frame.width and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM
-                )
+                inside = box[0] >= LEFT and box[2] <= frame.width and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM
                 free = all(box[0] > o[2] or box[2] < o[0] or box[1] > o[3] or box[3] < o[1] for o in taken)
                 if inside and free:  # a label with no free place is left to the mark's tooltip
                     taken.append(box)

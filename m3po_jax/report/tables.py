@@ -144,9 +144,7 @@ def _forests(
 def _frontier(rows: list[dict[str, Any]], columns: list[dict[str, Any]], index: int) -> list[Figure]:
     """The first metric to be lowered against recall (or cover), with the base's stop-bias sweep as a line."""
     cost = next((c for c in columns if c["better"] == "lower"), None)
-    gain = next(
-        (c for c in columns if any(w in (c["key"] + c["label"]).lower() for w in ("recall", "cover"))), None
-    )
+    gain = next((c for c in columns if any(w in (c["key"] + c["label"]).lower() for w in ("recall", "cover"))), None)
     if cost is None or gain is None or not any(row["kind"] == "frontier" for row in rows):
         return []
     points = []
@@ -265,6 +263,4 @@ def _benchmark(run: Run, found: Round, name: str, benchmark: Benchmark) -> Bench
     order: dict[Any, int] = {"broken": 0, "fixed": 1, "": 2}
     # Stable: inside each class the benchmark's own order remains.
     rows.sort(key=lambda row: (order[row["change"]], row["correct"] is not False))
-    return BenchmarkView(
-        name, found.number, flatten(benchmark.results), counts, rows[:ITEMS_SHOWN], len(rows)
-    )
+    return BenchmarkView(name, found.number, flatten(benchmark.results), counts, rows[:ITEMS_SHOWN], len(rows))

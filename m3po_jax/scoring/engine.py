@@ -25,8 +25,8 @@ from m3po_jax.sharding import replicate, shard_batch, to_host, use_mesh
 class Scorer:
     """Scores answers under one model on one mesh.
 
-    Shapes are padded to buckets, so that few programs are compiled: rows to `batch_size` (longer inputs are cut
-    into several batches), prompts and answers to multiples of their bucket, more than four answers to a
+    Shapes are padded to buckets, so that few programs are compiled: rows to `batch_size` (longer inputs are
+    cut into several batches), prompts and answers to multiples of their bucket, more than four answers to a
     multiple of four.
     """
 
@@ -62,7 +62,7 @@ class Scorer:
         blank_images: bool = False,
         reference: bool = False,
     ) -> Float32[np.ndarray, "b k t"]:
-        """log π(token | image, prompt, earlier tokens of the answer) in nats at temperature 1; 0 where masked.
+        """log π(token | image, prompt, earlier tokens of the answer) in nats, temperature 1; 0 where masked.
 
         Args:
             branch_ids: answers, right-padded, the end token included if it is to count.
@@ -78,7 +78,7 @@ class Scorer:
         mask = self._pad_branches(branch_mask.astype(bool), bucket(t, self.branch_bucket))
         graph = self.reference_graph if reference else self.graph
         arrays = {"branch_ids": ids, "branch_mask": mask}
-        return self._run(self._log_probs, graph, batch, arrays, {}, blank_images)[:, :k, :t]
+        return self._run(self._log_probs, graph, batch, arrays, {}, blank_images=blank_images)[:, :k, :t]
 
     def choice_probabilities(
         self,
@@ -107,11 +107,11 @@ class Scorer:
         }
         graph = self.reference_graph if reference else self.graph
         choices = {"choices": np.asarray(token_ids, np.int32)}
-        return self._run(self._choices, graph, batch, arrays, choices, blank_images)[:, :k]
+        return self._run(self._choices, graph, batch, arrays, choices, blank_images=blank_images)[:, :k]
 
     @staticmethod
     def _pad_branches(x: np.ndarray, width: int) -> np.ndarray:
-        b, k, t = x.shape
+        _, k, t = x.shape
         count = k if k <= 4 else bucket(k, 4)
         return np.pad(x, ((0, 0), (0, count - k), (0, width - t)))
 
@@ -122,6 +122,7 @@ class Scorer:
         batch: PromptBatch,
         branches: dict[str, np.ndarray],
         constants: dict[str, np.ndarray],
+        *,
         blank_images: bool,
     ) -> np.ndarray:
         total, length = batch.token_ids.shape

@@ -50,7 +50,7 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, iterator_state: dict[str, Any]) -> None:
-        """Copies the state off the devices, then writes it in the background; does nothing for a saved step."""
+        """Copies the state off the devices and writes it in the background; a saved step is left alone."""
         if step == self._manager.latest_step():
             return
         progress = {"iterator": iterator_state, "fingerprint": self.fingerprint}

@@ -3,8 +3,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from m3po_jax.generation.sampling import candidate_keys, contrast, keep_top_k, sample, step_keys, warp
@@ -20,16 +18,21 @@ def huggingface(logits, temperature, top_k, top_p):
     return scores.numpy()
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    seed=st.integers(0, 2**31),
-    temperature=st.sampled_from([0.3, 1.0, 2.5]),
-    top_k=st.sampled_from([0, 1, 5, 50, 400]),
-    top_p=st.sampled_from([0.01, 0.3, 0.9, 0.999, 1.0]),
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [
+        (0.3, 0, 0.9),
+        (1.0, 5, 1.0),
+        (2.5, 50, 0.3),
+        (1.0, 1, 0.999),
+        (1.0, 0, 0.01),
+        (0.7, 400, 0.999),
+        (1.0, 0, 1.0),
+    ],
 )
-def test_warp_equals_transformers(seed, temperature, top_k, top_p):
-    logits = 3 * np.random.default_rng(seed).normal(size=(3, 300)).astype(np.float32)
-    ours = np.asarray(warp(jnp.asarray(logits), temperature, top_k, top_p))
+def test_warp_equals_transformers(temperature, top_k, top_p):
+    logits = 3 * np.random.default_rng(top_k).normal(size=(50, 300)).astype(np.float32)
+    ours = np.asarray(jax.jit(lambda x: warp(x, temperature, top_k, top_p))(logits))
     theirs = huggingface(logits, temperature, min(top_k, 300), top_p)
     np.testing.assert_array_equal(np.isneginf(ours), np.isneginf(theirs))
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
@@ -48,7 +51,7 @@ def test_warp_leaves_suppressed_tokens_out():
 
 @pytest.mark.parametrize("vocab", [7, 50])
 def test_draws_follow_softmax(vocab):
-    """Pearson's χ² of 40,000 draws against softmax, with one impossible token; the 99.99 % point bounds it."""
+    """Pearson's χ² of 40,000 draws against softmax, one token impossible; bounded by its 99.99 % point."""
     from scipy.stats import chi2
 
     logits = np.random.default_rng(0).normal(size=vocab).astype(np.float32) * 1.5

@@ -13,6 +13,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from m3po_jax.config import DataConfig
+from m3po_jax.data.sources import read_prompts
 from m3po_jax.errors import UserError
 from m3po_jax.quickstart import builder as module
 from m3po_jax.quickstart.language import caption
@@ -40,7 +42,7 @@ def test_sizes_ids_and_images(data_dir):
     assert {split: len(found) for split, found in everything.items()} == {
         "sft": 120,
         "scorer": 80,
-        "prompts": 15,
+        "prompts": 15 + 4,
         "validation": 10 + 5 * 6,
         "test": 10 + 5 * 6,
     }
@@ -52,7 +54,8 @@ def test_sizes_ids_and_images(data_dir):
 
 def test_decoded_images_need_no_tensorflow(data_dir):
     source = tfds.builder("m3po_scenes/systematic_x0.01", data_dir=str(data_dir)).as_data_source("prompts")
-    assert np.array_equal(source[3]["image"], scene("prompts", 3).image)
+    assert source[4]["id"] == b"prompts-00003-caption"
+    assert np.array_equal(source[4]["image"], scene("prompts", 3).image)
     assert "tensorflow" not in sys.modules
 
 
@@ -73,7 +76,7 @@ def test_noise_is_in_sft_captions_only(data_dir):
 
 
 def test_questions_are_balanced(data_dir):
-    for split in ("sft", "validation", "test"):
+    for split in ("sft", "prompts", "validation", "test"):
         asked = [row for row in rows(data_dir, split) if json.loads(row["metadata"])["kind"] == "yesno"]
         answers = Counter(row["reference"] for row in asked)
         assert answers["Yes"] == answers["No"] > 0
@@ -113,7 +116,63 @@ def test_two_processes_prepare_the_same_folder(tmp_path):
         for _ in range(2)
     ]
     assert [process.wait(timeout=120) for process in running] == [0, 0]
-    assert len(rows(tmp_path, "prompts", "m3po_scenes/systematic_x0.004")) == 6
+    assert len(rows(tmp_path, "prompts", "m3po_scenes/systematic_x0.004")) == 6 + 2
+
+
+def test_a_fifth_of_the_prompts_are_short_answer_ones():
+    made = [module.scene_rows("prompts", index, module.SceneConfig(name="x")) for index in range(200)]
+    assert [len(found) for found in made] == [2, 1, 1, 1] * 50
+    asked = [json.loads(found[1]["metadata"]) | {"reference": found[1]["reference"]} for found in made[::4]]
+    assert {about["kind"] for about in asked} == {"yesno"}
+    assert [about["reference"] for about in asked] == ["Yes", "No"] * 25
+    assert all((about["object"] in about["objects"]) == (about["reference"] == "Yes") for about in asked)
+
+
+def test_demo_holds_the_first_rows_of_the_full_configuration(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "DEMO_SCENE_COUNTS", {"prompts": 5, "validation": 2, "test": 4})
+    monkeypatch.setattr(module, "DEMO_QUESTIONED_SCENES", 3)
+    config = next(config for config in module.M3poScenes.BUILDER_CONFIGS if config.name == "demo")
+    assert module.prepare(tmp_path, config) == tmp_path / "m3po_scenes" / "demo" / "1.0.0"
+    assert set(tfds.builder("m3po_scenes/demo", data_dir=str(tmp_path)).info.splits) == {
+        "prompts",
+        "validation",
+        "test",
+    }
+    whole = module.scene_config()
+    for split, count, questioned in (("prompts", 5, 5), ("validation", 2, 2), ("test", 4, 3)):
+        expected = []
+        for index in range(count):
+            made = module.scene_rows(split, index, whole)
+            expected += made if index < questioned else made[:1]
+        assert rows(tmp_path, split, "m3po_scenes/demo") == expected
+
+
+def test_demo_sizes():
+    demo = next(config for config in module.M3poScenes.BUILDER_CONFIGS if config.name == "demo")
+    assert demo.scenes() == {"prompts": 1500, "validation": 300, "test": 1000}
+    assert len(module.scene_rows("test", 299, demo)) == 7 and len(module.scene_rows("test", 300, demo)) == 1
+    assert len(module.scene_rows("test", 300, module.scene_config())) == 7
+
+
+@pytest.mark.parametrize("name", ["m3po_scenes/demo", "m3po_easy_vqa/demo"])
+def test_demo_is_read_by_name_and_builds_in_silence(name, tmp_path):
+    """In a process of its own, because loggers and progress bars are global."""
+    if "easy" in name:
+        pytest.importorskip("easy_vqa")
+    code = f"""if True:
+        from m3po_jax.config import DataConfig
+        from m3po_jax.data.sources import read_prompts
+        from m3po_jax.quickstart import builder
+        builder.DEMO_SCENE_COUNTS.update(prompts=3, validation=2, test=2)
+        builder.DEMO_EASY_VQA_COUNTS.update(test=13)
+        for _ in range(2):
+            path = "m3po_jax.quickstart.builder:{name}"
+            print(len(read_prompts(DataConfig(source="tfds", path=path, split="test"))))"""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TFDS_DATA_DIR": str(tmp_path)}
+    for line in (f"preparing {name} (once)\n", ""):
+        ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert ran.stderr == line
+        assert ran.stdout == ("14\n14\n" if "scenes" in name else "13\n13\n")
 
 
 @pytest.mark.parametrize("wrong", [{"regime": "sistematic"}, {"seed": -1}, {"scale": 0}, {"scale": float("nan")}])
@@ -150,11 +209,33 @@ def test_easy_vqa_is_balanced_and_from_the_official_splits():
     assert [row["id"] for row in made] == [row["id"] for row in module.easy_vqa_rows("test", 130)]
 
 
+def test_easy_vqa_objects_are_the_whole_truth_or_nothing():
+    easy_vqa = pytest.importorskip("easy_vqa")
+    questions, answers, image_ids = easy_vqa.get_test_questions()
+    told: dict[int, set[str]] = {}
+    for question, answer, image in zip(questions, answers, image_ids, strict=True):
+        if question.startswith("what"):
+            told.setdefault(image, set()).add(answer)
+    known = 0
+    for row in module.easy_vqa_rows("test", 1500):
+        about = json.loads(row["metadata"])
+        facts = told.get(int(about["scene"].rsplit("-", 1)[1]), set())
+        assert about["objects"] == (sorted(facts) if len(facts) == 2 else [])
+        if about["objects"]:
+            assert sorted(module.answer_type(name) for name in about["objects"]) == ["color", "shape"]
+            known += 1
+    assert 0 < known < 1500
+
+
 def test_easy_vqa_builder(tmp_path, monkeypatch):
     pytest.importorskip("easy_vqa")
-    monkeypatch.setattr(module, "EASY_VQA_COUNTS", {"train": 26, "test": 13})
-    assert module.prepare_easy_vqa(tmp_path) == Path(tmp_path) / "m3po_easy_vqa" / "1.0.0"
-    assert len(rows(tmp_path, "test", "m3po_easy_vqa")) == 13
+    monkeypatch.setattr(module, "EASY_VQA_COUNTS", {"train": 26, "test": 26})
+    monkeypatch.setattr(module, "DEMO_EASY_VQA_COUNTS", {"test": 13})
+    assert module.prepare_easy_vqa(tmp_path) == Path(tmp_path) / "m3po_easy_vqa" / "full" / "1.0.0"
+    assert module.prepare_easy_vqa(tmp_path, "demo") == Path(tmp_path) / "m3po_easy_vqa" / "demo" / "1.0.0"
+    full, demo = (rows(tmp_path, "test", f"m3po_easy_vqa/{name}") for name in ("full", "demo"))
+    assert len(demo) == 13 and full[:13] == demo
+    assert list(tfds.builder("m3po_easy_vqa/demo", data_dir=str(tmp_path)).info.splits) == ["test"]
 
 
 def test_missing_easy_vqa_names_the_extra(tmp_path, monkeypatch):
@@ -162,3 +243,7 @@ def test_missing_easy_vqa_names_the_extra(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"m3po-jax\[quickstart\]"):
         module.prepare_easy_vqa(tmp_path)
     assert not list(tmp_path.rglob("*.array_record*"))
+    config = DataConfig(source="tfds", path="m3po_jax.quickstart.builder:m3po_easy_vqa/demo", split="test")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    with pytest.raises(UserError, match=r"^m3po_easy_vqa: .*m3po-jax\[quickstart\]"):
+        read_prompts(config)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from m3po_jax.errors import UserError
+from m3po_jax.quickstart import scenes as module
 from m3po_jax.quickstart.objects import (
     INDEX,
     OBJECTS,
@@ -55,7 +56,7 @@ def test_scene_keeps_its_bytes():
     assert [digest("sft", 0), digest("test", 123), digest("scorer", 5, 1)] == GOLDEN
 
 
-GOLDEN = ["7fac2988b5df0083", "e7b662bdb269002d", "669a1a568d3473d3"]
+GOLDEN = ["c5080385adcb31b0", "db8ec9b1a5b78d82", "538f966de28af8ca"]
 
 
 def test_splits_and_seeds_give_different_scenes():
@@ -77,33 +78,52 @@ def test_statistics():
         assert len(set(made.objects)) == len(made.objects)
 
 
-def test_every_listed_object_is_visible():
-    """Without noise and background the sprites would be all there is: each must change enough pixels."""
-    from m3po_jax.quickstart import scenes as module
-
-    drawn = []
+def test_every_listed_object_is_visible(monkeypatch):
+    """Objects stand in different cells, spill at most a pixel, and later ones hide little of earlier ones."""
+    made: list[list[tuple[int, int, int, int]]] = []
     original = module._place
 
-    def record(rng, height, width, boxes):
-        drawn.append((original(rng, height, width, boxes), height, width, list(boxes)))
-        return drawn[-1][0]
-
-    module._place = record
-    try:
-        for index in range(200):
-            scene("test", index)
-    finally:
-        module._place = original
-    hidden = 0
-    for (top, left), height, width, boxes in drawn:
+    def record(rng, height, width, taken):
+        before = set(taken)
+        top, left = original(rng, height, width, taken)
+        ((row, column),) = taken - before
+        assert row in range(4) and column in range(4)
         assert 0 <= top <= 64 - height and 0 <= left <= 64 - width
-        assert 15 <= max(height, width) <= 23
-        for other_top, other_left, other_height, other_width in boxes:
-            rows = min(top + height, other_top + other_height) - max(top, other_top)
-            columns = min(left + width, other_left + other_width) - max(left, other_left)
-            if rows > 0 and columns > 0:
-                hidden += rows * columns > 0.4 * other_height * other_width
-    assert hidden <= 0.01 * len(drawn)
+        assert row * 16 - 1 <= top <= top + height <= row * 16 + 17
+        assert column * 16 - 1 <= left <= left + width <= column * 16 + 17
+        assert 13 <= max(height, width) <= 16
+        if not before:
+            made.append([])
+        made[-1].append((top, left, height, width))
+        return top, left
+
+    monkeypatch.setattr(module, "_place", record)
+    shown = [len(scene("test", index).objects) for index in range(300)]
+    assert [len(boxes) for boxes in made] == shown
+    spilt = 0
+    for boxes in made:
+        for position, (top, left, height, width) in enumerate(boxes):
+            spilt += any(edge % 16 == 15 for edge in (top, left)) or any(
+                edge % 16 == 1 for edge in (top + height, left + width)
+            )
+            hidden = np.zeros((64, 64), bool)
+            for above, before, tall, wide in boxes[position + 1 :]:
+                hidden[above : above + tall, before : before + wide] = True
+            assert hidden[top : top + height, left : left + width].mean() <= 0.25
+    assert spilt > 100
+
+
+def test_objects_stand_everywhere():
+    """Every cell is used, by every rank of the drawing order alike: position tells nothing about the object."""
+    rng, free = np.random.default_rng(0), np.zeros((4, 4), int)
+    for _ in range(800):
+        taken: set[tuple[int, int]] = set()
+        for _ in range(5):
+            module._place(rng, 13, 16, taken)
+        assert len(taken) == 5
+        for cell in taken:
+            free[cell] += 1
+    assert 200 < free.min() <= free.max() < 300
 
 
 def test_streams_differ_by_purpose():

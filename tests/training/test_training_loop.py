@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import TinyProcessor, base_config, pair_rows, tiny_model, tiny_pairs
 from flax import nnx
+from training_tools import TinyProcessor, base_config, pair_rows, tiny_model, tiny_pairs
 
 from m3po_jax.data.batches import pair_batches
 from m3po_jax.errors import Interrupted, UserError
@@ -132,7 +132,7 @@ def test_non_finite_loss_names_the_rows(tmp_path: Path, one_device: Any) -> None
             return pixels * np.nan if prompt.id == "row-5" else pixels
 
     pairs = pair_batches(pair_rows(7), Poisoned(), batch_size=config.batch_size, seed=3)
-    with pytest.raises(UserError, match="not finite at step .*row-5") as caught:
+    with pytest.raises(UserError, match=r"not finite at step .*row-5") as caught:
         train(tiny_model(config), pairs, config, output_dir=tmp_path, mesh=one_device)
     assert "row-4" not in str(caught.value)
     saved = {path.name for path in (tmp_path / "checkpoints").iterdir()}

@@ -1,0 +1,232 @@
+"""The `evaluate` stage: benchmark answers of one system, scored by the benchmark's own rule."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from m3po_jax.config import BenchmarkConfig, EvaluateConfig
+from m3po_jax.data import tables
+from m3po_jax.data.processing import Processor
+from m3po_jax.data.schema import Prompt
+from m3po_jax.data.sources import PromptSource, fingerprint, read_prompts
+from m3po_jax.errors import UserError, nearest
+from m3po_jax.evaluation import chair, pope, short_answer
+from m3po_jax.evaluation.bootstrap import bootstrap
+from m3po_jax.generation.engine import Generator
+from m3po_jax.pipeline.generate import answers
+from m3po_jax.pipeline.rundir import is_writer, now, read_json, write_json
+from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
+
+METRICS = ("pope", "chair", "short_answer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """A benchmark with its questions.
+
+    Attributes:
+        fingerprint: Of the questions, for resumption and the report's header.
+    """
+
+    name: str
+    config: BenchmarkConfig
+    prompts: Sequence[Prompt]
+    image_root: Path
+    fingerprint: str
+
+
+def read_benchmark(name: str, config: BenchmarkConfig) -> Benchmark:
+    """Opens a benchmark's questions.
+
+    Raises:
+        UserError: an unknown metric, no rows, or rows without what the metric needs.
+    """
+    where = f"evaluate.benchmarks.{name}"
+    if config.metric not in METRICS:
+        raise UserError(f"unknown metric {config.metric!r}{nearest(config.metric, METRICS)}", where=where)
+    source: PromptSource = read_prompts(config.data)
+    rows = [source[i] for i in range(len(source))]
+    if config.kind:
+        rows = [row for row in rows if row.metadata.get("kind") == config.kind]
+    if not rows:
+        raise UserError(f"no row of kind {config.kind!r}", where=where)
+    for row in rows:
+        if config.metric == "chair" and not isinstance(row.metadata.get("objects"), list):
+            raise UserError("metadata.objects is missing", where=row.where, remedy="CHAIR needs each image's objects")
+        if config.metric != "chair" and row.reference is None:
+            raise UserError("the row has no reference", where=row.where, remedy=f"{config.metric} needs the answer")
+    return Benchmark(name, config, rows, source.image_root, fingerprint(source))
+
+
+def image_of(prompt: Prompt) -> str:
+    """What tells images apart for the bootstrap: the scene or image a row names, else the row."""
+    return str(prompt.metadata.get("scene") or prompt.metadata.get("image") or prompt.id)
+
+
+def score_answers(benchmark: Benchmark, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Metrics and per-item records of answers ``{"id", "text"[, "tokens"]}``.
+
+    Raises:
+        UserError: answers and questions do not match by id.
+    """
+    config, prompts = benchmark.config, {prompt.id: prompt for prompt in benchmark.prompts}
+    if config.metric == "chair":
+        unmatched = sorted({str(a["id"]) for a in answers}.symmetric_difference(prompts))
+        if unmatched:
+            raise UserError(
+                f"{len(unmatched)} ids are in only one of answers and questions, e.g. {unmatched[0]!r}",
+                where=benchmark.name,
+                remedy="the answers must be to exactly these questions",
+            )
+        names = config.vocabulary or sorted({name for p in benchmark.prompts for name in p.metadata["objects"]})
+        records = [dict(answer) | {"objects": prompts[answer["id"]].metadata["objects"]} for answer in answers]
+        return chair.chair(records, chair.vocabulary(dict.fromkeys(names, ())))
+    labels = [
+        {
+            "id": p.id,
+            "label" if config.metric == "pope" else "reference": p.reference,
+            "category": str(p.metadata.get("category") or "all"),
+            "image": image_of(p),
+        }
+        for p in benchmark.prompts
+    ]
+    score = pope.pope if config.metric == "pope" else short_answer.short_answers
+    return score(answers, labels)
+
+
+def intervals(benchmark: Benchmark, scored: Mapping[str, Any], resamples: int, seed: int) -> dict[str, list[float]]:
+    """95 % percentile-bootstrap intervals over images for the headline metrics."""
+    items = scored["items"]
+    by_id = {prompt.id: prompt for prompt in benchmark.prompts}
+    images = [image_of(by_id[item["id"]]) for item in items]
+    if benchmark.config.metric == "chair":
+        columns = {
+            "chair_i": [(len(item["hallucinated"]), len(item["mentions"])) for item in items],
+            "chair_s": [(bool(item["hallucinated"]), 1) for item in items],
+            "recall": [(len(item["found"]), len(item["objects"])) for item in items],
+        }
+    else:
+        columns = {"accuracy": [(bool(item["correct"]), 1) for item in items]}
+        if benchmark.config.metric == "pope":
+            columns["yes_ratio"] = [(item["parsed"] == "yes", 1) for item in items]
+            # F1 = 2tp / (2tp + fp + fn), a ratio of sums too.
+            columns["f1"] = [
+                (
+                    2.0 * (item["parsed"] == "yes" and item["correct"]),
+                    2.0 * (item["parsed"] == "yes" and item["correct"]) + (not item["correct"]),
+                )
+                for item in items
+            ]
+    found = {}
+    for name, values in columns.items():
+        interval = bootstrap(images, values, resamples=resamples, seed=seed)
+        if interval["low"] is not None:
+            found[name] = [interval["low"], interval["high"]]
+    return found
+
+
+def results_key(benchmark: Benchmark, config: EvaluateConfig, inputs: str) -> str:
+    """What a benchmark's results depend on; a finished one is kept while it is the same."""
+    settings = {name: value for name, value in vars(benchmark.config).items() if name != "data"}
+    return tables.content_hash(inputs, benchmark.fingerprint, settings, config.max_new_tokens)
+
+
+def is_finished(benchmark: Benchmark, config: EvaluateConfig, out: Path, inputs: str) -> bool:
+    known = read_json(out / "results.json")
+    return agreed([known is not None and known.get("inputs") == results_key(benchmark, config, inputs)])[0]
+
+
+def evaluate(
+    benchmark: Benchmark,
+    generator: Generator,
+    processor: Processor,
+    config: EvaluateConfig,
+    out: Path,
+    *,
+    inputs: str,
+    seed: int,
+    system: str,
+) -> dict[str, Any]:
+    """Answers and scores one benchmark into ``out/{items.jsonl,results.json}``; a finished one is kept.
+
+    Args:
+        generator: With one greedy candidate, already holding the system's weights.
+        inputs: A hash of the system's weights and decoding.
+    """
+    started = time.monotonic()
+    if is_finished(benchmark, config, out, inputs):
+        return read_json(out / "results.json")
+    key = results_key(benchmark, config, inputs)
+    processor = dataclasses.replace(processor, image_root=benchmark.image_root)
+    texts: list[dict[str, Any]] = []
+    cut = 0
+    made = answers(generator, benchmark.prompts, processor, config.batch_size)
+    for chosen, generated in stoppable(made, f"evaluating {system} on {benchmark.name}"):
+        for b, prompt in enumerate(chosen):
+            length = int(generated.lengths[b, 0])
+            text = processor.decode(generated.token_ids[b, 0, :length])
+            texts.append({"id": prompt.id, "text": text, "tokens": length})
+            cut += not bool(generated.finished[b, 0])
+    return save_results(
+        benchmark,
+        texts,
+        config,
+        out,
+        seed=seed,
+        header={"inputs": key, "system": system, "cut": cut},
+        seconds=time.monotonic() - started,
+    )
+
+
+def save_results(
+    benchmark: Benchmark,
+    texts: Sequence[Mapping[str, Any]],
+    config: EvaluateConfig,
+    out: Path,
+    *,
+    seed: int,
+    header: Mapping[str, Any],
+    seconds: float,
+) -> dict[str, Any]:
+    """Scores answers and writes items, then results (the mark that the benchmark is finished)."""
+    scored = score_answers(benchmark, texts)
+    prompts = {prompt.id: prompt for prompt in benchmark.prompts}
+    items = [
+        {"id": item["id"], "prompt": prompts[item["id"]].instruction, "output": item.get("text"), **item}
+        for item in scored["items"]
+    ]
+    results = {
+        "benchmark": benchmark.name,
+        "metric": benchmark.config.metric,
+        "data": benchmark.fingerprint,
+        "n": len(items),
+        "decoding": {"temperature": 0, "max_new_tokens": config.max_new_tokens},
+        "date": now(),
+        "seconds": round(seconds, 2),
+        **header,
+        **{name: value for name, value in scored.items() if name != "items"},
+        "intervals": intervals(benchmark, scored, config.bootstrap_samples, seed),
+    }
+    if is_writer():
+        tables.write_json_lines(out / "items.jsonl", items)
+        write_json(out / "results.json", results)
+    barrier("evaluated")
+    return results
+
+
+def score_file(
+    benchmark: Benchmark, answers_file: Path, config: EvaluateConfig, out: Path, *, seed: int
+) -> dict[str, Any]:
+    """Scores saved answers, ``{"id", "text"}`` (or LLaVA's ``question_id``) a line."""
+    texts = []
+    for where, row in tables.read_json_lines(answers_file):
+        key, text = row.get("id", row.get("question_id")), row.get("text")
+        if key is None or not isinstance(text, str):
+            raise UserError("a line needs 'id' and 'text'", where=where)
+        texts.append({"id": str(key), "text": text})
+    header = {"inputs": tables.file_hash(answers_file), "system": str(answers_file), "cut": None}
+    return save_results(benchmark, texts, config, out, seed=seed, header=header, seconds=0.0)

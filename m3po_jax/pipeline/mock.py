@@ -1,0 +1,74 @@
+"""`--mock`: any recipe with a tiny model and a handful of rows, to try its settings on a laptop in a minute."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from m3po_jax.config import BenchmarkConfig, DataConfig, MeshConfig, Recipe
+
+TINY_MODEL, TINY_SCORER = "builtin:quickstart-base", "builtin:quickstart-scorer"
+SCENES = "m3po_jax.quickstart.builder:m3po_scenes/demo"
+ROWS = 24
+
+
+def _rows(split: str, limit: int = ROWS) -> DataConfig:
+    return DataConfig(source="tfds", path=SCENES, split=split, limit=limit)
+
+
+def shrink(recipe: Recipe) -> Recipe:
+    """The recipe with everything large replaced; the method's settings (losses, rules, arms) stay.
+
+    The model becomes the quickstart's, data its scenes, the judge the policy itself or the quickstart's scorer, and
+    thresholds that a tiny judge could not meet are opened.
+    """
+    replace = dataclasses.replace
+    judged = recipe.score.backend == "claims"
+    contrastive = recipe.train.objective == "contrastive"
+    return replace(
+        recipe,
+        name=f"{recipe.name}-mock",
+        rounds=min(recipe.rounds, 2),
+        mesh=MeshConfig(),
+        model=replace(
+            recipe.model,
+            path=TINY_SCORER if contrastive else TINY_MODEL,
+            init="pretrained",
+            vision_tower="",
+            dtype="float32",
+            param_dtype="float32",
+            image_fit="stretch",
+        ),
+        data=_rows("prompts"),
+        generate=replace(
+            recipe.generate,
+            num_candidates=min(recipe.generate.num_candidates, 4),
+            max_new_tokens=min(recipe.generate.max_new_tokens, 24),
+            batch_size=8,
+            shard_rows=8,
+        ),
+        score=replace(recipe.score, model="" if judged else TINY_SCORER, batch_size=8),
+        select=replace(recipe.select, chosen_floor=0.0, margin=0.0),
+        train=replace(
+            recipe.train,
+            data=[] if recipe.train.objective == "preference" else [_rows("validation")],
+            lora=replace(recipe.train.lora, lora_rank=min(recipe.train.lora.lora_rank, 4)),
+            batch_size=4,
+            gradient_accumulation_steps=1,
+            max_steps=4,
+            max_answer_tokens=32,
+        ),
+        evaluate=replace(
+            recipe.evaluate,
+            benchmarks={
+                name: BenchmarkConfig(
+                    metric=benchmark.metric if benchmark.metric in ("chair", "pope") else "short_answer",
+                    data=_rows("test", 40),
+                    kind="caption" if benchmark.metric == "chair" else "yesno",
+                )
+                for name, benchmark in recipe.evaluate.benchmarks.items()
+            },
+            max_new_tokens=min(recipe.evaluate.max_new_tokens, 24),
+            batch_size=8,
+            bootstrap_samples=100,
+        ),
+    )

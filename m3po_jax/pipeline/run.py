@@ -1,0 +1,374 @@
+"""A run: the stages in order, over rounds and comparison arms, each skipped where it is finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from m3po_jax.config import Recipe, override
+from m3po_jax.data import tables
+from m3po_jax.data.schema import Prompt
+from m3po_jax.data.sources import PromptSource, fingerprint, read_prompts
+from m3po_jax.errors import UserError
+from m3po_jax.generation.engine import Generator, SamplingConfig
+from m3po_jax.objectives.preference import check_loss
+from m3po_jax.pipeline import evaluate as evaluating
+from m3po_jax.pipeline import summary
+from m3po_jax.pipeline.console import say
+from m3po_jax.pipeline.generate import candidate_counts, generate
+from m3po_jax.pipeline.models import Policy, attach_adapter, directory_identity, load_policy
+from m3po_jax.pipeline.rundir import RunDirectory
+from m3po_jax.pipeline.score import NEED_BLANK_IMAGE, score
+from m3po_jax.pipeline.select import select
+from m3po_jax.pipeline.train import Trained, read_pairs, train_on_pairs
+from m3po_jax.scoring.backends import make_backend
+from m3po_jax.scoring.engine import Scorer
+from m3po_jax.selection import check_config
+from m3po_jax.sharding import make_mesh, use_mesh
+
+BASE = "base"
+# Names that the main arm goes by, from its pairing rule.
+RULE_NAMES = {"m3p": "m3po", "mas_only": "mas_dpo", "vanilla": "dpo"}
+
+
+def main_name(recipe: Recipe) -> str:
+    """What the recipe's own system is called beside its arms."""
+    rule = recipe.select.rule
+    return RULE_NAMES.get(rule, rule) if recipe.train.objective == "preference" else "sft_chosen"
+
+
+class Run:
+    """One recipe on one mesh; loads lazily, so that a finished stage costs nothing."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.check()
+        self.directory = RunDirectory.of(recipe)
+        self.mesh: Mesh = make_mesh(recipe.mesh)
+        self._trained: dict[tuple[int, str | None], Trained] = {}
+
+    def check(self) -> None:
+        """Settings that would fail late, found early.
+
+        Raises:
+            UserError: names the key.
+        """
+        for name, recipe in [(None, self.recipe), *((arm, self.arm_recipe(arm)) for arm in self.recipe.arms)]:
+            try:
+                check_config(recipe.select)
+                if recipe.train.objective == "preference":
+                    check_loss(recipe.train.loss_type, recipe.train.beta, recipe.train.label_smoothing)
+                elif recipe.train.objective != "sft":
+                    raise UserError(
+                        f"objective {recipe.train.objective!r} is not an arm's",
+                        where="train.objective",
+                        remedy="preference, or sft on the chosen answers",
+                    )
+            except UserError as error:
+                if name is None:
+                    raise
+                raise UserError(str(error), where=f"arms.{name}") from None
+        if self.recipe.rounds < 1:
+            raise UserError(f"{self.recipe.rounds} rounds", where="rounds", remedy="at least 1")
+
+    def arm_recipe(self, arm: str | None) -> Recipe:
+        return self.recipe if arm is None else override(self.recipe, self.recipe.arms[arm], f"arms.{arm}")
+
+    # What stages share, loaded once and only when needed.
+
+    @functools.cached_property
+    def source(self) -> PromptSource:
+        return read_prompts(self.recipe.data)
+
+    @functools.cached_property
+    def prompts(self) -> dict[str, Prompt]:
+        return {prompt.id: prompt for prompt in (self.source[i] for i in range(len(self.source)))}
+
+    @functools.cached_property
+    def data_identity(self) -> str:
+        return fingerprint(self.source)[:16]
+
+    @functools.cached_property
+    def policy(self) -> Policy:
+        with use_mesh(self.mesh):
+            return load_policy(self.recipe, self.mesh, image_root=self.source.image_root)
+
+    @functools.cached_property
+    def start_model(self) -> Any:
+        """The base model with untrained adapters: the same function, and the same program, as a trained one."""
+        return attach_adapter(self.policy, self.recipe, self.mesh)
+
+    def start_of(self, recipe: Recipe) -> Any:
+        """The starting model of an arm, whose adapters may differ from the main one's."""
+        if recipe.train.lora == self.recipe.train.lora:
+            return self.start_model
+        return attach_adapter(self.policy, recipe, self.mesh)
+
+    @functools.cached_property
+    def benchmarks(self) -> list[evaluating.Benchmark]:
+        items = self.recipe.evaluate.benchmarks.items()
+        return [evaluating.read_benchmark(name, config) for name, config in items]
+
+    def open(self) -> None:
+        facts = {
+            "model": {"path": self.recipe.model.path, "hash": self.policy.identity},
+            "data": {"path": self.recipe.data.path, "fingerprint": self.data_identity, "rows": len(self.source)},
+            "template": self.recipe.model.template,
+            "image_fit": self.recipe.model.image_fit,
+            "mesh": dict(self.mesh.shape),
+        }
+        self.directory.open(self.recipe, facts)
+
+    # Stages.
+
+    def weights_identity(self, round: int, arm: str | None = None) -> str:
+        """A hash of the weights after training round `round` (0: the base model)."""
+        if round == 0:
+            return self.policy.identity
+        done = self.directory.round(round, arm) / "done.json"
+        recipe = self.arm_recipe(arm)
+        pairs = [path.name for path in tables.shards(self.directory.round(round, arm) / "pairs")]
+        settings = dataclasses.asdict(recipe.train)
+        if not done.exists():
+            raise UserError("no finished training", where=str(done.parent), remedy="run `m3po train` first")
+        return tables.content_hash(self.weights_identity(round - 1, arm), pairs, settings, recipe.seed)[:16]
+
+    def model_before(self, round: int) -> Any:
+        """The policy that generates in a round: the base, then what the round before has trained."""
+        if round == 1:
+            return self.start_model
+        return self.train_stage(round - 1, None, only_finished=True).model
+
+    def generate_stage(self, round: int) -> None:
+        config, folder = self.recipe.generate, self.directory.round(round) / "candidates"
+        sampling = SamplingConfig(
+            num_candidates=config.num_candidates,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            max_new_tokens=config.max_new_tokens,
+            seed=self.recipe.seed * 1000 + round,
+        )
+        inputs = tables.content_hash(self.weights_identity(round - 1), self.data_identity)
+        generator = self._generator(self.model_before(round), sampling, config.batch_size)
+        details = generate(self.source, generator, self.policy.processor, config, folder, inputs=inputs)
+        if details["shards_done_before"] < details["shards"]:
+            self.directory.note_stage("generate", round=round, arm=None, **_noted(details))
+        say(
+            f"round {round}: {details['candidates']} candidates of {details['prompts']} prompts, "
+            f"{details['distinct']} distinct, {details['cut']} cut at {config.max_new_tokens} tokens"
+        )
+
+    def score_stage(self, round: int) -> None:
+        recipe, folder = self.recipe, self.directory.round(round)
+        candidates = folder / "candidates"
+        judge = recipe.score.model
+        inputs = tables.content_hash(
+            dataclasses.asdict(recipe.score),
+            recipe.select.lambda_preferred,
+            recipe.select.lambda_dispreferred,
+            recipe.select.confidence,
+            directory_identity(self._resolve(judge)) if judge else self.policy.identity,
+        )
+        with use_mesh(self.mesh):
+            backend = make_backend(
+                recipe.score,
+                self.mesh,
+                policy=self.policy,
+                image_root=self.source.image_root,
+                model_config=recipe.model,
+            )
+            scorer = None
+            if NEED_BLANK_IMAGE.intersection(recipe.score.confidence):
+                scorer = Scorer(self.model_before(round), self.mesh, batch_size=recipe.score.batch_size)
+            details = score(
+                candidates,
+                self.prompts,
+                backend,
+                recipe.score,
+                recipe.select,
+                folder / "scores",
+                inputs=inputs,
+                processor=self.policy.processor,
+                scorer=scorer,
+            )
+        self.directory.note_stage("score", round=round, arm=None, **_noted(details))
+        say(f"round {round}: {details['rows']} candidates scored by {backend.name}")
+
+    def select_stage(self, round: int, arm: str | None = None) -> None:
+        folder, recipe = self.directory.round(round), self.arm_recipe(arm)
+        found = select(
+            folder / "candidates",
+            folder / "scores",
+            self.prompts,
+            recipe.select,
+            self.directory.round(round, arm) / "pairs",
+            image_root=self.source.image_root,
+        )
+        if found["seconds"]:
+            self.directory.note_stage("select", round=round, arm=arm, seconds=found["seconds"], rows=found["pairs"])
+        drops = ", ".join(f"{reason} {count}" for reason, count in found["drops"].items())
+        say(
+            f"round {round}, {arm or main_name(recipe)}: {found['pairs']} pairs of {found['prompts']} prompts"
+            + (f" (dropped: {drops})" if drops else "")
+        )
+        for warning in found["warnings"] if arm is None else ():
+            say(f"  {warning}", style="yellow")
+
+    def train_stage(self, round: int, arm: str | None = None, *, only_finished: bool = False) -> Trained:
+        """Trains an arm on its pairs, or loads what was trained."""
+        if (round, arm) in self._trained:
+            return self._trained[round, arm]
+        folder, recipe = self.directory.round(round, arm), self.arm_recipe(arm)
+        finished = (folder / "done.json").exists()
+        if only_finished and not finished:
+            raise UserError("no finished training", where=str(folder), remedy="run `m3po train` first")
+        policy = self.policy
+        start = self.start_of(recipe) if round == 1 else self.train_stage(round - 1, arm, only_finished=True).model
+        with use_mesh(self.mesh):
+            trained = train_on_pairs(
+                recipe, policy, read_pairs(folder / "pairs"), folder, self.mesh, start=start, seed=recipe.seed + round
+            )
+        self._trained[round, arm] = trained
+        if not finished:
+            self.directory.note_stage(
+                "train", round=round, arm=arm, seconds=trained.seconds, steps=trained.result.steps
+            )
+            say(
+                f"round {round}, {arm or main_name(recipe)}: trained {trained.result.steps} steps "
+                f"in {trained.seconds:.0f} s"
+            )
+        return trained
+
+    def evaluate_stage(self, round: int, arm: str | None = None) -> None:
+        """Evaluates one trained system on every benchmark."""
+        name = main_name(self.recipe) if arm is None else arm
+        self._evaluate(
+            name,
+            self.directory.round(round, arm),
+            lambda: self.train_stage(round, arm, only_finished=True).model,
+            self._greedy(),
+            self.weights_identity(round, arm),
+            round,
+            arm,
+            self.benchmarks,
+        )
+
+    def evaluate_base(self) -> None:
+        """Evaluates the starting model, its stop-bias frontier and contrastive decoding."""
+        config, model = self.recipe.evaluate, lambda: self.start_model
+        identity = self.weights_identity(0)
+        self._evaluate(BASE, self.directory.round(0), model, self._greedy(), identity, 0, None, self.benchmarks)
+        captions = [b for b in self.benchmarks if b.config.metric == "chair"]
+        for bias in config.stop_bias:
+            name = summary.stop_bias_name(bias)
+            sampling = self._greedy(stop_bias=bias)
+            self._evaluate(name, self.directory.round(0, name), model, sampling, identity, 0, name, captions)
+        for alpha in config.contrast_alpha:
+            name = summary.contrast_name(alpha)
+            sampling = self._greedy(contrast_alpha=alpha)
+            self._evaluate(name, self.directory.round(0, name), model, sampling, identity, 0, name, self.benchmarks)
+
+    def execute(self) -> Path:
+        """Everything, in order; returns the report."""
+        from m3po_jax.report import build_report
+        from m3po_jax.report.browser import tokenizer_text
+
+        with self.directory.lock():
+            self.open()
+            arms: list[str | None] = [None, *self.recipe.arms]
+            for round in range(1, self.recipe.rounds + 1):
+                self.generate_stage(round)
+                self.score_stage(round)
+                for arm in arms:
+                    # A later round's candidates come from the main arm's policy; arms are compared after round 1.
+                    if arm is None or round == 1:
+                        self.select_stage(round, arm)
+                        self.train_stage(round, arm)
+            if self.recipe.evaluate.benchmarks:
+                self.evaluate_base()
+                for arm in arms:
+                    self.evaluate_stage(self.recipe.rounds if arm is None else 1, arm)
+                summary.write_tables(self)
+            return build_report(self.directory.root, tokenizer_text(self.policy.processor.text))
+
+    # Helpers.
+
+    def _resolve(self, path: str) -> Path:
+        from m3po_jax.models.registry import resolve_directory
+
+        return resolve_directory(path)
+
+    def _greedy(self, **decoding: float) -> SamplingConfig:
+        return SamplingConfig(
+            num_candidates=1, temperature=0.0, max_new_tokens=self.recipe.evaluate.max_new_tokens, **decoding
+        )
+
+    def _generator(self, model: Any, sampling: SamplingConfig, batch_size: int) -> Generator:
+        processor = self.policy.processor
+        return Generator(
+            model,
+            eos_token_id=processor.eos_token_id,
+            pad_token_id=processor.pad_token_id,
+            mesh=self.mesh,
+            sampling=sampling,
+            batch_size=batch_size,
+        )
+
+    @functools.cached_property
+    def _generators(self) -> dict[SamplingConfig, Generator]:
+        return {}
+
+    def _evaluate(
+        self,
+        name: str,
+        folder: Path,
+        model: Any,
+        sampling: SamplingConfig,
+        identity: str,
+        round: int,
+        arm: str | None,
+        benchmarks: list[evaluating.Benchmark],
+    ) -> None:
+        started, fresh = time.monotonic(), 0
+        config = self.recipe.evaluate
+        inputs = tables.content_hash(identity, dataclasses.asdict(sampling))
+        generator: Generator | None = None
+        for benchmark in benchmarks:
+            out = folder / "evaluation" / benchmark.name
+            if generator is None and not evaluating.is_finished(benchmark, config, out, inputs):
+                # One compiled program a decoding: systems differ in weights alone.
+                generator = self._generators.get(sampling)
+                if generator is None:
+                    generator = self._generators[sampling] = self._generator(model(), sampling, config.batch_size)
+                else:
+                    generator.load(model())
+            if generator is not None:
+                evaluating.evaluate(
+                    benchmark,
+                    generator,
+                    self.policy.processor,
+                    config,
+                    out,
+                    inputs=inputs,
+                    seed=self.recipe.seed,
+                    system=name,
+                )
+                fresh += 1
+        if fresh:
+            seconds = time.monotonic() - started
+            self.directory.note_stage("evaluate", round=round, arm=arm, seconds=seconds, benchmarks=fresh)
+            say(f"evaluated {name} in {seconds:.0f} s")
+
+    def counts(self, round: int) -> Mapping[str, Any]:
+        return candidate_counts(self.directory.round(round) / "candidates")
+
+
+def _noted(details: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in details.items() if value is not None}

@@ -1,0 +1,212 @@
+"""The `score` stage: candidates in; alignment scores, confidence variants and M3P-Scores out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from m3po_jax.config import ScoreConfig, SelectConfig
+from m3po_jax.data import tables
+from m3po_jax.data.processing import Processor
+from m3po_jax.data.schema import SCORE_FIXED, Prompt
+from m3po_jax.errors import UserError
+from m3po_jax.pipeline.console import progress
+from m3po_jax.pipeline.generate import Shard, prompt_batches, remove_stale
+from m3po_jax.pipeline.rundir import is_writer, write_json
+from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
+from m3po_jax.scoring.alignment import Backend
+from m3po_jax.scoring.calibration import auroc, within_prompt_correlation
+from m3po_jax.scoring.confidence import confidence_variants
+from m3po_jax.scoring.engine import Scorer
+from m3po_jax.scoring.m3p import m3p_scores
+
+NEED_BLANK_IMAGE = frozenset({"prior", "visual"})
+
+
+def pools(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """Candidate rows grouped by prompt, in file order, candidates by number."""
+    return [
+        (key, sorted(group, key=lambda row: row["candidate"]))
+        for key, group in groupby(rows, key=lambda row: row["id"])
+    ]
+
+
+def blank_log_probs(
+    scorer: Scorer, prompts: Sequence[Prompt], groups: Sequence[Sequence[Mapping[str, Any]]], processor: Processor
+) -> list[list[np.ndarray]]:
+    """Log-probs of each candidate's tokens with the image blanked: what the language prior says."""
+    found: list[list[np.ndarray]] = []
+    for rows, batch in prompt_batches(prompts, processor, scorer.batch_size):
+        own = groups[len(found) : len(found) + len(rows)]
+        answers = [[np.asarray(row["token_ids"], np.int32) for row in group] for group in own]
+        widest = max(len(group) for group in answers)
+        longest = max(len(ids) for group in answers for ids in group)
+        ids = np.zeros((len(rows), widest, longest), np.int32)
+        mask = np.zeros(ids.shape, bool)
+        for b, group in enumerate(answers):
+            for k, tokens in enumerate(group):
+                ids[b, k, : len(tokens)], mask[b, k, : len(tokens)] = tokens, True
+        log_probs = scorer.log_probs(batch, ids, mask, blank_images=True)
+        found += [[log_probs[b, k, : len(t)] for k, t in enumerate(group)] for b, group in enumerate(answers)]
+    return found
+
+
+def score_rows(
+    key: str,
+    rows: Sequence[Mapping[str, Any]],
+    mas: Mapping[str, np.ndarray],
+    blank: Sequence[np.ndarray] | None,
+    config: ScoreConfig,
+    select: SelectConfig,
+) -> list[dict[str, Any]]:
+    """Score rows of one prompt's pool; `mas` holds ``mas`` and one array for every backend."""
+    variants = confidence_variants(
+        config.confidence, [row["token_logprobs"] for row in rows], [row["text"] for row in rows], blank
+    )
+    confidence = variants[select.confidence]
+    if np.isfinite(mas["mas"]).all():
+        preferred, dispreferred = m3p_scores(
+            mas["mas"], confidence, select.lambda_preferred, select.lambda_dispreferred
+        )
+    else:
+        preferred = dispreferred = np.full(len(rows), np.nan)
+    return [
+        {
+            "id": key,
+            "candidate": row["candidate"],
+            "mas": mas["mas"][i],
+            "confidence": confidence[i],
+            "m3p_preferred": preferred[i],
+            "m3p_dispreferred": dispreferred[i],
+            **{name: values[i] for name, values in mas.items() if name != "mas"},
+            **{f"confidence_{name}": values[i] for name, values in variants.items()},
+        }
+        for i, row in enumerate(rows)
+    ]
+
+
+def score_schema(config: ScoreConfig, backend: Backend) -> pa.Schema:
+    columns = [f"mas_{backend.name}"] + [f"confidence_{name}" for name in config.confidence]
+    schema = SCORE_FIXED
+    for name in columns:
+        schema = schema.append(pa.field(name, pa.float64()))
+    return schema
+
+
+def score(
+    candidates: Path,
+    prompts: Mapping[str, Prompt],
+    backend: Backend,
+    config: ScoreConfig,
+    select: SelectConfig,
+    out: Path,
+    *,
+    inputs: str,
+    processor: Processor,
+    scorer: Scorer | None = None,
+) -> dict[str, Any]:
+    """Scores every candidate shard into a shard of the same number; shards that exist are kept.
+
+    Args:
+        prompts: By id.
+        inputs: A hash of what the scores depend on beside the candidates and `config`: the judge.
+        scorer: Needed for the confidence variants ``prior`` and ``visual``.
+
+    Raises:
+        UserError: no candidates, a candidate of an unknown prompt, a variant that was not asked for.
+    """
+    started = time.monotonic()
+    for name in {select.confidence, select.confidence_dispreferred} - {""}:
+        if name not in config.confidence:
+            raise UserError(
+                f"select.confidence {name!r} is not computed", where="score.confidence", remedy=f"add {name!r} to it"
+            )
+    sources = tables.shards(candidates)
+    if not sources:
+        raise UserError("no candidates", where=str(candidates), remedy="run `m3po generate` first")
+    shards = [
+        Shard(out / tables.shard_name(i, tables.content_hash(path.name, inputs)), i, i + 1)
+        for i, path in enumerate(sources)
+    ]
+    remove_stale(out, shards)
+    done = agreed([shard.path.exists() for shard in shards])
+    todo = [(path, shard) for path, shard, exists in zip(sources, shards, done, strict=True) if not exists]
+    schema = score_schema(config, backend)
+    for path, shard in stoppable(progress(todo, "score", len(todo)), "scoring"):
+        groups = pools(tables.read_rows(path))
+        unknown = [key for key, _ in groups if key not in prompts]
+        if unknown:
+            raise UserError(
+                f"candidates of a prompt that the data does not have ({unknown[0]!r})",
+                where=str(path),
+                remedy="the data changed; run `m3po generate` again",
+            )
+        rows_of = [rows for _, rows in groups]
+        own = [prompts[key] for key, _ in groups]
+        scores = backend(own, [[row["text"] for row in rows] for rows in rows_of])
+        blank: list[list[np.ndarray]] | None = None
+        if NEED_BLANK_IMAGE.intersection(config.confidence):
+            assert scorer is not None
+            blank = blank_log_probs(scorer, own, rows_of, processor)
+        scored: list[dict[str, Any]] = []
+        for i, (key, rows) in enumerate(groups):
+            mas = {"mas": scores[i], f"mas_{backend.name}": scores[i]}
+            scored += score_rows(key, rows, mas, blank[i] if blank else None, config, select)
+        if is_writer():
+            tables.write_table(shard.path, scored, schema)
+    barrier("scored")
+    if is_writer():
+        write_json(out / "calibration.json", calibration(candidates, out, prompts))
+    return {"seconds": time.monotonic() - started, "rows": sum(1 for _ in tables.read_rows(out, columns=["id"]))}
+
+
+def calibration(candidates: Path, scores: Path, prompts: Mapping[str, Prompt]) -> dict[str, Any]:
+    """How well MAS and each confidence variant tell true captions from false ones, where objects are annotated.
+
+    AUROC for "the caption mentions no object that the image lacks"; 0.5 is chance. Also the within-prompt
+    correlation of MAS and confidence, which needs no annotation.
+    """
+    from m3po_jax.scoring.claims import object_vocabulary
+
+    rows = list(tables.read_rows(scores))
+    texts = {
+        (row["id"], row["candidate"]): row["text"]
+        for row in tables.read_rows(candidates, columns=["id", "candidate", "text"])
+    }
+    known = sorted({name for prompt in prompts.values() for name in prompt.metadata.get("objects") or ()})
+    signals = ["mas", *sorted(name for name in (rows[0] if rows else {}) if name.startswith("confidence_"))]
+    table = {name: np.array([np.nan if row[name] is None else row[name] for row in rows], float) for name in signals}
+    result: dict[str, Any] = {
+        "correlation_mas_confidence": {
+            name: _finite(within_prompt_correlation([row["id"] for row in rows], table["mas"], table[name]))
+            for name in signals[1:]
+        }
+    }
+    vocabulary = object_vocabulary(known)
+    if vocabulary is None:
+        return result
+    labels, usable = [], []
+    for i, row in enumerate(rows):
+        prompt = prompts[row["id"]]
+        mentioned = vocabulary.mentions(texts[row["id"], row["candidate"]])
+        if prompt.metadata.get("objects") and mentioned and np.isfinite(table["mas"][i]):
+            usable.append(i)
+            labels.append(set(mentioned) <= set(prompt.metadata["objects"]))
+    if usable and 0 < sum(labels) < len(labels):
+        for name in signals:
+            value = {"auroc": _finite(auroc(table[name][usable], np.array(labels))), "n": len(usable)}
+            if name == "mas":
+                result["mas"] = value
+            else:
+                result.setdefault("confidence", {})[name.removeprefix("confidence_")] = value
+    return result
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

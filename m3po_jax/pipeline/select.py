@@ -1,0 +1,119 @@
+"""The `select` stage: scored candidates in; preference pairs, drops with reasons and a summary out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from m3po_jax.config import SelectConfig
+from m3po_jax.data import tables
+from m3po_jax.data.images import read_encoded
+from m3po_jax.data.schema import PAIR, PROMPT, Prompt, prompt_to_row
+from m3po_jax.errors import UserError
+from m3po_jax.pipeline.rundir import is_writer, read_json, write_json
+from m3po_jax.pipeline.stopping import barrier
+from m3po_jax.selection import select_rows
+
+SHOWN_DROPS = 60
+
+
+def joined_rows(candidates: Path, scores: Path, prompts: Mapping[str, Prompt]) -> Iterator[dict[str, Any]]:
+    """Candidate rows with their scores and their prompt's instruction.
+
+    Raises:
+        UserError: there is nothing, or candidates and scores do not belong together.
+    """
+    by_key = {(row["id"], row["candidate"]): row for row in tables.read_rows(scores)}
+    if not by_key:
+        raise UserError("no scores", where=str(scores), remedy="run `m3po score` first")
+    for row in tables.read_rows(candidates):
+        key = (row["id"], row["candidate"])
+        if key not in by_key:
+            raise UserError(
+                f"no score for candidate {key[1]} of {key[0]!r}", where=str(scores), remedy="run `m3po score` again"
+            )
+        if row["id"] not in prompts:
+            raise UserError(
+                f"a candidate of a prompt that the data does not have ({row['id']!r})", where=str(candidates)
+            )
+        yield row | by_key[key] | {"instruction": prompts[row["id"]].instruction}
+
+
+def select(
+    candidates: Path,
+    scores: Path,
+    prompts: Mapping[str, Prompt],
+    config: SelectConfig,
+    out: Path,
+    *,
+    image_root: Path,
+) -> dict[str, Any]:
+    """Writes pairs (one parquet shard), ``drops.jsonl`` and ``summary.json``; the summary is returned.
+
+    A folder made from the same scores by the same rules is kept.
+    """
+    started = time.monotonic()
+    sources = [path.name for folder in (candidates, scores) for path in tables.shards(folder)]
+    inputs = tables.content_hash(sources, vars(config))
+    path, known = out / tables.shard_name(0, inputs), read_json(out / "summary.json")
+    if path.exists() and known is not None and known.get("inputs") == inputs:
+        return known | {"seconds": 0.0}
+    rows = joined_rows(candidates, scores, prompts)
+    pairs, drops, summary = select_rows(
+        rows, config, dispreferred_confidence=config.confidence_dispreferred, where=str(scores)
+    )
+    for pair in pairs:
+        prompt = prompts[pair["id"]]
+        pair["images"] = [
+            {"bytes": read_encoded(image, root=image_root, where=prompt.where), "path": image.path}
+            for image in prompt.images
+        ]
+        pair["prompt"] = [
+            {
+                "role": "user",
+                "content": [{"type": "image", "text": None} for _ in prompt.images]
+                + [{"type": "text", "text": prompt.instruction}],
+            }
+        ]
+    summary |= {
+        "inputs": inputs,
+        "rule": config.rule,
+        "kept": summary["pairs"],
+        "drops": summary["dropped"],
+        "correlation_mas_confidence": summary["correlation"],
+    }
+    if is_writer():
+        for stale in tables.shards(out):
+            stale.unlink()
+        tables.write_table(path, pairs, PAIR)
+        tables.write_json_lines(out / "drops.jsonl", drops)
+        tables.write_table(out.parent / "prompts.parquet", prompt_rows(prompts, drops, image_root), PROMPT)
+        write_json(out / "summary.json", summary)
+    barrier("selected")
+    return summary | {"seconds": time.monotonic() - started}
+
+
+def prompt_rows(
+    prompts: Mapping[str, Prompt], drops: Sequence[Mapping[str, Any]], image_root: Path
+) -> Iterator[dict[str, Any]]:
+    """All prompts, for tracing rows back; images only of the dropped prompts that a report may show."""
+    shown = {drop["id"] for drop in drops[:SHOWN_DROPS]}
+    for prompt in prompts.values():
+        row = prompt_to_row(prompt)
+        for image, own in zip(row["images"], prompt.images, strict=True):
+            kept = prompt.id in shown
+            image["bytes"] = read_encoded(own, root=image_root, where=prompt.where) if kept else None
+        yield row
+
+
+def select_file(source: Path, target: Path, config: SelectConfig) -> dict[str, Any]:
+    """Scored candidates as JSON lines in, pairs as JSON lines out, drops beside them."""
+    rows = [row for _, row in tables.read_json_lines(source)]
+    pairs, drops, summary = select_rows(
+        rows, config, dispreferred_confidence=config.confidence_dispreferred, where=str(source)
+    )
+    tables.write_json_lines(target, pairs)
+    tables.write_json_lines(target.with_suffix(".drops.jsonl"), drops)
+    return summary

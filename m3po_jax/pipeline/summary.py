@@ -1,0 +1,157 @@
+"""The table that ends a run: every system on every benchmark, beside the base's stop-bias frontier."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from m3po_jax.evaluation.frontier import matched
+from m3po_jax.pipeline.rundir import is_writer, read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    from m3po_jax.pipeline.run import Run
+
+
+def stop_bias_name(bias: float) -> str:
+    return f"base, stop bias {bias:+g}"
+
+
+def contrast_name(alpha: float) -> str:
+    return f"vcd α={alpha:g}"
+
+
+@dataclass(frozen=True)
+class Column:
+    key: str
+    label: str
+    better: str | None
+    digits: int = 1
+    percent: bool = True
+
+
+COLUMNS = {
+    "chair": [
+        Column("chair_i", "CHAIR_i", "lower"),
+        Column("delta_chair_i", "ΔC", "lower"),
+        Column("chair_s", "CHAIR_s", "lower"),
+        Column("recall", "Recall", "higher"),
+        Column("f1", "F1", "higher"),
+        Column("mean_objects", "Objects", None, 2, False),
+        Column("mean_tokens", "Tokens", None, 1, False),
+    ],
+    "pope": [
+        Column("accuracy", "Acc", "higher"),
+        Column("f1", "F1", "higher"),
+        Column("yes_ratio", "Yes", None),
+    ],
+    "short_answer": [Column("accuracy", "Acc", "higher")],
+}
+DELTA_NOTE = (
+    "ΔC is CHAIR_i minus that of the base's stop-bias frontier at the same recall: below zero is better than merely "
+    "stopping earlier; empty outside the frontier's recall."
+)
+
+
+def systems(run: Run) -> list[tuple[str, str, Any]]:
+    """(name, kind, folder) of everything that was evaluated, in the table's order."""
+    from m3po_jax.pipeline.run import BASE, main_name
+
+    recipe, folder = run.recipe, run.directory.round
+    found = [(BASE, "arm", folder(0))]
+    found += [(name, "frontier", folder(0, name)) for name in map(stop_bias_name, recipe.evaluate.stop_bias)]
+    found += [(name, "decoding", folder(0, name)) for name in map(contrast_name, recipe.evaluate.contrast_alpha)]
+    found += [(arm, "arm", folder(1, arm)) for arm in recipe.arms]
+    return [*found, (main_name(recipe), "arm", folder(recipe.rounds))]
+
+
+def _delta(results: Mapping[str, Any] | None, points: Sequence[Mapping[str, Any]]) -> float | None:
+    return matched(results["summary"], points)["delta_chair_i"] if results else None
+
+
+def build_tables(run: Run) -> dict[str, Any]:
+    """`evaluation.json`: one table over all benchmarks."""
+    everything = systems(run)
+    columns: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = [
+        {"name": name, "kind": kind, "values": {}, "intervals": {}} for name, kind, _ in everything
+    ]
+    warnings: list[str] = []
+    notes = []
+    for benchmark in run.benchmarks:
+        metric = benchmark.config.metric
+        results = [read_json(folder / "evaluation" / benchmark.name / "results.json") for _, _, folder in everything]
+        points = [
+            r["summary"]
+            for r, (name, kind, _) in zip(results, everything, strict=True)
+            if r and (name == "base" or kind == "frontier")
+        ]
+        single = sum(b.config.metric == metric for b in run.benchmarks) == 1 and len(run.benchmarks) == 1
+        notes.append(f"{benchmark.name}: {metric}, n = {len(benchmark.prompts)}")
+        for column in COLUMNS[metric]:
+            if column.key == "delta_chair_i" and len(points) < 2:
+                continue
+            key = f"{benchmark.name}/{column.key}"
+            label = column.label if single else f"{benchmark.name} {column.label}"
+            columns.append({"key": key, "label": label, "digits": column.digits, "better": column.better})
+            for row, result in zip(rows, results, strict=True):
+                if column.key == "delta_chair_i":
+                    value = _delta(result, points)
+                else:
+                    value = result["summary"].get(column.key) if result else None
+                factor = 100.0 if column.percent else 1.0
+                row["values"][key] = None if value is None or math.isnan(value) else factor * value
+                interval = (result or {}).get("intervals", {}).get(column.key)
+                if interval:
+                    row["intervals"][key] = [factor * bound for bound in interval]
+        warnings += _warnings(benchmark.name, results[0])
+    if any(c["key"].endswith("/delta_chair_i") for c in columns):
+        notes.append(DELTA_NOTE)
+    table = {"title": "Held-out images", "note": " ".join(notes), "columns": columns, "rows": rows}
+    return {"tables": [table], "warnings": warnings}
+
+
+def _warnings(benchmark: str, base: Mapping[str, Any] | None) -> list[str]:
+    found = []
+    if base and base["metric"] == "pope" and base["summary"]["accuracy"] < 0.6:
+        found.append(
+            f"{benchmark}: the base answers {base['summary']['accuracy']:.0%} right, near chance; differences "
+            "between systems mean little there"
+        )
+    if base and base.get("cut"):
+        found.append(f"{benchmark}: {base['cut']} of the base's answers were cut at the length limit")
+    return found
+
+
+def markdown(table: Mapping[str, Any]) -> str:
+    """A table as aligned Markdown."""
+    head = ["System", *(column["label"] for column in table["columns"])]
+    lines = [head]
+    for row in table["rows"]:
+        cells = [row["name"]]
+        for column in table["columns"]:
+            value = row["values"].get(column["key"])
+            cells.append("" if value is None else f"{value:.{column['digits']}f}")
+        lines.append(cells)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+
+    def render(cells: Sequence[str]) -> str:
+        first, *rest = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "| " + " | ".join([first, *rest]) + " |"
+
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
+    return "\n".join([render(lines[0]), rule, *map(render, lines[1:])])
+
+
+def write_tables(run: Run) -> None:
+    """Writes ``evaluation.json`` and ``evaluation.md`` and prints the table on standard output."""
+    tables = build_tables(run)
+    if not is_writer():
+        return
+    write_json(run.directory.root / "evaluation.json", tables)
+    texts = [f"**{t['title']}**\n\n{markdown(t)}\n\n{t['note']}\n" for t in tables["tables"]]
+    write_text(run.directory.root / "evaluation.md", "\n".join(texts))
+    print("\n".join(texts), flush=True)

@@ -1,0 +1,212 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_llava import EOS, IMAGE, PAD, make_generator, prompts, take, tiny_model
+
+from m3po_jax.errors import UserError
+from m3po_jax.generation.engine import SamplingConfig, chunk_sizes
+from m3po_jax.models.forward import branch_log_probs, encode_images
+from m3po_jax.models.llava.model import reference_forward
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def generator(model):
+    return make_generator(model)
+
+
+@pytest.fixture(scope="module")
+def generated(generator):
+    return generator(prompts())
+
+
+@partial(jax.jit, static_argnums=0)
+def score(graph, state, prompt, pixels, answers):
+    model = nnx.merge(graph, state)
+    return branch_log_probs(model, *prompt, encode_images(model, pixels), *answers)
+
+
+def teacher_forced(model, batch, out):
+    mask = np.arange(out.token_ids.shape[-1]) < out.lengths[..., None]
+    prompt, answers = (batch.token_ids, batch.mask), (out.token_ids, mask)
+    return np.asarray(score(*nnx.split(model), prompt, batch.pixel_values, answers))
+
+
+@partial(jax.jit, static_argnums=0)
+def forward(graph, state, tokens, count, pixels):
+    """Logits after the first `count` of the padded tokens [1, 32]: a full causal pass without a cache."""
+    model = nnx.merge(graph, state)
+    mask = jnp.arange(tokens.shape[1])[None] < count
+    return reference_forward(model, tokens, mask, encode_images(model, pixels))[0, count - 1]
+
+
+def next_logits(model, tokens, pixels):
+    padded = np.pad(np.int32([tokens]), ((0, 0), (0, 32 - len(tokens))))
+    logits = np.float64(forward(*nnx.split(model), padded, len(tokens), pixels))
+    logits[[IMAGE, PAD]] = -np.inf
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "adapters", "images", "sampling"),
+    [
+        (2, False, 0, {}),
+        (4, True, 1, {"temperature": 1.7, "top_k": 20, "top_p": 0.8}),
+        (1, True, 2, {"temperature": 0.5, "stop_bias": 1.5}),
+    ],
+)
+def test_recorded_log_probs_equal_teacher_forcing(kv_heads, adapters, images, sampling):
+    model, batch = tiny_model(kv_heads, adapters), prompts(images=images)
+    out = make_generator(model, **sampling)(batch)
+    np.testing.assert_allclose(out.log_probs, teacher_forced(model, batch, out), atol=1e-4)
+    assert out.log_probs.min() < -1.0
+
+
+def test_every_stage_of_the_cache_equals_teacher_forcing(model):
+    """Long enough for three chunks, with the end token kept away."""
+    batch = prompts((3, 7))
+    out = make_generator(model, max_new_tokens=150, num_candidates=2, stop_bias=-100.0, batch_size=2)(batch)
+    assert len(chunk_sizes(150)) == 3 and (out.lengths == 150).all() and not out.finished.any()
+    assert out.finish_reasons == [["length"] * 2] * 2
+    np.testing.assert_allclose(out.log_probs, teacher_forced(model, batch, out), atol=1e-4)
+
+
+def test_chunks_hold_every_token_that_is_fed_back():
+    assert chunk_sizes(1) == []
+    assert chunk_sizes(2) == [1]
+    assert chunk_sizes(257) == [64, 64, 128]
+    assert all(sum(chunk_sizes(n)) == n - 1 for n in range(1, 400))
+
+
+def test_greedy_equals_the_plain_forward_pass(model):
+    batch = prompts()
+    out = make_generator(model, num_candidates=1, temperature=0.0, max_new_tokens=6)(batch)
+    for row in range(3):
+        tokens = batch.token_ids[row][batch.mask[row]].tolist()
+        for step in range(out.lengths[row, 0]):
+            tokens.append(int(next_logits(model, tokens, batch.pixel_values[row : row + 1]).argmax()))
+            assert tokens[-1] == out.token_ids[row, 0, step]
+
+
+@pytest.mark.parametrize("rows", [[2, 0, 1], [1], [2, 1]])
+def test_a_prompts_answers_do_not_depend_on_its_batch(generator, generated, rows):
+    before = generator.compilations
+    out = generator(take(prompts(), rows))
+    assert out.ids == [generated.ids[row] for row in rows]
+    np.testing.assert_array_equal(out.token_ids, generated.token_ids[rows])
+    np.testing.assert_allclose(out.log_probs, generated.log_probs[rows], atol=1e-5)
+    assert generator.compilations == before == 1
+
+
+def test_neither_padding_nor_batch_size_changes_an_answer(model, generated):
+    batch = take(prompts(), [0])
+    batch.token_ids = np.pad(batch.token_ids, ((0, 0), (0, 40)), constant_values=PAD)
+    batch.mask = np.pad(batch.mask, ((0, 0), (0, 40)))
+    out = make_generator(model, batch_size=1)(batch)
+    np.testing.assert_array_equal(out.token_ids, generated.token_ids[:1])
+
+
+def test_candidates_do_not_depend_on_their_number(model, generated):
+    out = make_generator(model, num_candidates=5)(prompts())
+    np.testing.assert_array_equal(out.token_ids[:, :3], generated.token_ids)
+
+
+def test_answers_end_at_the_end_token(model):
+    out = make_generator(model, num_candidates=6, stop_bias=3.0)(prompts())
+    assert out.finished.any() and not out.finished.all()
+    for tokens, log_probs, length, finished in zip(
+        out.token_ids.reshape(-1, 12),
+        out.log_probs.reshape(-1, 12),
+        out.lengths.flat,
+        out.finished.flat,
+        strict=True,
+    ):
+        assert (tokens[:length] == EOS).sum() == finished
+        assert not finished or tokens[length - 1] == EOS
+        assert finished or length == 12
+        assert (tokens[length:] == PAD).all() and (log_probs[length:] == 0).all()
+        assert (log_probs[:length] < 0).all()
+
+
+def test_decoding_stops_when_every_answer_has_ended(model):
+    generator = make_generator(model, stop_bias=100.0, max_new_tokens=40, num_candidates=2)
+    pending = generator.submit(take(prompts(), [0, 2]))
+    assert int(pending.result.steps) == 1
+    out = generator.collect(pending)
+    assert (out.lengths == 1).all() and out.finished.all()
+
+
+def test_stop_bias_shortens_answers_but_not_the_record(model, generated):
+    batch = prompts()
+    out = make_generator(model, stop_bias=4.0)(batch)
+    assert out.lengths.sum() < generated.lengths.sum()
+    np.testing.assert_allclose(out.log_probs, teacher_forced(model, batch, out), atol=1e-4)
+
+
+def test_image_padding_and_suppressed_tokens_are_never_drawn(model):
+    keep = {5, 9, EOS}
+    banned = tuple(i for i in range(128) if i not in keep)
+    out = make_generator(model, suppress_token_ids=banned, temperature=5.0)(prompts())
+    drawn = {
+        int(t)
+        for row, n in zip(out.token_ids.reshape(-1, 12), out.lengths.flat, strict=True)
+        for t in row[:n]
+    }
+    assert drawn == keep
+
+
+def test_contrastive_decoding_equals_two_plain_passes(model):
+    batch, alpha, beta = prompts(), 4.0, 0.02
+    generator = make_generator(
+        model, num_candidates=1, temperature=0.0, contrast_alpha=alpha, contrast_beta=beta, max_new_tokens=6
+    )
+    out = generator(batch)
+    np.testing.assert_allclose(out.log_probs, teacher_forced(model, batch, out), atol=1e-4)
+    plain_differs = False
+    for row in range(3):
+        tokens, pixels = batch.token_ids[row][batch.mask[row]].tolist(), batch.pixel_values[row : row + 1]
+        for step in range(out.lengths[row, 0]):
+            seen, blank = next_logits(model, tokens, pixels), next_logits(model, tokens, 0 * pixels)
+            p = np.exp(seen - np.logaddexp.reduce(seen))
+            with np.errstate(invalid="ignore"):
+                combined = np.where(p >= beta * p.max(), (1 + alpha) * seen - alpha * blank, -np.inf)
+            plain_differs |= combined.argmax() != seen.argmax()
+            tokens.append(int(combined.argmax()))
+            assert tokens[-1] == out.token_ids[row, 0, step]
+    assert plain_differs
+
+
+def test_broken_weights_are_reported_with_the_prompt(model):
+    graph, state = nnx.split(model)
+    broken = nnx.merge(graph, jax.tree.map(jnp.array, state))
+    kernel = broken.projector.linear_2.kernel[...]
+    broken.projector.linear_2.kernel[...] = kernel.at[0, 0].set(jnp.nan)
+    with pytest.raises(UserError, match=r"prompt prompt-9-1: .*not finite"):
+        make_generator(broken)(take(prompts(), [1, 2]))
+
+
+def test_new_weights_need_no_new_program(model, generator, generated):
+    generator.load(tiny_model(scale=2.0))
+    assert (generator(prompts()).token_ids != generated.token_ids).any()
+    generator.load(model)
+    np.testing.assert_array_equal(generator(prompts()).token_ids, generated.token_ids)
+    assert generator.compilations == 1
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}])
+def test_impossible_settings_are_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        SamplingConfig(**wrong)
+
+
+def test_an_oversized_batch_is_refused(generator):
+    with pytest.raises(ValueError, match="batch of 1 to 3"):
+        generator(prompts((1, 2, 3, 4)))

@@ -1,0 +1,120 @@
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+sys.path.append(str(Path(__file__).parents[1] / "generation"))
+from tiny_llava import make_generator, one_device, prompts, tiny_model
+
+from m3po_jax.errors import UserError
+from m3po_jax.models import lora
+from m3po_jax.models.forward import encode_images
+from m3po_jax.models.llava.model import reference_forward
+from m3po_jax.scoring.engine import Scorer
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(adapters=True)
+
+
+@pytest.fixture(scope="module")
+def scorer(model):
+    return Scorer(model, one_device(), batch_size=2, branch_bucket=8)
+
+
+def answers(batch, count=5, width=6, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(3, 100, (len(batch.ids), count, width)).astype(np.int32)
+    mask = np.arange(width) < rng.integers(1, width + 1, ids.shape[:2])[..., None]
+    return ids, mask
+
+
+def plain_log_probs(model, batch, ids, mask, pixels):
+    """Every answer in a pass of its own, without sharing or padding of the prompt."""
+    out = np.zeros(ids.shape, np.float32)
+    for b, k in np.ndindex(ids.shape[:2]):
+        prompt, answer = batch.token_ids[b][batch.mask[b]], ids[b, k][mask[b, k]]
+        tokens = jnp.asarray(np.concatenate([prompt, answer])[None])
+        features = encode_images(model, jnp.asarray(pixels[b : b + 1]))
+        logits = np.float64(reference_forward(model, tokens, jnp.ones_like(tokens, bool), features)[0])
+        rows = logits[len(prompt) - 1 : -1]
+        out[b, k, : len(answer)] = rows[np.arange(len(answer)), answer] - np.logaddexp.reduce(rows, axis=-1)
+    return out
+
+
+def test_scores_equal_one_plain_pass_an_answer(model, scorer):
+    batch = prompts((3, 9, 6))
+    ids, mask = answers(batch)
+    ours = scorer.log_probs(batch, ids, mask)
+    assert ours.shape == ids.shape and (ours[~mask] == 0).all() and (ours[mask] < 0).all()
+    some = np.zeros_like(mask)
+    some[0, 4], some[1, 0], some[2, 2] = mask[0, 4], mask[1, 0], mask[2, 2]
+    expected = plain_log_probs(model, batch, ids, some, batch.pixel_values)
+    np.testing.assert_allclose(ours[some], expected[some], atol=1e-4)
+
+
+def test_blank_images_give_the_language_prior(scorer):
+    batch = prompts((3, 9, 6))
+    ids, mask = answers(batch)
+    prior = scorer.log_probs(batch, ids, mask, blank_images=True)
+    blank = prompts((3, 9, 6))
+    blank.pixel_values = np.zeros_like(batch.pixel_values)
+    np.testing.assert_allclose(prior, scorer.log_probs(blank, ids, mask), atol=1e-5)
+    assert np.abs(prior - scorer.log_probs(batch, ids, mask))[mask].max() > 1e-2
+
+
+def test_the_reference_is_the_model_without_its_adapters(model, scorer):
+    batch = prompts((3, 9))
+    ids, mask = answers(batch)
+    reference = scorer.log_probs(batch, ids, mask, reference=True)
+    bare = nnx.merge(*nnx.split(model))
+    lora.set_scale(bare, 0.0)
+    expected = Scorer(bare, one_device(), batch_size=2, branch_bucket=8).log_probs(batch, ids, mask)
+    np.testing.assert_array_equal(reference, expected)
+    assert np.abs(reference - scorer.log_probs(batch, ids, mask))[mask].max() > 1e-2
+    assert model.decoder.layers.mlp.up_proj.lora_scale == 2.0
+
+
+def test_scores_equal_what_generation_recorded(model, scorer):
+    batch = prompts((3, 9, 6))
+    out = make_generator(model, temperature=0.8, top_p=0.9)(batch)
+    mask = np.arange(out.token_ids.shape[-1]) < out.lengths[..., None]
+    np.testing.assert_allclose(scorer.log_probs(batch, out.token_ids, mask), out.log_probs, atol=1e-4)
+
+
+def test_choice_probabilities(scorer):
+    """exp of the one-token scores: after the prompt, and after each of several questions."""
+    batch, tokens = prompts((3, 9, 6)), [7, 50, 51]
+    ours = scorer.choice_probabilities(batch, tokens)
+    single = np.broadcast_to(np.int32(tokens)[None, :, None], (3, 3, 1))
+    expected = np.exp(scorer.log_probs(batch, single, np.ones(single.shape, bool)))
+    np.testing.assert_allclose(ours[:, 0], expected[..., 0], rtol=1e-4)
+
+    ids, mask = answers(batch, count=2)
+    ours = scorer.choice_probabilities(batch, tokens, ids, mask)
+    assert ours.shape == (3, 2, 3)
+    longer, longer_mask = np.pad(ids, ((0, 0), (0, 0), (0, 1))), np.pad(mask, ((0, 0), (0, 0), (0, 1)))
+    last = mask.sum(-1)[..., None]
+    np.put_along_axis(longer, last, 50, axis=2)
+    np.put_along_axis(longer_mask, last, True, axis=2)
+    expected = np.take_along_axis(scorer.log_probs(batch, longer, longer_mask), last, axis=2)[..., 0]
+    np.testing.assert_allclose(ours[..., 1], np.exp(expected), rtol=1e-4)
+
+
+def test_buckets_bound_the_number_of_programs(model):
+    scorer = Scorer(model, one_device(), batch_size=2, branch_bucket=8)
+    for lengths, count, width in (((3, 9), 5, 6), ((1, 2, 7), 8, 8), ((4,), 6, 3)):
+        batch = prompts(lengths)
+        assert scorer.log_probs(batch, *answers(batch, count, width)).shape == (len(lengths), count, width)
+    assert scorer.compilations == 1
+
+
+def test_scores_that_are_not_finite_name_the_prompt(scorer):
+    batch = prompts((3, 9, 6))
+    batch.pixel_values[2, 0, 0, 0, 0] = np.nan
+    with pytest.raises(UserError, match=r"prompt prompt-6-2: .*not finite"):
+        scorer.log_probs(batch, *answers(batch))
