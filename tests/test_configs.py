@@ -166,13 +166,3 @@ def test_the_three_baselines_differ_in_the_rule_alone():
         other = load_recipe(ROOT / f"configs/llava15_7b_{stem}.yaml")
         rule = main.arms[stem]["select.rule"]
         assert dataclasses.replace(other, name=main.name, arms=main.arms) == override(main, {"select.rule": rule})
-
-
-def test_pope_question_files_read_as_they_are():
-    if not (SHARED / "pope").is_dir():
-        pytest.skip("no shared data")
-    recipe = load_recipe(ROOT / "configs/llava15_7b_m3po.yaml")
-    for benchmark in recipe.evaluate.benchmarks.values():
-        file = SHARED / "pope" / Path(benchmark.data.path).name
-        rows = read_prompts(DataConfig(source=benchmark.data.source, path=str(file), limit=20), require_image=True)
-        assert {row.metadata["label"] for row in rows} <= {"yes", "no"}
