@@ -84,7 +84,7 @@ class Run:
 
     @functools.cached_property
     def source(self) -> PromptSource:
-        return read_prompts(self.recipe.data)
+        return read_prompts(self.recipe.data, require_image=True)
 
     @functools.cached_property
     def prompts(self) -> dict[str, Prompt]:
