@@ -32,7 +32,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return lines[0]
 
 
-def run_with(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Lines], object] | None, *more: str) -> str:
+def run_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Lines], object] | None, *more: str
+) -> str:
     data = write_data(tmp_path / "data", 12)
     if change is not None:
         edit(data, change)

@@ -38,7 +38,9 @@ def same_run(one: Path, other: Path, tolerance: float = 0.0) -> None:
             assert a.keys() == b.keys()
             for key, value in a.items():
                 if isinstance(value, float) or (isinstance(value, list) and value and isinstance(value[0], float)):
-                    np.testing.assert_allclose(value, b[key], rtol=tolerance, atol=tolerance, err_msg=f"{stage} {key}")
+                    np.testing.assert_allclose(
+                        value, b[key], rtol=tolerance, atol=tolerance, err_msg=f"{stage} {key}"
+                    )
                 else:
                     assert value == b[key], (stage, key)
     for arm in (".", "arms/mas_dpo"):
@@ -179,8 +181,12 @@ def test_export_loads_in_transformers_and_peft(finished: Path, tmp_path: Path):
     from peft import PeftModel
 
     base = resolve_directory("builtin:quickstart-base")
-    adapted = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32), adapter)
-    image = whole.config.image_token_index if hasattr(whole.config, "image_token_index") else whole.config.image_token_id
+    adapted = PeftModel.from_pretrained(
+        LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32), adapter
+    )
+    image = (
+        whole.config.image_token_index if hasattr(whole.config, "image_token_index") else whole.config.image_token_id
+    )
     ids = torch.tensor([[1, 20, *[image] * 16, 21, 22, 23]])
     pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
