@@ -351,22 +351,31 @@ def sft_batches(
     batch_size: int,
     seed: int,
     max_answer_tokens: int = 256,
+    answer_ids: Sequence[Sequence[int]] | None = None,
 ) -> BatchSource[TreeBatch]:
     """Prompts with their reference answers as the only branch (K = 1), endless and shuffled.
+
+    Args:
+        answer_ids: Token ids to learn instead of the references' (sampled answers, which tokenising their text
+            again need not give back).
 
     Raises:
         UserError: no rows, or an answer that is missing, empty or too long.
     """
     _require_rows(len(prompts), batch_size)
     ids, instructions, answers = [], [], []
-    for prompt in prompts:
-        if prompt.reference is None:
+    for number, prompt in enumerate(prompts):
+        if answer_ids is not None:
+            tokens: Any = answer_ids[number]
+        elif prompt.reference is not None:
+            tokens = processor.encode_answer(prompt.reference)
+        else:
             raise UserError(
                 "the row has no reference answer", where=_where(prompt), remedy="add `reference` or drop it"
             )
         ids.append(prompt.id)
         instructions.append(prompt.instruction)
-        answers.append(_answer(processor.encode_answer(prompt.reference), max_answer_tokens, _where(prompt)))
+        answers.append(_answer(tokens, max_answer_tokens, _where(prompt)))
 
     def load(index: int) -> TreeRow:
         prompt = prompts[index]

@@ -63,6 +63,7 @@ class Run:
         for name, recipe in [(None, self.recipe), *((arm, self.arm_recipe(arm)) for arm in self.recipe.arms)]:
             try:
                 check_config(recipe.select)
+                self._check_lengths(recipe)
                 if recipe.train.objective == "preference":
                     check_loss(recipe.train.loss_type, recipe.train.beta, recipe.train.label_smoothing)
                 elif recipe.train.objective != "sft":
@@ -77,6 +78,23 @@ class Run:
                 raise UserError(str(error), where=f"arms.{name}") from None
         if self.recipe.rounds < 1:
             raise UserError(f"{self.recipe.rounds} rounds", where="rounds", remedy="at least 1")
+
+    @staticmethod
+    def _check_lengths(recipe: Recipe) -> None:
+        if recipe.generate.max_new_tokens > recipe.train.max_answer_tokens:
+            raise UserError(
+                f"generate.max_new_tokens = {recipe.generate.max_new_tokens} is more than train.max_answer_tokens = "
+                f"{recipe.train.max_answer_tokens}",
+                where="train.max_answer_tokens",
+                remedy="raise it: a longer candidate could not be trained on",
+            )
+        for name in sorted({recipe.select.confidence, recipe.select.confidence_dispreferred} - {""}):
+            if name not in recipe.score.confidence:
+                raise UserError(
+                    f"select uses the confidence variant {name!r}, which is not computed",
+                    where="score.confidence",
+                    remedy=f"add {name!r} to it",
+                )
 
     def arm_recipe(self, arm: str | None) -> Recipe:
         return self.recipe if arm is None else override(self.recipe, self.recipe.arms[arm], f"arms.{arm}")
@@ -117,6 +135,8 @@ class Run:
         return [evaluating.read_benchmark(name, config) for name, config in items]
 
     def open(self) -> None:
+        """Creates or continues the run directory, after opening everything that a later stage will read."""
+        _ = self.benchmarks
         facts = {
             "model": {"path": self.recipe.model.path, "hash": self.policy.identity},
             "data": {"path": self.recipe.data.path, "fingerprint": self.data_identity, "rows": len(self.source)},

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from m3po_jax.config import Recipe
 from m3po_jax.data import batches, tables
+from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
 from m3po_jax.pipeline.models import Joined, Policy, attach_adapter, load_dual_encoder, load_policy, read_rows
@@ -67,16 +68,14 @@ def training_rows(recipe: Recipe) -> Joined:
     return joined
 
 
-def chosen_as_references(table: pa.Table) -> list[Prompt]:
-    """Pairs as SFT rows whose reference is the chosen answer (the `sft_chosen` arm)."""
-    rows = batches.TableRows(table)
-    return [
-        dataclasses.replace(
-            batches.pair_prompt(row, f"pairs:{number + 1} (id {row['id']!r})"),
-            reference=batches.message_text(row["chosen"]),
-        )
-        for number, row in enumerate(rows)
-    ]
+def chosen_answers(table: pa.Table, processor: Processor) -> dict[str, Any]:
+    """Pairs as SFT rows: the prompts, and the chosen answers' recorded tokens (the `sft_chosen` arm)."""
+    prompts, answers = [], []
+    for number, row in enumerate(batches.TableRows(table)):
+        prompts.append(batches.pair_prompt(row, f"pairs:{number + 1} (id {row['id']!r})"))
+        recorded = row.get("chosen_token_ids")
+        answers.append(recorded or processor.encode_answer(batches.message_text(row["chosen"])))
+    return {"prompts": prompts, "processor": processor, "answer_ids": answers}
 
 
 def train_on_pairs(
@@ -88,7 +87,7 @@ def train_on_pairs(
     size, longest = config.batch_size, config.max_answer_tokens
     if config.objective == "sft":
         source: Any = batches.sft_batches(
-            chosen_as_references(pairs), policy.processor, batch_size=size, seed=seed, max_answer_tokens=longest
+            **chosen_answers(pairs, policy.processor), batch_size=size, seed=seed, max_answer_tokens=longest
         )
     else:
         source = batches.pair_batches(
