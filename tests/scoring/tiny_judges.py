@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import shutil
@@ -16,14 +15,26 @@ from flax import nnx
 from PIL import Image as PILImage
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
-from hf_models import dual_encoder
-from hf_models import torch_and_transformers as torch_and_transformers
+from hf_models import dual_encoder, torch_and_transformers
 
 from m3po_jax.config import MeshConfig, ModelConfig, Recipe
 from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.models.layers import Linear
 from m3po_jax.pipeline.models import Policy, load_policy
 from m3po_jax.sharding import make_mesh
+
+__all__ = [
+    "END",
+    "QUICKSTART",
+    "SIDE",
+    "TEXT_LENGTH",
+    "dual_encoder_directory",
+    "one_device",
+    "png",
+    "prompt",
+    "tiny_policy",
+    "torch_and_transformers",
+]
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
 SIDE, TEXT_LENGTH, END = 28, 12, 153
@@ -72,4 +83,4 @@ def tiny_policy(seed: int = 0, scale: float = 6.0, path: str | Path = QUICKSTART
     for _, linear in nnx.iter_modules(policy.model):
         if isinstance(linear, Linear) and config.init == "random":
             linear.kernel[...] = linear.kernel[...] * scale
-    return dataclasses.replace(policy)
+    return policy
