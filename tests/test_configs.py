@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import re
 from pathlib import Path
 
@@ -10,9 +9,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from m3po_jax.config import DataConfig, LoRAConfig, Recipe, load_recipe, override
+from m3po_jax.config import LoRAConfig, Recipe, load_recipe, override
 from m3po_jax.data.images import IMAGE_FITS
-from m3po_jax.data.sources import read_prompts
 from m3po_jax.data.templates import get_template
 from m3po_jax.generation.engine import SamplingConfig
 from m3po_jax.models import lora
@@ -20,6 +18,7 @@ from m3po_jax.models.layers import LoRAParam
 from m3po_jax.models.llava.config import llava_config
 from m3po_jax.models.llava.model import build
 from m3po_jax.objectives.preference import check_loss
+from m3po_jax.pipeline.mock import shrink
 from m3po_jax.scoring.confidence import VARIANTS
 from m3po_jax.selection import check_config
 from m3po_jax.sharding import spec_for
@@ -28,7 +27,6 @@ from m3po_jax.training.optimizer import learning_rate_schedule
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("quickstart"))
-SHARED = Path(os.environ.get("M3PO_SHARED", ROOT / "../shared")) / "data"
 # Chips that each recipe's header speaks of.
 CHIPS = {"llava15_7b_single_gpu": 1, "llava15_13b_m3po_pod": 16}
 
@@ -81,6 +79,19 @@ def test_recipe_and_arms_can_be_meant(path):
         changed = override(recipe, changes, where=name)
         assert changed != recipe
         check(changed)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_mock_keeps_the_settings_of_the_method(path):
+    recipe = load_recipe(path)
+    small = shrink(recipe)
+    check(small)
+    assert (small.select.rule, small.train.loss_type, small.arms) == (
+        recipe.select.rule,
+        recipe.train.loss_type,
+        recipe.arms,
+    )
+    assert mesh_sizes(small, 1) == {"data": 1, "fsdp": 1, "tensor": 1}
 
 
 def test_names_do_not_collide():
@@ -166,13 +177,3 @@ def test_the_three_baselines_differ_in_the_rule_alone():
         other = load_recipe(ROOT / f"configs/llava15_7b_{stem}.yaml")
         rule = main.arms[stem]["select.rule"]
         assert dataclasses.replace(other, name=main.name, arms=main.arms) == override(main, {"select.rule": rule})
-
-
-def test_pope_question_files_read_as_they_are():
-    if not (SHARED / "pope").is_dir():
-        pytest.skip("no shared data")
-    recipe = load_recipe(ROOT / "configs/llava15_7b_m3po.yaml")
-    for benchmark in recipe.evaluate.benchmarks.values():
-        file = SHARED / "pope" / Path(benchmark.data.path).name
-        rows = read_prompts(DataConfig(source=benchmark.data.source, path=str(file), limit=20), require_image=True)
-        assert {row.metadata["label"] for row in rows} <= {"yes", "no"}

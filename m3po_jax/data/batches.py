@@ -17,7 +17,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import grain
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.errors import UserError
@@ -29,36 +29,37 @@ LENGTHS = tuple(sorted({step << power for power in range(1, 14) for step in (4, 
 class TreeBatch(NamedTuple):
     """B prompts (images included) with K answers each: the layout of `models.forward.branch_log_probs`.
 
-    Padding is at the end of every axis. `reference` holds Σ_t log π_ref(token) of each answer in nats, NaN
-    where nothing was recorded; `row_index` is the row's place in the source (see `BatchSource.ids`).
+    Arrays are NumPy's on the host and JAX's in a step. Padding is at the end of every axis. `reference` holds
+    Σ_t log π_ref(token) of each answer in nats, NaN where nothing was recorded; `row_index` is the row's place in
+    the source (see `BatchSource.ids`).
     """
 
-    prefix_ids: Int[Array, "b p"]
-    prefix_mask: Bool[Array, "b p"]
-    pixel_values: Float[Array, "b m h w 3"] | None
-    branch_ids: Int[Array, "b k t"]
-    branch_mask: Bool[Array, "b k t"]
-    reference: Float[Array, "b k"]
-    row_index: Int[Array, b]
+    prefix_ids: Int[Any, "b p"]
+    prefix_mask: Bool[Any, "b p"]
+    pixel_values: Float[Any, "b m h w 3"] | None
+    branch_ids: Int[Any, "b k t"]
+    branch_mask: Bool[Any, "b k t"]
+    reference: Float[Any, "b k"]
+    row_index: Int[Any, b]
 
 
 class PromptBatch(NamedTuple):
     """B prompts to be answered, in source order; `row_index` is −1 in rows that only fill the last batch."""
 
-    prefix_ids: Int[Array, "b p"]
-    prefix_mask: Bool[Array, "b p"]
-    pixel_values: Float[Array, "b m h w 3"] | None
-    row_index: Int[Array, b]
+    prefix_ids: Int[Any, "b p"]
+    prefix_mask: Bool[Any, "b p"]
+    pixel_values: Float[Any, "b m h w 3"] | None
+    row_index: Int[Any, b]
 
 
 class ContrastiveBatch(NamedTuple):
     """B images, C texts and which text is true of which image: +1 or −1."""
 
-    pixel_values: Float[Array, "b h w 3"]
-    labels: Int[Array, "b c"]
-    text_ids: Int[Array, "c t"]
-    text_mask: Bool[Array, "c t"]
-    row_index: Int[Array, b]
+    pixel_values: Float[Any, "b h w 3"]
+    labels: Int[Any, "b c"]
+    text_ids: Int[Any, "c t"]
+    text_mask: Bool[Any, "c t"]
+    row_index: Int[Any, b]
 
 
 Batch = TypeVar("Batch", TreeBatch, PromptBatch, ContrastiveBatch)
@@ -119,8 +120,8 @@ class TableRows(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """All rows, without their images: a pass over the texts does not copy encoded images."""
+    def without_images(self) -> Iterator[dict[str, Any]]:
+        """All rows but for their images: a pass over the texts need not copy encoded images."""
         names = [name for name in self.table.column_names if name != "images"]
         for chunk in self.table.select(names).to_batches(max_chunksize=256):
             yield from chunk.to_pylist()
@@ -167,7 +168,7 @@ class TreeRow(NamedTuple):
     pixels: np.ndarray | None
     branches: tuple[np.ndarray, ...]
     reference: tuple[float, ...]
-    index: int
+    row: int
 
 
 def collate_tree(rows: Sequence[TreeRow]) -> TreeBatch:
@@ -185,7 +186,7 @@ def collate_tree(rows: Sequence[TreeRow]) -> TreeBatch:
         branch_ids=branch_ids,
         branch_mask=branch_mask,
         reference=np.array([row.reference for row in rows], np.float32).reshape(len(rows), branches),
-        row_index=np.array([row.index for row in rows], np.int32),
+        row_index=np.array([row.row for row in rows], np.int32),
     )
 
 
@@ -314,7 +315,8 @@ def pair_batches(
         rows = TableRows(rows)
     _require_rows(len(rows), batch_size)
     ids, answers, references = [], [], []
-    for number, row in enumerate(rows):
+    texts = rows.without_images() if isinstance(rows, TableRows) else rows
+    for number, row in enumerate(texts):
         place = f"{where}:{number + 1} (id {row['id']!r})"
         ids.append(row["id"])
         pair, sums = [], []

@@ -12,6 +12,7 @@ of each, D head width, E model width, F MLP width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -120,7 +121,7 @@ def _finish(config: LlamaConfig, layer: FusedLayer, x: jax.Array, attended: jax.
     return pin(x + _adapted(layer, "down_proj", hidden, _product("bsf,fe->bse", hidden, layer.down)))
 
 
-def _attend(parts: list[tuple[str, str, jax.Array, KV, jax.Array | None]], scale: float) -> jax.Array:
+def _attend(parts: Sequence[tuple[str, str, jax.Array, KV, jax.Array | None]], scale: float) -> jax.Array:
     """One softmax over several sets of keys, none of them copied together; float32 sums, 0 for empty rows.
 
     A part is (equation of the scores, equation of the values, queries, keys and values, mask).

@@ -142,7 +142,8 @@ def bucket(length: int, multiple: int) -> int:
 
 def chunk_sizes(max_new_tokens: int) -> list[int]:
     """Cache slots by stage: capacity doubles, so that a short answer never reads a long answer's slots."""
-    slots, sizes = max_new_tokens - 1, []  # the last token drawn is never fed back
+    slots = max_new_tokens - 1  # the last token drawn is never fed back
+    sizes: list[int] = []
     while sum(sizes) < slots:
         sizes.append(min(sum(sizes) or FIRST_CHUNK, slots - sum(sizes)))
     return sizes
@@ -238,16 +239,17 @@ class Generator:
     def collect(self, pending: Pending) -> Generated:
         """Waits for a batch; raises as `__call__`."""
         count = len(pending.ids)
-        host = DeviceResult(*(to_host(x) for x in pending.result))
-        if host.broken[:count].any():
-            first = pending.ids[int(np.argmax(host.broken[:count]))]
+        host = {name: to_host(x) for name, x in pending.result._asdict().items() if name != "steps"}
+        host = {name: x[:count] for name, x in host.items()}
+        broken = host.pop("broken")
+        if broken.any():
+            first = pending.ids[int(np.argmax(broken))]
             raise UserError(
                 "the model's logits are not finite",
                 where=f"prompt {first}",
                 remedy="check the checkpoint, or compute in float32 (model.dtype=float32)",
             )
-        arrays = (host.token_ids, host.log_probs, host.lengths, host.finished)
-        return Generated(pending.ids, *(x[:count] for x in arrays))
+        return Generated(pending.ids, **host)
 
     def _program(
         self,
@@ -263,9 +265,10 @@ class Generator:
         token_ids, mask = arrays["token_ids"], arrays["mask"]
         features = encode_images(model, arrays.get("pixel_values"))
         # Contrastive decoding runs every prompt twice, in neighbouring rows: with its image and with a blank.
-        views = 2 if s.contrast_alpha > 0 and features is not None else 1
-        if views == 2:
-            blank = encode_images(model, jnp.zeros_like(arrays["pixel_values"][:1, :1]))
+        views = 1
+        if s.contrast_alpha > 0 and features is not None:
+            views = 2
+            blank = model.image_features(jnp.zeros_like(arrays["pixel_values"][0, :1]))
             features = jnp.stack([features, jnp.broadcast_to(blank, features.shape)], axis=1)
             features = features.reshape(-1, *features.shape[2:])
         rows, prompts, k, t = (

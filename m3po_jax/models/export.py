@@ -119,6 +119,10 @@ def _value(variable: nnx.Variable, owner: Any, leaf: Parameter, index: int | Non
     return leaf.source.to_stored(to_host(x))
 
 
+def _modules(model: nnx.Module) -> dict[tuple[str, ...], Any]:
+    return {tuple(str(part) for part in path): module for path, module in nnx.iter_modules(model)}
+
+
 def pending_tensors(model: nnx.Module, family: Family, config: Any) -> list[PendingTensor]:
     """Every tensor of the exported checkpoint, in the order of names; values are computed on demand."""
     leaves = parameters(model, family.tensor_map(config))
@@ -126,7 +130,7 @@ def pending_tensors(model: nnx.Module, family: Family, config: Any) -> list[Pend
         tuple(str(part) for part in path): variable
         for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
-    owners = {tuple(str(part) for part in path): module for path, module in nnx.iter_modules(model)}
+    owners = _modules(model)
     pieces: dict[str, list[tuple[int, Parameter, int | None]]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for leaf in leaves.values():
@@ -212,7 +216,7 @@ def _module_name(leaf: Parameter, index: int | None) -> str:
 
 
 def export_adapter(
-    model: nnx.Module,
+    model: Any,
     base_name_or_path: str,
     out_dir: str | Path,
     lora_config: LoRAConfig,
@@ -232,7 +236,8 @@ def export_adapter(
     """
     kind, out_dir = _export_dtype(dtype), Path(out_dir)
     family, config = family_of_model(model), model.config
-    tensors, roots = [], set()
+    tensors: list[PendingTensor] = []
+    roots: set[str] = set()
     for linear, leaf in _adapted(model, family, config):
         assert linear.lora_a is not None and linear.lora_b is not None
         *_, rank = linear.lora_a.shape
@@ -248,12 +253,15 @@ def export_adapter(
     if not tensors:
         raise UserError("the model has no adapter", where="export", remedy="export the full model instead")
     saved_modules = None
-    if lora_config.train_projector and family.projector is not None:
-        saved_modules = [family.projector[1]]
+    if lora_config.train_projector and family.projector:
+        saved = family.projector[0]
+        saved_modules = [saved]
+        # PEFT looks these up under the running version's own module name, so every version's name is there.
         tensors += [
-            PendingTensor(f"base_model.model.{tensor.name}", tensor.shape, tensor.value)
+            PendingTensor(f"base_model.model.{module}{tensor.name.removeprefix(saved)}", tensor.shape, tensor.value)
             for tensor in pending_tensors(model, family, config)
-            if tensor.name.startswith(f"{family.projector[1]}.")
+            if tensor.name.startswith(f"{saved}.")
+            for module in family.projector
         ]
     targets = "|".join(sorted({path.split(".")[-1] for path in lora.adapters(model)}))
     assert len(roots) == 1, roots  # one decoder; the regex below speaks of one
@@ -283,7 +291,7 @@ def export_adapter(
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<letter>[AB])\.weight")
 
 
-def load_adapter(model: nnx.Module, directory: str | Path) -> LoRAConfig:
+def load_adapter(model: Any, directory: str | Path) -> LoRAConfig:
     """Puts a PEFT LoRA adapter (ours or PEFT's own, in any layout's names) onto `model`, in place.
 
     Layers that the file does not mention get B = 0, i.e. nothing is added there.
@@ -326,7 +334,7 @@ def load_adapter(model: nnx.Module, directory: str | Path) -> LoRAConfig:
             if tensor.shape != shape:
                 raise UserError(f"{key} has shape {list(tensor.shape)}, not {list(shape)}", where=str(file))
             factors.setdefault(leaf.path, {})[index, match["letter"]] = tensor.read().astype(np.float32).T
-        elif not match and name and family.projector and name.startswith(f"{family.projector[1]}."):
+        elif not match and name and family.projector and name.startswith(f"{family.projector[0]}."):
             projector[name] = tensor
         else:
             raise UserError(f"{key} names no layer of this model", where=str(file), remedy="check the base model")
@@ -345,20 +353,21 @@ def load_adapter(model: nnx.Module, directory: str | Path) -> LoRAConfig:
 
 def _place(value: np.ndarray, axes: tuple[str | None, ...], like: jax.Array) -> jax.Array:
     """`value` on the devices of `like`, sharded by its own axes."""
-    if isinstance(like.sharding, jax.sharding.NamedSharding):
-        sharding = sharding_for(axes, value.shape, like.sharding.mesh)
+    mesh = getattr(like.sharding, "mesh", None)
+    if isinstance(mesh, jax.sharding.Mesh):
+        sharding = sharding_for(axes, value.shape, mesh)
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
     return jax.device_put(value, like.sharding)
 
 
 def _attach_factors(
-    model: nnx.Module,
+    model: Any,
     leaves: Mapping[tuple[str, ...], Parameter],
     factors: Mapping[tuple[str, ...], Mapping[tuple[int, str], np.ndarray]],
     rank: int,
     scale: float,
 ) -> None:
-    owners = {tuple(str(part) for part in path): module for path, module in nnx.iter_modules(model)}
+    owners = _modules(model)
     for path, given in factors.items():
         leaf, linear = leaves[path], owners[path[:-1]]
         fan_in, fan_out = leaf.layer_shape
@@ -381,7 +390,7 @@ def _replace_leaves(
     model: nnx.Module, leaves: Mapping[tuple[str, ...], Parameter], tensors: Mapping[str, Any], where: str
 ) -> None:
     """Overwrites unstacked parameters whose stored tensors are given."""
-    owners = {tuple(str(part) for part in path): module for path, module in nnx.iter_modules(model)}
+    owners = _modules(model)
     by_name = {leaf.source.name: leaf for leaf in leaves.values() if leaf.layers is None}
     for name, tensor in tensors.items():
         leaf = by_name.get(name)

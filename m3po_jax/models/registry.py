@@ -64,7 +64,8 @@ class Family:
         tensor_map: ``config -> {parameter path: Source}`` in the layout that export writes.
         canonical_name: A stored tensor's name in that layout, from any published one; None: skip it.
         lora_scope: First part of the paths of layers that may be adapted.
-        projector: Modules that `train_projector` trains: our path and the stored prefix.
+        projector: What `train_projector` trains, as transformers names the module: first the canonical name,
+            then those of other versions.
         tower: Set where the vision tower can come from elsewhere.
     """
 
@@ -76,7 +77,7 @@ class Family:
     tensor_map: Callable[[Any], TensorMap]
     canonical_name: Callable[[str], str | None]
     lora_scope: str = "decoder"
-    projector: tuple[str, str] | None = None
+    projector: tuple[str, ...] = ()
     tower: Tower | None = None
 
 
@@ -89,7 +90,7 @@ FAMILIES = (
         build=llava.build,
         tensor_map=llava_weights.tensor_map,
         canonical_name=llava_weights.canonical_name,
-        projector=("projector", "multi_modal_projector"),
+        projector=("multi_modal_projector", "model.multi_modal_projector"),
         tower=Tower(
             default=llava_weights.default_tower,
             configure=llava_weights.with_tower,

@@ -31,6 +31,7 @@ from m3po_jax.scoring.backends import make_backend
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.selection import check_config
 from m3po_jax.sharding import make_mesh, use_mesh
+from m3po_jax.training.loop import load_trained
 
 BASE = "base"
 # Names that the main arm goes by, from its pairing rule.
@@ -84,7 +85,7 @@ class Run:
 
     @functools.cached_property
     def source(self) -> PromptSource:
-        return read_prompts(self.recipe.data)
+        return read_prompts(self.recipe.data, require_image=True)
 
     @functools.cached_property
     def prompts(self) -> dict[str, Prompt]:
@@ -222,19 +223,31 @@ class Run:
             say(f"  {warning}", style="yellow")
 
     def train_stage(self, round: int, arm: str | None = None, *, only_finished: bool = False) -> Trained:
-        """Trains an arm on its pairs, or loads what was trained."""
+        """Trains an arm on its pairs, or loads what was trained.
+
+        Raises:
+            UserError: `only_finished`, and it is not.
+        """
         if (round, arm) in self._trained:
             return self._trained[round, arm]
         folder, recipe = self.directory.round(round, arm), self.arm_recipe(arm)
         finished = (folder / "done.json").exists()
         if only_finished and not finished:
             raise UserError("no finished training", where=str(folder), remedy="run `m3po train` first")
-        policy = self.policy
-        start = self.start_of(recipe) if round == 1 else self.train_stage(round - 1, arm, only_finished=True).model
-        with use_mesh(self.mesh):
-            trained = train_on_pairs(
-                recipe, policy, read_pairs(folder / "pairs"), folder, self.mesh, start=start, seed=recipe.seed + round
+        if finished:
+            # Adapters and weights have the same structure in every round, so the start stands for any of them.
+            with use_mesh(self.mesh):
+                result = load_trained(self.start_of(recipe), recipe.train, output_dir=folder, mesh=self.mesh)
+            trained = Trained(result, self.policy.loaded, 0.0)
+        else:
+            start = (
+                self.start_of(recipe) if round == 1 else self.train_stage(round - 1, arm, only_finished=True).model
             )
+            pairs = read_pairs(folder / "pairs")
+            with use_mesh(self.mesh):
+                trained = train_on_pairs(
+                    recipe, self.policy, pairs, folder, self.mesh, start=start, seed=recipe.seed + round
+                )
         self._trained[round, arm] = trained
         if not finished:
             self.directory.note_stage(

@@ -18,7 +18,7 @@ from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
 from m3po_jax.pipeline.models import Joined, Policy, attach_adapter, load_dual_encoder, load_policy, read_rows
 from m3po_jax.sharding import use_mesh
-from m3po_jax.training.loop import TrainResult, train
+from m3po_jax.training.loop import TrainResult, load_trained, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +97,23 @@ def train_on_pairs(
     with use_mesh(mesh):
         result = train(start, source, config, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)
     return Trained(result, policy.loaded, time.monotonic() - started)
+
+
+def load_from_rows(recipe: Recipe, out: Path, mesh: Mesh) -> Trained:
+    """What a finished `train_on_rows` made, without reading its data again."""
+    started = time.monotonic()
+    config = recipe.train
+    if config.objective == "contrastive":
+        loaded, _ = load_dual_encoder(
+            recipe.model.path, mesh, init=recipe.model.init, seed=recipe.seed, dtype=recipe.model.dtype
+        )
+        start = _Start(loaded.model, loaded)
+    else:
+        policy = load_policy(recipe, mesh)
+        start = _Start(attach_adapter(policy, recipe, mesh), policy.loaded)
+    with use_mesh(mesh):
+        result = load_trained(start.model, config, output_dir=out, mesh=mesh)
+    return Trained(result, start.base, time.monotonic() - started)
 
 
 def train_on_rows(recipe: Recipe, out: Path, mesh: Mesh) -> Trained:

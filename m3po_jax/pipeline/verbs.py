@@ -162,10 +162,7 @@ def export(options: argparse.Namespace) -> None:
     if recipe.train.objective == "preference" or options.arm is not None:
         trained = Run(recipe).train_stage(options.round, _arm(recipe, options), only_finished=True)
     else:
-        if not (directory.root / "done.json").exists():
-            raise UserError("no finished training", where=str(directory.root), remedy="run `m3po train` first")
-        with use_mesh(mesh):
-            trained = training.train_on_rows(recipe, directory.root, mesh)
+        trained = training.load_from_rows(recipe, directory.root, mesh)
     with use_mesh(mesh):
         if options.format == "peft":
             export_adapter(trained.model, recipe.model.path, output, recipe.train.lora, overwrite=True)

@@ -49,7 +49,7 @@ class Scorer:
     def load(self, model: VisionLanguageModel) -> None:
         """Takes the model's present weights for all later calls."""
         self.graph, self.state = nnx.split(model)
-        reference = nnx.merge(self.graph, self.state)
+        reference: Any = nnx.merge(self.graph, self.state)
         lora.set_scale(reference, 0.0)
         self.reference_graph = nnx.split(reference)[0]
 

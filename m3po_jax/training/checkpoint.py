@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from m3po_jax.errors import UserError
-from m3po_jax.training.step import TrainState
+from m3po_jax.training.step import Parameters, TrainState
 
 
 class Checkpointer:
@@ -88,6 +88,40 @@ class Checkpointer:
         )
         loaded = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
         return TrainState(**loaded["state"]), progress["iterator"]
+
+
+def restore_trainable(directory: str | os.PathLike[str], target: Parameters) -> Parameters:
+    """The latest trained parameters alone, on the shardings of `target`: no data, no optimizer is needed.
+
+    Raises:
+        UserError: there is no checkpoint, or it holds other parameters.
+    """
+    where = str(directory)
+    with ocp.CheckpointManager(Path(directory).absolute()) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise UserError("no checkpoint", where=where, remedy="run `m3po train` first")
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target)
+        item = {"trainable": abstract}
+        try:
+            loaded = manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(
+                        item=item,
+                        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+                        partial_restore=True,
+                    )
+                ),
+            )
+        except (ValueError, KeyError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(
+                f"the checkpoint holds other parameters ({reason})",
+                where=where,
+                remedy="use the recipe that it was trained with",
+            ) from None
+    return loaded["state"]["trainable"]
 
 
 def write_json(path: Path, content: Any) -> None:

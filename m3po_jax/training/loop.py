@@ -26,11 +26,11 @@ from m3po_jax.config import TrainConfig
 from m3po_jax.data.batches import BatchSource
 from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.sharding import shard_batch, to_host
-from m3po_jax.training.checkpoint import Checkpointer, write_json
+from m3po_jax.training.checkpoint import Checkpointer, restore_trainable, write_json
 from m3po_jax.training.losses import LN2_LOSSES, check_objective
 from m3po_jax.training.metrics_log import MetricsLog
 from m3po_jax.training.progress import progress_bar
-from m3po_jax.training.step import make_step, place_frozen, split_model
+from m3po_jax.training.step import make_step, place_frozen, place_trainable, split_model
 
 # Settings that may change between a run and its continuation.
 _FREE_SETTINGS = ("save_steps", "keep_checkpoints", "log_steps")
@@ -198,6 +198,26 @@ def train(
         write_json(output / "done.json", content)
     trained = partition.merge(state.trainable, frozen)
     return TrainResult(trained, total, log.path, last, step_fn.compilations - compiled_before)
+
+
+def load_trained(model: nnx.Module, config: TrainConfig, *, output_dir: str | Path, mesh: Mesh) -> TrainResult:
+    """What a finished `train` returned, without its data.
+
+    Args:
+        model: As `train` was given it.
+
+    Raises:
+        UserError: the stage is not finished, or was trained with other settings.
+    """
+    output = Path(output_dir)
+    marker = _read_marker(output / "done.json")
+    if marker is None:
+        raise UserError("no finished training", where=str(output), remedy="run `m3po train` first")
+    partition, start, frozen = split_model(model, config)
+    target = place_trainable(partition, start, mesh)
+    trained = restore_trainable(output / "checkpoints", target)
+    merged = partition.merge(trained, place_frozen(frozen, mesh))
+    return TrainResult(merged, marker["steps"], output / "metrics.jsonl", marker["metrics"], 0)
 
 
 class _Guards:

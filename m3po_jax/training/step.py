@@ -142,7 +142,7 @@ class TrainStep:
 
     mesh: Mesh
     optimizer: optax.GradientTransformation
-    shardings: TrainState
+    shardings: Any  # a TrainState of shardings
     jitted: Any
 
     def init(self, trainable: Parameters) -> TrainState:
@@ -239,7 +239,7 @@ def _make_step(
             tokens = jnp.sum(batch.branch_mask[:, 0], dtype=jnp.float32) / groups
         rows, complete = _micro_batches(batch, groups)
 
-        def accumulate(total: Parameters, group: Batch) -> tuple[Parameters, LossOutput]:
+        def accumulate(total: Parameters, group: Any) -> tuple[Parameters, LossOutput]:
             (_, out), grads = value_and_grad(trainable, frozen, base, complete(group), tokens)
             return jax.tree.map(jnp.add, total, grads), out
 
@@ -273,7 +273,7 @@ def _shardings(
     shapes: tuple[tuple[int, ...], ...],
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-) -> TrainState:
+) -> Any:
     """Shardings of a `TrainState`: moments like their parameters, counters on every device."""
     whole = NamedSharding(mesh, P())
     parameters = {
@@ -290,9 +290,18 @@ def _shardings(
         parameters,
         transform_non_params=lambda _: whole,
     )
-    return TrainState(whole, parameters, moments)
+    leaves: tuple[Any, ...] = (whole, parameters, moments)
+    return TrainState(*leaves)
 
 
 def place_frozen(frozen: nnx.State, mesh: Mesh) -> nnx.State:
     """Frozen leaves on their shardings (no copy for those already there)."""
     return jax.device_put(frozen, state_shardings(frozen, mesh))
+
+
+def place_trainable(partition: Partition, trainable: Parameters, mesh: Mesh) -> Parameters:
+    """Trainable leaves on their shardings."""
+    axes = partition.axes_by_name
+    return {
+        name: jax.device_put(value, sharding_for(axes[name], value.shape, mesh)) for name, value in trainable.items()
+    }

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from m3po_jax.data.batches import (
     LENGTHS,
+    TableRows,
     contrastive_batches,
     padded_length,
     pair_batches,
@@ -122,6 +123,13 @@ def test_pairs_hold_their_tokens() -> None:
             assert np.isnan(batch.reference[place]).all()
     # Padding is behind the tokens.
     assert (np.diff(batch.branch_mask.astype(int), axis=-1) <= 0).all()
+
+
+def test_table_rows_are_whole() -> None:
+    rows = TableRows(pa.Table.from_pylist(pairs(3), schema=PAIR))
+    assert [row["images"] for row in rows] == [row["images"] for row in pairs(3)]
+    assert [row["id"] for row in rows[1:]] == ["row-1", "row-2"] and rows[-1]["id"] == "row-2"
+    assert [row["id"] for row in rows.without_images()] == ["row-0", "row-1", "row-2"]
 
 
 def test_fingerprint_tells_data_apart() -> None:

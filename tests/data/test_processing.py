@@ -343,6 +343,4 @@ def test_hf_template_equals_the_transformers_processor(folder, images):
     processor = Processor.from_pretrained(folder, "hf", "crop")
     row = schema.Prompt("x", tuple(encoded), "What is this?")
     assert processor.encode_prompt(row).tolist() == [BOS, *want["input_ids"][0].tolist()]
-    np.testing.assert_allclose(
-        processor.pixel_values(row), want["pixel_values"].transpose(0, 2, 3, 1), atol=1e-6
-    )
+    np.testing.assert_allclose(processor.pixel_values(row), want["pixel_values"].transpose(0, 2, 3, 1), atol=1e-6)

@@ -155,11 +155,7 @@ def test_image_padding_and_suppressed_tokens_are_never_drawn(model):
     keep = {5, 9, EOS}
     banned = tuple(i for i in range(128) if i not in keep)
     out = make_generator(model, suppress_token_ids=banned, temperature=5.0)(prompts())
-    drawn = {
-        int(t)
-        for row, n in zip(out.token_ids.reshape(-1, 12), out.lengths.flat, strict=True)
-        for t in row[:n]
-    }
+    drawn = {int(t) for row, n in zip(out.token_ids.reshape(-1, 12), out.lengths.flat, strict=True) for t in row[:n]}
     assert drawn == keep
 
 

@@ -125,12 +125,12 @@ def test_exported_logits_equal_transformers_with_and_without_adapter(
 
 
 def test_shards_and_index_are_read_by_transformers(loaded: Loaded, tmp_path: Path) -> None:
-    out = export_model(loaded.model, loaded, tmp_path / "out", dtype="float32", shard_bytes=40_000)
+    out = export_model(loaded.model, loaded, tmp_path / "out", dtype="float32", shard_bytes=60_000)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     files = set(index["weight_map"].values())
     assert len(files) > 2 and all((out / f"model-{i:05d}-of-{len(files):05d}.safetensors").is_file() for i in [1, 2])
     assert index["metadata"]["total_size"] == sum(t.read().nbytes for t in open_directory(out).values())
-    assert all(sum(t.read().nbytes for t in read_header(out / f).values()) <= 40_000 for f in files)
+    assert all(sum(t.read().nbytes for t in read_header(out / f).values()) <= 60_000 for f in files)
     np.testing.assert_allclose(their_logits(read_by_transformers(out)), our_logits(loaded.model), atol=1e-4)
 
 

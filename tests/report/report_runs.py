@@ -103,9 +103,7 @@ def write_round(
     prompt_rows, candidate_rows, score_rows, pair_rows, drops = [], [], [], [], []
     for p in range(prompts):
         pid = f"scene-{p:04d}"
-        instruction = (
-            HOSTILE if hostile and p == 0 else "Which things do you see in this picture? Name all of them."
-        )
+        instruction = HOSTILE if hostile and p == 0 else "Which things do you see in this picture? Name all of them."
         prompt_rows.append(
             {"id": pid, "images": [{"bytes": picture(p, side), "path": None}], "instruction": instruction}
         )
@@ -262,7 +260,5 @@ def write_run(
         for i in range(50)
     ]  # fmt: skip
     write_jsonl(folder / "items.jsonl", items)
-    write_json(
-        folder / "results.json", {"accuracy": 0.862, "f1": 0.871, "random": {"f1": 0.88, "yes_rate": 0.512}}
-    )
+    write_json(folder / "results.json", {"accuracy": 0.862, "f1": 0.871, "random": {"f1": 0.88, "yes_rate": 0.512}})
     return run

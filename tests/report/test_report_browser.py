@@ -36,9 +36,7 @@ def console(result: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def test_hostile_run_in_a_browser(tmp_path):
-    run = write_run(
-        tmp_path / "run", hostile=True, arms=("</script><script>document.title='owned'<",), steps=20
-    )
+    run = write_run(tmp_path / "run", hostile=True, arms=("</script><script>document.title='owned'<",), steps=20)
     result = chromium(tmp_path / "profile", build_report(run, word), "--dump-dom")
     assert console(result) == []
     title = re.search(r"<title>(.*?)</title>", result.stdout, re.DOTALL)

@@ -67,16 +67,12 @@ class Page(HTMLParser):
             {"type": "application/json", "id": "chart-data"},
             {},
         ]
-        assert {tag for tag, _ in self.elements}.isdisjoint(
-            {"iframe", "object", "embed", "form", "base", "b-x"}
-        )
+        assert {tag for tag, _ in self.elements}.isdisjoint({"iframe", "object", "embed", "form", "base", "b-x"})
         for tag, attrs in self.elements:
             assert not [name for name in attrs if name.startswith("on")], (tag, attrs)
             for name in ("src", "href", "srcset", "action", "xlink:href"):
                 assert (attrs.get(name) or "#").startswith(("#", "data:")), (tag, attrs)
-        (policy,) = [
-            a["content"] for t, a in self.elements if a.get("http-equiv") == "Content-Security-Policy"
-        ]
+        (policy,) = [a["content"] for t, a in self.elements if a.get("http-equiv") == "Content-Security-Policy"]
         digest = base64.b64encode(hashlib.sha256(self.scripts[1].encode()).digest()).decode()
         assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
 
@@ -127,9 +123,7 @@ def test_pair_shows_all_candidates_with_scores_and_roles(tmp_path):
     rows = [attrs.get("class") for tag, attrs in page.elements if tag == "tr" and "class" in attrs]
     assert rows[:2] == ["chosen", "rejected"] and rows.count("chosen") == 1
     assert len(page.of_class("answer")) == 8  # 4 of the pair, 4 of the dropped prompt
-    colours = [
-        attrs for tag, attrs in page.elements if tag == "i" and re.fullmatch(r"t\d", attrs.get("class") or "")
-    ]
+    colours = [attrs for tag, attrs in page.elements if tag == "i" and re.fullmatch(r"t\d", attrs.get("class") or "")]
     assert len([attrs for attrs in colours if "title" in attrs]) == 8 * 8
     assert all(re.fullmatch(r"−?\d+\.\d\d", attrs["title"]) for attrs in colours if "title" in attrs)
     images = [attrs for tag, attrs in page.elements if tag == "img"]
@@ -139,9 +133,7 @@ def test_pair_shows_all_candidates_with_scores_and_roles(tmp_path):
 
 
 def test_hostile_text_is_inert_and_visible(tmp_path):
-    run = write_run(
-        tmp_path / "run", hostile=True, arms=("</script><script>document.title='owned'<",), steps=5
-    )
+    run = write_run(tmp_path / "run", hostile=True, arms=("</script><script>document.title='owned'<",), steps=5)
     table = evaluation()
     table["tables"][0]["title"] = HOSTILE
     table["tables"][0]["rows"][1]["name"] = HOSTILE
@@ -269,9 +261,7 @@ def test_unexpected_json_types_do_not_stop_the_report(tmp_path):
         "stages": [3, {"stage": None, "seconds": "x"}],
     }
     write_json(run / "manifest.json", manifest)
-    write_json(
-        run / "round-1" / "pairs" / "summary.json", {"prompts": "many", "drops": [1], "warnings": "none"}
-    )
+    write_json(run / "round-1" / "pairs" / "summary.json", {"prompts": "many", "drops": [1], "warnings": "none"})
     write_json(run / "round-1" / "scores" / "calibration.json", {"mas": 3, "confidence": None})
     rows = [4, {"name": None, "kind": "<i>", "values": 3, "intervals": {"a": [1]}}, {"name": "base"}]
     tables = [None, {"columns": [{"key": "a", "digits": "x"}, 5], "rows": rows}, {}]
@@ -307,13 +297,9 @@ def test_evaluation_is_bold_only_outside_the_interval_of_the_base(tmp_path):
         {"name": "sft", "kind": "arm", "values": {"f1": 70.0, "chair": None, "length": 9.1}, "intervals": {}},
         {"name": "stop", "kind": "frontier", "values": {"f1": 79.5, "chair": 12.0}, "intervals": {}},
     ]  # fmt: skip
-    write_json(
-        tmp_path / "run" / "evaluation.json", {"tables": [{"title": "T", "columns": columns, "rows": rows}]}
-    )
+    write_json(tmp_path / "run" / "evaluation.json", {"tables": [{"title": "T", "columns": columns, "rows": rows}]})
     page = build(tmp_path / "run")
-    cells = [
-        attrs["class"] for tag, attrs in page.elements if tag == "td" and "num" in (attrs.get("class") or "")
-    ]
+    cells = [attrs["class"] for tag, attrs in page.elements if tag == "td" and "num" in (attrs.get("class") or "")]
     verdicts = np.array([cell.replace("num", "").strip() for cell in cells]).reshape(4, 3).tolist()
     assert verdicts == [["", "", ""], ["", "better", "differs"], ["worse", "", ""], ["", "worse", ""]]
     bold = re.findall(r"<td class=\"num[^>]*><b>([^<]*)</b>", page.source)

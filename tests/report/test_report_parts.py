@@ -104,10 +104,7 @@ def test_charts_escape_names_and_need_points():
     assert "<script>" not in (svg.frontier_chart(name, points, x_label=name, y_label=name) or "")
     assert svg.line_chart("", [svg.Series("", [1], [math.nan])], x_label="") is None
     assert svg.histogram_chart("", [("all", np.array([math.nan]))], x_label="") is None
-    assert (
-        svg.scatter_chart("", [("all", np.array([1.0]), np.array([math.nan]))], x_label="", y_label="")
-        is None
-    )
+    assert svg.scatter_chart("", [("all", np.array([1.0]), np.array([math.nan]))], x_label="", y_label="") is None
 
 
 def test_histogram_shares_sum_to_one():
@@ -138,9 +135,7 @@ def test_verdicts(value, base, better, expected):
     assert tables.verdict(value, base, better) == expected
 
 
-@pytest.mark.parametrize(
-    ("fixed", "broken", "p"), [(0, 0, 1.0), (5, 5, 1.0), (10, 0, 2 / 1024), (8, 2, 112 / 1024)]
-)
+@pytest.mark.parametrize(("fixed", "broken", "p"), [(0, 0, 1.0), (5, 5, 1.0), (10, 0, 2 / 1024), (8, 2, 112 / 1024)])
 def test_mcnemar_exact(fixed, broken, p):
     assert tables.mcnemar(fixed, broken) == pytest.approx(p) == tables.mcnemar(broken, fixed)
 

@@ -1,6 +1,8 @@
 import sys
+from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,15 +35,24 @@ def answers(batch, count=5, width=6, seed=0):
     return ids, mask
 
 
+@partial(jax.jit, static_argnums=0)
+def forward(graph, state, tokens, pixels):
+    """Logits at every position of a full causal pass, [32, vocabulary]."""
+    model = nnx.merge(graph, state)
+    return reference_forward(model, tokens, jnp.ones_like(tokens, bool), encode_images(model, pixels))[0]
+
+
 def plain_log_probs(model, batch, ids, mask, pixels):
-    """Every answer in a pass of its own, without sharing or padding of the prompt."""
+    """Every answer in a pass of its own, without sharing; the padding lies after it, where nothing looks."""
     out = np.zeros(ids.shape, np.float32)
     for b, k in np.ndindex(ids.shape[:2]):
         prompt, answer = batch.token_ids[b][batch.mask[b]], ids[b, k][mask[b, k]]
-        tokens = jnp.asarray(np.concatenate([prompt, answer])[None])
-        features = encode_images(model, jnp.asarray(pixels[b : b + 1]))
-        logits = np.float64(reference_forward(model, tokens, jnp.ones_like(tokens, bool), features)[0])
-        rows = logits[len(prompt) - 1 : -1]
+        if not len(answer):
+            continue
+        tokens = np.zeros((1, 32), np.int32)
+        tokens[0, : len(prompt) + len(answer)] = np.concatenate([prompt, answer])
+        logits = np.float64(forward(*nnx.split(model), tokens, pixels[b : b + 1]))
+        rows = logits[len(prompt) - 1 : len(prompt) + len(answer) - 1]
         out[b, k, : len(answer)] = rows[np.arange(len(answer)), answer] - np.logaddexp.reduce(rows, axis=-1)
     return out
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 from training_tools import base_config, tiny_model, tiny_pairs
 
@@ -54,10 +55,10 @@ def main(folder: Path) -> None:
         return {"leaves": leaves, "metrics": result.metrics_path.read_text().splitlines()}
 
     results = {"one": numbers(run("one", "one"))}
-    try:
-        run("data", "mixed", stop_at=2)
-    except Interrupted:
-        results["mixed"] = numbers(run("cube", "mixed"))
+    # The signal comes after step 1 and is seen after step 2.
+    with pytest.raises(Interrupted, match="after step 2 of 3"):
+        run("data", "mixed", stop_at=1)
+    results["mixed"] = numbers(run("cube", "mixed"))
     whole = run("data", "data")
     results["data"] = numbers(whole)
     kernel = run("cube", "mixed").model.decoder.layers.mlp.up_proj

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,15 @@ from m3po_jax.training.losses import check_objective, contrastive, reference_sum
 from m3po_jax.training.losses import preference as preference_of
 from m3po_jax.training.losses import sft as sft_of
 from m3po_jax.training.step import make_step, place_frozen, split_model
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compilation() -> Iterator[None]:
+    """These programs run once: compiling them is all the time they take."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def jitted(loss: Any) -> Any:

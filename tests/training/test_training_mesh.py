@@ -17,6 +17,7 @@ def test_meshes_agree(tmp_path: Path) -> None:
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": str(root),
     }
     worker = Path(__file__).with_name("mesh_worker.py")

@@ -49,7 +49,7 @@ def canonical_name(name: str) -> str | None:
 
 def tower_name(name: str) -> str | None:
     """LLaVA's name of a tensor of a CLIP directory, whole or vision part; None: not the tower's."""
-    if _SKIPPED.search(name) or name == "logit_scale":
+    if _SKIPPED.search(name) or name in ("logit_scale", "logit_bias"):
         return None
     if name.startswith(("text_model.", "text_projection.", "visual_projection.")):
         return None

@@ -1,0 +1,173 @@
+"""Writes docs/recipes.md from the dataclasses and comments of m3po_jax/config.py.
+
+    python docs/make_recipes.py
+
+A comment behind or above a field is its meaning; the others are told in `MEANINGS`. A key with neither is an error.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import io
+import json
+import tokenize
+import typing
+from pathlib import Path
+from typing import Any
+
+from m3po_jax import config
+
+OUTPUT = Path(__file__).with_name("recipes.md")
+
+INTRODUCTION = """\
+# Recipes
+
+<!-- Made by docs/make_recipes.py from m3po_jax/config.py. Do not edit. -->
+
+A recipe is a YAML file; it states only what it changes. Every key can be replaced on the command line, which wins:
+
+```bash
+m3po run --config configs/llava15_7b_m3po.yaml name=trial train.beta=0.2 'select.length_ratio=[0.5, 3.0]'
+```
+
+Unknown keys are errors that name the nearest known one. Quote a value that holds spaces, brackets or braces. The
+resolved recipe is saved as `config.yaml` in the run directory, and a run directory takes one recipe only: another
+value needs another `name`. `--mock` runs any recipe with a tiny model and a handful of rows, to try its settings.
+"""
+
+SECTIONS = {
+    "": "The run",
+    "mesh": "mesh: devices",
+    "model": "model: the policy",
+    "data": "data: prompts",
+    "generate": "generate: candidates",
+    "score": "score: MAS and confidence",
+    "select": "select: pairs",
+    "train": "train: learning",
+    "train.lora": "train.lora: adapters",
+    "evaluate": "evaluate: benchmarks",
+    "evaluate.benchmarks.NAME": "evaluate.benchmarks.NAME: one benchmark",
+}
+
+# Keys whose comment in config.py would repeat their name.
+MEANINGS = {
+    "name": "the run's folder under `output_dir`",
+    "output_dir": "where run directories are made",
+    "seed": "of sampling, of fresh adapters and of the order of rows",
+    "rounds": "how often candidates, scores, pairs and training follow one another; arms join the first round only",
+    "mesh.data": "replicas; −1: all devices that the other two leave",
+    "mesh.fsdp": "parts that weights are split into by rows, and batches too",
+    "mesh.tensor": "parts that heads, MLP width and vocabulary are split into",
+    "generate.num_candidates": "answers sampled for each prompt (K)",
+    "generate.temperature": "of sampling; 0 is greedy. Recorded log-probs are at temperature 1 whatever it is",
+    "generate.top_p": "1: off",
+    "generate.max_new_tokens": "longest answer; one that is cut has `finish_reason: length`",
+    "data.path": "a file, a folder or a builder, see data.md",
+    "data.split": "split of a TFDS data set, or of parquet files named as on the Hugging Face hub",
+    "data.limit": "only the first rows",
+    "arms": "comparison systems trained on the same candidates: name → dotted overrides of this recipe",
+    "select.rule": "how pairs are made: m3p, mas_only, vanilla, random, low_confidence, product, lexicographic, "
+    "inversion or shared, see method.md",
+    "select.lambda_preferred": "λ₊: weight of confidence for the chosen answer",
+    "select.lambda_dispreferred": "λ₋: weight of confidence for the rejected answer",
+    "select.lexicographic": "τ₊, τ₋ of that rule: least MAS of a chosen answer, and what a rejected one stays below",
+    "select.seed": "of the rules `random` and `vanilla`",
+    "train.beta": "inverse temperature of the implicit reward",
+    "train.label_smoothing": "assumed share of flipped labels; the losses that read it are in training.md",
+    "train.learning_rate": "of AdamW, at its peak",
+    "train.warmup_ratio": "share of the steps in which the rate rises",
+    "train.weight_decay": "on matrices, not on norms and biases",
+    "train.max_grad_norm": "gradients are clipped to this global norm; 0: off",
+    "train.gradient_accumulation_steps": "parts of a batch that pass one after another, with the same result",
+    "train.epochs": "passes over the rows of a round",
+    "train.max_answer_tokens": "longer answers are refused, never truncated",
+    "train.save_steps": "steps between checkpoints",
+    "train.keep_checkpoints": "how many of the latest are kept",
+    "train.log_steps": "steps between lines of metrics.jsonl",
+    "train.lora.lora_alpha": "adapters are scaled by lora_alpha / lora_rank",
+    "train.lora.target_modules": "the decoder's linear layers that get an adapter",
+    "train.lora.train_projector": "the projector learns too, as a whole",
+    "train.lora.lora_rank": "0: full fine-tuning of decoder and projector",
+    "evaluate.benchmarks": "benchmarks by name",
+    "evaluate.max_new_tokens": "longest answer; decoding is greedy",
+    "evaluate.batch_size": "questions in flight",
+    "evaluate.bootstrap_samples": "resamples of the intervals, over images",
+    "evaluate.benchmarks.NAME.data": "the questions; keys as under data",
+}
+
+
+def comments() -> dict[tuple[str, str], str]:
+    """(class, field) -> the comment behind the field, or the one in the lines above it."""
+    source = Path(config.__file__).read_text(encoding="utf-8")
+    behind: dict[int, str] = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            behind[token.start[0]] = token.string.removeprefix("#").strip()
+    found = {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        fields = [item for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)]
+        used = {item.end_lineno for item in fields}
+        for item in fields:
+            text = behind.get(item.end_lineno or 0) or behind.get(item.lineno)
+            if text is None and item.lineno - 1 not in used:
+                text = behind.get(item.lineno - 1)
+            if text is not None:
+                found[node.name, item.target.id] = text  # type: ignore[attr-defined]  # a name, see above
+    return found
+
+
+def written(value: Any) -> str:
+    """A default as YAML's flow style writes it."""
+    if dataclasses.is_dataclass(value):
+        return "data's"
+    if isinstance(value, str):
+        return value or '""'
+    return json.dumps(value)
+
+
+def sections() -> dict[str, list[tuple[str, str, str]]]:
+    """Section -> (key, default, meaning) of each key, in the order of config.py.
+
+    Raises:
+        SystemExit: a key has no meaning.
+    """
+    known = comments()
+    found: dict[str, list[tuple[str, str, str]]] = {}
+
+    def visit(cls: type, prefix: str) -> None:
+        rows = found.setdefault(prefix, [])
+        defaults, hints = cls(), typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            key = f"{prefix}.{field.name}" if prefix else field.name
+            default = getattr(defaults, field.name)
+            if dataclasses.is_dataclass(default) and key in SECTIONS:
+                visit(hints[field.name], key)
+                continue
+            meaning = MEANINGS.get(key) or known.get((cls.__name__, field.name))
+            if meaning is None:
+                raise SystemExit(f"{key} has no meaning: add a comment in config.py, or tell it in MEANINGS")
+            rows.append((key, written(default), meaning))
+            if key == "evaluate.benchmarks":
+                visit(config.BenchmarkConfig, f"{key}.NAME")
+
+    visit(config.Recipe, "")
+    return found
+
+
+def render() -> str:
+    """The page."""
+    parts = [INTRODUCTION]
+    found = sections()
+    for name, title in SECTIONS.items():
+        parts.append(f"\n## {title}\n\n| key | default | meaning |\n|---|---|---|\n")
+        for key, default, meaning in found[name]:
+            escaped = meaning.replace("|", "\\|")
+            parts.append(f"| `{key}` | `{default}` | {escaped} |\n")
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    OUTPUT.write_text(render(), encoding="utf-8")

@@ -1,0 +1,56 @@
+"""What the compiled program must not hold: K copies of a prefix cache, or cache copies in the decode loop."""
+
+import re
+
+import pytest
+from tiny_llava import make_generator, prompts, tiny_model
+
+from m3po_jax.sharding import use_mesh
+
+PROMPTS, CANDIDATES, PREFIX, WIDTH, GROUPS = 3, 5, 32, 8, 2
+
+
+@pytest.fixture(scope="module")
+def program():
+    generator = make_generator(tiny_model(), num_candidates=CANDIDATES, max_new_tokens=80)
+    with use_mesh(generator.mesh):
+        return generator.program.lower(generator.graph, *generator.arguments(prompts())).compile().as_text()
+
+
+def loop_lines(program):
+    """Instructions of the top-level while loops' bodies and of everything that they call."""
+    computations, name = {}, ""
+    for line in program.splitlines():
+        if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            name = "ENTRY" if line.startswith("ENTRY") else header.group(1)
+        computations.setdefault(name, []).append(line)
+    called = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
+    waiting = [called.search(line).group(1) for line in computations["ENTRY"] if " while(" in line]
+    assert waiting
+    seen = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting += [callee for line in computations[name] for callee in called.findall(line)]
+    return [line for name in seen for line in computations[name]]
+
+
+def shape(line):
+    found = re.search(r"= \w+\[([\d,]*)\]", line)
+    return sorted(int(d) for d in found.group(1).split(",") if d) if found else []
+
+
+def test_no_prefix_cache_is_held_per_candidate(program):
+    shapes = {tuple(int(d) for d in text.split(",")) for text in re.findall(r"f32\[([\d,]+)\]", program)}
+    assert (PROMPTS, GROUPS, PREFIX, WIDTH) in shapes  # the one copy
+    per_candidate = {CANDIDATES, PROMPTS * CANDIDATES}
+    assert not [s for s in shapes if per_candidate & set(s) and PREFIX in s and WIDTH in s]
+
+
+def test_no_cache_is_copied_in_the_decode_loop(program):
+    caches = [sorted((PROMPTS, GROUPS, PREFIX, WIDTH))]
+    caches += [sorted((PROMPTS, GROUPS, CANDIDATES, slots, WIDTH)) for slots in (64, 15)]
+    moved = [line for line in loop_lines(program) if re.search(r" (copy|transpose)\(", line)]
+    assert moved  # the small ones: a step's queries and keys
+    assert not [line for line in moved if shape(line) in caches]

@@ -1,0 +1,110 @@
+"""A recipe that goes through every stage in seconds, on images of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from m3po_jax.quickstart import language
+from m3po_jax.quickstart.builder import encode_png
+from m3po_jax.quickstart.objects import OBJECTS
+from m3po_jax.quickstart.scenes import scene
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_data(folder: Path, count: int = 12) -> Path:
+    """Scenes as image files and JSON lines: captions, and a yes/no question about every third."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for index in range(count):
+        made = scene("prompts", index)
+        name = f"{index:03d}.png"
+        (folder / name).write_bytes(encode_png(made.image))
+        about = {"objects": list(made.objects), "scene": name}
+        row = {"id": f"s{index}", "images": [name], "instruction": language.CAPTION_INSTRUCTION}
+        lines.append(row | {"reference": language.caption(made.objects), "metadata": about | {"kind": "caption"}})
+        if index % 3 == 0:
+            question = language.Question(made.objects[0], True, "random")
+            row = {"id": f"q{index}", "images": [name], "instruction": question.instruction, "reference": "Yes"}
+            lines.append(row | {"metadata": about | {"kind": "yesno", "category": "random"}})
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def write_recipe(folder: Path, data: Path, **changes: object) -> Path:
+    """The mini recipe as YAML; `changes` replace top-level sections' keys (``train={"max_steps": 2}``)."""
+    rows = {"source": "jsonl", "path": str(data)}
+    recipe: dict[str, object] = {
+        "name": "mini",
+        "output_dir": str(folder / "runs"),
+        "model": {
+            "path": "builtin:quickstart-base",
+            "dtype": "float32",
+            "param_dtype": "float32",
+            "template": "plain",
+            "image_fit": "stretch",
+            "remat": "none",
+        },
+        "data": dict(rows),
+        "generate": {"num_candidates": 4, "max_new_tokens": 20, "batch_size": 4, "shard_rows": 4},
+        "score": {
+            "backend": "similarity",
+            "model": "builtin:quickstart-scorer",
+            "aggregate": "soft_f1",
+            "vocabulary": list(OBJECTS),
+            "confidence": ["mean", "prior"],
+            "batch_size": 8,
+        },
+        "select": {"margin": 0.0, "chosen_floor": 0.0},
+        "train": {
+            "lora": {"lora_rank": 4, "lora_alpha": 8.0},
+            "learning_rate": 1e-3,
+            "batch_size": 4,
+            "max_steps": 5,
+            "max_answer_tokens": 20,
+            "save_steps": 2,
+        },
+        "arms": {"mas_dpo": {"select.rule": "mas_only"}},
+        "evaluate": {
+            "max_new_tokens": 20,
+            "batch_size": 8,
+            "stop_bias": [2.0],
+            "contrast_alpha": [1.0],
+            "bootstrap_samples": 50,
+            "benchmarks": {
+                "scenes": {"metric": "chair", "kind": "caption", "data": dict(rows), "vocabulary": list(OBJECTS)},
+                "questions": {"metric": "pope", "kind": "yesno", "data": dict(rows)},
+            },
+        },
+    }
+    for section, values in changes.items():
+        current = recipe.get(section)
+        recipe[section] = {**current, **values} if isinstance(current, dict) and isinstance(values, dict) else values
+    path = folder / "mini.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """For a subprocess: one thread's worth of noise, `devices` simulated CPU devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
+def m3po(*arguments: str, devices: int = 1) -> subprocess.Popen[str]:
+    """Starts the command line in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "m3po_jax.cli", *arguments],
+        env=environment(devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )

@@ -1,0 +1,216 @@
+"""The whole loop on a handful of scenes: what it writes, that it resumes, and that it is the same anywhere."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from mini_run import m3po, write_data, write_recipe
+
+from m3po_jax.cli import main
+from m3po_jax.data import tables
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("run")
+    recipe = write_recipe(folder, write_data(folder / "data"))
+    assert main(["run", "--config", str(recipe)]) == 0
+    return folder / "runs" / "mini"
+
+
+def rows(folder: Path) -> list[dict]:
+    return sorted(tables.read_rows(folder), key=lambda row: (row["id"], row.get("candidate", 0)))
+
+
+def same_run(one: Path, other: Path, tolerance: float = 0.0) -> None:
+    """Candidates, scores, pairs, metrics and the final table are equal (floats within `tolerance`)."""
+    for stage in ("candidates", "scores", "pairs"):
+        first, second = rows(one / "round-1" / stage), rows(other / "round-1" / stage)
+        assert [row["id"] for row in first] == [row["id"] for row in second]
+        for a, b in zip(first, second, strict=True):
+            assert a.keys() == b.keys()
+            for key, value in a.items():
+                if isinstance(value, float) or (isinstance(value, list) and value and isinstance(value[0], float)):
+                    np.testing.assert_allclose(
+                        value, b[key], rtol=tolerance, atol=tolerance, err_msg=f"{stage} {key}"
+                    )
+                else:
+                    assert value == b[key], (stage, key)
+    for arm in (".", "arms/mas_dpo"):
+        logs = [
+            [json.loads(line) for line in (run / arm / "round-1/metrics.jsonl").read_text().splitlines()]
+            for run in (one, other)
+        ]
+        assert [log["step"] for log in logs[0]] == [log["step"] for log in logs[1]] == [1, 2, 3, 4, 5]
+        for a, b in zip(*logs, strict=True):
+            np.testing.assert_allclose(a["loss"], b["loss"], rtol=tolerance, atol=tolerance)
+            np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=20 * tolerance, atol=20 * tolerance)
+    tables_of = [json.loads((run / "evaluation.json").read_text())["tables"] for run in (one, other)]
+    assert tables_of[0] == tables_of[1]
+
+
+def test_every_stage_leaves_what_the_design_promises(finished: Path):
+    round_1 = finished / "round-1"
+    candidates, scores = rows(round_1 / "candidates"), rows(round_1 / "scores")
+    assert len(candidates) == len(scores) == 4 * 16
+    for candidate, score in zip(candidates, scores, strict=True):
+        assert len(candidate["token_ids"]) == len(candidate["token_logprobs"]) > 0
+        assert max(candidate["token_logprobs"]) <= 0
+        mean = float(np.mean(candidate["token_logprobs"]))
+        assert score["confidence"] == pytest.approx(mean, abs=1e-5) and 0 <= score["mas"] <= 1
+        assert score["mas_similarity"] == score["mas"] and np.isfinite(score["confidence_prior"])
+    summary = json.loads((round_1 / "pairs" / "summary.json").read_text())
+    drops = [json.loads(line) for line in (round_1 / "pairs" / "drops.jsonl").read_text().splitlines()]
+    pairs = rows(round_1 / "pairs")
+    assert len(pairs) == summary["kept"] and len(pairs) + len(drops) == summary["prompts"] == 16
+    by_key = {(row["id"], row["candidate"]): row for row in candidates}
+    for pair in pairs:
+        chosen = by_key[pair["id"], pair["chosen_candidate"]]
+        assert pair["chosen_token_ids"] == chosen["token_ids"]
+        assert pair["reference_chosen_logprobs"] == chosen["token_logprobs"]
+        assert pair["images"][0]["bytes"].startswith(b"\x89PNG")
+        assert pair["chosen"][0]["content"][0]["text"] == chosen["text"]
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert {stage["stage"] for stage in manifest["stages"]} == {"generate", "score", "select", "train", "evaluate"}
+    assert manifest["model"]["hash"] and manifest["data"]["rows"] == 16 and manifest["versions"]["jax"]
+    table = json.loads((finished / "evaluation.json").read_text())["tables"][0]
+    names = [row["name"] for row in table["rows"]]
+    assert names == ["base", "base, stop bias +2", "vcd α=1", "mas_dpo", "m3po"]
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert "mas_dpo" in page and "<script src" not in page
+
+
+def test_first_step_has_the_closed_form_loss(finished: Path):
+    first = json.loads((finished / "round-1" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-4)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-3)
+
+
+def test_trl_and_datasets_open_the_pairs(finished: Path):
+    datasets = pytest.importorskip("datasets")
+    files = [str(path) for path in tables.shards(finished / "round-1" / "pairs")]
+    loaded = datasets.Dataset.from_parquet(files)
+    assert {"images", "prompt", "chosen", "rejected"} <= set(loaded.column_names)
+    assert loaded[0]["prompt"][0]["content"][0]["type"] == "image"
+
+
+def test_a_second_call_does_nothing_new(finished: Path, capsys: pytest.CaptureFixture[str]):
+    watched = [path for path in finished.rglob("*") if path.is_file() and path.name not in ("report.html", ".lock")]
+    before = {path: path.stat().st_mtime_ns for path in watched if "evaluation." not in path.name}
+    assert main(["run", "--config", str(finished.parents[1] / "mini.yaml")]) == 0
+    changed = [path for path, stamp in before.items() if path.stat().st_mtime_ns != stamp]
+    assert [path.name for path in changed if path.name not in ("manifest.json", "calibration.json")] == []
+
+
+def test_another_recipe_is_refused_in_the_same_folder(finished: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["run", "--config", str(finished.parents[1] / "mini.yaml"), "train.beta=0.5"]) == 2
+    assert "holds a run of another recipe (it has 'beta: 0.1', this one 'beta: 0.5')" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        (signal.SIGKILL, "round-1/candidates/00001-*.parquet"),
+        (signal.SIGTERM, "round-1/candidates/00000-*.parquet"),
+        (signal.SIGKILL, "round-1/scores/00000-*.parquet"),
+        (signal.SIGKILL, "round-1/checkpoints/2"),
+        (signal.SIGTERM, "round-1/checkpoints/2"),
+        (signal.SIGKILL, "round-0/evaluation/scenes/items.jsonl"),
+    ],
+)
+def test_a_killed_run_ends_with_the_same_result(finished: Path, tmp_path: Path, number: signal.Signals, moment: str):
+    data = finished.parents[1] / "data" / "prompts.jsonl"
+    recipe = write_recipe(tmp_path, data)
+    run = tmp_path / "runs" / "mini"
+    process = m3po("run", "--config", str(recipe))
+    deadline = time.monotonic() + 300
+    while not list(run.glob(moment)) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=300)
+    if number == signal.SIGTERM:
+        assert process.returncode in (75, 0), errors
+        assert process.returncode == 0 or "the same command continues" in errors
+    kept = {path: path.stat().st_mtime_ns for path in run.glob("round-1/candidates/*.parquet")}
+    again = m3po("run", "--config", str(recipe))
+    _, errors = again.communicate(timeout=300)
+    assert again.returncode == 0, errors
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items()), "a finished shard was made again"
+    same_run(finished, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["mesh.data=8", "mesh.data=2 mesh.fsdp=2 mesh.tensor=2"])
+def test_eight_devices_give_the_same_run(finished: Path, tmp_path: Path, mesh: str):
+    recipe = write_recipe(tmp_path, finished.parents[1] / "data" / "prompts.jsonl")
+    process = m3po("run", "--config", str(recipe), *mesh.split(), devices=8)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    same_run(finished, tmp_path / "runs" / "mini", tolerance=2e-3)
+
+
+def test_stages_by_themselves_make_the_same_run(finished: Path, tmp_path: Path):
+    recipe = write_recipe(tmp_path, finished.parents[1] / "data" / "prompts.jsonl")
+    for verb in ("generate", "score", "select", "train"):
+        assert main([verb, "--config", str(recipe)]) == 0
+    other = tmp_path / "runs" / "mini"
+    for stage in ("candidates", "scores", "pairs"):
+        assert rows(finished / "round-1" / stage) == rows(other / "round-1" / stage)
+    assert (finished / "round-1/metrics.jsonl").read_text() == (other / "round-1/metrics.jsonl").read_text()
+
+
+def test_export_loads_in_transformers_and_peft(finished: Path, tmp_path: Path):
+    torch = pytest.importorskip("torch")
+    from transformers import LlavaForConditionalGeneration
+
+    recipe = str(finished.parents[1] / "mini.yaml")
+    merged, adapter, base = tmp_path / "merged", tmp_path / "adapter", tmp_path / "base"
+    assert main(["export", "--config", recipe, "--output", str(merged), "--dtype", "float32"]) == 0
+    assert main(["export", "--config", recipe, "--format", "peft", "--output", str(adapter)]) == 0
+    whole = LlavaForConditionalGeneration.from_pretrained(merged, dtype=torch.float32).eval()
+
+    from m3po_jax.models.registry import resolve_directory
+    from peft import PeftModel
+
+    base = resolve_directory("builtin:quickstart-base")
+    adapted = PeftModel.from_pretrained(
+        LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32), adapter
+    )
+    image = (
+        whole.config.image_token_index if hasattr(whole.config, "image_token_index") else whole.config.image_token_id
+    )
+    ids = torch.tensor([[1, 20, *[image] * 16, 21, 22, 23]])
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        one = whole(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels).logits
+        two = adapted.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels).logits
+        with adapted.disable_adapter():
+            start = adapted(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels).logits
+    assert (one - two).abs().max() < 1e-3
+    assert (one - start).abs().max() > 1e-3, "training changed nothing"
+
+
+def test_json_lines_in_and_out_of_select(finished: Path, tmp_path: Path):
+    scores = {(row["id"], row["candidate"]): row for row in rows(finished / "round-1" / "scores")}
+    joined = [row | scores[row["id"], row["candidate"]] for row in rows(finished / "round-1" / "candidates")]
+    tables.write_json_lines(tmp_path / "scored.jsonl", joined)
+    arguments = ["--input", str(tmp_path / "scored.jsonl"), "--output", str(tmp_path / "pairs.jsonl")]
+    assert main(["select", *arguments, "select.margin=0.0", "select.chosen_floor=0.0"]) == 0
+    made = {row["id"]: row for _, row in tables.read_json_lines(tmp_path / "pairs.jsonl")}
+    for pair in rows(finished / "round-1" / "pairs"):
+        assert made[pair["id"]]["chosen_candidate"] == pair["chosen_candidate"]
+        assert made[pair["id"]]["rejected_candidate"] == pair["rejected_candidate"]
+
+
+def test_pairs_table_has_the_schema(finished: Path):
+    from m3po_jax.data.schema import PAIR
+
+    assert pq.read_schema(tables.shards(finished / "round-1" / "pairs")[0]).equals(PAIR)
