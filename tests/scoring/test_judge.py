@@ -113,6 +113,19 @@ class Counting:
         return self.scorer.choice_probabilities(batch, token_ids, branch_ids, branch_mask)
 
 
+def test_spellings_add_up(policy):
+    class Stub:
+        batch_size = 4
+
+        def choice_probabilities(self, batch, token_ids, branch_ids, branch_mask):
+            of = {policy.processor.text.decode([token]): token for token in token_ids}
+            p = {of["Yes"]: 0.3, of["yes"]: 0.1, of["No"]: 0.2, of["no"]: 0.05}
+            return np.broadcast_to(np.float32([p[token] for token in token_ids]), (*branch_ids.shape[:2], 4))
+
+    (found,) = Claims(Stub(), policy.processor, vocabulary=OBJECTS)([prompt(1)], [["a dog."]])
+    np.testing.assert_allclose(found, [(1 + 0.4 - 0.25) / 2], atol=1e-6)
+
+
 def test_questions_share_their_image_and_none_is_asked_twice(policy, scorer):
     counting = Counting(scorer)
     backend = Claims(counting, policy.processor, vocabulary=OBJECTS)
