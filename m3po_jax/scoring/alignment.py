@@ -79,6 +79,21 @@ def pool_scores(
     return np.array(scores, np.float64)
 
 
+@partial(jax.jit, static_argnums=0)
+def _image_embeddings(graph: Any, state: Any, pixels: jax.Array) -> jax.Array:
+    return nnx.merge(graph, state).encode_image(pixels)
+
+
+@partial(jax.jit, static_argnums=0)
+def _text_embeddings(graph: Any, state: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    return nnx.merge(graph, state).encode_text(ids, mask)
+
+
+@partial(jax.jit, static_argnums=0)
+def _pair_logits(graph: Any, state: Any, images: jax.Array, texts: jax.Array) -> jax.Array:
+    return nnx.merge(graph, state).logits(images, texts)
+
+
 class Similarity:
     """A CLIP or SigLIP dual encoder, on whole answers or claim by claim.
 
@@ -122,27 +137,13 @@ class Similarity:
         self.probabilistic = model.config.kind == "siglip" or model.config.pooling == "patches"
         self.texts: dict[str, np.ndarray] = {}
 
-        @partial(jax.jit, static_argnums=0)
-        def images(graph: Any, state: Any, pixels: jax.Array) -> jax.Array:
-            return nnx.merge(graph, state).encode_image(pixels)
-
-        @partial(jax.jit, static_argnums=0)
-        def texts(graph: Any, state: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
-            return nnx.merge(graph, state).encode_text(ids, mask)
-
-        @partial(jax.jit, static_argnums=0)
-        def logits(graph: Any, state: Any, image: jax.Array, text: jax.Array) -> jax.Array:
-            return nnx.merge(graph, state).logits(image, text)
-
-        self._images, self._texts, self._logits = images, texts, logits
-
     def _embed_texts(self, texts: Sequence[str]) -> None:
         """Adds the embeddings of unseen texts to the cache, in batches of one compiled shape."""
         new = [text for text in dict.fromkeys(texts) if text not in self.texts]
         for start in range(0, len(new), self.batch_size):
             part = new[start : start + self.batch_size]
             ids, mask = self.processor.encode_texts(part + part[-1:] * (self.batch_size - len(part)))
-            embedded = to_host(self._texts(self.graph, self.state, *shard_batch((ids, mask), self.mesh)))
+            embedded = to_host(_text_embeddings(self.graph, self.state, *shard_batch((ids, mask), self.mesh)))
             self.texts.update(zip(part, embedded[: len(part)], strict=True))
 
     def _scores(self, images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
@@ -153,7 +154,7 @@ class Similarity:
         # Padded to a few sizes, so that the product is compiled a handful of times.
         width = max(8, 1 << (len(texts) - 1).bit_length())
         padded = np.concatenate([matrix, np.repeat(matrix[-1:], width - len(texts), axis=0)])
-        logits = to_host(self._logits(self.graph, self.state, images, padded))[:, : len(texts)].max(axis=0)
+        logits = to_host(_pair_logits(self.graph, self.state, images, padded))[:, : len(texts)].max(axis=0)
         return 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
 
     def _claims(self, prompt: Prompt, answer: str) -> list[Claim]:
@@ -191,7 +192,9 @@ class Similarity:
         count = -(-len(flat) // self.batch_size) * self.batch_size
         padded = np.concatenate([flat, np.repeat(flat[-1:], count - len(flat), axis=0)])
         parts = [
-            to_host(self._images(self.graph, self.state, shard_batch(padded[i : i + self.batch_size], self.mesh)))
+            to_host(
+                _image_embeddings(self.graph, self.state, shard_batch(padded[i : i + self.batch_size], self.mesh))
+            )
             for i in range(0, count, self.batch_size)
         ]
         embedded, found, offset = np.concatenate(parts), [], 0

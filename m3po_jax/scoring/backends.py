@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 
 from m3po_jax.config import ModelConfig, Recipe, ScoreConfig
 from m3po_jax.errors import UserError, nearest
-from m3po_jax.models.registry import Loaded
+from m3po_jax.models.dual_encoder import DualEncoder
+from m3po_jax.models.registry import Loaded, describe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.models import Policy, load_dual_encoder, load_policy
 from m3po_jax.scoring.alignment import Backend, Reference, Similarity
@@ -64,6 +65,10 @@ def make_backend(
 def _similarity(score: ScoreConfig, mesh: Mesh, policy: Policy | None, image_root: str | Path) -> Similarity:
     if not score.model:
         raise UserError("similarity needs a dual encoder", where="score.model", remedy="name a CLIP or SigLIP model")
+    if describe(score.model).family.model_class is not DualEncoder:
+        raise UserError(
+            "not a dual encoder", where=f"score.model {score.model!r}", remedy="take a CLIP or SigLIP model"
+        )
     loaded, processor = load_dual_encoder(score.model, mesh, image_root=image_root, image_fit="")
     _warn(policy, loaded)
     return Similarity(
@@ -87,6 +92,12 @@ def _claims(
     judge_template: str,
 ) -> Claims:
     if score.model:
+        if not hasattr(describe(score.model).family.model_class, "image_features"):
+            raise UserError(
+                "not a vision-language model, which the claims backend asks",
+                where=f"score.model {score.model!r}",
+                remedy="take one, or score.backend=similarity",
+            )
         config = dataclasses.replace(model_config, path=score.model, init="pretrained", vision_tower="")
         judge = load_policy(Recipe(model=config), mesh, image_root=image_root)
     elif policy is not None:

@@ -244,6 +244,6 @@ def test_missing_easy_vqa_names_the_extra(tmp_path, monkeypatch):
         module.prepare_easy_vqa(tmp_path)
     assert not list(tmp_path.rglob("*.array_record*"))
     config = DataConfig(source="tfds", path="m3po_jax.quickstart.builder:m3po_easy_vqa/demo", split="test")
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path))
     with pytest.raises(UserError, match=r"^m3po_easy_vqa: .*m3po-jax\[quickstart\]"):
         read_prompts(config)
