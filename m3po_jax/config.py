@@ -72,7 +72,8 @@ class ScoreConfig:
     """The alignment score (MAS) and the confidence variants."""
 
     backend: str = "claims"  # similarity | claims | reference | ensemble
-    members: list[str] = field(default_factory=list)  # of an ensemble
+    members: list[str] = field(default_factory=list)  # of an ensemble: NAME or NAME=MODEL
+    judge_template: str = ""  # claims: the question about {claim}; empty: see scoring/judge.py
     model: str = ""  # the judge or the dual encoder (a model directory)
     unit: str = "claim"  # similarity: whole | claim
     aggregate: str = "mean"  # of claims: mean | min | soft_f1 (needs `vocabulary`)
@@ -157,6 +158,8 @@ class EvaluateConfig:
     max_new_tokens: int = 128
     batch_size: int = 16
     stop_bias: list[float] = field(default_factory=list)  # the base model's stop-bias frontier (chair benchmarks)
+    # The words that get the bias, each one token, where they announce an answer's end; empty: the end token.
+    stop_words: list[str] = field(default_factory=list)
     contrast_alpha: list[float] = field(default_factory=list)  # contrastive decoding (VCD) of the base model
     bootstrap_samples: int = 1000
 

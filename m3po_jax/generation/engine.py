@@ -39,6 +39,7 @@ class SamplingConfig:
         top_k: 0 is off.
         top_p: 1 is off.
         stop_bias: added to the end token's logit before a draw: positive makes shorter answers.
+        stop_token_ids: tokens that get the stop bias instead, where an answer's end is announced before it comes.
         contrast_alpha: strength of visual contrastive decoding against the blanked image; 0 is off.
         contrast_beta: its plausibility cut.
         suppress_token_ids: never drawn, in addition to image and padding tokens.
@@ -51,6 +52,7 @@ class SamplingConfig:
     max_new_tokens: int = 256
     seed: int = 0
     stop_bias: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
     contrast_alpha: float = 0.0
     contrast_beta: float = 0.1
     suppress_token_ids: tuple[int, ...] = ()
@@ -187,7 +189,7 @@ class Generator:
         config = model.config
         never = {config.image_token_id, pad_token_id, *sampling.suppress_token_ids}
         self.never, self.bias = draw.sampling_bias(
-            config.text.vocab_size, sorted(never), eos_token_id, sampling.stop_bias
+            config.text.vocab_size, sorted(never), eos_token_id, sampling.stop_bias, sampling.stop_token_ids
         )
         self.compilations = 0
         self.program = jax.jit(self._program, static_argnums=0)

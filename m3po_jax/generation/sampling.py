@@ -128,11 +128,11 @@ def contrast(
 
 
 def sampling_bias(
-    vocab_size: int, suppress: Sequence[int], eos_token_id: int, stop_bias: float
+    vocab_size: int, suppress: Sequence[int], eos_token_id: int, stop_bias: float, stop_token_ids: Sequence[int] = ()
 ) -> tuple[Bool[np.ndarray, " v"], Float[np.ndarray, " v"]]:
-    """Which tokens are never drawn, and what is added to the logits before a draw."""
+    """Which tokens are never drawn, and what is added to the logits before a draw (to the end's by default)."""
     never = np.zeros(vocab_size, bool)
     never[[token for token in suppress if 0 <= token < vocab_size and token != eos_token_id]] = True
     bias = np.zeros(vocab_size, np.float32)
-    bias[eos_token_id] = stop_bias
+    bias[list(stop_token_ids) or [eos_token_id]] = stop_bias
     return never, bias

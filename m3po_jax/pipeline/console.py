@@ -17,7 +17,7 @@ console = Console(stderr=True, highlight=False)
 def say(text: str, style: str | None = None) -> None:
     """One line; never markup, because it may contain a user's or a model's text."""
     if jax.process_index() == 0:
-        console.print(text, style=style, markup=False)
+        console.print(text, style=style, markup=False, soft_wrap=True)
 
 
 def progress(items: Iterable[T], title: str, total: int) -> Iterator[T]:

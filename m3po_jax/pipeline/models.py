@@ -112,7 +112,7 @@ def load_dual_encoder(
     init: str = "pretrained",
     seed: int = 0,
     dtype: str = "float32",
-    image_fit: str = "crop",
+    image_fit: str = "",
 ) -> tuple[Loaded, DualEncoderProcessor]:
     loaded = load_model(path, dtype=dtype, param_dtype="float32", mesh=mesh, init=init, seed=seed)
     processor = DualEncoderProcessor.from_pretrained(

@@ -17,6 +17,7 @@ from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import PromptSource, fingerprint, read_prompts
 from m3po_jax.errors import UserError
 from m3po_jax.generation.engine import Generator, SamplingConfig
+from m3po_jax.models.registry import resolve_directory
 from m3po_jax.objectives.preference import check_loss
 from m3po_jax.pipeline import evaluate as evaluating
 from m3po_jax.pipeline import summary
@@ -189,13 +190,12 @@ class Run:
     def score_stage(self, round: int) -> None:
         recipe, folder = self.recipe, self.directory.round(round)
         candidates = folder / "candidates"
-        judge = recipe.score.model
         inputs = tables.content_hash(
             dataclasses.asdict(recipe.score),
             recipe.select.lambda_preferred,
             recipe.select.lambda_dispreferred,
             recipe.select.confidence,
-            directory_identity(self._resolve(judge)) if judge else self.policy.identity,
+            *self._judge_identities(),
         )
         with use_mesh(self.mesh):
             backend = make_backend(
@@ -204,6 +204,7 @@ class Run:
                 policy=self.policy,
                 image_root=self.source.image_root,
                 model_config=recipe.model,
+                judge_template=recipe.score.judge_template,
             )
             scorer = None
             if NEED_BLANK_IMAGE.intersection(recipe.score.confidence):
@@ -301,7 +302,7 @@ class Run:
         captions = [b for b in self.benchmarks if b.config.metric == "chair"]
         for bias in config.stop_bias:
             name = summary.stop_bias_name(bias)
-            sampling = self._greedy(stop_bias=bias)
+            sampling = dataclasses.replace(self._greedy(stop_bias=bias), stop_token_ids=self._stop_tokens())
             self._evaluate(name, self.directory.round(0, name), model, sampling, identity, 0, name, captions)
         for alpha in config.contrast_alpha:
             name = summary.contrast_name(alpha)
@@ -333,10 +334,20 @@ class Run:
 
     # Helpers.
 
-    def _resolve(self, path: str) -> Path:
-        from m3po_jax.models.registry import resolve_directory
+    def _judge_identities(self) -> list[str]:
+        """Hashes of every model that judges; the policy's own where a judge is not named."""
+        score = self.recipe.score
+        named = [score.model, *(member.partition("=")[2] for member in score.members)]
+        return [directory_identity(resolve_directory(path)) for path in named if path] or [self.policy.identity]
 
-        return resolve_directory(path)
+    def _stop_tokens(self) -> tuple[int, ...]:
+        found = []
+        for word in self.recipe.evaluate.stop_words:
+            ids = self.policy.processor.text.encode(word)
+            if len(ids) != 1:
+                raise UserError(f"{word!r} is {len(ids)} tokens, not one", where="evaluate.stop_words")
+            found.append(ids[0])
+        return tuple(found)
 
     def _greedy(self, **decoding: float) -> SamplingConfig:
         return SamplingConfig(

@@ -63,7 +63,8 @@ def systems(run: Run) -> list[tuple[str, str, Any]]:
     found += [(name, "frontier", folder(0, name)) for name in map(stop_bias_name, recipe.evaluate.stop_bias)]
     found += [(name, "decoding", folder(0, name)) for name in map(contrast_name, recipe.evaluate.contrast_alpha)]
     found += [(arm, "arm", folder(1, arm)) for arm in recipe.arms]
-    return [*found, (main_name(recipe), "arm", folder(recipe.rounds))]
+    found.append((main_name(recipe), "arm", folder(recipe.rounds)))
+    return [system for system in found if list(system[2].glob("evaluation/*/results.json"))]
 
 
 def _delta(results: Mapping[str, Any] | None, points: Sequence[Mapping[str, Any]]) -> float | None:
