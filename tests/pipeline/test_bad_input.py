@@ -164,3 +164,11 @@ def test_help_of_every_verb_reads_without_heavy_imports(capsys):
         assert stopped.value.code == 0
         text = capsys.readouterr().out
         assert "--config" in text and "dotted.key=value" in text
+
+
+def test_overrides_may_stand_anywhere(tmp_path, capsys):
+    recipe = str(write_recipe(tmp_path, write_data(tmp_path / "data")))
+    line = refused(capsys, "generate", "rounds=1", "--config", recipe, "--mock", "train.bta=1")
+    assert "'train.bta'" in line
+    with pytest.raises(SystemExit):
+        main(["generate", "--config", recipe, "--round", "1", "--nonsense"])
