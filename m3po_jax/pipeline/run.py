@@ -349,9 +349,13 @@ class Run:
             found.append(ids[0])
         return tuple(found)
 
-    def _greedy(self, **decoding: float) -> SamplingConfig:
+    def _greedy(self, *, stop_bias: float = 0.0, contrast_alpha: float = 0.0) -> SamplingConfig:
         return SamplingConfig(
-            num_candidates=1, temperature=0.0, max_new_tokens=self.recipe.evaluate.max_new_tokens, **decoding
+            num_candidates=1,
+            temperature=0.0,
+            max_new_tokens=self.recipe.evaluate.max_new_tokens,
+            stop_bias=stop_bias,
+            contrast_alpha=contrast_alpha,
         )
 
     def _generator(self, model: Any, sampling: SamplingConfig, batch_size: int) -> Generator:

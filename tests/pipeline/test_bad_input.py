@@ -75,7 +75,7 @@ def test_oversized_image_is_refused_before_it_is_decoded(tmp_path, capsys):
     Image.new("1", (9000, 9000)).save(buffer, "PNG")
     (tmp_path / "data" / "002.png").write_bytes(buffer.getvalue())
     line = refused(capsys, "generate", "--config", str(write_recipe(tmp_path, data)))
-    assert "(id 's2')" in line and "81000000" in line.replace(",", "").replace(" ", "") or "9000" in line
+    assert ("(id 's2')" in line and "81000000" in line.replace(",", "").replace(" ", "")) or "9000" in line
 
 
 def test_empty_instruction(tmp_path, capsys):

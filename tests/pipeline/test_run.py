@@ -177,8 +177,9 @@ def test_export_loads_in_transformers_and_peft(finished: Path, tmp_path: Path):
     assert main(["export", "--config", recipe, "--format", "peft", "--output", str(adapter)]) == 0
     whole = LlavaForConditionalGeneration.from_pretrained(merged, dtype=torch.float32).eval()
 
-    from m3po_jax.models.registry import resolve_directory
     from peft import PeftModel
+
+    from m3po_jax.models.registry import resolve_directory
 
     base = resolve_directory("builtin:quickstart-base")
     adapted = PeftModel.from_pretrained(
