@@ -53,7 +53,7 @@ CURVES = (
         reference=(0.5, "chance"),
     ),
     Curve(
-        "chosen_logratio_per_token",
+        "delta_logps/chosen",
         "Chosen log-ratio per token",
         "Log-probability of chosen answers against the reference model, in nats per token. "
         "Below zero, training makes the good answers less likely too.",

@@ -202,7 +202,7 @@ def arm_rows(run: Run) -> list[dict[str, str]]:
                 "steps": format_number(trained.metrics[-1].get("step"), 0) if trained else "–",
                 "accuracy": format_percent(_late(trained, "rewards/accuracies")) if trained else "–",
                 "margin": format_number(_late(trained, "rewards/margins")) if trained else "–",
-                "logratio": format_number(_late(trained, "chosen_logratio_per_token")) if trained else "–",
+                "logratio": format_number(_late(trained, "delta_logps/chosen")) if trained else "–",
             }
         )
     return rows
@@ -242,7 +242,7 @@ def headlines(run: Run, tables: list[EvaluationTable]) -> list[Headline]:
         if accuracy is not None:
             note = f"on training pairs, end of round {trained.number}"
             found.append(Headline("Preference accuracy", format_percent(accuracy), note))
-        ratio = _late(trained, "chosen_logratio_per_token")
+        ratio = _late(trained, "delta_logps/chosen")
         if ratio is not None:
             tone = "bad" if ratio < DISPLACED_LIMIT else ""
             note = "nats per token against the reference"
@@ -315,7 +315,7 @@ def _training_warnings(found: Round) -> list[str]:
     lines = []
     if any(isinstance(v := row.get("loss"), float) and not np.isfinite(v) for row in found.metrics):
         lines.append("the loss was not finite at some steps; those are left out of the chart.")
-    ratio = _late(found, "chosen_logratio_per_token")
+    ratio = _late(found, "delta_logps/chosen")
     if ratio is not None and ratio < DISPLACED_LIMIT:
         lines.append(
             f"chosen answers ended {format_number(-ratio, 3)} nats per token less likely than under the "

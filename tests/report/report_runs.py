@@ -81,7 +81,7 @@ def metric_rows(steps: int, slope: float, seed: int) -> list[dict]:
                 "rewards/accuracies": float(np.clip(0.5 + 0.3 * margin + 0.04 * rng.normal(), 0, 1)),
                 "grad_norm": float(1 + 0.2 * rng.random()),
                 "learning_rate": 2e-6 * (1 - step / steps),
-                "chosen_logratio_per_token": float(-0.05 * slope * step / steps + 0.004 * rng.normal()),
+                "delta_logps/chosen": float(-0.05 * slope * step / steps + 0.004 * rng.normal()),
                 "tokens_per_s": 15000 + 400 * float(rng.normal()),
             }
         )
