@@ -43,7 +43,7 @@ def run_with(
 
 def test_missing_image(tmp_path, capsys):
     line = run_with(tmp_path, capsys, lambda rows: rows[9].update(images=["nowhere.png"]))
-    assert "prompts.jsonl:10 (id 's6')" in line and "nowhere.png" in line
+    assert "prompts.jsonl:10 (id 'q6')" in line and "nowhere.png" in line
 
 
 def test_path_outside_the_image_root(tmp_path, capsys):
