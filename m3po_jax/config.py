@@ -204,9 +204,9 @@ def _merge(base: Any, update: Any, where: str) -> Any:
         known = _known_keys(Recipe, parents)
         raise UserError(f"unknown key {key!r}{nearest(leaf, known) if known else ''}", where=where) from None
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
+        place = getattr(error, "full_key", None)
         reason = str(error).splitlines()[0]
-        raise UserError(f"{key}: {reason}" if key else reason, where=where) from None
+        raise UserError(f"{place}: {reason}" if place else reason, where=where) from None
 
 
 def _to_recipe(node: Any) -> Recipe:

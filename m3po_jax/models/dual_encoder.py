@@ -20,6 +20,8 @@ from m3po_jax.models.encoder import Encoder, EncoderConfig
 from m3po_jax.models.layers import Embedding, LayerNorm, Linear
 from m3po_jax.models.vit import VisionTransformer, ViTConfig
 
+POOLINGS = ("pooled", "patches")
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -128,15 +130,22 @@ def dual_encoder_config(raw: dict[str, Any], where: str) -> DualEncoderConfig:
     """CLIP or SigLIP from ``config.json``; absent keys take the published defaults.
 
     Raises:
-        UserError: another model type.
+        UserError: another model type, or an unknown pooling.
     """
-    from m3po_jax.errors import UserError
+    from m3po_jax.errors import UserError, nearest
     from m3po_jax.models.llava.config import vit_config
 
     kind = raw.get("model_type")
     if kind not in ("clip", "siglip"):
         raise UserError(
             f"model_type {kind!r} is not a dual encoder", where=where, remedy="use a CLIP or SigLIP model"
+        )
+    pooling = raw.get("m3po_pooling", "pooled")
+    if pooling not in POOLINGS:
+        raise UserError(
+            f"m3po_pooling {pooling!r} is unknown{nearest(str(pooling), POOLINGS)}",
+            where=where,
+            remedy=f"one of {', '.join(POOLINGS)}",
         )
     text, clip = raw.get("text_config") or {}, kind == "clip"
     width = int(text.get("hidden_size", 512 if clip else 768))
@@ -158,7 +167,7 @@ def dual_encoder_config(raw: dict[str, Any], where: str) -> DualEncoderConfig:
             eos_token_id=int(text.get("eos_token_id", 49407)),
         ),
         projection_size=int(raw.get("projection_dim", 512) if clip else text.get("projection_size") or width),
-        pooling=raw.get("m3po_pooling", "pooled"),
+        pooling=pooling,
     )
 
 

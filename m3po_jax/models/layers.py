@@ -56,8 +56,9 @@ class Linear(nnx.Module):
         kernel = in_features**-0.5 * jax.random.normal(rngs.params(), (in_features, out_features), jnp.float32)
         self.kernel = nnx.Param(kernel.astype(param_dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype), axes=axes[1:]) if use_bias else None
-        self.lora_a = nnx.data(None)
-        self.lora_b = nnx.data(None)
+        # A `LoRAParam` each, once `lora.attach` has been here; both or none.
+        self.lora_a: Any = nnx.data(None)
+        self.lora_b: Any = nnx.data(None)
         self.lora_scale = 0.0
         self.dtype = dtype
 

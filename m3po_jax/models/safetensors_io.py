@@ -230,7 +230,7 @@ def write_directory(
     if len(shards) == 1:
         write_file(directory / "model.safetensors", shards[0], dtype, write=write)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         write_file(directory / name, shard, dtype, write=write)

@@ -105,7 +105,7 @@ def intervals(benchmark: Benchmark, scored: Mapping[str, Any], resamples: int, s
     by_id = {prompt.id: prompt for prompt in benchmark.prompts}
     images = [image_of(by_id[item["id"]]) for item in items]
     if benchmark.config.metric == "chair":
-        columns = {
+        columns: dict[str, list[tuple[float, float]]] = {
             "chair_i": [(len(item["hallucinated"]), len(item["mentions"])) for item in items],
             "chair_s": [(bool(item["hallucinated"]), 1) for item in items],
             "recall": [(len(item["found"]), len(item["objects"])) for item in items],

@@ -15,6 +15,7 @@ from m3po_jax.config import GenerateConfig
 from m3po_jax.data import batches, tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import CANDIDATE, Prompt
+from m3po_jax.data.sources import PromptSource
 from m3po_jax.generation.engine import Generated, Generator, Pending, PromptBatch
 from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.rundir import is_writer
@@ -103,7 +104,7 @@ def candidate_rows(
 
 
 def generate(
-    prompts: Sequence[Prompt],
+    prompts: PromptSource,
     generator: Generator,
     processor: Processor,
     config: GenerateConfig,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hf_models import dual_encoder, images, torch_and_transformers
 
+from m3po_jax.errors import UserError
 from m3po_jax.models.dual_encoder import dual_encoder_config
 from m3po_jax.models.registry import load_model
 
@@ -72,3 +73,9 @@ def test_untrained_patches_start_improbable(tmp_path: Any) -> None:
     assert loaded.config.pooling == "patches"
     assert dual_encoder_config(config | {"m3po_pooling": "pooled"}, "x").pooling == "pooled"
     assert float(loaded.model.logit_bias[...][0]) == pytest.approx(-4 - np.log(4))
+
+
+def test_an_unknown_pooling_is_refused() -> None:
+    config = dual_encoder("clip").config.to_dict() | {"m3po_pooling": "patch"}
+    with pytest.raises(UserError, match=r"config\.json.*'patch' is unknown.*patches"):
+        dual_encoder_config(config, "config.json")

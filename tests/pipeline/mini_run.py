@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import yaml
 
+from m3po_jax.data import tables
 from m3po_jax.quickstart import language
 from m3po_jax.quickstart.builder import encode_png
 from m3po_jax.quickstart.objects import OBJECTS
@@ -93,18 +95,49 @@ def write_recipe(folder: Path, data: Path, **changes: object) -> Path:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """For a subprocess: one thread's worth of noise, `devices` simulated CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    """For a subprocess: one thread an operation, `devices` simulated CPU devices."""
+    flags = f"--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count={devices}"
     return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
-def m3po(*arguments: str, devices: int = 1) -> subprocess.Popen[str]:
-    """Starts the command line in a process of its own."""
+def m3po(*arguments: str, devices: int = 1, **variables: str) -> subprocess.Popen[str]:
+    """Starts the command line in a process of its own, with more environment `variables`."""
     return subprocess.Popen(
         [sys.executable, "-m", "m3po_jax.cli", *arguments],
-        env=environment(devices),
+        env=environment(devices) | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
     )
+
+
+def rows(folder: Path) -> list[dict]:
+    return sorted(tables.read_rows(folder), key=lambda row: (row["id"], row.get("candidate", 0)))
+
+
+def same_run(one: Path, other: Path, tolerance: float = 0.0) -> None:
+    """Candidates, scores, pairs, metrics and the final table are equal (floats within `tolerance`)."""
+    for stage in ("candidates", "scores", "pairs"):
+        first, second = rows(one / "round-1" / stage), rows(other / "round-1" / stage)
+        assert [row["id"] for row in first] == [row["id"] for row in second]
+        for a, b in zip(first, second, strict=True):
+            assert a.keys() == b.keys()
+            for key, value in a.items():
+                if isinstance(value, float) or (isinstance(value, list) and value and isinstance(value[0], float)):
+                    np.testing.assert_allclose(
+                        value, b[key], rtol=tolerance, atol=tolerance, err_msg=f"{stage} {key}"
+                    )
+                else:
+                    assert value == b[key], (stage, key)
+    for arm in (".", "arms/mas_dpo"):
+        logs = [
+            [json.loads(line) for line in (run / arm / "round-1/metrics.jsonl").read_text().splitlines()]
+            for run in (one, other)
+        ]
+        assert [log["step"] for log in logs[0]] == [log["step"] for log in logs[1]] == [1, 2, 3, 4, 5]
+        for a, b in zip(*logs, strict=True):
+            np.testing.assert_allclose(a["loss"], b["loss"], rtol=tolerance, atol=tolerance)
+            np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=20 * tolerance, atol=20 * tolerance)
+    tables_of = [json.loads((run / "evaluation.json").read_text())["tables"] for run in (one, other)]
+    assert tables_of[0] == tables_of[1]

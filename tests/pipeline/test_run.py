@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from mini_run import m3po, write_data, write_recipe
+from mini_run import m3po, rows, same_run, write_data, write_recipe
 
 from m3po_jax.cli import main
 from m3po_jax.data import tables
@@ -23,37 +23,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = write_recipe(folder, write_data(folder / "data"))
     assert main(["run", "--config", str(recipe)]) == 0
     return folder / "runs" / "mini"
-
-
-def rows(folder: Path) -> list[dict]:
-    return sorted(tables.read_rows(folder), key=lambda row: (row["id"], row.get("candidate", 0)))
-
-
-def same_run(one: Path, other: Path, tolerance: float = 0.0) -> None:
-    """Candidates, scores, pairs, metrics and the final table are equal (floats within `tolerance`)."""
-    for stage in ("candidates", "scores", "pairs"):
-        first, second = rows(one / "round-1" / stage), rows(other / "round-1" / stage)
-        assert [row["id"] for row in first] == [row["id"] for row in second]
-        for a, b in zip(first, second, strict=True):
-            assert a.keys() == b.keys()
-            for key, value in a.items():
-                if isinstance(value, float) or (isinstance(value, list) and value and isinstance(value[0], float)):
-                    np.testing.assert_allclose(
-                        value, b[key], rtol=tolerance, atol=tolerance, err_msg=f"{stage} {key}"
-                    )
-                else:
-                    assert value == b[key], (stage, key)
-    for arm in (".", "arms/mas_dpo"):
-        logs = [
-            [json.loads(line) for line in (run / arm / "round-1/metrics.jsonl").read_text().splitlines()]
-            for run in (one, other)
-        ]
-        assert [log["step"] for log in logs[0]] == [log["step"] for log in logs[1]] == [1, 2, 3, 4, 5]
-        for a, b in zip(*logs, strict=True):
-            np.testing.assert_allclose(a["loss"], b["loss"], rtol=tolerance, atol=tolerance)
-            np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=20 * tolerance, atol=20 * tolerance)
-    tables_of = [json.loads((run / "evaluation.json").read_text())["tables"] for run in (one, other)]
-    assert tables_of[0] == tables_of[1]
 
 
 def test_every_stage_leaves_what_the_design_promises(finished: Path):

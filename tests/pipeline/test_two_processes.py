@@ -1,0 +1,76 @@
+"""Two processes, as two hosts run them, share one run directory and make what one process makes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from mini_run import m3po, same_run, write_data, write_recipe
+
+pytestmark = pytest.mark.slow
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def hosts(*arguments: str) -> list[subprocess.Popen[str]]:
+    """The same command in two processes that know of each other; each has one device."""
+    address = f"127.0.0.1:{free_port()}"
+    return [
+        m3po(*arguments, M3PO_COORDINATOR=address, M3PO_NUM_PROCESSES="2", M3PO_PROCESS_ID=str(index))
+        for index in range(2)
+    ]
+
+
+def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """Exit status and messages of every process; none outlives the test."""
+    try:
+        found = [process.communicate(timeout=400)[1] for process in processes]
+        return [(process.returncode, errors[-4000:]) for process, errors in zip(processes, found, strict=True)]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    [(status, errors)] = ends([m3po("run", "--config", str(write_recipe(folder, write_data(folder / "data"))))])
+    assert status == 0, errors
+    return folder / "runs" / "mini"
+
+
+def test_two_processes_make_the_same_run(alone: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, alone.parents[1] / "data" / "prompts.jsonl")
+    for status, errors in ends(hosts("run", "--config", str(recipe))):
+        assert status == 0, errors
+    run = tmp_path / "runs" / "mini"
+    same_run(alone, run, tolerance=2e-3)
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["processes"] == 2 and manifest["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1}
+    assert not list(run.rglob("*.tmp")) and (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("moment", ["round-1/candidates/00000-*.parquet", "round-1/checkpoints/2"])
+def test_both_stop_when_one_is_told_and_continue_together(alone: Path, tmp_path: Path, moment: str) -> None:
+    recipe = write_recipe(tmp_path, alone.parents[1] / "data" / "prompts.jsonl")
+    run = tmp_path / "runs" / "mini"
+    pair = hosts("run", "--config", str(recipe))
+    deadline = time.monotonic() + 300
+    while not list(run.glob(moment)) and pair[0].poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    pair[1].send_signal(signal.SIGTERM)
+    for status, errors in ends(pair):
+        assert status == 75 and "the same command continues" in errors, errors
+    for status, errors in ends(hosts("run", "--config", str(recipe))):
+        assert status == 0, errors
+    same_run(alone, run, tolerance=2e-3)
