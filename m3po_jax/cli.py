@@ -47,6 +47,11 @@ VERBS: dict[str, tuple[str, str]] = {
         "a Hugging Face directory or a PEFT adapter",
         "Writes what was trained so that transformers, PEFT and vLLM load it.",
     ),
+    "validate": (
+        "every problem of a recipe and its data, before anything runs",
+        "Checks settings, the models' files, every row with its images, and every benchmark; prints one line a "
+        "problem. No weights are loaded.",
+    ),
     "report": (
         "one self-contained report.html",
         "Writes report.html from whatever the run directory holds.",

@@ -11,17 +11,17 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from m3po_jax.config import Recipe, override
+from m3po_jax.config import Recipe
 from m3po_jax.data import tables
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import PromptSource, fingerprint, read_prompts
 from m3po_jax.errors import UserError
 from m3po_jax.generation.engine import Generator, SamplingConfig
 from m3po_jax.models.registry import resolve_directory
-from m3po_jax.objectives.preference import check_loss
 from m3po_jax.pipeline import evaluate as evaluating
 from m3po_jax.pipeline import summary
 from m3po_jax.pipeline.backends import make_backend
+from m3po_jax.pipeline.checks import arm_recipe, check_recipe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.generate import candidate_counts, generate
 from m3po_jax.pipeline.models import Policy, attach_adapter, directory_identity, load_policy
@@ -30,7 +30,6 @@ from m3po_jax.pipeline.score import NEED_BLANK_IMAGE, score
 from m3po_jax.pipeline.select import select
 from m3po_jax.pipeline.train import Trained, read_pairs, train_on_pairs
 from m3po_jax.scoring.engine import Scorer
-from m3po_jax.selection import check_config
 from m3po_jax.sharding import make_mesh, use_mesh
 from m3po_jax.training.loop import load_trained
 
@@ -40,55 +39,13 @@ class Run:
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self.check()
+        check_recipe(recipe)
         self.directory = RunDirectory.of(recipe)
         self.mesh: Mesh = make_mesh(recipe.mesh)
         self._trained: dict[tuple[int, str | None], Trained] = {}
 
-    def check(self) -> None:
-        """Settings that would fail late, found early.
-
-        Raises:
-            UserError: names the key.
-        """
-        for name, recipe in [(None, self.recipe), *((arm, self.arm_recipe(arm)) for arm in self.recipe.arms)]:
-            try:
-                check_config(recipe.select)
-                self._check_lengths(recipe)
-                if recipe.train.objective == "preference":
-                    check_loss(recipe.train.loss_type, recipe.train.beta, recipe.train.label_smoothing)
-                elif recipe.train.objective != "sft":
-                    raise UserError(
-                        f"objective {recipe.train.objective!r} is not an arm's",
-                        where="train.objective",
-                        remedy="preference, or sft on the chosen answers",
-                    )
-            except UserError as error:
-                if name is None:
-                    raise
-                raise UserError(str(error), where=f"arms.{name}") from None
-        if self.recipe.rounds < 1:
-            raise UserError(f"{self.recipe.rounds} rounds", where="rounds", remedy="at least 1")
-
-    @staticmethod
-    def _check_lengths(recipe: Recipe) -> None:
-        if recipe.generate.max_new_tokens > recipe.train.max_answer_tokens:
-            raise UserError(
-                f"generate.max_new_tokens = {recipe.generate.max_new_tokens} is more than train.max_answer_tokens = "
-                f"{recipe.train.max_answer_tokens}",
-                where="train.max_answer_tokens",
-                remedy="raise it: a longer candidate could not be trained on",
-            )
-        for name in sorted({recipe.select.confidence, recipe.select.confidence_dispreferred} - {""}):
-            if name not in recipe.score.confidence:
-                raise UserError(
-                    f"select uses the confidence variant {name!r}, which is not computed",
-                    where="score.confidence",
-                    remedy=f"add {name!r} to it",
-                )
-
     def arm_recipe(self, arm: str | None) -> Recipe:
-        return self.recipe if arm is None else override(self.recipe, self.recipe.arms[arm], f"arms.{arm}")
+        return arm_recipe(self.recipe, arm)
 
     # What stages share, loaded once and only when needed.
 

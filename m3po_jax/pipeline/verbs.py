@@ -102,6 +102,19 @@ def _evaluate_answers(options: argparse.Namespace) -> None:
     say(f"per-item records in {out}")
 
 
+def validate(options: argparse.Namespace) -> None:
+    from m3po_jax.pipeline.validate import validate as find_problems
+
+    problems, read = find_problems(_recipe(options))
+    for problem in problems:
+        say(f"m3po: {problem}", style="red")
+    if problems:
+        raise UserError(
+            f"{len(problems)} problems in all", where="validate", remedy="each line above says how to mend it"
+        )
+    say(f"no problems: {read}")
+
+
 def report(options: argparse.Namespace) -> None:
     from m3po_jax.report import build_report
 
