@@ -108,7 +108,11 @@ def _quiet_libraries() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status (0, 2 for a user's error, 75 when stopped and resumable)."""
     parser = make_parser()
-    options = parser.parse_args(arguments)
+    # Overrides may stand anywhere, also behind options, which argparse leaves over.
+    options, left = parser.parse_known_args(arguments)
+    if unknown := [word for word in left if word.startswith("-") or "=" not in word]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides += left
     _quiet_libraries()
     try:
         from m3po_jax.pipeline import verbs

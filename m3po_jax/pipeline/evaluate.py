@@ -17,6 +17,7 @@ from m3po_jax.errors import UserError, nearest
 from m3po_jax.evaluation import chair, pope, short_answer
 from m3po_jax.evaluation.bootstrap import bootstrap
 from m3po_jax.generation.engine import Generator
+from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.generate import answers
 from m3po_jax.pipeline.rundir import is_writer, now, read_json, write_json
 from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
@@ -165,7 +166,8 @@ def evaluate(
     texts: list[dict[str, Any]] = []
     cut = 0
     made = answers(generator, benchmark.prompts, processor, config.batch_size)
-    for chosen, generated in stoppable(made, f"evaluating {system} on {benchmark.name}"):
+    shown = progress(made, f"{system}: {benchmark.name}", -(-len(benchmark.prompts) // config.batch_size))
+    for chosen, generated in stoppable(shown, f"evaluating {system} on {benchmark.name}"):
         for b, prompt in enumerate(chosen):
             length = int(generated.lengths[b, 0])
             text = processor.decode(generated.token_ids[b, 0, :length])

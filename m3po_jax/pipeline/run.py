@@ -21,6 +21,7 @@ from m3po_jax.models.registry import resolve_directory
 from m3po_jax.objectives.preference import check_loss
 from m3po_jax.pipeline import evaluate as evaluating
 from m3po_jax.pipeline import summary
+from m3po_jax.pipeline.backends import make_backend
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.generate import candidate_counts, generate
 from m3po_jax.pipeline.models import Policy, attach_adapter, directory_identity, load_policy
@@ -28,21 +29,10 @@ from m3po_jax.pipeline.rundir import RunDirectory
 from m3po_jax.pipeline.score import NEED_BLANK_IMAGE, score
 from m3po_jax.pipeline.select import select
 from m3po_jax.pipeline.train import Trained, read_pairs, train_on_pairs
-from m3po_jax.scoring.backends import make_backend
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.selection import check_config
 from m3po_jax.sharding import make_mesh, use_mesh
 from m3po_jax.training.loop import load_trained
-
-BASE = "base"
-# Names that the main arm goes by, from its pairing rule.
-RULE_NAMES = {"m3p": "m3po", "mas_only": "mas_dpo", "vanilla": "dpo"}
-
-
-def main_name(recipe: Recipe) -> str:
-    """What the recipe's own system is called beside its arms."""
-    rule = recipe.select.rule
-    return RULE_NAMES.get(rule, rule) if recipe.train.objective == "preference" else "sft_chosen"
 
 
 class Run:
@@ -237,7 +227,7 @@ class Run:
             self.directory.note_stage("select", round=round, arm=arm, seconds=found["seconds"], rows=found["pairs"])
         drops = ", ".join(f"{reason} {count}" for reason, count in found["drops"].items())
         say(
-            f"round {round}, {arm or main_name(recipe)}: {found['pairs']} pairs of {found['prompts']} prompts"
+            f"round {round}, {arm or summary.main_name(recipe)}: {found['pairs']} pairs of {found['prompts']} prompts"
             + (f" (dropped: {drops})" if drops else "")
         )
         for warning in found["warnings"] if arm is None else ():
@@ -275,14 +265,14 @@ class Run:
                 "train", round=round, arm=arm, seconds=trained.seconds, steps=trained.result.steps
             )
             say(
-                f"round {round}, {arm or main_name(recipe)}: trained {trained.result.steps} steps "
+                f"round {round}, {arm or summary.main_name(recipe)}: trained {trained.result.steps} steps "
                 f"in {trained.seconds:.0f} s"
             )
         return trained
 
     def evaluate_stage(self, round: int, arm: str | None = None) -> None:
         """Evaluates one trained system on every benchmark."""
-        name = main_name(self.recipe) if arm is None else arm
+        name = summary.main_name(self.recipe) if arm is None else arm
         self._evaluate(
             name,
             self.directory.round(round, arm),
@@ -298,7 +288,9 @@ class Run:
         """Evaluates the starting model, its stop-bias frontier and contrastive decoding."""
         config, model = self.recipe.evaluate, lambda: self.start_model
         identity = self.weights_identity(0)
-        self._evaluate(BASE, self.directory.round(0), model, self._greedy(), identity, 0, None, self.benchmarks)
+        self._evaluate(
+            summary.BASE, self.directory.round(0), model, self._greedy(), identity, 0, None, self.benchmarks
+        )
         captions = [b for b in self.benchmarks if b.config.metric == "chair"]
         for bias in config.stop_bias:
             name = summary.stop_bias_name(bias)
@@ -329,7 +321,7 @@ class Run:
                 self.evaluate_base()
                 for arm in arms:
                     self.evaluate_stage(self.recipe.rounds if arm is None else 1, arm)
-                summary.write_tables(self)
+                summary.write_tables(self.recipe, self.directory, self.benchmarks)
             return build_report(self.directory.root, tokenizer_text(self.policy.processor.text))
 
     # Helpers.

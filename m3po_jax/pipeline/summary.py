@@ -5,13 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from m3po_jax.config import Recipe
 from m3po_jax.evaluation.frontier import matched
-from m3po_jax.pipeline.rundir import is_writer, read_json, write_json, write_text
+from m3po_jax.pipeline.evaluate import Benchmark
+from m3po_jax.pipeline.rundir import RunDirectory, is_writer, read_json, write_json, write_text
 
-if TYPE_CHECKING:
-    from m3po_jax.pipeline.run import Run
+BASE = "base"
+# What the recipe's own system is called beside its arms, from its pairing rule.
+RULE_NAMES = {"m3p": "m3po", "mas_only": "mas_dpo", "vanilla": "dpo"}
+
+
+def main_name(recipe: Recipe) -> str:
+    """The recipe's own system, as the table and the report name it."""
+    rule = recipe.select.rule
+    return RULE_NAMES.get(rule, rule) if recipe.train.objective == "preference" else "sft_chosen"
 
 
 def stop_bias_name(bias: float) -> str:
@@ -54,11 +64,9 @@ DELTA_NOTE = (
 )
 
 
-def systems(run: Run) -> list[tuple[str, str, Any]]:
+def systems(recipe: Recipe, directory: RunDirectory) -> list[tuple[str, str, Path]]:
     """(name, kind, folder) of everything that was evaluated, in the table's order."""
-    from m3po_jax.pipeline.run import BASE, main_name
-
-    recipe, folder = run.recipe, run.directory.round
+    folder = directory.round
     found = [(BASE, "arm", folder(0))]
     found += [(name, "frontier", folder(0, name)) for name in map(stop_bias_name, recipe.evaluate.stop_bias)]
     found += [(name, "decoding", folder(0, name)) for name in map(contrast_name, recipe.evaluate.contrast_alpha)]
@@ -71,24 +79,24 @@ def _delta(results: Mapping[str, Any] | None, points: Sequence[Mapping[str, Any]
     return matched(results["summary"], points)["delta_chair_i"] if results else None
 
 
-def build_tables(run: Run) -> dict[str, Any]:
+def build_tables(recipe: Recipe, directory: RunDirectory, benchmarks: Sequence[Benchmark]) -> dict[str, Any]:
     """`evaluation.json`: one table over all benchmarks."""
-    everything = systems(run)
+    everything = systems(recipe, directory)
     columns: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = [
         {"name": name, "kind": kind, "values": {}, "intervals": {}} for name, kind, _ in everything
     ]
     warnings: list[str] = []
     notes = []
-    for benchmark in run.benchmarks:
+    for benchmark in benchmarks:
         metric = benchmark.config.metric
         results = [read_json(folder / "evaluation" / benchmark.name / "results.json") for _, _, folder in everything]
         points = [
             r["summary"]
             for r, (name, kind, _) in zip(results, everything, strict=True)
-            if r and (name == "base" or kind == "frontier")
+            if r and (name == BASE or kind == "frontier")
         ]
-        single = sum(b.config.metric == metric for b in run.benchmarks) == 1 and len(run.benchmarks) == 1
+        single = sum(b.config.metric == metric for b in benchmarks) == 1 and len(benchmarks) == 1
         notes.append(f"{benchmark.name}: {metric}, n = {len(benchmark.prompts)}")
         for column in COLUMNS[metric]:
             if column.key == "delta_chair_i" and len(points) < 2:
@@ -147,12 +155,12 @@ def markdown(table: Mapping[str, Any]) -> str:
     return "\n".join([render(lines[0]), rule, *map(render, lines[1:])])
 
 
-def write_tables(run: Run) -> None:
+def write_tables(recipe: Recipe, directory: RunDirectory, benchmarks: Sequence[Benchmark]) -> None:
     """Writes ``evaluation.json`` and ``evaluation.md`` and prints the table on standard output."""
-    tables = build_tables(run)
+    tables = build_tables(recipe, directory, benchmarks)
     if not is_writer():
         return
-    write_json(run.directory.root / "evaluation.json", tables)
+    write_json(directory.root / "evaluation.json", tables)
     texts = [f"**{t['title']}**\n\n{markdown(t)}\n\n{t['note']}\n" for t in tables["tables"]]
-    write_text(run.directory.root / "evaluation.md", "\n".join(texts))
+    write_text(directory.root / "evaluation.md", "\n".join(texts))
     print("\n".join(texts), flush=True)

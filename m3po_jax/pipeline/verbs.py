@@ -82,7 +82,7 @@ def evaluate(options: argparse.Namespace) -> None:
             running.evaluate_stage(options.round, arm)
         else:
             running.evaluate_base()
-        summary.write_tables(running)
+        summary.write_tables(running.recipe, running.directory, running.benchmarks)
 
 
 def _evaluate_answers(options: argparse.Namespace) -> None:
