@@ -162,15 +162,18 @@ def score(
             tables.write_table(shard.path, scored, schema)
     barrier("scored")
     if is_writer():
-        write_json(out / "calibration.json", calibration(candidates, out, prompts))
+        write_json(out / "calibration.json", calibration(candidates, out, prompts, select.confidence))
     return {"seconds": time.monotonic() - started, "rows": sum(1 for _ in tables.read_rows(out, columns=["id"]))}
 
 
-def calibration(candidates: Path, scores: Path, prompts: Mapping[str, Prompt]) -> dict[str, Any]:
+def calibration(candidates: Path, scores: Path, prompts: Mapping[str, Prompt], confidence: str) -> dict[str, Any]:
     """How well MAS and each confidence variant tell true captions from false ones, where objects are annotated.
 
     AUROC for "the caption mentions no object that the image lacks"; 0.5 is chance. Also the within-prompt
     correlation of MAS and confidence, which needs no annotation.
+
+    Args:
+        confidence: The variant that the selection uses, reported as ``confidence``.
     """
     from m3po_jax.scoring.claims import object_vocabulary
 
@@ -201,10 +204,10 @@ def calibration(candidates: Path, scores: Path, prompts: Mapping[str, Prompt]) -
     if usable and 0 < sum(labels) < len(labels):
         for name in signals:
             value = {"auroc": _finite(auroc(table[name][usable], np.array(labels))), "n": len(usable)}
-            if name == "mas":
-                result["mas"] = value
+            if name == f"confidence_{confidence}":
+                result["confidence"] = value | {"variant": confidence}
             else:
-                result.setdefault("confidence", {})[name.removeprefix("confidence_")] = value
+                result[name] = value
     return result
 
 

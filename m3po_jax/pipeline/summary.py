@@ -96,13 +96,14 @@ def build_tables(recipe: Recipe, directory: RunDirectory, benchmarks: Sequence[B
             for r, (name, kind, _) in zip(results, everything, strict=True)
             if r and (name == BASE or kind == "frontier")
         ]
-        single = sum(b.config.metric == metric for b in benchmarks) == 1 and len(benchmarks) == 1
+        # CHAIR's columns are the table's main ones and need no prefix while there is one such benchmark.
+        plain = metric == "chair" and sum(b.config.metric == metric for b in benchmarks) == 1
         notes.append(f"{benchmark.name}: {metric}, n = {len(benchmark.prompts)}")
         for column in COLUMNS[metric]:
             if column.key == "delta_chair_i" and len(points) < 2:
                 continue
             key = f"{benchmark.name}/{column.key}"
-            label = column.label if single else f"{benchmark.name} {column.label}"
+            label = column.label if plain else f"{benchmark.name} {column.label}"
             columns.append({"key": key, "label": label, "digits": column.digits, "better": column.better})
             for row, result in zip(rows, results, strict=True):
                 if column.key == "delta_chair_i":
@@ -117,7 +118,7 @@ def build_tables(recipe: Recipe, directory: RunDirectory, benchmarks: Sequence[B
         warnings += _warnings(benchmark.name, results[0])
     if any(c["key"].endswith("/delta_chair_i") for c in columns):
         notes.append(DELTA_NOTE)
-    table = {"title": "Held-out images", "note": " ".join(notes), "columns": columns, "rows": rows}
+    table = {"title": "Held-out images", "note": ". ".join(notes), "columns": columns, "rows": rows}
     return {"tables": [table], "warnings": warnings}
 
 
