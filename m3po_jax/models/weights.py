@@ -220,10 +220,12 @@ def _load_leaf(leaf: Parameter, tensors: Mapping[str, StoredTensor], sharding: S
             for i in range(*bounds[0]):
                 part = leaf.source.read(tensors[leaf.source.layer(i)], index[1:], leaf.layer_shape)
                 part = np.ascontiguousarray(part.astype(leaf.dtype))
-                buffers = [
-                    _write_layer(buffer, jax.device_put(part, device), i - bounds[0][0])
-                    for buffer, device in zip(buffers, devices, strict=True)
-                ]
+                # Each write is one device's own; a mesh in context would claim it for all its devices.
+                with jax.set_mesh(None):
+                    buffers = [
+                        _write_layer(buffer, jax.device_put(part, device), i - bounds[0][0])
+                        for buffer, device in zip(buffers, devices, strict=True)
+                    ]
                 jax.block_until_ready(buffers)  # or pending transfers would pile up on the host
             shards += buffers
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)

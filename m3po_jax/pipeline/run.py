@@ -25,9 +25,10 @@ from m3po_jax.pipeline.checks import arm_recipe, check_recipe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.generate import candidate_counts, generate
 from m3po_jax.pipeline.models import Policy, attach_adapter, directory_identity, load_policy
-from m3po_jax.pipeline.rundir import RunDirectory
+from m3po_jax.pipeline.rundir import RunDirectory, is_writer
 from m3po_jax.pipeline.score import NEED_BLANK_IMAGE, score
 from m3po_jax.pipeline.select import select
+from m3po_jax.pipeline.stopping import agreed, barrier
 from m3po_jax.pipeline.train import Trained, read_pairs, train_on_pairs
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.sharding import make_mesh, use_mesh
@@ -199,7 +200,7 @@ class Run:
         if (round, arm) in self._trained:
             return self._trained[round, arm]
         folder, recipe = self.directory.round(round, arm), self.arm_recipe(arm)
-        finished = (folder / "done.json").exists()
+        finished = agreed([(folder / "done.json").exists()])[0]
         if only_finished and not finished:
             raise UserError("no finished training", where=str(folder), remedy="run `m3po train` first")
         if finished:
@@ -279,7 +280,10 @@ class Run:
                 for arm in arms:
                     self.evaluate_stage(self.recipe.rounds if arm is None else 1, arm)
                 summary.write_tables(self.recipe, self.directory, self.benchmarks)
-            return build_report(self.directory.root, tokenizer_text(self.policy.processor.text))
+            if is_writer():
+                build_report(self.directory.root, tokenizer_text(self.policy.processor.text))
+            barrier("reported")
+            return self.directory.root / "report.html"
 
     # Helpers.
 

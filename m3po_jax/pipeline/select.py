@@ -13,7 +13,7 @@ from m3po_jax.data.images import read_encoded
 from m3po_jax.data.schema import PAIR, PROMPT, Prompt, prompt_to_row
 from m3po_jax.errors import UserError
 from m3po_jax.pipeline.rundir import is_writer, read_json, write_json
-from m3po_jax.pipeline.stopping import barrier
+from m3po_jax.pipeline.stopping import agreed, barrier
 from m3po_jax.selection import select_rows
 
 SHOWN_DROPS = 60
@@ -58,8 +58,9 @@ def select(
     sources = [path.name for folder in (candidates, scores) for path in tables.shards(folder)]
     inputs = tables.content_hash(sources, vars(config))
     path, known = out / tables.shard_name(0, inputs), read_json(out / "summary.json")
-    if path.exists() and known is not None and known.get("inputs") == inputs:
-        return known | {"seconds": 0.0}
+    finished = path.exists() and known is not None and known.get("inputs") == inputs
+    if agreed([finished])[0]:
+        return read_json(out / "summary.json") | {"seconds": 0.0}
     rows = joined_rows(candidates, scores, prompts)
     pairs, drops, summary = select_rows(
         rows, config, dispreferred_confidence=config.confidence_dispreferred, where=str(scores)

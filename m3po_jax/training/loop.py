@@ -185,7 +185,9 @@ def train(
                     on_step(done, last)
                 if stopping:
                     saved.wait()
-                    raise Interrupted(f"stopped by {stop.received} after step {done} of {total}; all is saved")
+                    raise Interrupted(
+                        f"stopped by {stop.received or 'another host'} after step {done} of {total}; all is saved"
+                    )
         saved.wait()
     if first:
         seconds = time.monotonic() - started
@@ -196,6 +198,10 @@ def train(
             "steps_in_this_process": total - first_step,
         }
         write_json(output / "done.json", content)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("trained")  # the others look for the marker too
     trained = partition.merge(state.trainable, frozen)
     return TrainResult(trained, total, log.path, last, step_fn.compilations - compiled_before)
 

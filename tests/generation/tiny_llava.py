@@ -27,7 +27,7 @@ def tiny_config(kv_heads=2):
     )
 
 
-def tiny_model(kv_heads=2, adapters=False, scale=5.0):
+def tiny_model(kv_heads=2, adapters=False, scale=1.0):
     """Weights are `scale` × the usual initialisation, so that attention and logits are far from uniform."""
     model = build(tiny_config(kv_heads), dtype=jnp.float32, param_dtype=jnp.float32, seed=3)
     if adapters:
