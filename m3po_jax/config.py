@@ -118,10 +118,23 @@ class LoRAConfig:
 class TrainConfig:
     objective: str = "preference"  # preference | sft | contrastive
     data: list[DataConfig] = field(default_factory=list)  # sft, contrastive: joined; empty: the recipe's `data`
-    loss_type: str = "sigmoid"  # see objectives/preference.py
+    loss_type: str = "sigmoid"  # a loss of training.md, or mixture: those of `loss_weights`
+    loss_weights: dict[str, float] = field(default_factory=dict)  # MPO: {sigmoid: 0.8, bco_pair: 0.2, sft: 1.0}
     beta: float = 0.1
     label_smoothing: float = 0.0
+    f_divergence_type: str = "reverse_kl"  # reverse_kl (DPO) | forward_kl | js_divergence | alpha_divergence
+    f_alpha_divergence_coef: float = 0.5  # α of alpha_divergence
+    ld_alpha: float | None = None  # LD-DPO: weight of the tokens beyond the shorter answer's length; null: off
+    ld_alpha_reference: bool = True  # in the reference's sums too (TRL 1.16); false: the policy's alone
+    discopop_tau: float = 0.05  # width of discopop's gate
+    simpo_gamma: float = 0.5  # simpo's target margin, in units of reward
     chosen_nll_weight: float = 0.0  # anchor: per-token NLL of the chosen answer (RPO)
+    conditional_weight: float = (
+        0.0  # mDPO: the chosen answer with its image is preferred to itself with a corrupted one
+    )
+    conditional_image: str = "blank"  # the corrupted image: blank | swap (another row's)
+    anchor_weight: float = 0.0  # mDPO: the chosen answer's reward stays above `anchor_delta`
+    anchor_delta: float = 0.0  # in units of reward
     reference: str = "recorded"  # recorded (at generation) | computed (adapter scale 0)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     train_vision: bool = False  # sft only: the vision tower learns too
@@ -138,6 +151,7 @@ class TrainConfig:
     save_steps: int = 50
     keep_checkpoints: int = 2
     log_steps: int = 1
+    harm_metrics_steps: int = 0  # steps between measures of what the text alone teaches; 0: off
 
 
 @dataclass

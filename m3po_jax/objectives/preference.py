@@ -1,271 +1,38 @@
-"""Preference losses: pure functions of per-sequence log-probabilities, under TRL's names.
+"""Preference losses by name: settings checked, losses mixed, implicit rewards beside them.
 
-Every loss takes sums over response tokens (nats) and gives one loss per pair; the batch loss is their mean.
-The reference of comparison is TRL 1.16 (`trl.trainer.dpo_trainer`; the experimental CPO and ORPO trainers).
-Where conventions differ between versions or papers, both are here under names of their own:
-
-- ``sigmoid`` honours `label_smoothing` as conservative DPO does (TRL up to 0.26); TRL 1.16 ignores it. With
-  smoothing 0 all agree. The unbiased form of the same idea is ``robust``.
-- ``ipo`` averages log-ratios per token, as TRL does; ``ipo_sum`` is the paper's, on sums.
+The formulas are in `objectives.loss_types`, the divergences in `objectives.divergences`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from m3po_jax.errors import UserError, nearest
+from m3po_jax.objectives.divergences import divergence_score
+from m3po_jax.objectives.loss_types import LOSSES, LossParameters, PairLogProbs
 
-Losses = Float[Array, " pairs"]
+__all__ = ["LOSSES", "MIXTURE", "check_loss", "loss_mixture", "preference_loss"]
 
+# The `loss_type` that stands for the weighted sum in `loss_weights`.
+MIXTURE = "mixture"
 
-@dataclass(frozen=True)
-class PairLogProbs:
-    """Log-probabilities of a batch of pairs, each of shape [pairs], in nats, summed over response tokens.
 
-    Attributes:
-        chosen_lengths: Response tokens of the chosen answers, EOS included; None where the loss needs none.
-    """
-
-    policy_chosen: Float[Array, " pairs"]
-    policy_rejected: Float[Array, " pairs"]
-    reference_chosen: Float[Array, " pairs"]
-    reference_rejected: Float[Array, " pairs"]
-    chosen_lengths: Num[Array, " pairs"] | None = None
-    rejected_lengths: Num[Array, " pairs"] | None = None
-
-    @property
-    def chosen_log_ratio(self) -> Losses:
-        return self.policy_chosen - self.reference_chosen
-
-    @property
-    def rejected_log_ratio(self) -> Losses:
-        return self.policy_rejected - self.reference_rejected
-
-    @property
-    def delta(self) -> Losses:
-        """Chosen minus rejected log-ratio: the implicit reward margin over β."""
-        return self.chosen_log_ratio - self.rejected_log_ratio
-
-    def per_token(self, chosen: Losses, rejected: Losses) -> tuple[Losses, Losses]:
-        """Sums divided by lengths (at least 1, as TRL clamps them)."""
-        assert self.chosen_lengths is not None and self.rejected_lengths is not None
-        return chosen / jnp.maximum(self.chosen_lengths, 1), rejected / jnp.maximum(self.rejected_lengths, 1)
-
-
-@dataclass(frozen=True)
-class LossParameters:
-    """Scalars of the losses; each loss documents which of them it reads."""
-
-    beta: float
-    label_smoothing: float = 0.0
-    discopop_tau: float = 0.05
-    simpo_gamma: float = 0.5
-
-
-def _smoothed_logistic(logits: Losses, smoothing: float) -> Losses:
-    return -(1 - smoothing) * jax.nn.log_sigmoid(logits) - smoothing * jax.nn.log_sigmoid(-logits)
-
-
-def sigmoid(x: PairLogProbs, p: LossParameters) -> Losses:
-    """DPO, −log σ(βΔ) (arXiv:2305.18290, eq. 7); with smoothing ε cDPO, −(1−ε) log σ(βΔ) − ε log σ(−βΔ)."""
-    return _smoothed_logistic(p.beta * x.delta, p.label_smoothing)
-
-
-def robust(x: PairLogProbs, p: LossParameters) -> Losses:
-    """Robust DPO, [−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1−2ε) (arXiv:2403.00409, eq. 9); ε in [0, ½)."""
-    epsilon, logits = p.label_smoothing, p.beta * x.delta
-    clean, flipped = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
-    return (-(1 - epsilon) * clean + epsilon * flipped) / (1 - 2 * epsilon)
-
-
-def hinge(x: PairLogProbs, p: LossParameters) -> Losses:
-    """SLiC-style hinge, max(0, 1 − βΔ) (arXiv:2309.06657)."""
-    return jax.nn.relu(1 - p.beta * x.delta)
-
-
-def ipo(x: PairLogProbs, p: LossParameters) -> Losses:
-    """IPO on per-token log-ratios r̄, (r̄_w − r̄_l − 1/(2β))² (arXiv:2310.12036, eq. 17; TRL's averaging)."""
-    chosen, rejected = x.per_token(x.chosen_log_ratio, x.rejected_log_ratio)
-    return (chosen - rejected - 1 / (2 * p.beta)) ** 2
-
-
-def ipo_sum(x: PairLogProbs, p: LossParameters) -> Losses:
-    """IPO as the paper writes it, on summed log-ratios: (Δ − 1/(2β))² (arXiv:2310.12036, eq. 17)."""
-    return (x.delta - 1 / (2 * p.beta)) ** 2
-
-
-def exo_pair(x: PairLogProbs, p: LossParameters) -> Losses:
-    """EXO for pairs: KL of (σ(βΔ), σ(−βΔ)) from (1−ε, ε) (arXiv:2402.00856, eq. 16); ε > 0, 1e-3 advised."""
-    logits, epsilon = p.beta * x.delta, p.label_smoothing
-    chosen = jax.nn.sigmoid(logits) * (jax.nn.log_sigmoid(logits) - math.log1p(-epsilon))
-    rejected = jax.nn.sigmoid(-logits) * (jax.nn.log_sigmoid(-logits) - math.log(epsilon))
-    return chosen + rejected
-
-
-def nca_pair(x: PairLogProbs, p: LossParameters) -> Losses:
-    """NCA, −log σ(βr_w) − ½ log σ(−βr_w) − ½ log σ(−βr_l), r the log-ratios (arXiv:2402.05369)."""
-    chosen, rejected = p.beta * x.chosen_log_ratio, p.beta * x.rejected_log_ratio
-    return -jax.nn.log_sigmoid(chosen) - 0.5 * jax.nn.log_sigmoid(-chosen) - 0.5 * jax.nn.log_sigmoid(-rejected)
-
-
-def bco_pair(x: PairLogProbs, p: LossParameters) -> Losses:
-    """BCO for pairs without reward shift, −log σ(βr_w) − log σ(−βr_l) (arXiv:2404.04656; TRL 1.16).
-
-    TRL 0.26 subtracts a running mean of the rewards, so that the loss depends on its history; 1.16 does not.
-    """
-    return -jax.nn.log_sigmoid(p.beta * x.chosen_log_ratio) - jax.nn.log_sigmoid(-p.beta * x.rejected_log_ratio)
-
-
-def sppo_hard(x: PairLogProbs, p: LossParameters) -> Losses:
-    """SPPO with hard labels, (r_w − 1/(2β))² + (r_l + 1/(2β))² (arXiv:2405.00675, eq. 4.7)."""
-    return (x.chosen_log_ratio - 0.5 / p.beta) ** 2 + (x.rejected_log_ratio + 0.5 / p.beta) ** 2
-
-
-def aot(x: PairLogProbs, p: LossParameters) -> Losses:
-    """Distributional alignment: the logistic loss on sorted policy and reference margins (arXiv:2406.05882).
-
-    Sorts over the batch: entry i is no longer pair i, and only the batch mean has a meaning.
-    """
-    policy = jnp.sort(x.policy_chosen - x.policy_rejected)
-    reference = jnp.sort(x.reference_chosen - x.reference_rejected)
-    return _smoothed_logistic(p.beta * (policy - reference), p.label_smoothing)
-
-
-def aot_unpaired(x: PairLogProbs, p: LossParameters) -> Losses:
-    """`aot` on chosen and rejected log-ratios sorted apart (arXiv:2406.05882; ``aot_pair`` in TRL 0.26)."""
-    delta = jnp.sort(x.chosen_log_ratio) - jnp.sort(x.rejected_log_ratio)
-    return _smoothed_logistic(p.beta * delta, p.label_smoothing)
-
-
-def apo_zero(x: PairLogProbs, p: LossParameters) -> Losses:
-    """APO-zero, 1 − σ(βr_w) + σ(βr_l): chosen up, rejected down (arXiv:2408.06266, eq. 7)."""
-    # 1 − σ(a) as σ(−a): the same number without the cancellation at large a.
-    return jax.nn.sigmoid(-p.beta * x.chosen_log_ratio) + jax.nn.sigmoid(p.beta * x.rejected_log_ratio)
-
-
-def apo_down(x: PairLogProbs, p: LossParameters) -> Losses:
-    """APO-down, σ(βr_w) + 1 − σ(βΔ): both down, rejected further (arXiv:2408.06266, eq. 8)."""
-    return jax.nn.sigmoid(p.beta * x.chosen_log_ratio) + jax.nn.sigmoid(-p.beta * x.delta)
-
-
-def discopop(x: PairLogProbs, p: LossParameters) -> Losses:
-    """DiscoPOP, −(1−s) log σ(βΔ) + s exp(−βΔ), s = σ(βΔ/τ), τ `discopop_tau` (arXiv:2406.08414, eq. 5)."""
-    logits = p.beta * x.delta
-    gate = logits / p.discopop_tau
-    # The product s·exp(−βΔ) is formed in logs: at very negative Δ its factors are 0 and infinity.
-    exponential = jnp.exp(jax.nn.log_sigmoid(gate) - logits)
-    return -jax.nn.log_sigmoid(logits) * jax.nn.sigmoid(-gate) + exponential
-
-
-def sft(x: PairLogProbs, p: LossParameters) -> Losses:
-    """Token-mean NLL of the chosen answers over the batch, the same number for every pair (TRL's ``sft``)."""
-    assert x.chosen_lengths is not None
-    nll = -jnp.sum(x.policy_chosen) / jnp.maximum(jnp.sum(x.chosen_lengths), 1)
-    return jnp.broadcast_to(nll, x.policy_chosen.shape)
-
-
-def sigmoid_norm(x: PairLogProbs, p: LossParameters) -> Losses:
-    """Length-normalised DPO: per-token log-ratios r̄, −log σ(β(r̄_w − r̄_l)) (Tülu 3, arXiv:2411.15124)."""
-    chosen, rejected = x.per_token(x.chosen_log_ratio, x.rejected_log_ratio)
-    return -jax.nn.log_sigmoid(p.beta * (chosen - rejected))
-
-
-def simpo(x: PairLogProbs, p: LossParameters) -> Losses:
-    """SimPO, −log σ(β(ℓ̄_w − ℓ̄_l) − γ), ℓ̄ the per-token log-probs, smoothed by ε (arXiv:2405.14734, eq. 6).
-
-    No reference. Reads `simpo_gamma`.
-    """
-    chosen, rejected = x.per_token(x.policy_chosen, x.policy_rejected)
-    return _smoothed_logistic(p.beta * (chosen - rejected) - p.simpo_gamma, p.label_smoothing)
-
-
-def cpo(x: PairLogProbs, p: LossParameters) -> Losses:
-    """CPO's preference term, −log σ(β(ℓ_w − ℓ_l)), smoothed by ε (arXiv:2401.08417, eq. 3).
-
-    No reference. TRL adds `cpo_alpha` × token NLL of the chosen answer: a chosen-NLL weight does the same.
-    """
-    return _smoothed_logistic(p.beta * (x.policy_chosen - x.policy_rejected), p.label_smoothing)
-
-
-def _log1mexp(log_probs: Losses) -> Losses:
-    """log(1 − exp(a)) for a < 0, in the branch that keeps its digits (Mächler 2012).
-
-    A probability that has rounded to 1 is taken as 1 − ε of the type, so that loss and gradient stay finite.
-    """
-    log_probs = jnp.minimum(log_probs, -jnp.finfo(log_probs.dtype).eps)
-    small = log_probs > -math.log(2)
-    near_one = jnp.log(-jnp.expm1(jnp.where(small, log_probs, -1.0)))
-    return jnp.where(small, near_one, jnp.log1p(-jnp.exp(jnp.where(small, -1.0, log_probs))))
-
-
-def orpo(x: PairLogProbs, p: LossParameters) -> Losses:
-    """ORPO's odds-ratio term, −β log σ(logit p̄_w − logit p̄_l), p̄ = exp(ℓ̄) (arXiv:2403.07691, eqs. 4 and 7).
-
-    No reference. The full objective adds 1.0 × token NLL of the chosen answer. TRL rounds to float32 here; we
-    keep the type of the inputs.
-    """
-    chosen, rejected = x.per_token(x.policy_chosen, x.policy_rejected)
-    log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
-    return -p.beta * jax.nn.log_sigmoid(log_odds)
-
-
-@dataclass(frozen=True)
-class PreferenceLoss:
-    """One entry of `LOSSES`.
-
-    Attributes:
-        function: (log-probs, parameters) -> losses [pairs].
-        needs_lengths: Lengths enter the formula.
-        smoothed: `label_smoothing` enters the formula; the others ignore it, as TRL's do.
-        reference_free: The reference does not enter; rewards are then β × policy log-prob, as in TRL.
-        mean_rewards: Those rewards use per-token means (the losses on length-averaged log-probs).
-    """
-
-    function: Callable[[PairLogProbs, LossParameters], Losses]
-    needs_lengths: bool = False
-    smoothed: bool = False
-    reference_free: bool = False
-    mean_rewards: bool = False
-
-
-LOSSES: dict[str, PreferenceLoss] = {
-    "sigmoid": PreferenceLoss(sigmoid, smoothed=True),
-    "robust": PreferenceLoss(robust, smoothed=True),
-    "hinge": PreferenceLoss(hinge),
-    "ipo": PreferenceLoss(ipo, needs_lengths=True),
-    "ipo_sum": PreferenceLoss(ipo_sum),
-    "exo_pair": PreferenceLoss(exo_pair, smoothed=True),
-    "nca_pair": PreferenceLoss(nca_pair),
-    "bco_pair": PreferenceLoss(bco_pair),
-    "sppo_hard": PreferenceLoss(sppo_hard),
-    "aot": PreferenceLoss(aot, smoothed=True),
-    "aot_unpaired": PreferenceLoss(aot_unpaired, smoothed=True),
-    "apo_zero": PreferenceLoss(apo_zero),
-    "apo_down": PreferenceLoss(apo_down),
-    "discopop": PreferenceLoss(discopop),
-    "sft": PreferenceLoss(sft, needs_lengths=True),
-    "sigmoid_norm": PreferenceLoss(sigmoid_norm, needs_lengths=True),
-    "simpo": PreferenceLoss(simpo, needs_lengths=True, smoothed=True, reference_free=True, mean_rewards=True),
-    "cpo": PreferenceLoss(cpo, smoothed=True, reference_free=True),
-    "orpo": PreferenceLoss(orpo, needs_lengths=True, reference_free=True, mean_rewards=True),
-}
-
-
-def check_loss(loss_type: str, beta: float, label_smoothing: float = 0.0) -> PreferenceLoss:
-    """The registry's entry, once its settings are known to make sense.
+def check_loss(loss_type: str, beta: float, label_smoothing: float = 0.0) -> None:
+    """Checks that the settings of one loss make sense (of a mixture: those that its parts share).
 
     Raises:
         UserError: unknown `loss_type` (the nearest name is suggested), `beta` not positive, or a
             `label_smoothing` outside the loss's domain.
     """
-    if loss_type not in LOSSES:
-        raise UserError(f"unknown loss_type {loss_type!r}{nearest(loss_type, LOSSES)}", where="train.loss_type")
+    if loss_type not in LOSSES and loss_type != MIXTURE:
+        raise UserError(
+            f"unknown loss_type {loss_type!r}{nearest(loss_type, (*LOSSES, MIXTURE))}", where="train.loss_type"
+        )
     if not (math.isfinite(beta) and beta > 0):
         raise UserError(f"beta must be positive, not {beta}", where="train.beta")
     if not 0 <= label_smoothing <= 0.5:
@@ -278,7 +45,60 @@ def check_loss(loss_type: str, beta: float, label_smoothing: float = 0.0) -> Pre
             where="train.label_smoothing",
             remedy="its authors advise 1e-3",
         )
-    return LOSSES[loss_type]
+
+
+def loss_mixture(
+    loss_type: str,
+    loss_weights: Mapping[str, float] | None = None,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    f_divergence_type: str = "reverse_kl",
+    discopop_tau: float = 0.05,
+    simpo_gamma: float = 0.5,
+) -> dict[str, float]:
+    """{name: weight} of the losses to compute: one of weight 1, or those of `loss_weights` that do not weigh 0.
+
+    Raises:
+        UserError: see `check_loss`, for each loss; weights with a `loss_type` other than ``mixture`` or the other
+            way round; a weight that is negative or not finite, or all of them 0; a loss without a meaning under
+            `f_divergence_type`; a `discopop_tau` that is not positive or a `simpo_gamma` that is not finite.
+    """
+    check_loss(loss_type, beta, label_smoothing)
+    if loss_type != MIXTURE:
+        if loss_weights:
+            raise UserError(
+                f"loss_weights mix losses, but loss_type is {loss_type!r}",
+                where="train.loss_weights",
+                remedy=f"set train.loss_type={MIXTURE}",
+            )
+        mixture = {loss_type: 1.0}
+    else:
+        for name, weight in (loss_weights or {}).items():
+            if name == MIXTURE or name not in LOSSES:
+                raise UserError(f"unknown loss {name!r}{nearest(name, LOSSES)}", where="train.loss_weights")
+            if not (math.isfinite(weight) and weight >= 0):
+                raise UserError(f"the weight of {name!r} must not be negative: {weight}", where="train.loss_weights")
+        mixture = {name: float(weight) for name, weight in (loss_weights or {}).items() if weight > 0}
+        if not mixture:
+            raise UserError(
+                "a mixture needs a loss of positive weight",
+                where="train.loss_weights",
+                remedy="MPO is {sigmoid: 0.8, bco_pair: 0.2, sft: 1.0}",
+            )
+    for name in mixture:
+        check_loss(name, beta, label_smoothing)
+        if f_divergence_type != "reverse_kl" and not LOSSES[name].divergences:
+            raise UserError(
+                f"loss {name!r} has no form under {f_divergence_type}",
+                where="train.f_divergence_type",
+                remedy="those with one are " + ", ".join(name for name, loss in LOSSES.items() if loss.divergences),
+            )
+    if "discopop" in mixture and not (math.isfinite(discopop_tau) and discopop_tau > 0):
+        raise UserError(f"discopop_tau must be positive, not {discopop_tau}", where="train.discopop_tau")
+    if "simpo" in mixture and not math.isfinite(simpo_gamma):
+        raise UserError(f"simpo_gamma must be finite, not {simpo_gamma}", where="train.simpo_gamma")
+    return mixture
 
 
 def preference_loss(
@@ -294,32 +114,52 @@ def preference_loss(
     rejected_lengths: Num[Array, " pairs"] | None = None,
     discopop_tau: float = 0.05,
     simpo_gamma: float = 0.5,
+    loss_weights: Mapping[str, float] | None = None,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
+    chosen_nll: Float[Array, " pairs"] | None = None,
 ) -> tuple[Float[Array, " pairs"], Float[Array, " pairs"], Float[Array, " pairs"]]:
     """Losses and implicit rewards of a batch of preference pairs.
 
     Args:
-        policy_chosen: Σ_t log π(y_t) of the chosen answers, nats, EOS included; likewise the next three.
-        loss_type: A key of `LOSSES`.
+        policy_chosen: Σ_t log π(y_t) of the chosen answers, nats, EOS included; likewise the next three. Under
+            LD-DPO the sums of `objectives.length`.
+        loss_type: A key of `LOSSES`, or ``mixture``.
         beta: Inverse temperature of the implicit reward (τ of IPO, η⁻¹ of SPPO).
         label_smoothing: Assumed share of flipped labels; read by sigmoid (cDPO), robust, exo_pair, aot,
             aot_unpaired, simpo and cpo, ignored by the others.
         chosen_lengths: Response tokens, needed by ipo, sigmoid_norm, sft, simpo and orpo.
         discopop_tau: Width of DiscoPOP's gate.
         simpo_gamma: SimPO's target margin, in units of reward.
+        loss_weights: ``mixture``: the loss is Σ weight·loss over these names, not normalised (TRL's `loss_type`
+            and `loss_weights` lists). MPO (arXiv:2411.10442) is {sigmoid: 0.8, bco_pair: 0.2, sft: 1.0}.
+        f_divergence_type: A name of `objectives.divergences.DIVERGENCES`; for losses on the difference of scores.
+        f_alpha_divergence_coef: α of ``alpha_divergence``.
+        chosen_nll: −Σ_t log π(y_t) of the chosen answers for ``sft``, where `policy_chosen` is not the plain sum.
 
     Returns:
         (losses, chosen_rewards, rejected_rewards), each [pairs]. The batch loss is the mean of `losses`.
-        Rewards are β·(policy − reference) for every loss with a reference and β·policy without one (per-token
-        means for simpo and orpo), and carry no gradient.
+        Rewards are β·(policy − reference) for every loss with a reference, whatever the divergence (TRL's
+        convention), and β·policy without one (per-token means for simpo and orpo); they carry no gradient.
 
     Raises:
-        UserError: see `check_loss`; or lengths missing where the loss needs them.
+        UserError: see `loss_mixture`; or lengths missing where the loss needs them.
     """
-    entry = check_loss(loss_type, beta, label_smoothing)
-    if entry.needs_lengths and (chosen_lengths is None or rejected_lengths is None):
-        raise UserError(
-            f"loss_type {loss_type!r} averages over tokens", remedy="pass chosen_lengths and rejected_lengths"
-        )
+    mixture = loss_mixture(
+        loss_type,
+        loss_weights,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        f_divergence_type=f_divergence_type,
+        discopop_tau=discopop_tau,
+        simpo_gamma=simpo_gamma,
+    )
+    entries = [LOSSES[name] for name in mixture]
+    for name in mixture:
+        if LOSSES[name].needs_lengths and (chosen_lengths is None or rejected_lengths is None):
+            raise UserError(
+                f"loss_type {name!r} averages over tokens", remedy="pass chosen_lengths and rejected_lengths"
+            )
     x = PairLogProbs(
         jnp.asarray(policy_chosen),
         jnp.asarray(policy_rejected),
@@ -327,11 +167,15 @@ def preference_loss(
         jnp.asarray(reference_rejected),
         None if chosen_lengths is None else jnp.asarray(chosen_lengths),
         None if rejected_lengths is None else jnp.asarray(rejected_lengths),
+        divergence_score(f_divergence_type, f_alpha_divergence_coef),
+        None if chosen_nll is None else jnp.asarray(chosen_nll),
     )
-    losses = entry.function(x, LossParameters(beta, label_smoothing, discopop_tau, simpo_gamma))
-    if entry.reference_free:
+    parameters = LossParameters(beta, label_smoothing, discopop_tau, simpo_gamma)
+    parts = [entry.function(x, parameters) for entry in entries]
+    losses = sum((w * part for w, part in zip(mixture.values(), parts, strict=True)), jnp.zeros_like(parts[0]))
+    if all(entry.reference_free for entry in entries):
         rewards = (x.policy_chosen, x.policy_rejected)
-        rewards = x.per_token(*rewards) if entry.mean_rewards else rewards
+        rewards = x.per_token(*rewards) if all(entry.mean_rewards for entry in entries) else rewards
     else:
         rewards = (x.chosen_log_ratio, x.rejected_log_ratio)
     return losses, beta * jax.lax.stop_gradient(rewards[0]), beta * jax.lax.stop_gradient(rewards[1])

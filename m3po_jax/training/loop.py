@@ -27,13 +27,14 @@ from m3po_jax.data.batches import BatchSource
 from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.sharding import shard_batch, to_host
 from m3po_jax.training.checkpoint import Checkpointer, restore_trainable, write_json
-from m3po_jax.training.losses import LN2_LOSSES, check_objective
+from m3po_jax.training.harm import make_harm_metrics
+from m3po_jax.training.losses import check_objective, starts_at_ln2
 from m3po_jax.training.metrics_log import MetricsLog
 from m3po_jax.training.progress import progress_bar
 from m3po_jax.training.step import make_step, place_frozen, place_trainable, split_model
 
 # Settings that may change between a run and its continuation.
-_FREE_SETTINGS = ("save_steps", "keep_checkpoints", "log_steps")
+_FREE_SETTINGS = ("save_steps", "keep_checkpoints", "log_steps", "harm_metrics_steps")
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,8 @@ def train(
             jax.device_put(partition.base_weights(start), partition.base_weights(step_fn.shardings.trainable)),
         )
     state = step_fn.init(start)
+    harm_steps = config.harm_metrics_steps if config.objective == "preference" else 0
+    harm_metrics = make_harm_metrics(partition, config, mesh)
     compiled_before = step_fn.compilations
     first = jax.process_index() == 0
     output.mkdir(parents=True, exist_ok=True)
@@ -171,11 +174,14 @@ def train(
         with stop_signal() as stop, progress_bar(total, done, enabled=first) as bar:
             while done < total:
                 batch = next(iterator)
-                state, metrics, row_losses = step_fn(state, frozen, base, shard_batch(batch, mesh))
-                last = {name: float(to_host(value)) for name, value in metrics.items()}
+                placed = shard_batch(batch, mesh)
+                measures = harm_steps > 0 and (done + 1) % harm_steps == 0
+                harm = harm_metrics(state.trainable, frozen, base, placed) if measures else {}
+                state, metrics, row_losses = step_fn(state, frozen, base, placed)
+                last = {name: float(to_host(value)) for name, value in {**metrics, **harm}.items()}
                 guards.check(done, last, to_host(row_losses), batch.row_index, saved.latest_step)
                 done += 1
-                if done % config.log_steps == 0 or done == total:
+                if done % config.log_steps == 0 or measures or done == total:
                     log.write(done, {"epoch": done * batches.batch_size / len(batches.ids), **last})
                 bar(done, last)
                 stopping = done < total and stop.any_host()
@@ -231,7 +237,7 @@ class _Guards:
 
     def __init__(self, config: TrainConfig, batches: BatchSource, where: str, adapters_off: bool, tolerance: float):
         self.batches, self.where, self.tolerance = batches, where, tolerance
-        self.expects_ln2 = config.objective == "preference" and config.loss_type in LN2_LOSSES and adapters_off
+        self.expects_ln2 = starts_at_ln2(config) and adapters_off
 
     def check(
         self,

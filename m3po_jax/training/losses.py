@@ -8,11 +8,13 @@ mean of the whole batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float
 
 from m3po_jax.config import TrainConfig
@@ -20,14 +22,16 @@ from m3po_jax.data.batches import ContrastiveBatch, TreeBatch
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.models import lora
 from m3po_jax.models.forward import branch_log_probs, encode_images
+from m3po_jax.objectives.conditional import anchor_loss, conditional_logits, conditional_loss
+from m3po_jax.objectives.divergences import divergence_score
+from m3po_jax.objectives.length import length_desensitised_sums
 from m3po_jax.objectives.metrics import preference_metrics
-from m3po_jax.objectives.preference import preference_loss
+from m3po_jax.objectives.preference import LOSSES, loss_mixture, preference_loss
 from m3po_jax.objectives.sft import token_nll
 
-# Losses that couple the rows of a batch: a micro-batch's value is not a share of the whole batch's.
-COUPLED_LOSSES = frozenset({"aot", "aot_unpaired", "sft"})
-# Losses whose value is ln 2 where policy and reference agree, whatever β and the smoothing.
-LN2_LOSSES = frozenset({"sigmoid", "robust", "sigmoid_norm", "aot", "aot_unpaired"})
+# Losses whose value is ln 2 where policy and reference agree, whatever β, the smoothing and the divergence.
+LN2_LOSSES = frozenset({"sigmoid", "sigmoid_trl", "robust", "sigmoid_norm", "aot", "aot_unpaired"})
+CORRUPTIONS = ("blank", "swap")
 
 
 class LossOutput(NamedTuple):
@@ -49,12 +53,66 @@ def _answer_log_probs(model: Any, batch: TreeBatch, features: Any, remat: str) -
     return log_probs.astype(jnp.float32)
 
 
-def reference_sums(model: Any, batch: TreeBatch, features: Any = None, *, remat: str = "none") -> Float[Array, "b k"]:
-    """Σ_t log π_ref of every answer, nats: the given model, adapters switched off, without gradient."""
+def reference_log_probs(
+    model: Any, batch: TreeBatch, features: Any = None, *, remat: str = "none"
+) -> Float[Array, "b k t"]:
+    """log π_ref of every answer token, nats: the given model, adapters switched off, without gradient."""
     lora.set_scale(model, 0.0)
     if features is None:
         features = encode_images(model, batch.pixel_values, remat=remat)
-    return jax.lax.stop_gradient(jnp.sum(_answer_log_probs(model, batch, features, remat), axis=-1))
+    return jax.lax.stop_gradient(_answer_log_probs(model, batch, features, remat))
+
+
+def reference_sums(model: Any, batch: TreeBatch, features: Any = None, *, remat: str = "none") -> Float[Array, "b k"]:
+    """Σ_t log π_ref of every answer, nats; see `reference_log_probs`."""
+    return jnp.sum(reference_log_probs(model, batch, features, remat=remat), axis=-1)
+
+
+def adapters_off(model: Any) -> Any:
+    """The model's own reference where adapters are all that learns: a copy with them switched off, no gradient."""
+    graph, state = nnx.split(model)
+    copy = nnx.merge(graph, jax.lax.stop_gradient(state))
+    lora.set_scale(copy, 0.0)
+    return copy
+
+
+def corrupted_features(
+    model: Any, batch: TreeBatch, features: Float[Array, "b m n v"], corruption: str
+) -> Float[Array, "b m n v"]:
+    """Image features that say nothing about their row.
+
+    ``blank``: those of the processor's mean colour (zeros after normalisation), as in the `prior` confidence.
+    ``swap``: those of the row before in the batch, which needs at least two rows; a row may meet its own image
+    where a batch holds one image twice.
+    """
+    if corruption == "swap":
+        return jnp.roll(features, 1, axis=0)
+    assert batch.pixel_values is not None
+    blank = model.image_features(jnp.zeros_like(batch.pixel_values[0, :1]))
+    return jnp.broadcast_to(blank, features.shape)
+
+
+def _conditional(
+    model: Any,
+    reference_model: Any,
+    batch: TreeBatch,
+    features: Any,
+    config: TrainConfig,
+    policy: Float[Array, " b"],
+    reference: Float[Array, " b"],
+    remat: str,
+) -> Float[Array, " b"]:
+    """mDPO's conditional logits: the chosen answers once more, with corrupted images, in policy and reference.
+
+    0 for rows without an image, which have nothing to corrupt.
+    """
+    if features is None:
+        return jnp.zeros_like(policy)
+    corrupted = corrupted_features(model, batch, features, config.conditional_image)
+    chosen = batch._replace(branch_ids=batch.branch_ids[:, :1], branch_mask=batch.branch_mask[:, :1])
+    policy_corrupted = jnp.sum(_answer_log_probs(model, chosen, corrupted, remat), axis=-1)[:, 0]
+    reference_corrupted = reference_sums(reference_model, chosen, corrupted, remat=remat)[:, 0]
+    return conditional_logits(policy, policy_corrupted, reference, reference_corrupted)
 
 
 def preference(
@@ -70,34 +128,60 @@ def preference(
     1).
 
     Both answers and the prompt go through the policy in one pass. Loss = mean(losses) + `chosen_nll_weight` ×
-    token-mean NLL of the chosen answers (RPO, arXiv:2404.19733).
+    token-mean NLL of the chosen answers (RPO, arXiv:2404.19733) + `conditional_weight` × mean conditional loss +
+    `anchor_weight` × mean anchor loss (mDPO, arXiv:2406.11839); a row's loss is its part without the NLL.
+
+    With `ld_alpha` the losses and rewards read length-desensitised sums, as in TRL; the metrics ``logps`` and
+    ``delta_logps`` and mDPO's terms keep the plain ones.
 
     Args:
         reference_model: Computes the reference in the same step (its adapters are switched off) for every
             row, or for the rows without recorded log-probs when `config.reference` is ``recorded``. None: all
-            recorded.
+            recorded; what no record can hold (see `needs_reference_pass`) is computed by the policy without its
+            adapters.
     """
     features = encode_images(model, batch.pixel_values, remat=remat)
     log_probs = _answer_log_probs(model, batch, features, remat)
-    policy = jnp.sum(log_probs, axis=-1)
-    reference = batch.reference
-    if reference_model is not None:
+    policy, reference = jnp.sum(log_probs, axis=-1), batch.reference
+    computed: Any = None
+    desensitise_reference = config.ld_alpha is not None and config.ld_alpha_reference
+    every_row_recorded = reference_model is None
+    if every_row_recorded and needs_reference_pass(config):
+        reference_model = adapters_off(model)
+    if not every_row_recorded or desensitise_reference:
         # The tower is frozen in preference training, so its features serve the reference too.
-        computed = reference_sums(reference_model, batch, features, remat=remat)
+        computed = reference_log_probs(reference_model, batch, features, remat=remat)
+    if not every_row_recorded:
         keep = jnp.isfinite(reference) & (config.reference == "recorded")
-        reference = jnp.where(keep, reference, computed)
+        reference = jnp.where(keep, reference, jnp.sum(computed, axis=-1))
+    compared, compared_reference = policy, reference
+    if config.ld_alpha is not None:
+        compared = length_desensitised_sums(log_probs, batch.branch_mask, config.ld_alpha)
+        if desensitise_reference:
+            compared_reference = length_desensitised_sums(computed, batch.branch_mask, config.ld_alpha)
     lengths = jnp.sum(batch.branch_mask, axis=-1)
-    pair = (policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1])
     losses, chosen_rewards, rejected_rewards = preference_loss(
-        *pair,
+        compared[:, 0],
+        compared[:, 1],
+        compared_reference[:, 0],
+        compared_reference[:, 1],
         loss_type=config.loss_type,
         beta=config.beta,
         label_smoothing=config.label_smoothing,
         chosen_lengths=lengths[:, 0],
         rejected_lengths=lengths[:, 1],
+        discopop_tau=config.discopop_tau,
+        simpo_gamma=config.simpo_gamma,
+        loss_weights=config.loss_weights,
+        f_divergence_type=config.f_divergence_type,
+        f_alpha_divergence_coef=config.f_alpha_divergence_coef,
+        chosen_nll=-policy[:, 0],
     )
     metrics = preference_metrics(
-        *pair,
+        policy[:, 0],
+        policy[:, 1],
+        reference[:, 0],
+        reference[:, 1],
         chosen_rewards=chosen_rewards,
         rejected_rewards=rejected_rewards,
         chosen_lengths=lengths[:, 0],
@@ -107,10 +191,48 @@ def preference(
     nll = nll / jnp.maximum(count if tokens is None else tokens, 1)
     metrics["nll/chosen"] = nll
     metrics["loss/preference"] = jnp.mean(losses)
-    loss = jnp.mean(losses)
+    row_losses = losses
+    if config.conditional_weight:
+        logits = _conditional(model, reference_model, batch, features, config, policy[:, 0], reference[:, 0], remat)
+        conditional = conditional_loss(logits, config.beta)
+        row_losses = row_losses + config.conditional_weight * conditional
+        metrics["loss/conditional"] = jnp.mean(conditional)
+        metrics["rewards/conditional_margins"] = config.beta * jnp.mean(logits)
+        metrics["rewards/conditional_accuracies"] = jnp.mean((logits > 0).astype(logits.dtype))
+    if config.anchor_weight:
+        anchor = anchor_loss(policy[:, 0], reference[:, 0], config.beta, config.anchor_delta)
+        row_losses = row_losses + config.anchor_weight * anchor
+        metrics["loss/anchor"] = jnp.mean(anchor)
+    loss = jnp.mean(row_losses)
     if config.chosen_nll_weight:
         loss = loss + config.chosen_nll_weight * nll
-    return LossOutput(loss, metrics, losses)
+    return LossOutput(loss, metrics, row_losses)
+
+
+def text_only_accuracies(model: Any, batch: TreeBatch, *, reference_model: Any) -> dict[str, Float[Array, ""]]:
+    """Preference accuracy on images that say nothing about their row: what was learned from the text alone.
+
+    ``rewards/accuracies_blank`` and ``rewards/accuracies_swap`` (see `corrupted_features`; the second not for
+    batches of one row) are the shares of pairs whose implicit reward margin, β(r_w − r_l), stays above 0. Beside
+    ``rewards/accuracies`` of the same step: where the three agree, the images were not needed. Empty for batches
+    without images.
+
+    Args:
+        reference_model: Its adapters are switched off.
+    """
+    features = encode_images(model, batch.pixel_values)
+    if features is None:
+        return {}
+    accuracies = {}
+    for corruption in CORRUPTIONS:
+        if corruption == "swap" and features.shape[0] == 1:
+            continue
+        corrupted = corrupted_features(model, batch, features, corruption)
+        policy = jnp.sum(_answer_log_probs(model, batch, corrupted, "none"), axis=-1)
+        ratios = policy - reference_sums(reference_model, batch, corrupted)
+        right = ratios[:, 0] > ratios[:, 1]
+        accuracies[f"rewards/accuracies_{corruption}"] = jnp.mean(right.astype(jnp.float32))
+    return accuracies
 
 
 def sft(
@@ -163,14 +285,30 @@ OBJECTIVES: dict[str, Callable[..., LossOutput]] = {
 }
 
 
+def needs_reference_pass(config: TrainConfig) -> bool:
+    """Whether the reference must run in the step even where the generator's sums are recorded.
+
+    Sums over an answer hold neither its tokens (`ld_alpha` on the reference) nor other images (mDPO's conditional
+    term, the text-only accuracies).
+    """
+    if config.objective != "preference":
+        return False
+    desensitised = config.ld_alpha is not None and config.ld_alpha_reference
+    return desensitised or config.conditional_weight > 0 or config.harm_metrics_steps > 0
+
+
+def starts_at_ln2(config: TrainConfig) -> bool:
+    """Whether ``loss/preference`` is ln 2 while the policy is still its reference."""
+    same_sums = config.ld_alpha is None or config.ld_alpha_reference
+    return config.objective == "preference" and config.loss_type in LN2_LOSSES and same_sums
+
+
 def check_objective(config: TrainConfig) -> Callable[..., LossOutput]:
     """The objective's loss function, once the settings that concern it are known to make sense.
 
     Raises:
         UserError: see the messages.
     """
-    from m3po_jax.objectives.preference import check_loss
-
     if config.objective not in OBJECTIVES:
         raise UserError(
             f"unknown objective {config.objective!r}{nearest(config.objective, OBJECTIVES)}",
@@ -182,18 +320,62 @@ def check_objective(config: TrainConfig) -> Callable[..., LossOutput]:
             where="train.gradient_accumulation_steps",
         )
     if config.objective == "preference":
-        check_loss(config.loss_type, config.beta, config.label_smoothing)
-        if config.reference not in ("recorded", "computed"):
-            raise UserError(
-                f"reference is recorded or computed, not {config.reference!r}",
-                where="train.reference",
-            )
-        if config.gradient_accumulation_steps > 1 and config.loss_type in COUPLED_LOSSES:
-            raise UserError(
-                f"loss_type {config.loss_type!r} couples the rows of a batch and cannot be accumulated",
-                where="train.gradient_accumulation_steps",
-                remedy="set it to 1",
-            )
-    if config.train_vision and config.objective == "preference":
-        raise UserError("the vision tower learns in sft only", where="train.train_vision", remedy="set false")
+        _check_preference(config)
     return OBJECTIVES[config.objective]
+
+
+def _check_preference(config: TrainConfig) -> None:
+    mixture = loss_mixture(
+        config.loss_type,
+        config.loss_weights,
+        beta=config.beta,
+        label_smoothing=config.label_smoothing,
+        f_divergence_type=config.f_divergence_type,
+        discopop_tau=config.discopop_tau,
+        simpo_gamma=config.simpo_gamma,
+    )
+    divergence_score(config.f_divergence_type, config.f_alpha_divergence_coef)
+    if config.reference not in ("recorded", "computed"):
+        raise UserError(
+            f"reference is recorded or computed, not {config.reference!r}",
+            where="train.reference",
+        )
+    if config.train_vision:
+        raise UserError("the vision tower learns in sft only", where="train.train_vision", remedy="set false")
+    for name in ("chosen_nll_weight", "conditional_weight", "anchor_weight", "harm_metrics_steps"):
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise UserError(f"{name} must not be negative: {value}", where=f"train.{name}")
+    if not math.isfinite(config.anchor_delta):
+        raise UserError(f"anchor_delta must be finite, not {config.anchor_delta}", where="train.anchor_delta")
+    if config.ld_alpha is not None:
+        if not 0 <= config.ld_alpha <= 1:
+            raise UserError(f"ld_alpha must lie in [0, 1], not {config.ld_alpha}", where="train.ld_alpha")
+        for name in mixture:
+            if LOSSES[name].reference_free:
+                raise UserError(f"ld_alpha has no meaning for loss {name!r}", where="train.ld_alpha")
+    if config.conditional_image not in CORRUPTIONS:
+        raise UserError(
+            f"conditional_image is blank or swap, not {config.conditional_image!r}", where="train.conditional_image"
+        )
+    swaps = config.conditional_weight > 0 and config.conditional_image == "swap"
+    if swaps and config.batch_size < 2:
+        raise UserError("no other row's image in a batch of one", where="train.conditional_image", remedy="blank")
+    if config.gradient_accumulation_steps > 1:
+        coupled = [f"loss {name!r}" for name in mixture if LOSSES[name].coupled]
+        coupled += ["conditional_image 'swap'"] if swaps else []
+        if coupled:
+            advice = ", or train.chosen_nll_weight in place of 'sft'" if "sft" in mixture else ""
+            raise UserError(
+                f"{coupled[0]} couples the rows of a batch and cannot be accumulated",
+                where="train.gradient_accumulation_steps",
+                remedy=f"set it to 1{advice}",
+            )
+    only_adapters = config.lora.lora_rank > 0 and not config.lora.train_projector
+    if needs_reference_pass(config) and config.reference == "recorded" and not only_adapters:
+        raise UserError(
+            "ld_alpha, conditional_weight and harm_metrics_steps need the reference model, and more than adapters "
+            "is trained",
+            where="train.reference",
+            remedy="set it to computed",
+        )

@@ -1,0 +1,70 @@
+"""f-divergences between policy and reference (f-DPO, arXiv:2309.16240), as TRL 1.16 defines them.
+
+With a divergence D_f instead of reverse KL, the implicit reward is β·f'(π/π_ref) up to a normaliser that cancels
+between chosen and rejected. Each function here maps the log-ratio log π − log π_ref of a whole answer (nats) to
+the score f'(t), t = π/π_ref; all are 0 with slope 1 at a log-ratio of 0, the Jensen-Shannon one with slope 1/2.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from m3po_jax.errors import UserError, nearest
+
+Scores = Float[Array, " pairs"]
+
+# TRL clamps the alpha divergence's exponent here, below float32's overflow; beyond it the score is flat.
+LARGEST_EXPONENT = 80.0
+
+
+def reverse_kl(log_ratio: Scores) -> Scores:
+    """f'(t) = log t (+ 1, which cancels): DPO itself."""
+    return log_ratio
+
+
+def forward_kl(log_ratio: Scores) -> Scores:
+    """f'(t) = 1 − 1/t. The exponent is clamped as in `alpha_divergence`; TRL lets it overflow."""
+    return -jnp.expm1(jnp.minimum(-log_ratio, LARGEST_EXPONENT))
+
+
+def js_divergence(log_ratio: Scores) -> Scores:
+    """Jensen-Shannon, f'(t) = log(2t / (t + 1)) = log 2 + log σ(log t); bounded above by log 2."""
+    return math.log(2) + jax.nn.log_sigmoid(log_ratio)
+
+
+def alpha_divergence(log_ratio: Scores, coefficient: float) -> Scores:
+    """f'(t) = (t^(α−1) − 1) / (α − 1), α `coefficient`; reverse KL in the limit α → 1 (|α − 1| < 1e-6, as TRL)."""
+    slope = coefficient - 1.0
+    if abs(slope) < 1e-6:
+        return log_ratio
+    return jnp.expm1(jnp.minimum(slope * log_ratio, LARGEST_EXPONENT)) / slope
+
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+
+def divergence_score(f_divergence_type: str, f_alpha_divergence_coef: float = 0.5) -> Callable[[Scores], Scores]:
+    """The score function of a divergence by its name in `DIVERGENCES`.
+
+    Raises:
+        UserError: unknown name, or a coefficient that is not finite.
+    """
+    if f_divergence_type not in DIVERGENCES:
+        raise UserError(
+            f"unknown f_divergence_type {f_divergence_type!r}{nearest(f_divergence_type, DIVERGENCES)}",
+            where="train.f_divergence_type",
+        )
+    if not math.isfinite(f_alpha_divergence_coef):
+        raise UserError(
+            f"f_alpha_divergence_coef must be finite, not {f_alpha_divergence_coef}",
+            where="train.f_alpha_divergence_coef",
+        )
+    if f_divergence_type == "alpha_divergence":
+        return functools.partial(alpha_divergence, coefficient=f_alpha_divergence_coef)
+    return {"reverse_kl": reverse_kl, "forward_kl": forward_kl, "js_divergence": js_divergence}[f_divergence_type]
