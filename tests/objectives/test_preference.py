@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections import defaultdict
 from types import SimpleNamespace
 
 import jax
@@ -12,14 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trl_tools import ORDER, PAIRS, ours, token_log_probs, trl_dpo
 
 from m3po_jax.errors import UserError
 from m3po_jax.objectives import LOSSES, preference_loss, preference_metrics
 
 torch = pytest.importorskip("torch")
 
-PAIRS, TOKENS = 6, 9
-ORDER = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
 # What TRL 1.16's DPO trainer implements under the same name and, with this smoothing, the same convention.
 DPO_CASES = [
     ("sigmoid", 0.0),  # TRL 1.16 ignores the smoothing
@@ -41,6 +38,10 @@ DPO_CASES = [
     ("sft", 0.0),
     ("sigmoid_norm", 0.0),
 ]
+# What TRL 1.16 has under another name: (ours, TRL's, smoothing).
+RENAMED_CASES = [
+    ("sigmoid_trl", "sigmoid", 0.1),
+]
 CPO_CASES = [
     ("simpo", "simpo", 0.0),
     ("simpo", "simpo", 0.1),
@@ -53,100 +54,6 @@ CPO_CASES = [
 def _x64():
     with jax.enable_x64(True):
         yield
-
-
-def token_log_probs(seed: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """Per-token log-probs [pairs, tokens] of the four roles, zero beyond each answer's end; lengths."""
-    rng = np.random.default_rng(seed)
-    lengths = {role: rng.integers(1, TOKENS + 1, PAIRS) for role in ("chosen", "rejected")}
-    arrays = {}
-    for name in ORDER:
-        values = -rng.gamma(1.0, 1.5, (PAIRS, TOKENS))
-        arrays[name] = values * (np.arange(TOKENS) < lengths[name.split("_")[1]][:, None])
-    return arrays, lengths["chosen"], lengths["rejected"]
-
-
-def ours(arrays, chosen_lengths, rejected_lengths, **settings):
-    """(losses, chosen rewards, rejected rewards), gradient of the mean loss by the four sums."""
-    sums = [jnp.asarray(arrays[name].sum(1)) for name in ORDER]
-    lengths = {
-        "chosen_lengths": jnp.asarray(chosen_lengths),
-        "rejected_lengths": jnp.asarray(rejected_lengths),
-    }
-
-    def mean_loss(*sums):
-        return preference_loss(*sums, **lengths, **settings)[0].mean()
-
-    return preference_loss(*sums, **lengths, **settings), jax.grad(mean_loss, argnums=(0, 1, 2, 3))(*sums)
-
-
-def trl_dpo(arrays, chosen_lengths, rejected_lengths, *, loss_type, beta, label_smoothing, loss_weights=None):
-    """`DPOTrainer._compute_loss` itself, on stand-in models: (loss, gradients by token, metrics)."""
-    from trl.trainer.dpo_trainer import DPOTrainer
-
-    tensors = {name: torch.tensor(arrays[name], requires_grad=True) for name in ORDER}
-    lengths = np.concatenate([chosen_lengths, rejected_lengths])
-    # One prompt token first: log-probs belong to the positions after it.
-    mask = torch.tensor((np.arange(TOKENS + 1) >= 1) & (np.arange(TOKENS + 1) <= lengths[:, None])).long()
-
-    class Model(torch.nn.Module):
-        def __init__(self, role):
-            super().__init__()
-            self.role = role
-
-        def forward(self, **_):
-            role = self.role
-            blank = torch.zeros(2 * PAIRS, TOKENS)
-            return SimpleNamespace(
-                log_probs=torch.cat([tensors[f"{role}_chosen"], tensors[f"{role}_rejected"]]),
-                entropy=blank,
-                mean_logits=blank,
-                is_top1=blank.bool(),
-            )
-
-    policy = Model("policy")
-    types = [loss_type] if isinstance(loss_type, str) else loss_type
-    trainer = SimpleNamespace(
-        model=policy,
-        ref_model=Model("reference"),
-        accelerator=SimpleNamespace(
-            device="cpu",
-            gather=lambda x: x,
-            gather_for_metrics=lambda x: x,
-            unwrap_model=lambda m: m,
-        ),
-        args=SimpleNamespace(gradient_checkpointing_kwargs=None, discopop_tau=0.05),
-        aux_loss_enabled=False,
-        ld_alpha=None,
-        precompute_ref_logps=False,
-        f_divergence_type="reverse_kl",
-        loss_types=types,
-        loss_weights=loss_weights or [1.0] * len(types),
-        beta=beta,
-        label_smoothing=label_smoothing,
-        use_weighting=False,
-        _metrics=defaultdict(lambda: defaultdict(list)),
-        _total_train_tokens=0,
-        _tp_size=1,
-    )
-    inputs = {
-        "input_ids": torch.zeros_like(mask),
-        "attention_mask": torch.ones_like(mask),
-        "completion_mask": mask,
-    }
-    import trl.trainer.dpo_trainer as module
-
-    # The stand-in reference has no gradient checkpointing to disable, and gradients by it are wanted here.
-    original, no_grad = module.disable_gradient_checkpointing, torch.no_grad
-    module.disable_gradient_checkpointing = lambda *_: contextlib.nullcontext()
-    torch.no_grad = contextlib.nullcontext
-    try:
-        loss = DPOTrainer._compute_loss(trainer, policy, inputs, False)
-    finally:
-        module.disable_gradient_checkpointing, torch.no_grad = original, no_grad
-    loss.backward()
-    gradients = [torch.zeros(PAIRS, TOKENS) if t.grad is None else t.grad for t in tensors.values()]
-    return loss.item(), [g.numpy() for g in gradients], trainer._metrics["train"]
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
@@ -198,15 +105,15 @@ def test_each_pair_equals_trl_alone(loss_type, label_smoothing):
         np.testing.assert_allclose(losses[pair], loss, rtol=1e-6)
 
 
-def test_mixture_of_losses_equals_trl():
-    """MPO, 0.8 sigmoid + 0.2 bco_pair + 1.0 sft, is the weighted sum of the entries."""
-    arrays, *lengths = token_log_probs(3)
-    mix = {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}
-    expected, _, _ = trl_dpo(
-        arrays, *lengths, loss_type=list(mix), beta=0.1, label_smoothing=0.0, loss_weights=list(mix.values())
-    )
-    found = sum(w * ours(arrays, *lengths, loss_type=name, beta=0.1)[0][0].mean() for name, w in mix.items())
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+@pytest.mark.parametrize(("loss_type", "trl_type", "label_smoothing"), RENAMED_CASES)
+def test_equals_trl_under_another_name(loss_type, trl_type, label_smoothing):
+    arrays, *lengths = token_log_probs(4)
+    settings = {"beta": 0.2, "label_smoothing": label_smoothing}
+    (losses, _, _), _ = ours(arrays, *lengths, loss_type=loss_type, **settings)
+    loss, _, _ = trl_dpo(arrays, *lengths, loss_type=trl_type, **settings)
+    np.testing.assert_allclose(losses.mean(), loss, rtol=1e-12)
+    (honoured, _, _), _ = ours(arrays, *lengths, loss_type="sigmoid", **settings)
+    assert abs(honoured.mean() - loss) > 1e-3
 
 
 @pytest.mark.parametrize(("loss_type", "trl_type", "label_smoothing"), CPO_CASES)
