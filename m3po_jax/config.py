@@ -129,9 +129,7 @@ class TrainConfig:
     discopop_tau: float = 0.05  # width of discopop's gate
     simpo_gamma: float = 0.5  # simpo's target margin, in units of reward
     chosen_nll_weight: float = 0.0  # anchor: per-token NLL of the chosen answer (RPO)
-    conditional_weight: float = (
-        0.0  # mDPO: the chosen answer with its image is preferred to itself with a corrupted one
-    )
+    conditional_weight: float = 0.0  # mDPO: the chosen answer is preferred to itself with a corrupted image
     conditional_image: str = "blank"  # the corrupted image: blank | swap (another row's)
     anchor_weight: float = 0.0  # mDPO: the chosen answer's reward stays above `anchor_delta`
     anchor_delta: float = 0.0  # in units of reward
