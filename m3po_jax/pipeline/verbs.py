@@ -39,7 +39,6 @@ def _start() -> None:
     if cache is None:
         root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(root / "m3po_jax" / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -3,7 +3,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     """Token ids exactly and log-probabilities to 1e-5, data parallel and split three ways."""
     here = Path(__file__).parent

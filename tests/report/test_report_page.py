@@ -91,7 +91,7 @@ def test_finished_run_shows_every_section(tmp_path):
         "curve-loss",
         "curve-rewards-margins",
         "curve-rewards-accuracies",
-        "curve-chosen-logratio-per-token",
+        "curve-delta-logps-chosen",
     } <= ids
     assert {"hist-mas-1", "hist-confidence-2", "scatter-2", "frontier-0", "forest-0-chair-i"} <= ids
     for text in (

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 
+@pytest.mark.slow
 def test_meshes_agree(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     environment = {
