@@ -167,8 +167,12 @@ def cache_copies(program: str, caches: Sequence[tuple[int, ...]]) -> int:
     `program` is the compiled module's text.
     """
     wanted = [sorted(shape) for shape in caches]
+    moved = re.compile(r"= \w+\[([\d,]+)\]\{([\d,]+)[^}]*\} (copy|transpose)\(")
     count = 0
     for line in _loop_lines(program):
-        found = re.search(r"= \w+\[([\d,]*)\]\S* (?:copy|transpose)\(", line)
-        count += bool(found) and sorted(int(size) for size in found[1].split(",") if size) in wanted
+        if found := moved.search(line):
+            shape, layout = ([int(number) for number in found[group].split(",")] for group in (1, 2))
+            # A transposition into another layout than row by row renames axes and moves nothing.
+            moves = found[3] == "copy" or layout == sorted(layout, reverse=True)
+            count += moves and sorted(shape) in wanted
     return count

@@ -62,10 +62,11 @@ class Theirs:
         import torch
         import transformers
         import trl
-        from datasets import Dataset
+        from datasets import Dataset, disable_progress_bars
         from tokenizers import Tokenizer
         from tokenizers.models import WordLevel
 
+        disable_progress_bars()
         model = load_peer(directory)
         words = Tokenizer(WordLevel({"<pad>": 0, "a": 1, "b": 2, "c": 3}, unk_token="a"))
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="a")
