@@ -55,6 +55,19 @@ class DataConfig:
 
 
 @dataclass
+class PoolMember:
+    """Settings of `count` candidates of every prompt; what is not given is as under `generate`."""
+
+    count: int = 1
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_new_tokens: int | None = None
+
+
+@dataclass
 class GenerateConfig:
     """Candidates: how many, and the distribution they are drawn from."""
 
@@ -62,7 +75,18 @@ class GenerateConfig:
     temperature: float = 1.0
     top_k: int = 0  # 0: off
     top_p: float = 1.0
+    min_p: float = 0.0  # least probability, in units of the likeliest token's; 0: off
+    repetition_penalty: float = 1.0  # over the answer's own tokens; 1: off
+    repetition_penalty_prompt: bool = False  # over the prompt's tokens too, as transformers does
+    min_new_tokens: int = 0  # no end token before so many others
     max_new_tokens: int = 256
+    suppress_tokens: list[int] = field(default_factory=list)  # ids never drawn (image, padding, unused ids never are)
+    # An answer is cut before the first of these strings; the device decodes on to the end token or the limit.
+    stop: list[str] = field(default_factory=list)
+    greedy_member: bool = False  # candidate 0 is greedy
+    # Of {count, temperature, top_k, top_p, min_p, repetition_penalty, min_new_tokens}; counts make num_candidates
+    pool: list[PoolMember] = field(default_factory=list)
+    resample_duplicates: int = 0  # times that a candidate with the text of another of its prompt is drawn again
     batch_size: int = 16  # prompts in flight
     shard_rows: int = 256  # prompts in one output shard, the unit of resumption
 

@@ -74,6 +74,11 @@ class PlainText:
             raise UserError(f"the text {text[:80]!r} contains the spelling of a special token")
         return [self._unknown if token in self._forbidden else token for token in ids]
 
+    @property
+    def size(self) -> int:
+        """One more than the largest id; a model's vocabulary may be padded beyond it."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
     def convert_ids_to_tokens(self, token: int) -> str:
         """The piece of one id, with ``▁`` where a space precedes it (as transformers names and writes it)."""
         piece = self._tokenizer.id_to_token(token) or f"<{token}>"

@@ -10,6 +10,7 @@ Shape suffixes: B prompts, P prefix tokens, K candidates, T new tokens, V vocabu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,52 +25,12 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 from m3po_jax.errors import UserError
 from m3po_jax.generation import sampling as draw
 from m3po_jax.generation.decoder import KV, FusedLayer, decode_step, empty_chunks, fuse, prefill
+from m3po_jax.generation.memory import CacheShape, explain_exhaustion
+from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.models.forward import VisionLanguageModel, encode_images
 from m3po_jax.sharding import constrain, replicate, shard_batch, to_host, use_mesh
 
 FIRST_CHUNK = 64  # cache slots of the first stage of decoding; every later stage doubles the cache
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """The distribution that candidates are drawn from. Recorded log-probabilities do not depend on it.
-
-    Attributes:
-        temperature: 0 is greedy.
-        top_k: 0 is off.
-        top_p: 1 is off.
-        stop_bias: added to the end token's logit before a draw: positive makes shorter answers.
-        stop_token_ids: tokens that get the stop bias instead, where an answer's end is announced before it comes.
-        contrast_alpha: strength of visual contrastive decoding against the blanked image; 0 is off.
-        contrast_beta: its plausibility cut.
-        suppress_token_ids: never drawn, in addition to image and padding tokens.
-    """
-
-    num_candidates: int = 1
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    max_new_tokens: int = 256
-    seed: int = 0
-    stop_bias: float = 0.0
-    stop_token_ids: tuple[int, ...] = ()
-    contrast_alpha: float = 0.0
-    contrast_beta: float = 0.1
-    suppress_token_ids: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        rules = {
-            "num_candidates": (self.num_candidates >= 1, "at least 1"),
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "contrast_alpha": (self.contrast_alpha >= 0, "0 (off) or more"),
-            "contrast_beta": (0 < self.contrast_beta <= 1, "in (0, 1]"),
-        }
-        for name, (holds, meaning) in rules.items():
-            if not holds:
-                raise UserError(f"{getattr(self, name)} is not {meaning}", where=f"generate.{name}")
 
 
 @dataclass
@@ -90,6 +51,8 @@ class Generated:
         log_probs: log π(token) in nats at temperature 1 without truncation, the end token included.
         lengths: tokens, the end token included.
         finished: true where the end token was drawn; false where `max_new_tokens` cut the answer.
+        slot_steps: tokens that the device could have drawn in the time: steps × rows (padding too) × candidates.
+            The sum of `lengths` over this is the occupancy.
     """
 
     ids: list[str]
@@ -97,6 +60,7 @@ class Generated:
     log_probs: Float32[np.ndarray, "b k t"]
     lengths: Int32[np.ndarray, "b k"]
     finished: Bool[np.ndarray, "b k"]
+    slot_steps: int
 
     @property
     def finish_reasons(self) -> list[list[str]]:
@@ -121,6 +85,7 @@ class Pending:
 
     ids: list[str]
     result: DeviceResult = field(repr=False)
+    prefix: int  # padded prompt tokens
 
 
 class _State(NamedTuple):
@@ -132,8 +97,9 @@ class _State(NamedTuple):
     log_probs: jax.Array
     lengths: jax.Array
     finished: jax.Array
-    stopped: jax.Array  # finished, broken or padding: drawn no further
+    stopped: jax.Array  # finished, broken, padding or not wanted: drawn no further
     broken: jax.Array
+    seen: jax.Array | None  # [B, K, V], what the repetition penalty counts; None where it is off
     chunk: list[KV]
 
 
@@ -170,6 +136,11 @@ class Generator:
         batch_size: rows of the compiled program, rounded up to what the mesh divides; smaller batches are
             padded.
         prefix_bucket: prompt lengths are padded to a multiple of this.
+        tokenizer_size: ids from here on are rows that only pad the vocabulary, and are never drawn; None: all
+            ids are the tokenizer's.
+
+    Raises:
+        UserError: nothing but the end token can be drawn, and it must not come first.
     """
 
     def __init__(
@@ -182,15 +153,24 @@ class Generator:
         sampling: SamplingConfig,
         batch_size: int = 16,
         prefix_bucket: int = 32,
+        tokenizer_size: int | None = None,
     ):
         self.mesh, self.sampling, self.prefix_bucket = mesh, sampling, prefix_bucket
         self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
         self.batch_size = bucket(batch_size, mesh.shape["data"] * mesh.shape["fsdp"])
-        config = model.config
-        never = {config.image_token_id, pad_token_id, *sampling.suppress_token_ids}
+        config, vocab = model.config, model.config.text.vocab_size
+        padding = () if tokenizer_size is None else range(tokenizer_size, vocab)
+        never = {config.image_token_id, pad_token_id, *padding, *sampling.suppress_token_ids}
         self.never, self.bias = draw.sampling_bias(
-            config.text.vocab_size, sorted(never), eos_token_id, sampling.stop_bias, sampling.stop_token_ids
+            vocab, sorted(never), eos_token_id, sampling.stop_bias, sampling.stop_token_ids
         )
+        settings = sampling.by_name()
+        if settings["min_new_tokens"] and self.never.sum() >= vocab - 1:
+            raise UserError("every token but the end token is suppressed", where="generate.suppress_tokens")
+        # One number a candidate becomes one number a row; what all candidates share stays a number.
+        rows = lambda x: np.tile(np.asarray(x), self.batch_size)[:, None]  # noqa: E731
+        self.settings = draw.Settings(**{name: rows(x) if isinstance(x, list) else x for name, x in settings.items()})
+        self.model_config = config
         self.compilations = 0
         self.program = jax.jit(self._program, static_argnums=0)
         self.load(model)
@@ -214,34 +194,50 @@ class Generator:
         """
         return self.collect(self.submit(batch))
 
-    def arguments(self, batch: PromptBatch) -> tuple[Any, ...]:
+    def arguments(
+        self, batch: PromptBatch, wanted: Bool[np.ndarray, "b k"] | None = None, attempt: int = 0
+    ) -> tuple[Any, ...]:
         """What the compiled program is called with, after the static graph; for `program.lower` too."""
         count, length = batch.token_ids.shape
         if count > self.batch_size or not count:
             raise ValueError(f"{count} prompts in a batch of 1 to {self.batch_size}")
         rows, columns = self.batch_size, bucket(length, self.prefix_bucket)
-        keys = draw.candidate_keys(self.sampling.seed, batch.ids, self.sampling.num_candidates)
+        candidates = self.sampling.num_candidates
+        keys = draw.candidate_keys(self.sampling.seed, batch.ids, candidates, attempt)
+        active = np.zeros((rows, candidates), bool)
+        active[:count] = True if wanted is None else wanted
         arrays = {
             "token_ids": pad_rows(batch.token_ids.astype(np.int32), rows, columns, self.pad_token_id),
             "mask": pad_rows(batch.mask.astype(bool), rows, columns, False),
             "keys": pad_rows(keys, rows),
-            "active": np.arange(rows) < count,
+            "active": active,
         }
         if batch.pixel_values is not None:
             arrays["pixel_values"] = pad_rows(batch.pixel_values, rows)
         constants = replicate({"never": self.never, "bias": self.bias}, self.mesh)
         return self.state, self.layers, shard_batch(arrays, self.mesh), constants
 
-    def submit(self, batch: PromptBatch) -> Pending:
-        """Starts a batch and returns at once, so that the host can prepare the next one."""
-        with use_mesh(self.mesh):
-            result = self.program(self.graph, *self.arguments(batch))
-        return Pending(list(batch.ids), result)
+    def submit(self, batch: PromptBatch, wanted: Bool[np.ndarray, "b k"] | None = None, attempt: int = 0) -> Pending:
+        """Starts a batch and returns at once, so that the host can prepare the next one.
+
+        Args:
+            wanted: candidates to draw; the others come back empty (length 0). None: all.
+            attempt: which of a candidate's random streams to draw from; 0 is the first.
+
+        Raises:
+            UserError: the program does not fit into the device's memory; names the number to lower.
+        """
+        prefix = bucket(batch.token_ids.shape[1], self.prefix_bucket)
+        with use_mesh(self.mesh), self._explained(prefix):
+            result = self.program(self.graph, *self.arguments(batch, wanted, attempt))
+        return Pending(list(batch.ids), result, prefix)
 
     def collect(self, pending: Pending) -> Generated:
-        """Waits for a batch; raises as `__call__`."""
+        """Waits for a batch; raises as `__call__` and `submit`."""
         count = len(pending.ids)
-        host = {name: to_host(x) for name, x in pending.result._asdict().items() if name != "steps"}
+        with self._explained(pending.prefix):
+            host = {name: to_host(x) for name, x in pending.result._asdict().items()}
+        slot_steps = int(host.pop("steps")) * self.batch_size * self.sampling.num_candidates
         host = {name: x[:count] for name, x in host.items()}
         broken = host.pop("broken")
         if broken.any():
@@ -251,7 +247,21 @@ class Generator:
                 where=f"prompt {first}",
                 remedy="check the checkpoint, or compute in float32 (model.dtype=float32)",
             )
-        return Generated(pending.ids, **host)
+        return Generated(pending.ids, **host, slot_steps=slot_steps)
+
+    def _explained(self, prefix: int) -> AbstractContextManager[None]:
+        """Errors of memory inside become errors that say which number to lower."""
+        text = self.model_config.text
+        shape = CacheShape.on_mesh(
+            self.mesh.shape,
+            text.num_kv_heads,
+            rows=self.batch_size,
+            views=2 if self.sampling.contrast_alpha > 0 else 1,
+            prefix=prefix,
+            candidates=self.sampling.num_candidates,
+            new_tokens=self.sampling.max_new_tokens,
+        )
+        return explain_exhaustion(text, shape, jnp.dtype(self.layers[0].qkv.dtype).itemsize)
 
     def _program(
         self,
@@ -295,11 +305,9 @@ class Generator:
             if views == 2:
                 shaped = draw.contrast(raw, logits[:, 1].reshape(raw.shape), s.contrast_alpha, s.contrast_beta)
             shaped = jnp.where(constants["never"], -jnp.inf, shaped + constants["bias"])
-            if s.temperature == 0.0:
-                token = jnp.argmax(shaped, axis=-1)
-            else:
-                shaped = draw.warp(shaped, s.temperature, s.top_k, s.top_p)
-                token = draw.sample(draw.step_keys(keys, state.step), shaped)
+            held = None if state.seen is None else state.seen.reshape(rows * k, -1)
+            shaped = draw.process(shaped, self.settings, step=state.step, eos_token_id=self.eos_token_id, seen=held)
+            token = draw.choose(draw.step_keys(keys, state.step), shaped, self.settings)
             normaliser = jax.nn.logsumexp(raw, axis=-1)
             log_prob = jnp.take_along_axis(raw, token[:, None], axis=-1)[:, 0] - normaliser
             bad = ~jnp.isfinite(normaliser).reshape(rows, k)
@@ -307,6 +315,9 @@ class Generator:
             live = ~state.stopped
             token = jnp.where(live, token, self.pad_token_id)
             ended = live & (token == self.eos_token_id)
+            seen = state.seen
+            if seen is not None:
+                seen |= token[..., None] == jnp.arange(seen.shape[-1])
             put = lambda into, new: jax.lax.dynamic_update_slice_in_dim(into, new[..., None], state.step, 2)  # noqa: E731
             return state._replace(
                 step=state.step + 1,
@@ -317,6 +328,7 @@ class Generator:
                 finished=state.finished | ended,
                 stopped=state.stopped | ended | bad,
                 broken=state.broken | jnp.any(bad & live, axis=1),
+                seen=seen,
             )
 
         shape = (rows, k, t)
@@ -330,8 +342,9 @@ class Generator:
             log_probs=full(shape, 0.0, jnp.float32),
             lengths=full(shape[:2], 0, jnp.int32),
             finished=full(shape[:2], False, bool),
-            stopped=jnp.broadcast_to(~arrays["active"][:, None], shape[:2]),
+            stopped=~arrays["active"],
             broken=full(shape[:1], False, bool),
+            seen=self._seen_at_first(token_ids, arrays["mask"]),
             chunk=[],
         )
         now = advance(hidden[:, None], now)
@@ -365,6 +378,18 @@ class Generator:
             filled.append(now.chunk)
             start += slots
         return DeviceResult(now.token_ids, now.log_probs, now.lengths, now.finished, now.broken, now.step)
+
+    def _seen_at_first(self, token_ids: Int[Array, "b p"], mask: Bool[Array, "b p"]) -> Bool[Array, "b k v"] | None:
+        """What the repetition penalty counts before the first token; None where it is off."""
+        penalty = self.settings.repetition_penalty
+        if isinstance(penalty, int | float) and penalty == 1.0:
+            return None
+        rows, vocab = token_ids.shape[0], self.never.shape[0]
+        seen = jnp.zeros((rows, vocab), bool)
+        if self.sampling.repetition_penalty_prompt:
+            seen = seen.at[jnp.arange(rows)[:, None], token_ids].max(mask)
+        seen = jnp.broadcast_to(seen[:, None], (rows, self.sampling.num_candidates, vocab))
+        return constrain(seen, "batch", None, "vocab")
 
 
 def right_pad(rows: Sequence[Sequence[int]], value: int) -> tuple[np.ndarray, np.ndarray]:

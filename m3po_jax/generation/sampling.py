@@ -1,8 +1,11 @@
 """Drawing tokens: random streams that belong to a candidate, the usual warpers, and a cheap Gumbel-max draw.
 
 Everything is a pure function of its arguments. A candidate's stream is a function of (seed, prompt id,
-candidate index) and of its own step count, so neither the batch that a prompt travels in nor the machines
-change it.
+candidate index, attempt) and of its own step count, so neither the batch that a prompt travels in nor the
+machines change it.
+
+A setting is a number for all rows or an array [N, 1] with one for each; a number that switches a rule off costs
+nothing at run time.
 
 Shape suffixes: N rows (candidates of all prompts), V vocabulary.
 """
@@ -12,21 +15,40 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+Setting = float | Float[Array, "n 1"] | Int[Array, "n 1"]
 
-def candidate_keys(seed: int, prompt_ids: Sequence[str], num_candidates: int) -> UInt32[np.ndarray, "b k 2"]:
-    """Threefry key words of every candidate, from BLAKE2b over (seed, candidate index, prompt id)."""
+
+class Settings(NamedTuple):
+    """The settings that shape a draw, each a number or an array [N, 1]; `SamplingConfig` tells their meaning."""
+
+    temperature: Any = 1.0
+    top_k: Any = 0
+    top_p: Any = 1.0
+    min_p: Any = 0.0
+    repetition_penalty: Any = 1.0
+    min_new_tokens: Any = 0
+
+
+def candidate_keys(
+    seed: int, prompt_ids: Sequence[str], num_candidates: int, attempt: int = 0
+) -> UInt32[np.ndarray, "b k 2"]:
+    """Threefry key words of every candidate, from BLAKE2b over (seed, candidate index, prompt id).
+
+    Attempts after the first are streams of their own, for duplicates that are drawn again.
+    """
     keys = np.empty((len(prompt_ids), num_candidates, 2), np.uint32)
+    head, person = (f"{seed}", b"m3po candidate") if attempt == 0 else (f"{seed}\0{attempt}", b"m3po again")
     for row, prompt_id in enumerate(prompt_ids):
         for candidate in range(num_candidates):
-            message = f"{seed}\0{candidate}\0{prompt_id}".encode("utf-8", "surrogatepass")
-            digest = hashlib.blake2b(message, digest_size=8, person=b"m3po candidate").digest()
+            message = f"{head}\0{candidate}\0{prompt_id}".encode("utf-8", "surrogatepass")
+            digest = hashlib.blake2b(message, digest_size=8, person=person).digest()
             keys[row, candidate] = np.frombuffer(digest, "<u4")
     return keys
 
@@ -59,22 +81,29 @@ def _largest_true(holds: Callable[[jax.Array], jax.Array], rows: int) -> Int[Arr
     return jax.lax.fori_loop(0, 33, halve, (low, high))[0]
 
 
-def keep_top_k(logits: Float[Array, "n v"], top_k: int) -> Float[Array, "n v"]:
-    """−inf below the k-th largest logit; ties with it stay, as in Hugging Face's TopKLogitsWarper."""
-    if top_k <= 0 or top_k >= logits.shape[-1]:
+def _is(setting: Setting, value: float) -> bool:
+    """Whether every row has `value`, as far as can be told without looking into an array."""
+    return isinstance(setting, int | float) and setting == value
+
+
+def keep_top_k(logits: Float[Array, "n v"], top_k: Setting) -> Float[Array, "n v"]:
+    """−inf below the k-th largest logit; ties with it stay, as in Hugging Face's TopKLogitsWarper. 0 keeps all."""
+    vocab = logits.shape[-1]
+    if isinstance(top_k, int) and not 0 < top_k < vocab:
         return logits
     order = _ordered(logits)
-    least = _largest_true(lambda t: jnp.sum(order >= t, axis=-1, keepdims=True) >= top_k, logits.shape[0])
+    count = top_k if isinstance(top_k, int) else jnp.where((top_k > 0) & (top_k < vocab), top_k, vocab)
+    least = _largest_true(lambda t: jnp.sum(order >= t, axis=-1, keepdims=True) >= count, logits.shape[0])
     return jnp.where(order >= least, logits, -jnp.inf)
 
 
-def keep_top_p(logits: Float[Array, "n v"], top_p: float) -> Float[Array, "n v"]:
+def keep_top_p(logits: Float[Array, "n v"], top_p: Setting) -> Float[Array, "n v"]:
     """The nucleus (Holtzman et al., arXiv:1904.09751) by Hugging Face's rule.
 
     A token goes when it and all less likely ones together have a probability of at most 1 − p. Tokens that
     tie at the cut stay or go together (a sort would split them by its own order). The likeliest always stays.
     """
-    if top_p >= 1.0:
+    if _is(top_p, 1.0):
         return logits
     probabilities = jax.nn.softmax(logits, axis=-1)
     order = _ordered(probabilities)
@@ -83,17 +112,63 @@ def keep_top_p(logits: Float[Array, "n v"], top_p: float) -> Float[Array, "n v"]
         logits.shape[0],
     )
     keep = (order > cut) | (order == jnp.max(order, axis=-1, keepdims=True))
+    if not isinstance(top_p, int | float):
+        keep |= top_p >= 1.0
     return jnp.where(keep, logits, -jnp.inf)
 
 
-def warp(logits: Float[Array, "n v"], temperature: float, top_k: int, top_p: float) -> Float[Array, "n v"]:
-    """Temperature, then top-k, then top-p: the order and the meaning of `transformers`' warpers.
-
-    Temperature 0 (greedy) leaves the order of the logits and truncates nothing.
-    """
-    if temperature == 0.0:
+def keep_min_p(logits: Float[Array, "n v"], min_p: Setting) -> Float[Array, "n v"]:
+    """−inf where a token is less likely than `min_p` times the likeliest, as in Hugging Face's MinPLogitsWarper."""
+    if _is(min_p, 0.0):
         return logits
-    return keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.where(logits < top + jnp.log(jnp.float32(min_p)), -jnp.inf, logits)
+
+
+def warp(
+    logits: Float[Array, "n v"], temperature: Setting, top_k: Setting, top_p: Setting, min_p: Setting = 0.0
+) -> Float[Array, "n v"]:
+    """Temperature, then top-k, top-p and min-p: the order and the meaning of `transformers`' warpers.
+
+    Temperature 0 (greedy) leaves the order of the logits; as a number it truncates nothing either.
+    """
+    if _is(temperature, 0.0):
+        return logits
+    if not isinstance(temperature, int | float):
+        temperature = jnp.where(temperature == 0.0, 1.0, temperature)
+    return keep_min_p(keep_top_p(keep_top_k(logits / temperature, top_k), top_p), min_p)
+
+
+def penalize(logits: Float[Array, "n v"], seen: Bool[Array, "n v"], penalty: Setting) -> Float[Array, "n v"]:
+    """Hugging Face's RepetitionPenaltyLogitsProcessor over the tokens marked in `seen`."""
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def process(
+    logits: Float[Array, "n v"], settings: Settings, *, step: Int[Array, ""], eos_token_id: int, seen: Any = None
+) -> Float[Array, "n v"]:
+    """What holds for greedy draws too: repetition penalty, and no end before `min_new_tokens`.
+
+    Args:
+        step: tokens drawn already.
+        seen: [N, V], the tokens to penalise; None without a penalty.
+    """
+    if seen is not None:
+        logits = penalize(logits, seen, settings.repetition_penalty)
+    if not _is(settings.min_new_tokens, 0):
+        end = jnp.arange(logits.shape[-1]) == eos_token_id
+        logits = jnp.where((step < settings.min_new_tokens) & end, -jnp.inf, logits)
+    return logits
+
+
+def choose(keys: jax.Array, logits: Float[Array, "n v"], settings: Settings) -> Int[Array, " n"]:
+    """One token a row: the likeliest at temperature 0, else a draw from the warped logits with the row's key."""
+    if _is(settings.temperature, 0.0):
+        return jnp.argmax(logits, axis=-1)
+    token = sample(keys, warp(logits, settings.temperature, settings.top_k, settings.top_p, settings.min_p))
+    if isinstance(settings.temperature, int | float):
+        return token
+    return jnp.where(settings.temperature[:, 0] == 0.0, jnp.argmax(logits, axis=-1), token)
 
 
 def sample(keys: jax.Array, logits: Float[Array, "n v"]) -> Int[Array, " n"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from m3po_jax.config import Recipe, override
 from m3po_jax.errors import UserError
+from m3po_jax.generation.settings import sampling_config
 from m3po_jax.objectives.preference import check_loss
 from m3po_jax.selection import check_config
 
@@ -31,6 +32,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 def _check_one(recipe: Recipe) -> None:
     check_config(recipe.select)
+    sampling_config(recipe.generate, 0)
     if recipe.train.objective == "preference":
         check_loss(recipe.train.loss_type, recipe.train.beta, recipe.train.label_smoothing)
     elif recipe.train.objective != "sft":

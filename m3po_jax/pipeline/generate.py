@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from m3po_jax.data import batches, tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import CANDIDATE, Prompt
 from m3po_jax.data.sources import PromptSource
+from m3po_jax.generation.answers import finish, repeats
 from m3po_jax.generation.engine import Generated, Generator, Pending, PromptBatch
+from m3po_jax.generation.settings import sampling_record
 from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.rundir import is_writer
 from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
@@ -67,12 +69,27 @@ def prompt_batches(
 
 
 def answers(
-    generator: Generator, prompts: Sequence[Prompt], processor: Processor, batch_size: int
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    processor: Processor,
+    batch_size: int,
+    *,
+    wanted: Mapping[str, Sequence[int]] | None = None,
+    attempt: int = 0,
 ) -> Iterator[tuple[list[Prompt], Generated]]:
-    """Generated batches in order; the host prepares the next batch while the device works on this one."""
+    """Generated batches in order; the host prepares the next batch while the device works on this one.
+
+    Args:
+        wanted: prompt id -> the candidates to draw, from the streams of `attempt`; None: all.
+    """
     pending: tuple[list[Prompt], Pending] | None = None
     for rows, batch in prompt_batches(prompts, processor, batch_size):
-        submitted = (rows, generator.submit(batch))
+        mask = None
+        if wanted is not None:
+            mask = np.zeros((len(rows), generator.sampling.num_candidates), bool)
+            for row, prompt in enumerate(rows):
+                mask[row, list(wanted[prompt.id])] = True
+        submitted = (rows, generator.submit(batch, mask, attempt))
         if pending is not None:
             yield pending[0], generator.collect(pending[1])
         pending = submitted
@@ -80,26 +97,75 @@ def answers(
         yield pending[0], generator.collect(pending[1])
 
 
-def candidate_rows(
-    prompts: Sequence[Prompt], made: Generated, processor: Processor, sampling: str
+def candidate_row(
+    prompt: Prompt, made: Generated, b: int, k: int, processor: Processor, stop: Sequence[str], sampling: str
+) -> dict[str, Any]:
+    """The CANDIDATE row of candidate `k` of the batch's prompt number `b`."""
+    ids = made.token_ids[b, k, : int(made.lengths[b, k])]
+    answer = finish(ids, bool(made.finished[b, k]), processor.decode, stop)
+    return {
+        "id": prompt.id,
+        "candidate": k,
+        "text": answer.text,
+        "token_ids": ids[: answer.length].tolist(),
+        "token_logprobs": made.log_probs[b, k, : answer.length].tolist(),
+        "finish_reason": answer.finish_reason,
+        "sampling": sampling,
+    }
+
+
+@dataclass
+class Tally:
+    """What the device did: tokens that are kept, tokens it could have drawn meanwhile, candidates drawn again."""
+
+    tokens: int = 0
+    slot_steps: int = 0
+    resampled: int = 0
+
+
+def make_candidates(
+    prompts: Sequence[Prompt],
+    generator: Generator,
+    processor: Processor,
+    config: GenerateConfig,
+    tally: Tally,
 ) -> list[dict[str, Any]]:
-    """CANDIDATE rows of one batch."""
-    rows = []
-    for b, prompt in enumerate(prompts):
-        for k in range(made.token_ids.shape[1]):
-            length = int(made.lengths[b, k])
-            ids = made.token_ids[b, k, :length]
-            rows.append(
-                {
-                    "id": prompt.id,
-                    "candidate": k,
-                    "text": processor.decode(ids),
-                    "token_ids": ids.tolist(),
-                    "token_logprobs": made.log_probs[b, k, :length].tolist(),
-                    "finish_reason": "stop" if made.finished[b, k] else "length",
-                    "sampling": sampling,
-                }
-            )
+    """CANDIDATE rows of all prompts; duplicates are drawn again, up to `resample_duplicates` times.
+
+    A duplicate has the text of another candidate of its prompt. What a candidate becomes depends on its prompt,
+    the seed and the settings alone: streams belong to (seed, prompt id, candidate, attempt), and neither order nor
+    batch of prompts enters. A greedy candidate would come out the same, so it is never drawn again.
+    """
+    sampling = generator.sampling
+    records = [sampling_record(config, sampling, k) for k in range(sampling.num_candidates)]
+    random = [k for k, record in enumerate(records) if record["temperature"] > 0]
+    pools: dict[str, list[dict[str, Any]]] = {prompt.id: [{}] * sampling.num_candidates for prompt in prompts}
+    wanted: dict[str, list[int]] = {}
+    todo: list[Prompt] = list(prompts)
+    for attempt in range(config.resample_duplicates + 1):
+        again = {} if attempt == 0 else {"attempt": attempt}
+        marks = [json.dumps(record | again) for record in records]
+        made = answers(
+            generator, todo, processor, config.batch_size, wanted=wanted if attempt else None, attempt=attempt
+        )
+        for chosen, generated in stoppable(made, "generating"):
+            tally.slot_steps += generated.slot_steps
+            for b, prompt in enumerate(chosen):
+                for k in wanted[prompt.id] if attempt else range(sampling.num_candidates):
+                    pools[prompt.id][k] = candidate_row(prompt, generated, b, k, processor, config.stop, marks[k])
+        if attempt == config.resample_duplicates:
+            break
+        found = {
+            prompt.id: repeats([row["text"] for row in pools[prompt.id]], wanted[prompt.id] if attempt else random)
+            for prompt in todo
+        }
+        wanted = {id: duplicates for id, duplicates in found.items() if duplicates}
+        todo = [prompt for prompt in todo if prompt.id in wanted]
+        if not todo:
+            break
+        tally.resampled += sum(map(len, wanted.values()))
+    rows = [row for prompt in prompts for row in pools[prompt.id]]
+    tally.tokens += sum(len(row["token_ids"]) for row in rows)
     return rows
 
 
@@ -115,37 +181,31 @@ def generate(
     """Writes the candidates of every prompt; shards that exist are kept.
 
     Args:
+        generator: Made with `generation.settings.sampling_config(config, seed)`.
         inputs: A hash of what the candidates depend on beside `config`: model, template, data, seed.
 
     Returns:
-        Counts for the manifest.
+        Counts for the manifest. `occupancy` is the share of the device's token slots that made tokens that are
+        kept; the rest waited for the longest answer of a batch, padded the last batch or followed a stop string.
 
     Raises:
         UserError: a bad row, image or model; nothing finished is lost.
         Interrupted: a signal arrived; finished shards stay.
     """
     started = time.monotonic()
-    sampling = json.dumps(
-        {
-            "temperature": config.temperature,
-            "top_k": config.top_k,
-            "top_p": config.top_p,
-            "max_new_tokens": config.max_new_tokens,
-            "seed": generator.sampling.seed,
-        }
-    )
+    records = [sampling_record(config, generator.sampling, k) for k in range(config.num_candidates)]
+    alike = all(record == records[0] for record in records)
+    sampling = json.dumps(records[0] if alike else records)
     shards = plan_shards(
         out, len(prompts), config.shard_rows, tables.content_hash(inputs, sampling, config.num_candidates)
     )
     remove_stale(out, shards)
     done = agreed([shard.path.exists() for shard in shards])
     todo = [shard for shard, exists in zip(shards, done, strict=True) if not exists]
+    tally = Tally()
     for shard in progress(todo, "generate", len(todo)):
-        rows: list[dict[str, Any]] = []
         part = [prompts[i] for i in range(shard.start, shard.stop)]
-        made = answers(generator, part, processor, config.batch_size)
-        for chosen, generated in stoppable(made, "generating"):
-            rows += candidate_rows(chosen, generated, processor, sampling)
+        rows = make_candidates(part, generator, processor, config, tally)
         if is_writer():
             tables.write_table(shard.path, rows, CANDIDATE)
     barrier("generated")
@@ -156,6 +216,8 @@ def generate(
         "shards": len(shards),
         "shards_done_before": len(shards) - len(todo),
         "compilations": generator.compilations,
+        "occupancy": round(tally.tokens / tally.slot_steps, 4) if tally.slot_steps else None,
+        "resampled": tally.resampled if config.resample_duplicates else None,
         **counts,
     }
 

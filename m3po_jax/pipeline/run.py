@@ -16,7 +16,8 @@ from m3po_jax.data import tables
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import PromptSource, fingerprint, read_prompts
 from m3po_jax.errors import UserError
-from m3po_jax.generation.engine import Generator, SamplingConfig
+from m3po_jax.generation.engine import Generator
+from m3po_jax.generation.settings import SamplingConfig, sampling_config
 from m3po_jax.models.registry import resolve_directory
 from m3po_jax.pipeline import evaluate as evaluating
 from m3po_jax.pipeline import summary
@@ -117,14 +118,7 @@ class Run:
 
     def generate_stage(self, round: int) -> None:
         config, folder = self.recipe.generate, self.directory.round(round) / "candidates"
-        sampling = SamplingConfig(
-            num_candidates=config.num_candidates,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            max_new_tokens=config.max_new_tokens,
-            seed=self.recipe.seed * 1000 + round,
-        )
+        sampling = sampling_config(config, self.recipe.seed * 1000 + round)
         inputs = tables.content_hash(self.weights_identity(round - 1), self.data_identity)
         generator = self._generator(self.model_before(round), sampling, config.batch_size)
         details = generate(self.source, generator, self.policy.processor, config, folder, inputs=inputs)
@@ -320,6 +314,7 @@ class Run:
             mesh=self.mesh,
             sampling=sampling,
             batch_size=batch_size,
+            tokenizer_size=processor.text.size,
         )
 
     @functools.cached_property

@@ -23,12 +23,21 @@ def main():
     mask = np.arange(12) < expected.lengths[..., None]
     scores = Scorer(model, one_device(), batch_size=6).log_probs(batch, expected.token_ids, mask)
     np.testing.assert_allclose(scores, expected.log_probs, atol=1e-4)
+    pool = {
+        "temperature": (0.0, 1.0, 1.5),
+        "repetition_penalty": 1.3,
+        "min_p": 0.02,
+        "repetition_penalty_prompt": True,
+    }
+    pooled = make_generator(model, batch_size=6, **pool)(batch)
     for sizes in ((8, 1, 1), (2, 2, 2)):
         mesh = make_mesh(MeshConfig(*sizes))
         placed = on_mesh(model, mesh)
         out = make_generator(placed, mesh, batch_size=6)(batch)
         np.testing.assert_array_equal(out.token_ids, expected.token_ids)
         np.testing.assert_allclose(out.log_probs, expected.log_probs, atol=1e-5)
+        out = make_generator(placed, mesh, batch_size=6, **pool)(batch)
+        np.testing.assert_array_equal(out.token_ids, pooled.token_ids)
         again = Scorer(placed, mesh, batch_size=6).log_probs(batch, expected.token_ids, mask)
         np.testing.assert_allclose(again, scores, atol=1e-5)
         print("equal on", sizes)

@@ -1,16 +1,12 @@
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_llava import EOS, IMAGE, PAD, make_generator, prompts, take, tiny_model
+from tiny_llava import EOS, PAD, make_generator, next_logits, prompts, take, teacher_forced, tiny_model
 
 from m3po_jax.errors import UserError
 from m3po_jax.generation.engine import SamplingConfig, chunk_sizes
-from m3po_jax.models.forward import branch_log_probs, encode_images
-from m3po_jax.models.llava.model import reference_forward
 
 
 @pytest.fixture(scope="module")
@@ -26,33 +22,6 @@ def generator(model):
 @pytest.fixture(scope="module")
 def generated(generator):
     return generator(prompts())
-
-
-@partial(jax.jit, static_argnums=0)
-def score(graph, state, prompt, pixels, answers):
-    model = nnx.merge(graph, state)
-    return branch_log_probs(model, *prompt, encode_images(model, pixels), *answers)
-
-
-def teacher_forced(model, batch, out):
-    mask = np.arange(out.token_ids.shape[-1]) < out.lengths[..., None]
-    prompt, answers = (batch.token_ids, batch.mask), (out.token_ids, mask)
-    return np.asarray(score(*nnx.split(model), prompt, batch.pixel_values, answers))
-
-
-@partial(jax.jit, static_argnums=0)
-def forward(graph, state, tokens, count, pixels):
-    """Logits after the first `count` of the padded tokens [1, 32]: a full causal pass without a cache."""
-    model = nnx.merge(graph, state)
-    mask = jnp.arange(tokens.shape[1])[None] < count
-    return reference_forward(model, tokens, mask, encode_images(model, pixels))[0, count - 1]
-
-
-def next_logits(model, tokens, pixels):
-    padded = np.pad(np.int32([tokens]), ((0, 0), (0, 32 - len(tokens))))
-    logits = np.float64(forward(*nnx.split(model), padded, len(tokens), pixels))
-    logits[[IMAGE, PAD]] = -np.inf
-    return logits
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from m3po_jax.generation.sampling import candidate_keys, contrast, keep_top_k, sample, step_keys, warp
+from m3po_jax.generation.sampling import (
+    Settings,
+    candidate_keys,
+    choose,
+    contrast,
+    keep_top_k,
+    penalize,
+    process,
+    sample,
+    sampling_bias,
+    step_keys,
+    warp,
+)
 
 
 def huggingface(logits, temperature, top_k, top_p):
@@ -93,3 +115,94 @@ def test_contrast_equals_the_paper():
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = np.where(p >= beta * p.max(-1, keepdims=True), (1 + alpha) * logits - alpha * blank, -np.inf)
     np.testing.assert_allclose(contrast(jnp.asarray(logits), jnp.asarray(blank), alpha, beta), expected, rtol=1e-5)
+
+
+def replayed(processors, token_ids, scores):
+    """`scores` after `transformers`' processors, applied in the given order."""
+    token_ids, scores = torch.tensor(token_ids), torch.tensor(scores)
+    for processor in processors:
+        scores = processor(token_ids, scores)
+    return scores.numpy()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [(1.0, 0, 1.0, 0.1), (0.5, 0, 1.0, 0.3), (1.7, 40, 0.9, 0.05), (1.0, 0, 1.0, 1.0), (1.0, 0, 0.5, 1e-6)],
+)
+def test_min_p_equals_transformers(temperature, top_k, top_p, min_p):
+    logits = 3 * np.random.default_rng(1).normal(size=(50, 300)).astype(np.float32)
+    ours = np.asarray(jax.jit(lambda x: warp(x, temperature, top_k, top_p, min_p))(logits))
+    theirs = MinPLogitsWarper(min_p)(None, torch.tensor(huggingface(logits, temperature, top_k, top_p))).numpy()
+    np.testing.assert_array_equal(np.isneginf(ours), np.isneginf(theirs))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    assert np.isneginf(ours).any() and np.isfinite(ours).any(axis=-1).all()
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_repetition_penalty_equals_transformers(penalty):
+    rng = np.random.default_rng(2)
+    logits = 3 * rng.normal(size=(8, 60)).astype(np.float32)
+    logits[:, 7] = -np.inf
+    token_ids = rng.integers(0, 60, (8, 20))
+    for start in (0, 12):  # with the prompt, and without its first 12 tokens
+        seen = np.zeros(logits.shape, bool)
+        np.put_along_axis(seen, token_ids[:, start:], True, axis=1)
+        ours = penalize(jnp.asarray(logits), jnp.asarray(seen), penalty)
+        processor = RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=start)
+        np.testing.assert_allclose(ours, replayed([processor], token_ids, logits), rtol=1e-6)
+
+
+@pytest.mark.parametrize("step", [0, 3, 4, 9])
+def test_least_length_equals_transformers(step):
+    logits = np.random.default_rng(3).normal(size=(4, 30)).astype(np.float32)
+    ours = process(jnp.asarray(logits), Settings(min_new_tokens=4), step=jnp.int32(step), eos_token_id=2)
+    theirs = MinNewTokensLengthLogitsProcessor(5, 4, 2)
+    np.testing.assert_array_equal(ours, replayed([theirs], np.ones((4, 5 + step), int), logits))
+    assert np.isneginf(ours[:, 2]).all() == (step < 4)
+
+
+def test_suppressed_tokens_equal_transformers():
+    logits = np.random.default_rng(4).normal(size=(4, 30)).astype(np.float32)
+    never, bias = sampling_bias(30, (5, 28, 29, 31), 2, 0.0)
+    ours = np.where(never, -np.inf, logits + bias)
+    theirs = replayed([SuppressTokensLogitsProcessor([5, 28, 29])], np.ones((4, 1), int), logits)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+ROW = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 0.5, 1.0, 1.7]),
+        "top_k": st.sampled_from([0, 1, 7, 39, 40, 99]),
+        "top_p": st.sampled_from([0.05, 0.7, 1.0]),
+        "min_p": st.sampled_from([0.0, 0.1, 1.0]),
+        "repetition_penalty": st.sampled_from([0.7, 1.0, 1.5]),
+        "min_new_tokens": st.sampled_from([0, 2, 3]),
+    }
+)
+
+
+@settings(max_examples=5)
+@given(st.lists(ROW, min_size=2, max_size=2), st.integers(0, 2**31))
+def test_settings_by_row_equal_settings_for_all(rows, seed):
+    """Each row of one program with arrays is the row of a program with that row's numbers."""
+    rng = np.random.default_rng(seed)
+    logits, seen = 3 * rng.normal(size=(2, 40)).astype(np.float32), rng.random((2, 40)) < 0.3
+    keys = step_keys(jnp.asarray(candidate_keys(seed, ["a"], 2)[0]), jnp.int32(1))
+
+    def draw(values, first, last):
+        at = {"step": jnp.int32(2), "eos_token_id": 2, "seen": jnp.asarray(seen[first:last])}
+        shaped = process(jnp.asarray(logits[first:last]), values, **at)
+        return choose(keys[first:last], shaped, values), np.asarray(shaped)
+
+    together, shaped = draw(Settings(**{name: np.array([[row[name]] for row in rows]) for name in rows[0]}), 0, 2)
+    for index, row in enumerate(rows):
+        apart, alone = draw(Settings(**row), index, index + 1)
+        assert together[index] == apart[0]
+        np.testing.assert_array_equal(shaped[index], alone[0])
+
+
+def test_another_attempt_is_another_stream():
+    first, second = candidate_keys(7, ["a", "1\0a"], 3), candidate_keys(7, ["a", "1\0a"], 3, attempt=1)
+    everything = np.concatenate([x.reshape(-1, 2) for x in (first, second, candidate_keys(7, ["a", "1\0a"], 3, 2))])
+    assert len({tuple(row) for row in everything.tolist()}) == len(everything)
+    np.testing.assert_array_equal(second[1:, :2], candidate_keys(7, ["1\0a"], 2, attempt=1))

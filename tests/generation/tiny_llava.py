@@ -1,5 +1,7 @@
 """A LLaVA small enough to compile in seconds, with grouped queries and weights large enough to disagree."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,11 @@ from m3po_jax.config import LoRAConfig, MeshConfig
 from m3po_jax.generation.engine import Generator, PromptBatch, SamplingConfig, right_pad
 from m3po_jax.models import lora
 from m3po_jax.models.encoder import EncoderConfig
+from m3po_jax.models.forward import branch_log_probs, encode_images
 from m3po_jax.models.layers import Linear
 from m3po_jax.models.llama import LlamaConfig
 from m3po_jax.models.llava.config import LlavaConfig
-from m3po_jax.models.llava.model import build
+from m3po_jax.models.llava.model import build, reference_forward
 from m3po_jax.models.vit import ViTConfig
 from m3po_jax.sharding import make_mesh
 
@@ -59,7 +62,7 @@ def take(batch, rows):
     return PromptBatch([batch.ids[r] for r in rows], batch.token_ids[rows], batch.mask[rows], pixels)
 
 
-def make_generator(model, mesh=None, batch_size=3, **sampling):
+def make_generator(model, mesh=None, batch_size=3, tokenizer_size=None, **sampling):
     sampling = {"num_candidates": 3, "max_new_tokens": 12, **sampling}
     return Generator(
         model,
@@ -68,4 +71,34 @@ def make_generator(model, mesh=None, batch_size=3, **sampling):
         mesh=mesh or one_device(),
         sampling=SamplingConfig(**sampling),
         batch_size=batch_size,
+        tokenizer_size=tokenizer_size,
     )
+
+
+@partial(jax.jit, static_argnums=0)
+def score(graph, state, prompt, pixels, answers):
+    model = nnx.merge(graph, state)
+    return branch_log_probs(model, *prompt, encode_images(model, pixels), *answers)
+
+
+def teacher_forced(model, batch, out):
+    """Log-probabilities of all answers [B, K, T] in one pass over given tokens; 0 after an answer's end."""
+    mask = np.arange(out.token_ids.shape[-1]) < out.lengths[..., None]
+    prompt, answers = (batch.token_ids, batch.mask), (out.token_ids, mask)
+    return np.asarray(score(*nnx.split(model), prompt, batch.pixel_values, answers))
+
+
+@partial(jax.jit, static_argnums=0)
+def forward(graph, state, tokens, count, pixels):
+    """Logits after the first `count` of the padded tokens [1, 32]: a full causal pass without a cache."""
+    model = nnx.merge(graph, state)
+    mask = jnp.arange(tokens.shape[1])[None] < count
+    return reference_forward(model, tokens, mask, encode_images(model, pixels))[0, count - 1]
+
+
+def next_logits(model, tokens, pixels):
+    """Logits [V] of the token after `tokens`, float64, with −inf where nothing is ever drawn."""
+    padded = np.pad(np.int32([tokens]), ((0, 0), (0, 32 - len(tokens))))
+    logits = np.float64(forward(*nnx.split(model), padded, len(tokens), pixels))
+    logits[[IMAGE, PAD]] = -np.inf
+    return logits

@@ -1,0 +1,101 @@
+"""What a batch of candidates needs in device memory, and which number to lower when it does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import jax
+
+from m3po_jax.errors import UserError
+from m3po_jax.models.llama import LlamaConfig
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """The sizes that the key/value cache is made of.
+
+    Attributes:
+        rows: prompts of the compiled program, over all devices.
+        views: passes per prompt (2 with contrastive decoding).
+        prefix: padded prompt tokens, image tokens included.
+        row_parts: devices that rows are split over; no fewer rows than this are ever computed.
+        head_parts: devices that key/value heads are split over.
+    """
+
+    rows: int
+    views: int
+    prefix: int
+    candidates: int
+    new_tokens: int
+    row_parts: int = 1
+    head_parts: int = 1
+
+    @classmethod
+    def on_mesh(cls, mesh_shape: Mapping[str, int], kv_heads: int, **sizes: int) -> CacheShape:
+        """The shape on a mesh, by the rules of `sharding.RULES`: heads that do not divide stay whole."""
+        tensor = mesh_shape["tensor"] if kv_heads % mesh_shape["tensor"] == 0 else 1
+        return cls(row_parts=mesh_shape["data"] * mesh_shape["fsdp"], head_parts=tensor, **sizes)
+
+
+def cache_bytes(config: LlamaConfig, shape: CacheShape, itemsize: int) -> int:
+    """Bytes of keys and values on each device: prompts × (prefix + candidates × (new tokens − 1)).
+
+    The last token drawn is never fed back, so it takes no slot.
+    """
+    slots = shape.prefix + shape.candidates * (shape.new_tokens - 1)
+    per_slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+    return shape.rows * shape.views * slots * per_slot // (shape.row_parts * shape.head_parts)
+
+
+def advice(config: LlamaConfig, shape: CacheShape, itemsize: int) -> str:
+    """The number to lower first, and what that saves.
+
+    Fewer prompts in flight change no answer, so that comes first; at one prompt a device only fewer candidates
+    or shorter answers are left, and what is left to try is the larger of the two parts of the cache.
+    """
+
+    def size(smaller: CacheShape) -> str:
+        return f"{cache_bytes(config, smaller, itemsize) / GIB:.2f} GiB"
+
+    if shape.rows > shape.row_parts:
+        rows = max(shape.rows // 2 // shape.row_parts, 1) * shape.row_parts
+        return (
+            f"lower generate.batch_size from {shape.rows} to {rows} ({size(replace(shape, rows=rows))}; the answers "
+            "stay the same; for evaluation it is evaluate.batch_size)"
+        )
+    if shape.candidates * (shape.new_tokens - 1) <= shape.prefix:
+        return "split the model over more devices (mesh.fsdp, mesh.tensor): a single prompt's prefix does not fit"
+    tokens, few = max(shape.new_tokens // 2, 1), max(shape.candidates // 2, 1)
+    parts = [
+        f"generate.max_new_tokens from {shape.new_tokens} to {tokens} ({size(replace(shape, new_tokens=tokens))})"
+    ]
+    if few < shape.candidates:
+        parts.insert(
+            0, f"generate.num_candidates from {shape.candidates} to {few} ({size(replace(shape, candidates=few))})"
+        )
+    return "lower " + " or ".join(parts)
+
+
+@contextmanager
+def explain_exhaustion(config: LlamaConfig, shape: CacheShape, itemsize: int) -> Iterator[None]:
+    """Turns the compiler's or allocator's RESOURCE_EXHAUSTED into a `UserError` that names the number to lower.
+
+    Raises:
+        UserError: the program does not fit. Other errors of the runtime pass.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"{shape.rows} prompts of {shape.prefix} tokens with {shape.candidates} candidates of "
+            f"{shape.new_tokens} tokens do not fit into device memory: keys and values alone take "
+            f"{cache_bytes(config, shape, itemsize) / GIB:.2f} GiB a device",
+            where="generate",
+            remedy=advice(config, shape, itemsize),
+        ) from error
