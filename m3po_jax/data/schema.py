@@ -32,7 +32,7 @@ CANDIDATE = pa.schema(
         pa.field("text", pa.string(), nullable=False),
         pa.field("token_ids", pa.list_(pa.int32())),
         pa.field("token_logprobs", pa.list_(pa.float32())),  # raw, temperature 1, EOS included
-        pa.field("finish_reason", pa.string()),  # stop (EOS) | length
+        pa.field("finish_reason", pa.string()),  # stop (EOS) | length | stop_string
         pa.field("sampling", pa.string()),  # JSON object of the sampling settings
     ]
 )

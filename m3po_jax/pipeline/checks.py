@@ -5,8 +5,8 @@ from __future__ import annotations
 from m3po_jax.config import Recipe, override
 from m3po_jax.errors import UserError
 from m3po_jax.generation.settings import sampling_config
-from m3po_jax.objectives.preference import check_loss
 from m3po_jax.selection import check_config
+from m3po_jax.training.losses import check_objective
 
 
 def arm_recipe(recipe: Recipe, arm: str | None) -> Recipe:
@@ -34,7 +34,7 @@ def _check_one(recipe: Recipe) -> None:
     check_config(recipe.select)
     sampling_config(recipe.generate, 0)
     if recipe.train.objective == "preference":
-        check_loss(recipe.train.loss_type, recipe.train.beta, recipe.train.label_smoothing)
+        check_objective(recipe.train)
     elif recipe.train.objective != "sft":
         raise UserError(
             f"objective {recipe.train.objective!r} is not an arm's",

@@ -15,6 +15,10 @@ def _rows(split: str, limit: int = ROWS) -> DataConfig:
     return DataConfig(source="tfds", path=SCENES, split=split, limit=limit)
 
 
+def _small(count: int | None) -> int | None:
+    return None if count is None else min(count, 2)
+
+
 def shrink(recipe: Recipe) -> Recipe:
     """The recipe with everything large replaced; the method's settings (losses, rules, arms) stay.
 
@@ -41,7 +45,12 @@ def shrink(recipe: Recipe) -> Recipe:
         data=_rows("prompts"),
         generate=replace(
             recipe.generate,
-            num_candidates=min(recipe.generate.num_candidates, 4),
+            num_candidates=(
+                # A pool's settings belong to its candidates one by one.
+                recipe.generate.num_candidates if recipe.generate.pool else min(recipe.generate.num_candidates, 4)
+            ),
+            min_new_tokens=min(recipe.generate.min_new_tokens, 2),
+            pool=[replace(member, min_new_tokens=_small(member.min_new_tokens)) for member in recipe.generate.pool],
             max_new_tokens=min(recipe.generate.max_new_tokens, 24),
             batch_size=8,
             shard_rows=8,
