@@ -41,7 +41,7 @@ def declared(*extras: str) -> set[str]:
 
 def imported(folder: Path) -> dict[str, str]:
     """Distributions imported anywhere below `folder`, each with one file that does."""
-    own = {path.stem for path in folder.rglob("*.py")} | {"m3po_jax"}
+    own = {path.stem for part in (folder, ROOT / "benchmarks") for path in part.rglob("*.py")} | {"m3po_jax"}
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
