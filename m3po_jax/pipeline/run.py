@@ -24,7 +24,7 @@ from m3po_jax.pipeline import summary
 from m3po_jax.pipeline.backends import make_backend
 from m3po_jax.pipeline.checks import arm_recipe, check_recipe
 from m3po_jax.pipeline.console import say
-from m3po_jax.pipeline.generate import candidate_counts, generate
+from m3po_jax.pipeline.generate import generate
 from m3po_jax.pipeline.models import Policy, attach_adapter, directory_identity, load_policy
 from m3po_jax.pipeline.rundir import RunDirectory, is_writer
 from m3po_jax.pipeline.score import NEED_BLANK_IMAGE, score
@@ -361,9 +361,6 @@ class Run:
             seconds = time.monotonic() - started
             self.directory.note_stage("evaluate", round=round, arm=arm, seconds=seconds, benchmarks=fresh)
             say(f"evaluated {name} in {seconds:.0f} s")
-
-    def counts(self, round: int) -> Mapping[str, Any]:
-        return candidate_counts(self.directory.round(round) / "candidates")
 
 
 def _noted(details: Mapping[str, Any]) -> dict[str, Any]:
