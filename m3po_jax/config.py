@@ -39,6 +39,7 @@ class ModelConfig:
     template: str = "vicuna_v1"  # vicuna_v1 | hf | plain, see data/templates.py
     image_fit: str = "pad"  # pad | crop | stretch, see data/images.py
     remat: str = "full"  # none | full | dots: what the backward pass recomputes
+    attention: str = "xla"  # xla | pallas (TPU kernels) | cudnn (NVIDIA GPUs, 16-bit types)
     max_prompt_tokens: int = 1024  # image tokens included; longer rows are refused, never truncated
 
 
