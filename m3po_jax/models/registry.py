@@ -20,7 +20,7 @@ from m3po_jax.errors import UserError, nearest
 from m3po_jax.models import dual_encoder, dual_encoder_weights
 from m3po_jax.models.causal_lm import model as causal_lm
 from m3po_jax.models.causal_lm import weights as causal_lm_weights
-from m3po_jax.models.kernels import check_attention, with_attention
+from m3po_jax.models.kernels.choice import check_attention, with_attention
 from m3po_jax.models.llava import config as llava_config
 from m3po_jax.models.llava import model as llava
 from m3po_jax.models.llava import weights as llava_weights

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3po_jax.config import MeshConfig
-from m3po_jax.models.kernels import prefix_attention, self_attention
+from m3po_jax.models.kernels.choice import decode_kernel, self_attention
 from m3po_jax.models.kernels.fused_gpu import fused_attention
 from m3po_jax.sharding import make_mesh, sharding_for, use_mesh
 
@@ -37,11 +37,10 @@ for groups in (4, 3):
     q, k, v = draw(4, tokens, 2 * groups, 8), draw(4, tokens, groups, 8), draw(4, tokens, groups, 8)
     mask = jnp.asarray(np.arange(tokens) < np.array([[20], [13], [1], [8]]))
     decode = (
-        draw(4, groups, 3, 2, 8),
+        draw(4, groups, 6, 8),
         draw(4, groups, 140, 8),
         draw(4, groups, 140, 8),
     )
-    seen = jnp.asarray(np.arange(140) < np.array([[140], [13], [1], [80]]))
 
     def gradients(attend, q, k, v, mask=mask):
         loss = lambda q, k, v: jnp.sum(jnp.sin(attend(q, k, v)) * mask[:, :, None, None])  # noqa: E731
@@ -56,7 +55,7 @@ for groups in (4, 3):
         results = [on_mesh(mesh, partial(gradients, kernel), q, k, v, head_axis=2) for mesh in meshes]
         for other in results[1:]:
             jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-5, err_msg=name), other, results[0])
-    attend = partial(prefix_attention, kind="pallas_interpret", mask=seen)
+    attend = partial(decode_kernel("pallas_interpret"), length=jnp.array([140, 13, 0, 80]))
     results = [on_mesh(mesh, attend, *decode, head_axis=1) for mesh in meshes]
     for other in results[1:]:
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), other, results[0])

@@ -17,13 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3po_jax.errors import UserError
-from m3po_jax.models import kernels
 from m3po_jax.models.attention import Bidirectional, Causal
 from m3po_jax.models.encoder import EncoderConfig
 from m3po_jax.models.forward import branch_log_probs, encode_images
-from m3po_jax.models.kernels import check_attention, merge, prefix_attention, with_attention
+from m3po_jax.models.kernels.choice import check_attention, decode_kernel, fits, self_attention, with_attention
 from m3po_jax.models.kernels.fused_gpu import fused_attention
-from m3po_jax.models.kernels.grouped_decode import _blocks
+from m3po_jax.models.kernels.grouped_decode import block_shape
 from m3po_jax.models.kernels.splash import block_size
 from m3po_jax.models.llama import LlamaConfig
 from m3po_jax.models.llava.config import LlavaConfig
@@ -31,9 +30,11 @@ from m3po_jax.models.llava.model import build
 from m3po_jax.models.vit import ViTConfig
 
 KERNELS = {
-    "pallas": partial(kernels.self_attention, kind="pallas_interpret"),
+    "pallas": partial(self_attention, kind="pallas_interpret"),
     "cudnn": partial(fused_attention, implementation="xla"),  # the same call, on XLA's implementation
 }
+DECODE = decode_kernel("pallas_interpret")
+RAGGED = jax.jit(DECODE)
 
 
 def draw(rng, shape, dtype=jnp.float32):
@@ -86,69 +87,71 @@ def test_blocks_divide_and_fit():
     for lanes in range(1, 40):
         assert 128 * lanes % block_size(128 * lanes) == 0 and block_size(128 * lanes) <= 640
     for heads, tokens, width, itemsize in [(32, 640, 128, 2), (8, 4096, 128, 4), (7, 5, 64, 2), (1, 1100, 128, 2)]:
-        h, block = _blocks(heads, tokens, width, itemsize)
+        h, block = block_shape(heads, tokens, width, itemsize)
         assert heads % h == 0 and block % 128 == 0
         assert h == 1 or h * block * max(width, 128) * itemsize <= 2**20
         assert -(-tokens // block) * block - tokens < block
 
 
-def exact_prefix(q, k, v, mask):
-    """float64, one softmax at a time."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    scores = np.einsum("ngkrd,ngpd->ngkrp", q, k) * q.shape[-1] ** -0.5
-    scores = np.where(mask[:, None, None, None], scores, -np.inf)
-    top = scores.max(-1, keepdims=True)
-    top = np.where(np.isfinite(top), top, 0)
-    weights = np.exp(scores - top)
-    total = weights.sum(-1, keepdims=True)
-    with np.errstate(divide="ignore"):
-        lse = (np.log(total) + top)[..., 0]
-    return np.einsum("ngkrp,ngpd->ngkrd", weights / np.maximum(total, 1e-300), v), lse
+def exact_prefix(q, k, v, length):
+    """float64, and no key beyond the length is touched."""
+    out, log_sum = np.zeros(q.shape), np.full(q.shape[:-1], -np.inf)
+    for n, count in enumerate(length):
+        for g in range(q.shape[1]):
+            keys, values = (np.asarray(x[n, g, :count], np.float64) for x in (k, v))
+            scores = np.asarray(q[n, g], np.float64) @ keys.T * q.shape[-1] ** -0.5
+            weights = np.exp(scores)
+            if count:
+                out[n, g], log_sum[n, g] = weights @ values / weights.sum(-1)[:, None], np.log(weights.sum(-1))
+    return out, log_sum
 
 
-@pytest.mark.parametrize("kind", ["xla", "pallas_interpret"])
 @pytest.mark.parametrize(
-    ("candidates", "repeats", "tokens", "dtype", "tolerance"),
+    ("queries", "tokens", "dtype", "tolerance"),
     [
-        (1, 1, 128, jnp.float32, 1e-5),
-        (5, 3, 300, jnp.float32, 1e-5),
-        (16, 1, 1100, jnp.float32, 1e-5),
-        (8, 2, 200, jnp.bfloat16, 1e-2),
+        (1, 128, jnp.float32, 1e-5),
+        (15, 300, jnp.float32, 1e-5),  # 5 candidates of 3 query heads each
+        (16, 1100, jnp.float32, 1e-5),
+        (33, 200, jnp.bfloat16, 1e-2),
     ],
 )
-def test_prefix_attention_is_exact(kind, candidates, repeats, tokens, dtype, tolerance):
+def test_prefix_attention_is_exact(queries, tokens, dtype, tolerance):
+    """Two blocks and one, a full row, a short one, one that ends with a block and one without tokens."""
     rng = np.random.default_rng(1)
-    q = draw(rng, (3, 2, candidates, repeats, 16), dtype)
-    k, v = (draw(rng, (3, 2, tokens, 16), dtype) for _ in range(2))
-    mask = np.arange(tokens) < np.array([tokens, 7, 0])[:, None]  # a full row, a short one, one without tokens
-    mask[0, [2, tokens // 2]] = False
-    # What padding holds must not matter, whatever it is.
-    k, v = (jnp.where(mask[:, None, :, None], x, 1e30).astype(dtype) for x in (k, v))
-    out, lse = jax.jit(partial(prefix_attention, kind=kind))(q, k, v, mask)
-    expected, expected_lse = exact_prefix(q, k, v, mask)
-    assert out.dtype == lse.dtype == jnp.float32 and out.shape == q.shape and lse.shape == q.shape[:-1]
-    np.testing.assert_allclose(out, expected, atol=tolerance)
-    np.testing.assert_allclose(lse[:2], expected_lse[:2], atol=1e-4)
-    assert np.all(np.isneginf(lse[2])) and np.all(np.asarray(out[2]) == 0)
+    q = draw(rng, (4, 2, queries, 16), dtype)
+    length = np.array([tokens, 7, min(tokens, 128), 0])
+    beyond = np.arange(tokens)[None, None, :, None] >= length[:, None, None, None]
+    # What lies beyond the length must not matter, whatever it is.
+    k, v = (jnp.where(beyond, jnp.nan, draw(rng, (4, 2, tokens, 16))).astype(dtype) for _ in range(2))
+    out, top, total = jax.jit(DECODE)(q, k, v, length)
+    expected, log_sum = exact_prefix(q, k, v, length)
+    assert out.dtype == top.dtype == total.dtype == jnp.float32
+    np.testing.assert_allclose(out[:3] / total[:3], expected[:3], atol=tolerance)
+    np.testing.assert_allclose((top + jnp.log(total))[:3, ..., 0], log_sum[:3], atol=1e-4)
+    assert np.all(out[3] == 0) and np.all(top[3] == 0) and np.all(total[3] == 0)
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**31),
+    length=st.lists(st.integers(0, 300), min_size=2, max_size=2),
+    scale=st.sampled_from([0.1, 1.0, 30.0]),
+)
+def test_prefix_attention_for_any_length(seed, length, scale):
+    """Scores from all equal to one that dominates; `top` is the largest of them."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (draw(rng, shape) for shape in [(2, 1, 3, 8), (2, 1, 300, 8), (2, 1, 300, 8)])
+    out, top, total = RAGGED(scale * q, k, v, np.asarray(length))
+    scores = scale * 8**-0.5 * np.einsum("ngmd,ngpd->ngmp", q, k)
+    for n, count in enumerate(length):
+        if count:
+            np.testing.assert_allclose(top[n, ..., 0], scores[n, ..., :count].max(-1), atol=1e-4)
+    np.testing.assert_allclose(out / np.maximum(total, 1e-30), exact_prefix(scale * q, k, v, length)[0], atol=3e-4)
 
 
 def test_a_nan_in_a_key_is_not_hidden():
-    q, k = jnp.ones((1, 1, 2, 1, 16)), jnp.ones((1, 1, 130, 16)).at[0, 0, 3].set(jnp.nan)
-    for kind in ("xla", "pallas_interpret"):
-        assert np.all(np.isnan(prefix_attention(q, k, jnp.ones_like(k), np.ones((1, 130), bool), kind=kind).out))
-
-
-@settings(max_examples=30)
-@given(seed=st.integers(0, 2**31), share=st.floats(0, 1), scale=st.sampled_from([0.1, 1.0, 30.0]))
-def test_parts_merge_to_the_whole(seed, share, scale):
-    """Attention over any split of the keys, some parts empty, is attention over all of them."""
-    rng = np.random.default_rng(seed)
-    q, k, v = (draw(rng, shape) for shape in [(2, 1, 3, 1, 8), (2, 1, 24, 8), (2, 1, 24, 8)])
-    q = scale * q
-    seen = rng.random((2, 24)) < rng.random()
-    first = rng.random((2, 24)) < share
-    parts = [prefix_attention(q, k, v, seen & first), prefix_attention(q, k, v, seen & ~first)]
-    np.testing.assert_allclose(merge(parts), exact_prefix(q, k, v, seen)[0], atol=2e-5)
+    q, k = jnp.ones((1, 1, 2, 16)), jnp.ones((1, 1, 130, 16)).at[0, 0, 3].set(jnp.nan)
+    assert np.all(np.isnan(DECODE(q, k, jnp.ones_like(k), np.array([130]))[0]))
 
 
 TINY = LlavaConfig(
@@ -209,7 +212,7 @@ def test_the_gpu_path_lowers_to_cudnn_in_both_directions(causal, monkeypatch):
     args = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
 
     def loss(q, k, v, mask):
-        return kernels.self_attention(q, k, v, mask, causal=causal, kind="cudnn").astype(jnp.float32).sum()
+        return self_attention(q, k, v, mask, causal=causal, kind="cudnn").astype(jnp.float32).sum()
 
     lowered = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(*args).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
@@ -221,12 +224,16 @@ def test_what_a_kernel_cannot_run_is_refused_in_one_line():
     check_attention("xla", platform="cpu", dtype="float32", head_dim=7)
     check_attention("pallas", platform="tpu", dtype="float32", head_dim=128)
     check_attention("cudnn", platform="gpu", dtype="bfloat16", head_dim=80)
+    # A tower of narrower heads than the language model's stays on XLA where they do not fit.
+    assert fits("pallas", 64) and not fits("pallas", 72) and fits("cudnn", 72) and not fits("xla", 128)
+    assert decode_kernel("cudnn") is decode_kernel("xla") is None
     cases = [
         ("palas", "tpu", "bfloat16", 128, "did you mean"),
         ("pallas", "cpu", "bfloat16", 128, "needs a TPU"),
         ("cudnn", "tpu", "bfloat16", 128, "needs an NVIDIA GPU"),
         ("cudnn", "gpu", "float32", 128, "not float32"),
         ("pallas", "tpu", "bfloat16", 80, "80 wide"),
+        ("pallas", "tpu", "bfloat16", 64, "multiple of 128"),
         ("cudnn", "gpu", "float16", 256, "at most 128"),
     ]
     for kind, platform, dtype, width, words in cases:

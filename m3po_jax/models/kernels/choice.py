@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -13,6 +16,8 @@ from m3po_jax.errors import UserError, nearest
 ATTENTION = ("xla", "pallas", "cudnn")
 _PLATFORMS = {"pallas": ("tpu", "a TPU"), "cudnn": ("gpu", "an NVIDIA GPU")}
 HEAD_MULTIPLE = {"pallas": 64, "cudnn": 8}  # what the kernels' tiles want of a head's width
+# A TPU's registers are 128 lanes wide: a cache of narrower heads would be copied into that shape at every step.
+DECODER_HEAD_MULTIPLE = {"pallas": 128, "cudnn": 8}
 CUDNN_WIDEST = 128  # on every GPU since Ampere
 
 C = TypeVar("C")
@@ -52,10 +57,11 @@ def check_attention(kind: str, *, platform: str, dtype: Any, head_dim: int | Non
             where=where,
             remedy=f"{remedy}, or model.dtype=bfloat16",
         )
-    if head_dim is not None and not fits(kind, head_dim):
+    multiple = DECODER_HEAD_MULTIPLE[kind]
+    if head_dim is not None and (head_dim % multiple or not fits(kind, head_dim)):
         widest = f" and at most {CUDNN_WIDEST}" if kind == "cudnn" else ""
         raise UserError(
-            f"{kind} wants heads of a multiple of {HEAD_MULTIPLE[kind]}{widest}; this model's are {head_dim} wide",
+            f"{kind} wants heads of a multiple of {multiple}{widest}; this model's are {head_dim} wide",
             where=where,
             remedy=remedy,
         )
@@ -71,6 +77,18 @@ def with_attention(config: C, kind: str) -> C:
         elif dataclasses.is_dataclass(value):
             changes[field.name] = with_attention(value, kind)
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def decode_kernel(kind: str) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]] | None:
+    """What reads a prompt's prefix once for all its candidates, see `grouped_decode`; None: XLA does.
+
+    cuDNN has no such kernel; on GPUs XLA's products read the prefix once too.
+    """
+    if not kind.startswith("pallas"):
+        return None
+    from m3po_jax.models.kernels.grouped_decode import grouped_prefix_attention
+
+    return partial(grouped_prefix_attention, interpret=kind == "pallas_interpret")
 
 
 def self_attention(
