@@ -261,7 +261,7 @@ class Generator:
             candidates=self.sampling.num_candidates,
             new_tokens=self.sampling.max_new_tokens,
         )
-        return explain_exhaustion(text, shape, jnp.dtype(self.layers[0].qkv.dtype).itemsize)
+        return explain_exhaustion(text, shape, jnp.dtype(self.layers[0].input_norm.dtype).itemsize)
 
     def _program(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from m3po_jax.config import Recipe, override
 from m3po_jax.errors import UserError
 from m3po_jax.generation.settings import sampling_config
+from m3po_jax.pipeline.models import check_trainable
 from m3po_jax.selection import check_config
 from m3po_jax.training.objectives import check_objective
 
@@ -32,6 +33,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 def _check_one(recipe: Recipe) -> None:
     check_config(recipe.select)
+    check_trainable(recipe)
     sampling_config(recipe.generate, 0)
     if recipe.train.objective == "preference":
         check_objective(recipe.train)
