@@ -31,7 +31,10 @@ from m3po_jax.training.harm import make_harm_metrics
 from m3po_jax.training.losses import check_objective, starts_at_ln2
 from m3po_jax.training.metrics_log import MetricsLog
 from m3po_jax.training.progress import progress_bar
+from m3po_jax.training.rollouts import RolloutIterator, RolloutSource
 from m3po_jax.training.step import make_step, place_frozen, place_trainable, split_model
+
+Source = BatchSource | RolloutSource
 
 # Settings that may change between a run and its continuation.
 _FREE_SETTINGS = ("save_steps", "keep_checkpoints", "log_steps", "harm_metrics_steps")
@@ -90,7 +93,7 @@ def stop_signal() -> Iterator[StopSignal]:
 
 def train(
     model: nnx.Module,
-    batches: BatchSource,
+    batches: Source,
     config: TrainConfig,
     *,
     output_dir: str | Path,
@@ -107,7 +110,7 @@ def train(
 
     Args:
         model: Adapters attached where `config.lora` wants them. It is left as it is.
-        batches: Endless batches of `config.batch_size` rows.
+        batches: Endless batches of `config.batch_size` rows. Rollouts are made from the weights of the moment.
         output_dir: Gets ``checkpoints/``, ``metrics.jsonl`` and, at the end, ``done.json``. A finished stage
             is not run again: its last checkpoint is loaded.
         on_step: Called after each step with its number and metrics.
@@ -158,6 +161,9 @@ def train(
     )
     guards = _Guards(config, batches, str(output), adapters_off, _ln2_tolerance(model))
     iterator = iter(batches)
+    rollouts = iterator if isinstance(iterator, RolloutIterator) else None
+    if rollouts is not None:
+        rollouts.follow(lambda: partition.merge(state.trainable, frozen))
     last: dict[str, float] = {}
     with Checkpointer(output / "checkpoints", keep=config.keep_checkpoints, fingerprint=fingerprint) as saved:
         restored = saved.restore(state)
@@ -179,6 +185,8 @@ def train(
                 harm = harm_metrics(state.trainable, frozen, base, placed) if measures else {}
                 state, metrics, row_losses = step_fn(state, frozen, base, placed)
                 last = {name: float(to_host(value)) for name, value in {**metrics, **harm}.items()}
+                if rollouts is not None:
+                    last |= rollouts.metrics
                 guards.check(done, last, to_host(row_losses), batch.row_index, saved.latest_step)
                 done += 1
                 if done % config.log_steps == 0 or measures or done == total:
@@ -235,8 +243,16 @@ def load_trained(model: nnx.Module, config: TrainConfig, *, output_dir: str | Pa
 class _Guards:
     """Checks that end a run before it wastes hours; see `check`."""
 
-    def __init__(self, config: TrainConfig, batches: BatchSource, where: str, adapters_off: bool, tolerance: float):
+    def __init__(
+        self,
+        config: TrainConfig,
+        batches: Source,
+        where: str,
+        adapters_off: bool,
+        tolerance: float,
+    ):
         self.batches, self.where, self.tolerance = batches, where, tolerance
+        self.on_policy = isinstance(batches, RolloutSource)
         self.expects_ln2 = starts_at_ln2(config) and adapters_off
 
     def check(
@@ -258,8 +274,8 @@ class _Guards:
                 where=self.where,
                 remedy=f"{kept}; drop the rows or lower train.learning_rate",
             )
-        if step > 0:
-            return
+        if step > 0 or self.on_policy:
+            return  # equal rewards of all answers give no gradient, and the next rollout may
         if metrics["grad_norm"] == 0.0:
             raise UserError(
                 "the gradient of the first step is zero: nothing would be learned",
@@ -280,7 +296,7 @@ def _ln2_tolerance(model: Any) -> float:
     return 1e-3 if getattr(getattr(model, "decoder", None), "dtype", None) == jnp.float32 else 5e-2
 
 
-def _check_steps(config: TrainConfig, batches: BatchSource) -> None:
+def _check_steps(config: TrainConfig, batches: Source) -> None:
     for name in ("save_steps", "log_steps"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} must be positive, not {getattr(config, name)}", where=f"train.{name}")

@@ -1,4 +1,4 @@
-"""Losses of the three training objectives, as functions of a model and a batch.
+"""Losses of the training objectives (those of `rl_losses` included), as functions of a model and a batch.
 
 Each returns its loss, its metrics (means over the batch's rows) and one loss per row, which names the guilty
 rows when something is not finite. Under gradient accumulation the micro-batches' results are averaged;
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,16 +28,12 @@ from m3po_jax.objectives.length import length_desensitised_sums
 from m3po_jax.objectives.metrics import preference_metrics
 from m3po_jax.objectives.preference import LOSSES, loss_mixture, preference_loss
 from m3po_jax.objectives.sft import token_nll
+from m3po_jax.training.loss_output import LossOutput
+from m3po_jax.training.rl_losses import check_reward, check_rl, policy_gradient, reward
 
 # Losses whose value is ln 2 where policy and reference agree, whatever β, the smoothing and the divergence.
 LN2_LOSSES = frozenset({"sigmoid", "sigmoid_trl", "robust", "sigmoid_norm", "aot", "aot_unpaired"})
 CORRUPTIONS = ("blank", "swap")
-
-
-class LossOutput(NamedTuple):
-    loss: Float[Array, ""]
-    metrics: dict[str, Float[Array, ""]]
-    row_losses: Float[Array, " b"]
 
 
 def _answer_log_probs(model: Any, batch: TreeBatch, features: Any, remat: str) -> Float[Array, "b k t"]:
@@ -282,6 +278,8 @@ OBJECTIVES: dict[str, Callable[..., LossOutput]] = {
     "preference": preference,
     "sft": sft,
     "contrastive": contrastive,
+    "reward": reward,
+    "rlhf": policy_gradient,
 }
 
 
@@ -319,8 +317,9 @@ def check_objective(config: TrainConfig) -> Callable[..., LossOutput]:
             f"batch_size {config.batch_size} does not divide into {config.gradient_accumulation_steps} parts",
             where="train.gradient_accumulation_steps",
         )
-    if config.objective == "preference":
-        _check_preference(config)
+    checks = {"preference": _check_preference, "reward": check_reward, "rlhf": check_rl}
+    if config.objective in checks:
+        checks[config.objective](config)
     return OBJECTIVES[config.objective]
 
 

@@ -20,16 +20,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from m3po_jax.config import LoRAConfig, TrainConfig
+from m3po_jax.config import LoRAConfig, RLConfig, TrainConfig
 from m3po_jax.data.batches import ContrastiveBatch, TreeBatch
 from m3po_jax.errors import UserError
+from m3po_jax.models.heads import HEAD
 from m3po_jax.models.layers import LoRAParam
 from m3po_jax.sharding import AXES, Axes, sharding_for, state_shardings, use_mesh
 from m3po_jax.training.losses import LossOutput, check_objective
 from m3po_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from m3po_jax.training.rl_losses import RolloutBatch
 
 Parameters = dict[str, jax.Array]
-Batch = TreeBatch | ContrastiveBatch
+Batch = TreeBatch | ContrastiveBatch | RolloutBatch
 
 
 class TrainState(NamedTuple):
@@ -69,7 +71,8 @@ def trainable_filter(config: TrainConfig, objective: str | None = None) -> Calla
     - contrastive: every parameter of the dual encoder;
     - `lora_rank` > 0: the adapters, plus the projector with `train_projector`;
     - `lora_rank` 0: decoder and projector (full fine-tuning);
-    - `train_vision` adds the vision tower, which is frozen otherwise.
+    - `train_vision` adds the vision tower, which is frozen otherwise;
+    - a scalar head (reward or value) always.
     """
     objective = objective or config.objective
 
@@ -80,7 +83,7 @@ def trainable_filter(config: TrainConfig, objective: str | None = None) -> Calla
             return True
         if path[0] == "vision_tower":
             return config.train_vision
-        if config.lora.lora_rank == 0:
+        if config.lora.lora_rank == 0 or path[0] == HEAD:
             return True
         return issubclass(value.type, LoRAParam) or (path[0] == "projector" and config.lora.train_projector)
 
@@ -210,7 +213,7 @@ def _make_step(
     compute_reference: bool,
 ) -> TrainStep:
     raw = json.loads(settings)
-    config = TrainConfig(**{**raw, "lora": LoRAConfig(**raw["lora"])})
+    config = TrainConfig(**{**raw, "lora": LoRAConfig(**raw["lora"]), "rl": RLConfig(**raw["rl"])})
     objective = check_objective(config)
     optimizer = make_optimizer(config, total_steps, partition.axes_by_name)
     schedule = learning_rate_schedule(config, total_steps)
@@ -237,6 +240,8 @@ def _make_step(
         tokens = None
         if isinstance(batch, TreeBatch):
             tokens = jnp.sum(batch.branch_mask[:, 0], dtype=jnp.float32) / groups
+        elif isinstance(batch, RolloutBatch):
+            tokens = jnp.sum(batch.branch_mask, dtype=jnp.float32) / groups
         rows, complete = _micro_batches(batch, groups)
 
         def accumulate(total: Parameters, group: Any) -> tuple[Parameters, LossOutput]:

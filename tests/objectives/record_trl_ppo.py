@@ -3,9 +3,9 @@
     pip download --no-deps trl==0.11.4 trl==0.19.0   # then unpack both wheels
     python tests/objectives/record_trl_ppo.py TRL_0_11_4_FOLDER TRL_0_19_0_FOLDER
 
-TRL 1.16 has no PPO any more. Of 0.11.4 this executes `PPOTrainer.compute_rewards`, `compute_advantages` and `loss` and
-`AdaptiveKLController.update`, of 0.19.0 the statements of `PPOTrainer.train` between the estimators' comment and "whiten
-rewards", all from the files as they were published, on the tensors that are recorded with their results.
+TRL 1.16 has no PPO any more. Of 0.11.4 this executes `PPOTrainer.compute_rewards`, `compute_advantages` and `loss`
+and `AdaptiveKLController.update`, of 0.19.0 the statements of `PPOTrainer.train` between the estimators' comment and
+"whiten rewards", all from the files as they were published, on the tensors that are recorded with their results.
 """
 
 from __future__ import annotations
@@ -54,10 +54,8 @@ def main(old: Path, new: Path) -> None:
     scores = torch.tensor(rng.normal(size=ROWS))
     masks = torch.tensor(mask)
 
-    core = definitions(
-        old / "trl/core.py",
-        {"masked_mean", "masked_var", "masked_whiten", "clip_by_value", "entropy_from_logits", "flatten_dict"},
-    )
+    names = {"masked_mean", "masked_var", "masked_whiten", "clip_by_value", "entropy_from_logits"}
+    core = definitions(old / "trl/core.py", names)
     core["flatten_dict"] = lambda stats: stats
     methods = {"compute_rewards", "_kl_penalty", "compute_advantages", "loss"}
     ppo = definitions(old / "trl/trainer/ppo_trainer.py", methods)
