@@ -48,6 +48,7 @@ SECTIONS = {
     "train.lora": "train.lora: adapters",
     "train.rl": "train.rl: reinforcement learning",
     "reward": "reward: the reward model",
+    "cache": "cache: what is computed once",
     "evaluate": "evaluate: benchmarks",
     "evaluate.benchmarks.NAME": "evaluate.benchmarks.NAME: one benchmark",
 }

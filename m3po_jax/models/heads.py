@@ -12,22 +12,27 @@ from jaxtyping import Array, Bool, Float, Int
 from m3po_jax.models.forward import branch_hidden
 
 HEAD = "scalar_head"  # the attribute of a model that has one, and the first part of its parameter's path
+INITIAL_STD = 0.02  # as transformers' classification heads
 
 
 class ScalarHead(nnx.Module):
-    """h · w in float32, whatever the backbone computes in. It starts at 0: every reward, every value is 0."""
+    """h · w in float32, whatever the backbone computes in.
 
-    def __init__(self, features: int):
-        self.kernel = nnx.Param(jnp.zeros((features,), jnp.float32), axes=("embed",))
+    It starts near 0, but not at 0, where no gradient would reach the backbone in the first step.
+    """
+
+    def __init__(self, features: int, rngs: nnx.Rngs):
+        kernel = INITIAL_STD * jax.random.normal(rngs.params(), (features,), jnp.float32)
+        self.kernel = nnx.Param(kernel, axes=("embed",))
 
     def __call__(self, hidden: Float[Array, "... d"]) -> Float[Array, ...]:
         precision = jax.lax.Precision.HIGHEST
         return jnp.matmul(hidden.astype(jnp.float32), self.kernel[...].astype(jnp.float32), precision=precision)
 
 
-def attach_head(model: Any) -> Any:
-    """Gives a vision-language model a fresh head and returns it."""
-    setattr(model, HEAD, ScalarHead(model.config.text.hidden_size))
+def attach_head(model: Any, seed: int = 0) -> Any:
+    """Gives a vision-language model a fresh head, drawn from `seed`, and returns it."""
+    setattr(model, HEAD, ScalarHead(model.config.text.hidden_size, nnx.Rngs(seed)))
     return model
 
 

@@ -1,6 +1,6 @@
 """Losses of the reward model and of the policy that learns from it, as functions of a model and a batch.
 
-Like those of `training.losses`, which lists them.
+Like those of `training.losses`; `training.objectives` lists them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from jaxtyping import Bool, Float, Int
 from m3po_jax.config import RLConfig, TrainConfig
 from m3po_jax.data.batches import TreeBatch
 from m3po_jax.errors import UserError, nearest
-from m3po_jax.models.forward import branch_hidden, branch_log_probs, encode_images, token_log_probs
+from m3po_jax.models.forward import branch_hidden, branch_log_probs, token_log_probs
 from m3po_jax.models.heads import answer_rewards
 from m3po_jax.objectives.policy_gradient import ALGORITHMS, KL_ESTIMATORS, policy_loss, value_loss
 from m3po_jax.objectives.reward import reward_loss
-from m3po_jax.training.loss_output import LossOutput
+from m3po_jax.training.losses import LossOutput, image_features
 
 
 class RolloutBatch(NamedTuple):
@@ -41,6 +41,7 @@ class RolloutBatch(NamedTuple):
     advantages: Float[Any, "b k t"]
     old_values: Float[Any, "b k t"]
     returns: Float[Any, "b k t"]
+    features: None = None  # a rollout's images are not cached
 
 
 def reward(
@@ -53,7 +54,7 @@ def reward(
     remat: str = "none",
 ) -> LossOutput:
     """The pairwise logistic loss on chosen (branch 0) and rejected (branch 1), nats per pair; TRL's metrics."""
-    features = encode_images(model, batch.pixel_values, remat=remat)
+    features = image_features(model, batch, remat=remat)
     rewards = answer_rewards(
         model,
         batch.prefix_ids,
@@ -95,7 +96,7 @@ def policy_gradient(
     is the mean over its answers or tokens.
     """
     rl, mask = config.rl, batch.branch_mask
-    features = encode_images(model, batch.pixel_values, remat=remat)
+    features = image_features(model, batch, remat=remat)
     inputs = (model, batch.prefix_ids, batch.prefix_mask, features, batch.branch_ids, mask)
     if rl.algorithm == "ppo":
         hidden = branch_hidden(*inputs, remat=remat)

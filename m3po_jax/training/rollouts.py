@@ -116,7 +116,7 @@ def score_rollout(
 
 @dataclass
 class RolloutSource:
-    """Rollouts of one policy on one set of prompts; a `BatchSource` to the training loop.
+    """Rollouts of one policy on one set of prompts; to the training loop it is a `BatchSource`.
 
     Args:
         prompts: What the policy answers; every epoch in an order of its own.
@@ -142,6 +142,7 @@ class RolloutSource:
     values: HeadScorer | None = None
     identity: str = ""
     has_reference: bool = False
+    take: None = None  # no row can be had by itself
 
     def __post_init__(self) -> None:
         if not len(self.prompts):
@@ -183,11 +184,10 @@ class RolloutSource:
     def chosen_prompts(self, number: int) -> np.ndarray:
         """Places of the prompts of rollout `number`: the next ones of an endless stream of shuffled epochs."""
         count, size = len(self.prompts), self.rollout_size
-        places = np.arange(number * size, (number + 1) * size)
-        orders = {
-            epoch: np.random.default_rng([self.seed, epoch]).permutation(count) for epoch in set(places // count)
-        }
-        return np.array([orders[place // count][place % count] for place in places])
+        first, last = number * size, (number + 1) * size
+        epochs = range(first // count, (last - 1) // count + 1)
+        orders = [np.random.default_rng([self.seed, epoch]).permutation(count) for epoch in epochs]
+        return np.concatenate(orders)[first - epochs[0] * count :][:size]
 
     def make(self, number: int, model: Any, kl_coef: float) -> Rollout:
         """Rollout `number` of the given policy.
@@ -309,8 +309,9 @@ class RolloutIterator(Iterator[RolloutBatch]):
         return {} if self.rollout is None else self.rollout.metrics
 
     def __next__(self) -> RolloutBatch:
-        if self.step == self.source.rollout_steps:
-            self._next_rollout()
+        state = self.get_state()
+        if state["rollout"] != self.number:
+            self.number, self.step, self.kl_coef, self.rollout = state["rollout"], 0, state["kl_coef"], None
         if self.rollout is None:
             assert self._policy is not None, "follow() comes before the first batch"
             self.rollout = self.source.make(self.number, self._policy(), self.kl_coef)
@@ -318,26 +319,25 @@ class RolloutIterator(Iterator[RolloutBatch]):
         self.step += 1
         return batch
 
-    def _next_rollout(self) -> None:
-        rl = self.source.rl
-        assert self.rollout is not None
+    def get_state(self) -> dict[str, Any]:
+        """The position, as JSON: the next step of this rollout, or the first of the next one."""
+        if self.rollout is None or self.step < self.source.rollout_steps:
+            return {"rollout": self.number, "step": self.step, "kl_coef": self.kl_coef}
+        rl, kl_coef = self.source.rl, self.kl_coef
         if rl.kl_target is not None:
-            self.kl_coef = pg.adaptive_kl_coef(
-                self.kl_coef,
+            kl_coef = pg.adaptive_kl_coef(
+                kl_coef,
                 self.rollout.metrics["objective/kl"],
                 target=rl.kl_target,
                 horizon=rl.kl_horizon,
                 episodes=self.source.rollout_size * rl.rloo_k,
             )
-        self.number, self.step, self.rollout = self.number + 1, 0, None
+        return {"rollout": self.number + 1, "step": 0, "kl_coef": kl_coef}
 
-    def get_state(self) -> dict[str, Any]:
-        """The position, as JSON. A rollout whose steps are not all taken is written to the source's folder."""
-        if self.rollout is not None and self.step == self.source.rollout_steps:
-            self._next_rollout()
-        if self.rollout is not None and jax.process_index() == 0:
+    def keep(self) -> None:
+        """Writes a rollout whose steps are not all taken: the checkpoint that is made now will need it."""
+        if self.rollout is not None and self.step < self.source.rollout_steps and jax.process_index() == 0:
             self._write(self.rollout)
-        return {"rollout": self.number, "step": self.step, "kl_coef": self.kl_coef}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self.number, self.step, self.kl_coef = state["rollout"], state["step"], state["kl_coef"]

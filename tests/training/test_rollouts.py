@@ -20,8 +20,8 @@ from m3po_jax.config import RLConfig
 from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.objectives import policy_gradient as pg
 from m3po_jax.training.loop import TrainResult, train
-from m3po_jax.training.losses import check_objective
 from m3po_jax.training.metrics_log import read_metrics
+from m3po_jax.training.objectives import check_objective
 from m3po_jax.training.rl_losses import policy_gradient
 from m3po_jax.training.rollouts import RolloutSource, score_rollout
 
@@ -88,7 +88,7 @@ def test_ppo_raises_the_reward_and_learns_values(tmp_path: Path, one_device: Any
     # In a rollout's second pass the policy has moved.
     assert np.abs(curve(trained, "val/ratio")[1::2] - 1).max() > 1e-3
     assert (curve(trained, "policy/clipfrac_avg")[1::2] > 0).any()
-    # The critic starts at 0, where its loss is half the mean square of the returns, which are shares of about 1/4.
+    # The critic starts near 0, where its loss is half the mean square of the returns, which are shares of about 1/4.
     assert curve(trained, "loss/value_avg")[0] > 0.02
     assert np.abs(np.asarray(trained.model.scalar_head.kernel[...])).max() > 0
 
