@@ -15,6 +15,7 @@ from training_tools import base_config, tiny_model, tiny_pairs
 from m3po_jax.models import lora
 from m3po_jax.models.layers import LoRAParam
 from m3po_jax.models.quantized_base import quantize_base
+from m3po_jax.training.flops import step_cost
 from m3po_jax.training.loop import train
 
 
@@ -30,6 +31,7 @@ def test_dpo_learns_on_codes(tmp_path: Path, one_device: Any) -> None:
     config = base_config(save_steps=3)
     model = tiny_model(config)
     quantize_base(model, "int8", scope="decoder")
+    assert step_cost(model, set()) == step_cost(tiny_model(config), set())  # the arithmetic of a step stays the same
     before = everything(model)
     result = train(model, tiny_pairs(config), config, output_dir=tmp_path, mesh=one_device, remat="full")
     after = everything(result.model)
