@@ -28,7 +28,7 @@ from m3po_jax.scoring.engine import Scorer
 from m3po_jax.scoring.ensemble import Ensemble
 from m3po_jax.scoring.grading import Judge
 from m3po_jax.scoring.judge import Claims
-from m3po_jax.training.loop import stop_signal
+from m3po_jax.training.signals import stop_signal
 
 
 @dataclass(frozen=True)

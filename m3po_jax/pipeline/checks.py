@@ -9,7 +9,7 @@ from m3po_jax.errors import UserError
 from m3po_jax.generation.settings import sampling_config
 from m3po_jax.scoring.chat import check_endpoint
 from m3po_jax.selection import check_config
-from m3po_jax.training.losses import check_objective
+from m3po_jax.training.objectives import check_objective
 
 
 def arm_recipe(recipe: Recipe, arm: str | None) -> Recipe:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from m3po_jax.errors import Interrupted, UserError
-from m3po_jax.training.loop import stop_signal
+from m3po_jax.training.signals import stop_signal
 
 T = TypeVar("T")
 
