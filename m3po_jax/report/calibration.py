@@ -40,7 +40,7 @@ def label(name: str, signal: dict[str, Any]) -> str:
     if name == "mas":
         return "MAS"
     if name == "confidence":
-        return f"confidence: {signal.get('variant') or 'used'} (in use)"
+        return f"confidence: {clip(signal.get('variant') or 'used', 40)} (in use)"
     if name.startswith("mas_"):
         return f"MAS: {name.removeprefix('mas_')}"
     return f"confidence: {name.removeprefix('confidence_')}"
