@@ -98,8 +98,7 @@ class Guards:
 
     def __init__(self, config: TrainConfig, batches: BatchSource, where: str, *, agrees: bool, tolerance: float):
         self.batches, self.where = batches, where
-        self.objective = check_objective(config)
-        self.expected = self.objective.first_values(config, tolerance) if agrees else {}
+        self.expected = check_objective(config).first_values(config, tolerance) if agrees else {}
 
     def finite(self, step: int, metrics: Mapping[str, float], row_losses: np.ndarray, rows: np.ndarray) -> str | None:
         """None, or the error text for a loss or gradient that is not finite at `step` (0: the first)."""
@@ -128,7 +127,7 @@ class Guards:
                     where=self.where,
                     remedy="set train.reference=computed, or make the candidates with this model",
                 )
-        if metrics["grad_norm"] == 0.0 and not self.objective.on_policy:
+        if metrics["grad_norm"] == 0.0:
             names = f" ({', '.join(idle[:4])}{', …' if len(idle) > 4 else ''})" if idle else ""
             raise UserError(
                 f"the gradient of the first step is zero: nothing would be learned{names}",
