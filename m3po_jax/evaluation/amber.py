@@ -274,7 +274,7 @@ def nltk_nouns(text: str) -> list[str]:
         raise UserError(
             f"nltk cannot tag words ({str(error).strip().splitlines()[0]})",
             where="nouns=nltk",
-            remedy="pip install nltk, and its punkt, tagger and wordnet data; or nouns=vocabulary",
+            remedy="pip install 'm3po-jax[amber]', with nltk's punkt, tagger and wordnet data; or nouns=vocabulary",
         ) from None
 
 
@@ -297,6 +297,6 @@ def spacy_similarity(model: str) -> Similarity:
         raise UserError(
             f"spaCy's {model!r} cannot be loaded ({str(error).splitlines()[0]})",
             where="similarity",
-            remedy=f"pip install spacy and python -m spacy download {model}; or similarity=exact",
+            remedy=f"pip install 'm3po-jax[amber]' and python -m spacy download {model}; or similarity=exact",
         ) from None
     return lambda first, second: float(language(first).similarity(language(second)))

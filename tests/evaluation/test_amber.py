@@ -68,9 +68,8 @@ def test_no_is_the_positive_class_and_existence_has_its_own_epsilon():
     one = [{"id": 0, "label": "no", "category": "discriminative-attribute-state"}]
     scores = discriminative(answers[:1], one)["categories"]
     assert scores["state"]["accuracy"] == 99.9 and scores["attribute"]["accuracy"] == 99.7
-    scores = discriminative([{"id": 0, "text": "Yes"}], [{"id": 0, "label": "yes", "category": "relation"}])[
-        "summary"
-    ]
+    yes = {"id": 0, "label": "yes", "category": "relation"}
+    scores = discriminative([{"id": 0, "text": "Yes"}], [yes])["summary"]
     assert scores["f1"] == 0 and len(scores["degenerate"]) == 2
     with pytest.raises(UserError, match="unknown type 'existence'"):
         discriminative([{"id": 0, "text": "Yes"}], [yes | {"category": "existence"}])
