@@ -77,7 +77,7 @@ def _mmhal_scores(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def llava_scores(review: str) -> tuple[float, float]:
     """(reference, model) of a LLaVA-Bench review: its first line is two numbers with one space or comma between them.
 
-    Anything else is (−1, −1), "8, 7" included, as in the official code; so are nan and inf, which it would let through.
+    Anything else is (−1, −1), "8, 7" included, as in the official code; nan and inf too, which it would let through.
     """
     parts = review.split("\n", maxsplit=1)[0].replace(",", " ").split(" ")
     try:
