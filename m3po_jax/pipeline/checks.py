@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from m3po_jax.config import Recipe, override
 from m3po_jax.errors import UserError
+from m3po_jax.evaluation.registry import METRICS
 from m3po_jax.generation.settings import sampling_config
 from m3po_jax.pipeline.models import check_trainable
+from m3po_jax.scoring.chat import check_endpoint
 from m3po_jax.selection import check_config
 from m3po_jax.training.objectives import check_objective
 
@@ -34,6 +38,19 @@ def check_recipe(recipe: Recipe) -> None:
 def _check_one(recipe: Recipe) -> None:
     check_config(recipe.select)
     check_trainable(recipe)
+    for name, benchmark in recipe.evaluate.benchmarks.items():
+        metric = METRICS.get(benchmark.metric)
+        if metric is not None and metric.judged:
+            raise UserError(
+                f"{benchmark.metric} scores a judge's reviews, which a run does not write",
+                where=f"evaluate.benchmarks.{name}",
+                remedy="score saved reviews: m3po evaluate --answers REVIEWS, with a recipe of its own",
+            )
+    named = [member.partition("=") for member in recipe.score.members]
+    judges = [model for name, _, model in named if name == "endpoint"]
+    if judges or recipe.score.backend == "endpoint":
+        model = recipe.score.endpoint.model or next(filter(None, judges), "")
+        check_endpoint(dataclasses.replace(recipe.score.endpoint, model=model))
     sampling_config(recipe.generate, 0)
     if recipe.train.objective == "preference":
         check_objective(recipe.train)
