@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -355,6 +356,16 @@ def override(recipe: Recipe, changes: dict[str, Any], where: str = "arms") -> Re
             nested = {part: nested}
         config = _merge(config, OmegaConf.create(nested), where)
     return _to_recipe(config)
+
+
+T = typing.TypeVar("T")
+
+
+def from_plain(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+    """A section of a recipe from what `dataclasses.asdict` made of it, as files of trained models hold it."""
+    return typing.cast(
+        T, OmegaConf.to_object(_merge(OmegaConf.structured(kind), OmegaConf.create(dict(values)), where))
+    )
 
 
 def to_yaml(recipe: Recipe) -> str:
