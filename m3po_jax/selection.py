@@ -2,9 +2,8 @@
 
 `select_pair` is the rule on arrays; `select_pools` applies it to every prompt and adds the budget and the
 diagnostics (`selection_rows` reads and writes rows). Everything is deterministic: ties go to the lower candidate
-number, and the random
-rules draw from a stream that depends on (seed, prompt id) alone, so that the order of prompts and candidates
-does not matter.
+number, and the random rules draw from a stream that depends on (seed, prompt id) alone, so that the order of prompts
+and candidates does not matter.
 """
 
 from __future__ import annotations
