@@ -82,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
             )
         if name in ("generate", "score", "select", "train", "evaluate", "export"):
             verb.add_argument("--round", type=int, default=1, metavar="R", help="which round's folder (default 1)")
-        if name in ("select", "train", "evaluate", "export"):
+        if name in ("generate", "score", "select", "train", "evaluate", "export"):
             verb.add_argument("--arm", default=None, help="a comparison arm of the recipe (default: the main one)")
         if name == "select":
             verb.add_argument("--input", metavar="FILE.jsonl", help="scored candidates as JSON lines")

@@ -50,12 +50,12 @@ def run(options: argparse.Namespace) -> None:
 
 def generate(options: argparse.Namespace) -> None:
     with _stage(options) as running:
-        running.generate_stage(options.round)
+        running.generate_stage(options.round, _arm(running.recipe, options))
 
 
 def score(options: argparse.Namespace) -> None:
     with _stage(options) as running:
-        running.score_stage(options.round)
+        running.score_stage(options.round, _arm(running.recipe, options))
 
 
 def select(options: argparse.Namespace) -> None:
