@@ -77,6 +77,7 @@ MEANINGS = {
     "select.lexicographic": "τ₊, τ₋ of that rule: least MAS of a chosen answer, and what a rejected one stays below",
     "select.seed": "of the rules `random` and `vanilla`, and of `budget_by: random`",
     "compare.arms": "systems that ship (compare.md) or of `arms`; base and its stop-bias frontier are always there",
+    "compare.per_seed": "dotted key → text with `{seed}`, e.g. `model.path`; in `arms`, `{seed}` is replaced too",
     "compare.seeds": "each draws its own candidates, order of rows and adapters",
     "train.beta": "inverse temperature of the implicit reward",
     "train.label_smoothing": "assumed share of flipped labels; the losses that read it are in training.md",

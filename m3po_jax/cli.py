@@ -43,6 +43,11 @@ VERBS: dict[str, tuple[str, str]] = {
         "Answers every benchmark of `evaluate.benchmarks` with the model (or its trained checkpoint) into "
         "round-R/evaluation/. With --answers FILE it scores saved answers instead.",
     ),
+    "compare": (
+        "systems × seeds on shared candidates, and one table with intervals",
+        "Trains and evaluates every system of `compare.arms` with every seed of `compare.seeds` under "
+        "NAME/compare/, and writes results.json, results.md and report.html there. Whatever is finished is skipped.",
+    ),
     "export": (
         "a Hugging Face directory or a PEFT adapter",
         "Writes what was trained so that transformers, PEFT and vLLM load it.",

@@ -98,7 +98,21 @@ class Run:
             "image_fit": self.recipe.model.image_fit,
             "mesh": dict(self.mesh.shape),
         }
-        self.directory.open(self.recipe, facts)
+        self.directory.open(self.recorded_recipe(), facts)
+
+    def recorded_recipe(self) -> Recipe:
+        """What the run directory is checked against."""
+        return self.recipe
+
+    def forget(self, round: int, arm: str | None) -> None:
+        """Lets go of a trained model; its checkpoint stays."""
+        self._trained.pop((round, arm), None)
+
+    def release(self) -> None:
+        """Lets go of every model, so that another run may load its own; finished stages can still be read."""
+        self._trained.clear()
+        for name in ("policy", "start_model", "_generators"):
+            self.__dict__.pop(name, None)
 
     # Stages.
 
@@ -180,16 +194,20 @@ class Run:
         self.directory.note_stage("score", round=round, arm=arm, **_noted(details))
         say(f"round {round}: {details['rows']} candidates scored by {backend.name}")
 
-    def prepare_arm(self, round: int, arm: str | None) -> None:
-        """Candidates and scores that an arm does not share, and its pairs."""
+    def prepare_scores(self, round: int, arm: str | None) -> None:
+        """Candidates and scores that an arm does not share."""
         if arm is not None and self.candidates_owner(round, arm) == arm:
             self.generate_stage(round, arm)
         if arm is not None and self.scores_owner(round, arm) == arm:
             self.score_stage(round, arm)
+
+    def prepare_arm(self, round: int, arm: str | None) -> None:
+        """The pairs that an arm learns from, and what they are made of."""
         if needs_pairs(self.arm_recipe(arm)):
+            self.prepare_scores(round, arm)
             self.select_stage(round, arm)
 
-    def select_stage(self, round: int, arm: str | None = None) -> None:
+    def select_stage(self, round: int, arm: str | None = None) -> dict[str, Any]:
         recipe = self.arm_recipe(arm)
         found = select(
             self.directory.round(round, self.candidates_owner(round, arm)) / "candidates",
@@ -208,6 +226,7 @@ class Run:
         )
         for warning in found["warnings"] if arm is None else ():
             say(f"  {warning}", style="yellow")
+        return found
 
     def train_stage(self, round: int, arm: str | None = None, *, only_finished: bool = False) -> Trained:
         """Trains an arm on its pairs, or loads what was trained.

@@ -48,6 +48,14 @@ def run(options: argparse.Namespace) -> None:
     say(f"report: {report}")
 
 
+def compare(options: argparse.Namespace) -> None:
+    from m3po_jax.pipeline.compare import compare as run_comparison
+
+    recipe = _recipe(options)
+    _start()
+    say(f"report: {run_comparison(recipe)}")
+
+
 def generate(options: argparse.Namespace) -> None:
     with _stage(options) as running:
         running.generate_stage(options.round, _arm(running.recipe, options))
