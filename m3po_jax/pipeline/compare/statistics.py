@@ -34,8 +34,8 @@ def weights(images: Sequence[Hashable], resamples: int, seed: int) -> Float[np.n
 
 def image_sums(
     items: Sequence[Mapping[str, Any]],
-    images: Mapping[str, Hashable],
-    order: Mapping[Hashable, int],
+    images: Mapping[str, str],
+    order: Mapping[str, int],
     columns: Callable[[Mapping[str, Any]], Sequence[float]],
 ) -> Float[np.ndarray, "n c"]:
     """What each image adds to each column, over its items; zero for an image without any."""
@@ -71,7 +71,8 @@ def chair_metrics(sums: Sums) -> dict[str, Values]:
         "chair_i": chair_i,
         "chair_s": _ratio(with_wrong, count),
         "recall": recall,
-        "f1": _ratio(2 * (1 - chair_i) * recall, 1 - chair_i + recall),
+        # Where every mention is false, F1 is 0; where a rate is undefined, so is F1.
+        "f1": np.where(chair_i - recall == 1, 0.0, _ratio(2 * (1 - chair_i) * recall, 1 - chair_i + recall)),
         "mean_objects": _ratio(mentions, count),
         "mean_tokens": _ratio(tokens, count),
     }
@@ -87,7 +88,7 @@ def pope_metrics(sums: Sums) -> dict[str, Values]:
     correct, count, yes, twice_hits, denominator = sums.T
     return {
         "accuracy": _ratio(correct, count),
-        "f1": _ratio(twice_hits, denominator),
+        "f1": np.where(denominator == 0, 0.0, _ratio(twice_hits, denominator)),  # POPE's own rule
         "yes_ratio": _ratio(yes, count),
     }
 

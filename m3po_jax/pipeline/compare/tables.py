@@ -31,6 +31,8 @@ def write_results(recipe: Recipe, root: Path, runs: Mapping[int, Run]) -> dict[s
         **plan.facts(recipe),
         "seeds": list(runs),
         "planned_seeds": recipe.compare.seeds,
+        "benchmark_order": list(recipe.evaluate.benchmarks),
+        "order": everything,
         "benchmarks": {
             name: benchmark_results(recipe, runs, name, everything) for name in recipe.evaluate.benchmarks
         },
@@ -92,6 +94,7 @@ def benchmark_results(recipe: Recipe, runs: Mapping[int, Run], name: str, arms: 
         "metric": metric,
         "images": len(images),
         "questions": len(benchmarks[next(iter(benchmarks))].prompts),
+        "order": shared,  # JSON objects are written in the order of their keys
         "systems": {},
         "differences": {},
         "rounds": {},
