@@ -8,7 +8,7 @@ from m3po_jax.generation.settings import sampling_config
 from m3po_jax.pipeline.arms import VCD, arm_recipe
 from m3po_jax.pipeline.rounds import check_rounds
 from m3po_jax.selection import check_config
-from m3po_jax.training.losses import check_objective
+from m3po_jax.training.objectives import check_objective
 
 SFT_ANSWERS = ("chosen", "reference")
 
