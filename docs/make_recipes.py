@@ -47,6 +47,7 @@ SECTIONS = {
     "select": "select: pairs",
     "train": "train: learning",
     "train.lora": "train.lora: adapters",
+    "cache": "cache: kept between runs",
     "evaluate": "evaluate: benchmarks",
     "evaluate.benchmarks.NAME": "evaluate.benchmarks.NAME: one benchmark",
     "compare": "compare: systems × seeds",

@@ -165,7 +165,6 @@ class TrainConfig:
     anchor_delta: float = 0.0  # in units of reward
     reference: str = "recorded"  # recorded (at generation) | computed (by the reference model)
     reference_check_rows: int = 8  # recorded log-probs of so many rows are computed again and compared; 0: none
-    reference_refresh: bool = True  # later rounds: the policy of the round before is the reference; false: the base
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     train_vision: bool = False  # sft only: the vision tower learns too
     # With lora_rank 0, the parts of the model that do not learn; the projector alone: [decoder]

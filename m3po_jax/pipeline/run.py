@@ -262,16 +262,19 @@ class Run:
         return trained
 
     def _train(self, round: int, arm: str | None, recipe: Recipe, start: Any, folder: Path) -> Trained:
-        seed = recipe.seed + round
+        seed, reference = recipe.seed + round, None
         if not needs_pairs(recipe):
             return train_on_references(recipe, self.policy, folder, self.mesh, start=start, seed=seed)
         if round > 1 and recipe.train.objective == "preference":
             pairs = self._later_pairs(round, arm, recipe)
             # Whatever the reference is, its log-probs stand in these pairs.
             recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, reference="recorded"))
+            reference = self.start_of(recipe) if recipe.round.reference == "base" else None
         else:
             pairs = read_pairs(folder / "pairs")
-        return train_on_pairs(recipe, self.policy, pairs, folder, self.mesh, start=start, seed=seed)
+        return train_on_pairs(
+            recipe, self.policy, pairs, folder, self.mesh, start=start, seed=seed, reference=reference
+        )
 
     def _later_pairs(self, round: int, arm: str | None, recipe: Recipe) -> pa.Table:
         """The pairs of a round after the first, mixed with earlier ones and with their reference's log-probs."""

@@ -79,9 +79,21 @@ def chosen_answers(table: pa.Table, processor: Processor) -> dict[str, Any]:
 
 
 def train_on_pairs(
-    recipe: Recipe, policy: Policy, pairs: pa.Table, out: Path, mesh: Mesh, *, start: Any, seed: int
+    recipe: Recipe,
+    policy: Policy,
+    pairs: pa.Table,
+    out: Path,
+    mesh: Mesh,
+    *,
+    start: Any,
+    seed: int,
+    reference: Any = None,
 ) -> Trained:
-    """DPO, or SFT on the chosen answers, from `start`: the policy's model with adapters, trained or not."""
+    """DPO, or SFT on the chosen answers, from `start`: the policy's model with adapters, trained or not.
+
+    Args:
+        reference: The reference model; default: `start`.
+    """
     started = time.monotonic()
     config = recipe.train
     size, longest = config.batch_size, config.max_answer_tokens
@@ -94,7 +106,16 @@ def train_on_pairs(
             pairs, policy.processor, batch_size=size, seed=seed, max_answer_tokens=longest, where=str(out / "pairs")
         )
     with use_mesh(mesh):
-        result = train(start, source, config, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)
+        result = train(
+            start,
+            source,
+            config,
+            output_dir=out,
+            mesh=mesh,
+            seed=seed,
+            remat=recipe.model.remat,
+            reference=reference,
+        )
     return Trained(result, policy.loaded, time.monotonic() - started)
 
 
