@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from m3po_jax.config import Recipe, override
-from m3po_jax.errors import UserError
+from m3po_jax.config import Recipe
+from m3po_jax.errors import UserError, nearest
 from m3po_jax.generation.settings import sampling_config
+from m3po_jax.pipeline.arms import VCD, arm_recipe
+from m3po_jax.pipeline.rounds import check_rounds
 from m3po_jax.selection import check_config
 from m3po_jax.training.objectives import check_objective
 
-
-def arm_recipe(recipe: Recipe, arm: str | None) -> Recipe:
-    """The recipe of a comparison arm; None is the main one."""
-    return recipe if arm is None else override(recipe, recipe.arms[arm], f"arms.{arm}")
+SFT_ANSWERS = ("chosen", "reference")
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -24,6 +23,10 @@ def check_recipe(recipe: Recipe) -> None:
         raise UserError(f"{recipe.rounds} rounds", where="rounds", remedy="at least 1")
     _check_one(recipe)
     for arm in recipe.arms:
+        if arm == VCD:
+            raise UserError(
+                "a decoding, not a trained arm", where=f"arms.{arm}", remedy="set evaluate.contrast_alpha"
+            )
         try:
             _check_one(arm_recipe(recipe, arm))
         except UserError as error:
@@ -31,6 +34,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def _check_one(recipe: Recipe) -> None:
+    check_rounds(recipe.round)
     check_config(recipe.select)
     sampling_config(recipe.generate, 0)
     if recipe.train.objective == "preference":
@@ -39,7 +43,12 @@ def _check_one(recipe: Recipe) -> None:
         raise UserError(
             f"objective {recipe.train.objective!r} is not an arm's",
             where="train.objective",
-            remedy="preference, or sft on the chosen answers",
+            remedy="preference, or sft",
+        )
+    elif recipe.train.sft_answers not in SFT_ANSWERS:
+        raise UserError(
+            f"unknown answers {recipe.train.sft_answers!r}{nearest(recipe.train.sft_answers, SFT_ANSWERS)}",
+            where="train.sft_answers",
         )
     longest, limit = recipe.generate.max_new_tokens, recipe.train.max_answer_tokens
     if longest > limit:

@@ -14,7 +14,7 @@ from m3po_jax.data.schema import PAIR, PROMPT, Prompt, prompt_to_row
 from m3po_jax.errors import UserError
 from m3po_jax.pipeline.rundir import is_writer, read_json, write_json
 from m3po_jax.pipeline.stopping import agreed, barrier
-from m3po_jax.selection import select_rows
+from m3po_jax.selection_rows import select_rows
 
 SHOWN_DROPS = 60
 

@@ -79,9 +79,21 @@ def chosen_answers(table: pa.Table, processor: Processor) -> dict[str, Any]:
 
 
 def train_on_pairs(
-    recipe: Recipe, policy: Policy, pairs: pa.Table, out: Path, mesh: Mesh, *, start: Any, seed: int
+    recipe: Recipe,
+    policy: Policy,
+    pairs: pa.Table,
+    out: Path,
+    mesh: Mesh,
+    *,
+    start: Any,
+    seed: int,
+    reference: Any = None,
 ) -> Trained:
-    """DPO, or SFT on the chosen answers, from `start`: the policy's model with adapters, trained or not."""
+    """DPO, or SFT on the chosen answers, from `start`: the policy's model with adapters, trained or not.
+
+    Args:
+        reference: The reference model; default: `start`.
+    """
     started = time.monotonic()
     config = recipe.train
     size, longest = config.batch_size, config.max_answer_tokens
@@ -94,7 +106,32 @@ def train_on_pairs(
             pairs, policy.processor, batch_size=size, seed=seed, max_answer_tokens=longest, where=str(out / "pairs")
         )
     with use_mesh(mesh):
-        result = train(start, source, config, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)
+        result = train(
+            start,
+            source,
+            config,
+            output_dir=out,
+            mesh=mesh,
+            seed=seed,
+            remat=recipe.model.remat,
+            reference=reference,
+        )
+    return Trained(result, policy.loaded, time.monotonic() - started)
+
+
+def train_on_references(recipe: Recipe, policy: Policy, out: Path, mesh: Mesh, *, start: Any, seed: int) -> Trained:
+    """More SFT of `start` on the reference answers of `train.data` (default: the recipe's data): the `sft` arm."""
+    started = time.monotonic()
+    rows = training_rows(recipe)
+    source = batches.sft_batches(
+        rows,
+        dataclasses.replace(policy.processor, image_root=rows.image_root),
+        batch_size=recipe.train.batch_size,
+        seed=seed,
+        max_answer_tokens=recipe.train.max_answer_tokens,
+    )
+    with use_mesh(mesh):
+        result = train(start, source, recipe.train, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)
     return Trained(result, policy.loaded, time.monotonic() - started)
 
 

@@ -48,14 +48,22 @@ def run(options: argparse.Namespace) -> None:
     say(f"report: {report}")
 
 
+def compare(options: argparse.Namespace) -> None:
+    from m3po_jax.pipeline.compare import compare as run_comparison
+
+    recipe = _recipe(options)
+    _start()
+    say(f"report: {run_comparison(recipe)}")
+
+
 def generate(options: argparse.Namespace) -> None:
     with _stage(options) as running:
-        running.generate_stage(options.round)
+        running.generate_stage(options.round, _arm(running.recipe, options))
 
 
 def score(options: argparse.Namespace) -> None:
     with _stage(options) as running:
-        running.score_stage(options.round)
+        running.score_stage(options.round, _arm(running.recipe, options))
 
 
 def select(options: argparse.Namespace) -> None:
