@@ -113,7 +113,7 @@ class ScoreConfig:
 class SelectConfig:
     """The M3P-Score and the rules that a pair must satisfy (METHOD section 2)."""
 
-    # m3p | mas_only | vanilla | random | low_confidence | product | lexicographic | inversion | shared
+    # m3p | mas_only | vanilla | random | low_confidence | product | lexicographic | inversion | shared | extremes
     rule: str = "m3p"
     confidence: str = "mean"  # the variant that enters the score
     confidence_dispreferred: str = ""  # another variant for the rejected role; empty: the same

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -13,11 +14,13 @@ from m3po_jax.models.dual_encoder import DualEncoder
 from m3po_jax.models.registry import Loaded, describe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.models import Policy, load_dual_encoder, load_policy
+from m3po_jax.pipeline.reward import load_reward
 from m3po_jax.scoring.alignment import Backend, Reference, Similarity
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.scoring.judge import Claims, Ensemble, shared_blind_spots
+from m3po_jax.scoring.reward import Reward
 
-BACKENDS = ("similarity", "claims", "reference", "ensemble")
+BACKENDS = ("similarity", "claims", "reference", "reward", "ensemble")
 
 
 def make_backend(
@@ -28,6 +31,7 @@ def make_backend(
     image_root: str | Path = ".",
     model_config: ModelConfig | None = None,
     judge_template: str = "",
+    own_reward: Callable[[], Reward] | None = None,
 ) -> Backend:
     """Builds `score.backend` and loads its model.
 
@@ -40,6 +44,7 @@ def make_backend(
         image_root: Folder that image paths are relative to.
         model_config: Data types, conversation template, image fit and prompt limit of a judge of its own.
         judge_template: See `judge.Claims`; empty: its own.
+        own_reward: Gives the run's own reward model, where `score.model` names none.
 
     Raises:
         UserError: an unknown backend (the nearest one is named), a missing or unsuitable model.
@@ -48,6 +53,8 @@ def make_backend(
         raise UserError(f"unknown backend {score.backend!r}{nearest(score.backend, BACKENDS)}", where="score.backend")
     if score.backend == "reference":
         return Reference(score.vocabulary)
+    if score.backend == "reward":
+        return _reward(score, mesh, image_root, own_reward)
     if score.backend == "ensemble":
         return _ensemble(
             score,
@@ -56,6 +63,7 @@ def make_backend(
             image_root=image_root,
             model_config=model_config,
             judge_template=judge_template,
+            own_reward=own_reward,
         )
     if score.backend == "similarity":
         return _similarity(score, mesh, policy, image_root)
@@ -115,6 +123,16 @@ def _claims(
     )
 
 
+def _reward(
+    score: ScoreConfig, mesh: Mesh, image_root: str | Path, own_reward: Callable[[], Reward] | None
+) -> Reward:
+    if score.model:
+        return load_reward(score.model, mesh, image_root=image_root, batch_size=score.batch_size)
+    if own_reward is None:
+        raise UserError("no reward model", where="score.model", remedy="name a folder of a trained one")
+    return own_reward()
+
+
 def _warn(policy: Policy | None, judge: Loaded) -> None:
     if policy is None:
         return
@@ -132,6 +150,7 @@ def _ensemble(
     image_root: str | Path,
     model_config: ModelConfig | None,
     judge_template: str,
+    own_reward: Callable[[], Reward] | None,
 ) -> Ensemble:
     members: list[Backend] = []
     known = [name for name in BACKENDS if name != "ensemble"]
@@ -148,6 +167,7 @@ def _ensemble(
                 image_root=image_root,
                 model_config=model_config,
                 judge_template=judge_template,
+                own_reward=own_reward,
             )
         )
     if len(members) < 2:

@@ -56,17 +56,24 @@ def shrink(recipe: Recipe) -> Recipe:
             batch_size=8,
             shard_rows=8,
         ),
-        score=replace(recipe.score, model="" if judged else TINY_SCORER, batch_size=8),
+        score=replace(
+            recipe.score,
+            # A trained reward model is as large as its policy.
+            backend="similarity" if recipe.score.backend == "reward" else recipe.score.backend,
+            model="" if judged else TINY_SCORER,
+            batch_size=8,
+        ),
         select=replace(recipe.select, chosen_floor=0.0, margin=0.0),
         train=replace(
             recipe.train,
-            data=[] if recipe.train.objective == "preference" else [_rows("validation")],
+            data=[] if recipe.train.objective in ("preference", "rlhf", "reward") else [_rows("validation")],
             lora=replace(recipe.train.lora, lora_rank=min(recipe.train.lora.lora_rank, 4)),
             batch_size=4,
             gradient_accumulation_steps=1,
             max_steps=4,
             max_answer_tokens=32,
         ),
+        reward=replace(recipe.reward, pairs="", batch_size=None, epochs=None, max_steps=None),
         evaluate=replace(
             recipe.evaluate,
             benchmarks={

@@ -28,9 +28,11 @@ from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy
 from m3po_jax.pipeline.rundir import is_writer, read_json
 from m3po_jax.pipeline.stopping import barrier
 from m3po_jax.scoring.reward import HeadScorer, Reward
+from m3po_jax.selection import check_config
 from m3po_jax.sharding import use_mesh
 from m3po_jax.training.loop import load_trained, train
 from m3po_jax.training.metrics_log import MetricsLog
+from m3po_jax.training.objectives import check_objective
 
 FOLDER = "reward"  # of a round
 
@@ -53,6 +55,23 @@ def _place(kind: str, key: str) -> float:
 def is_reward_prompt(key: str, split: float) -> bool:
     """Whether a prompt belongs to the reward model: a function of its id, whatever else the data holds."""
     return _place("reward split", key) < split
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One side of the split: the reward model's prompts, or those of the systems that use it."""
+
+    split: float
+    rewards: bool
+
+    def holds(self, key: str) -> bool:
+        return is_reward_prompt(key, self.split) == self.rewards
+
+
+def policy_part(recipe: Recipe) -> Part | None:
+    """The prompts that a system may learn from; None: all of them."""
+    own = uses_own_reward(recipe) and not recipe.reward.pairs
+    return Part(recipe.reward.split, rewards=False) if own else None
 
 
 def held_out(ids: Sequence[str], share: float) -> set[str]:
@@ -95,11 +114,36 @@ def reward_train_config(recipe: Recipe) -> TrainConfig:
 
 def pair_rule(recipe: Recipe) -> SelectConfig:
     """How the reward model's pairs are made."""
-    return dataclasses.replace(recipe.select, rule=recipe.reward.rule)
+    return dataclasses.replace(recipe.select, rule=recipe.reward.rule, max_pairs=None, budget=1.0)
+
+
+def read_reward_pairs(path: str) -> pa.Table:
+    """Pairs from a file or folder (`reward.pairs`); rows without an id get one.
+
+    Raises:
+        UserError: nothing there, or not pairs.
+    """
+    place = Path(path)
+    files = [place] if place.is_file() else tables.shards(place)
+    if not files:
+        raise UserError("no pairs", where=f"reward.pairs {path!r}", remedy="name a parquet file, or a folder of them")
+    parts = []
+    for file in files:
+        with tables.open_parquet(file) as opened:
+            parts.append(opened.read())
+    table = pa.concat_tables(parts, promote_options="default")
+    missing = {"prompt", "chosen", "rejected"} - set(table.column_names)
+    if missing:
+        raise UserError(f"no column {sorted(missing)[0]!r}", where=str(files[0]), remedy="TRL's vision format")
+    if "id" not in table.column_names:
+        table = table.append_column("id", pa.array([f"pair-{i}" for i in range(table.num_rows)]))
+    return table
 
 
 def check_reward_config(recipe: Recipe) -> None:
     """Raises UserError for settings of `reward` that cannot be meant."""
+    check_config(pair_rule(recipe))
+    check_objective(reward_train_config(recipe))
     for name in ("split", "holdout"):
         value = getattr(recipe.reward, name)
         if not 0 < value < 1:
