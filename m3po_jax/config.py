@@ -6,6 +6,7 @@ keys are errors that name the nearest known key. Names follow TRL and PEFT where
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import typing
 from collections.abc import Mapping
@@ -94,11 +95,55 @@ class GenerateConfig:
 
 
 @dataclass
+class EnsembleConfig:
+    """When an ensemble abstains because its members disagree (scoring/ensemble.py)."""
+
+    correlation: str = "spearman"  # spearman | kendall: the rank correlation of two members in a pool
+    min_correlation: float = 0.0  # below it they disagree; -1: off
+    max_gap: float = 0.25  # each holds the other's best for worse than its own by more than this; 1: off
+    max_opposed_z: float | None = None  # a candidate's z-scores oppose each other beyond this; null: off
+    min_contrast: float = 1e-3  # a member whose scores vary less in a pool has no opinion
+
+
+@dataclass
+class EndpointConfig:
+    """An OpenAI-compatible server as judge (scoring/endpoint.py)."""
+
+    base_url: str = ""  # up to and with /v1; `/chat/completions` is added
+    model: str = ""  # the server's name for the judge
+    api_key_env: str = ""  # the environment variable that holds the key; empty: no key is sent
+    allow_insecure: bool = False  # send the key over plain http to another machine
+    temperature: float = 0.0  # of the judge
+    max_tokens: int = 16  # of an answer
+    logprobs: bool = False  # ask for the grade tokens' log-probs: the expected grade instead of the given one
+    max_image_side: int = 1024  # larger images are scaled down to this before they are sent
+    extra_body: dict[str, Any] = field(default_factory=dict)  # more of the request; a null removes a key
+    max_reasks: int = 2  # after an answer without a grade; then the candidate has no score
+    # A run may be continued with other values of what follows, which change no score.
+
+    concurrency: int = 8  # requests in flight
+    requests_per_minute: float = 0.0  # 0: no limit
+    tokens_per_minute: float = 0.0  # prompt and completion; 0: no limit
+    timeout_s: float = 60.0  # of one request
+    max_retries: int = 6  # after a time-out, a lost connection, status 408, 409, 429 or 5xx
+    retry_wait_s: float = 1.0  # before the first retry; doubles, with jitter, unless the server says how long
+    prompt_price: float = 0.0  # of a million prompt tokens, in any currency
+    completion_price: float = 0.0  # of a million completion tokens
+    max_cost: float | None = None  # scoring stops before this is spent; null: no limit
+    cache_dir: str = ""  # paid answers, shared by all runs that name it; empty: OUTPUT_DIR/endpoint-cache
+
+
+@dataclass
 class ScoreConfig:
     """The alignment score (MAS) and the confidence variants."""
 
-    backend: str = "claims"  # similarity | claims | reference | reward | ensemble
+    backend: str = "claims"  # similarity | claims | judge | endpoint | reference | reward | ensemble
     members: list[str] = field(default_factory=list)  # of an ensemble: NAME or NAME=MODEL
+    ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    rubric: str = ""  # judge, endpoint: the question, with {instruction} and {answer}; empty: see scoring/grading.py
+    grades: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])  # judge, endpoint: worst to best
+    min_grade_mass: float = 0.05  # judge: abstains where all grades together are less likely
     judge_template: str = ""  # claims: the question about {claim}; empty: see scoring/judge.py
     model: str = ""  # the judge or the dual encoder (a model directory)
     unit: str = "claim"  # similarity: whole | claim
@@ -395,6 +440,27 @@ def from_plain(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     return typing.cast(
         T, OmegaConf.to_object(_merge(OmegaConf.structured(kind), OmegaConf.create(dict(values)), where))
     )
+
+
+# Keys that change how a stage runs and nothing that it computes: a run may be continued with other values.
+OPERATIONAL = {
+    "score.endpoint": (
+        *("concurrency", "requests_per_minute", "tokens_per_minute", "timeout_s", "max_retries", "retry_wait_s"),
+        *("prompt_price", "completion_price", "max_cost", "cache_dir"),
+    )
+}
+
+
+def essential(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe (or its `score` section under that key) as nested dictionaries, without the keys of `OPERATIONAL`."""
+    copied = copy.deepcopy(dict(recipe))
+    for path, keys in OPERATIONAL.items():
+        section: Any = copied
+        for part in path.split("."):
+            section = section.get(part) if isinstance(section, dict) else None
+        for key in keys if isinstance(section, dict) else ():
+            section.pop(key, None)
+    return copied
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from m3po_jax.config import Recipe
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.generation.settings import sampling_config
 from m3po_jax.pipeline.arms import VCD, arm_recipe
-from m3po_jax.pipeline.reward import check_reward_config, uses_own_reward
+from m3po_jax.pipeline.reward import check_reward_config, judges_by_own_reward, uses_own_reward
 from m3po_jax.pipeline.rounds import check_rounds
+from m3po_jax.scoring.chat import check_endpoint
 from m3po_jax.selection import check_config
 from m3po_jax.training.objectives import check_objective
 
@@ -23,7 +26,7 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.rounds < 1:
         raise UserError(f"{recipe.rounds} rounds", where="rounds", remedy="at least 1")
     _check_one(recipe)
-    if uses_own_reward(recipe) and recipe.train.objective != "rlhf":
+    if judges_by_own_reward(recipe):
         raise UserError(
             "a reward model learns from scores of another judge",
             where="score.backend",
@@ -48,6 +51,11 @@ def check_recipe(recipe: Recipe) -> None:
 def _check_one(recipe: Recipe) -> None:
     check_rounds(recipe.round)
     check_config(recipe.select)
+    named = [member.partition("=") for member in recipe.score.members]
+    judges = [model for name, _, model in named if name == "endpoint"]
+    if judges or recipe.score.backend == "endpoint":
+        model = recipe.score.endpoint.model or next(filter(None, judges), "")
+        check_endpoint(dataclasses.replace(recipe.score.endpoint, model=model))
     sampling_config(recipe.generate, 0)
     if uses_own_reward(recipe) or recipe.train.objective == "reward":
         check_reward_config(recipe)

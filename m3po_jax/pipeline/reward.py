@@ -90,10 +90,16 @@ def held_out(ids: Sequence[str], share: float) -> set[str]:
     return set(ordered[: min(max(round(share * len(ordered)), 1), len(ordered) - 1)])
 
 
+def judges_by_own_reward(recipe: Recipe) -> bool:
+    """Whether MAS comes from the run's own reward model (a model after `score.backend: reward` is another one)."""
+    score = recipe.score
+    alone = score.backend == "reward" and not score.model
+    return alone or (score.backend == "ensemble" and "reward" in score.members)
+
+
 def uses_own_reward(recipe: Recipe) -> bool:
-    """Whether a system needs the reward model of its run (a `score.model` would name another one)."""
-    own = recipe.score.backend == "reward" and not recipe.score.model
-    return recipe.train.objective == "rlhf" or own or "reward" in recipe.score.members
+    """Whether a system needs the reward model of its run."""
+    return recipe.train.objective == "rlhf" or judges_by_own_reward(recipe)
 
 
 def reward_train_config(recipe: Recipe) -> TrainConfig:

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 from jax.sharding import Mesh
 
-from m3po_jax.config import Recipe
+from m3po_jax.config import Recipe, essential
 from m3po_jax.data import tables
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import PromptSource, fingerprint, read_prompts
@@ -24,7 +24,7 @@ from m3po_jax.pipeline import evaluate as evaluating
 from m3po_jax.pipeline import reward as rewarding
 from m3po_jax.pipeline import rounds, summary
 from m3po_jax.pipeline.arms import arm_recipe, needs_pairs
-from m3po_jax.pipeline.backends import make_backend
+from m3po_jax.pipeline.backends import check_ready, make_backend
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.generate import generate
@@ -166,7 +166,7 @@ class Run:
         recipe = self.arm_recipe(arm)
         candidates = self.directory.round(round, self.candidates_owner(round, arm)) / "candidates"
         inputs = tables.content_hash(
-            dataclasses.asdict(recipe.score),
+            essential({"score": dataclasses.asdict(recipe.score)}),
             recipe.select.lambda_preferred,
             recipe.select.lambda_dispreferred,
             recipe.select.confidence,
@@ -179,7 +179,7 @@ class Run:
                 policy=self.policy,
                 image_root=self.source.image_root,
                 model_config=recipe.model,
-                judge_template=recipe.score.judge_template,
+                folder=self.directory.root,
                 own_reward=lambda: self.reward_stage().judge,
             )
             scorer = None
@@ -196,8 +196,15 @@ class Run:
                 processor=self.policy.processor,
                 scorer=scorer,
             )
-        self.directory.note_stage("score", round=round, arm=arm, **_noted(details))
+        verdict, judges = details.pop("verdict", []), details.pop("judges", [])
+        noted = _noted(details) | ({"details": {judge["judge"]: judge for judge in judges}} if judges else {})
+        self.directory.note_stage("score", round=round, arm=arm, **noted)
         say(f"round {round}: {details['rows']} candidates scored by {backend.name}")
+        for judge in judges:
+            paid = f"{judge['requests']} requests paid, {judge['from_cache']} answers from the cache"
+            say(f"  {judge['judge']}: {paid}, cost {judge['cost']:.4g}")
+        for line in verdict:
+            say(f"  {line['text']}", style="yellow" if line["tone"] == "warn" else None)
 
     def prepare_scores(self, round: int, arm: str | None) -> None:
         """Candidates and scores that an arm does not share."""
@@ -390,6 +397,7 @@ class Run:
                 where="train.objective",
                 remedy="`m3po train` trains it; the arms rm_dpo and rlhf train their own",
             )
+        check_ready(self.recipe.score)
         with self.directory.lock():
             self.open()
             arms: list[str | None] = [None, *self.recipe.arms]
@@ -417,13 +425,14 @@ class Run:
     def _judge_identities(self, recipe: Recipe) -> list[str]:
         """Hashes of every model that judges; the policy's own where a judge is not named."""
         score = recipe.score
-        named = [(score.backend, score.model), *((m.partition("=")[0], m.partition("=")[2]) for m in score.members)]
+        members = [member.partition("=") for member in score.members]
+        named = [(score.backend, score.model), *((name, model) for name, _, model in members if name != "endpoint")]
         found = [
-            directory_identity(rewarding.find_reward(path) if backend == "reward" else resolve_directory(path))
-            for backend, path in named
+            directory_identity(rewarding.find_reward(path) if name == "reward" else resolve_directory(path))
+            for name, path in named
             if path
         ]
-        if rewarding.uses_own_reward(recipe) and recipe.train.objective != "rlhf":
+        if rewarding.judges_by_own_reward(recipe):
             found.append(self.reward_identity())
         return found or [self.policy.identity]
 
