@@ -69,8 +69,8 @@ def make_backend(
     ``similarity`` needs `score.model`, a CLIP or SigLIP directory. ``claims`` and ``judge`` ask `score.model`, or
     the policy itself where that is empty. ``endpoint`` asks a server. ``ensemble`` joins `score.members`, each
     ``NAME`` or ``NAME=MODEL`` (without MODEL: `score.model`). ``reward`` reads `score.model`, a trained reward model,
-    or is the run's own (as a member: ``reward=FOLDER`` or ``reward``). A judge that shares the policy's vision encoder is
-    used, with a warning on standard error.
+    or is the run's own (as a member: ``reward=FOLDER`` or ``reward``). A judge that shares the policy's vision
+    encoder is used, with a warning on standard error.
 
     Raises:
         UserError: an unknown backend (the nearest one is named), a missing or unsuitable model.
