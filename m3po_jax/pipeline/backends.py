@@ -42,6 +42,7 @@ class Setting:
         image_root: Folder that image paths are relative to.
         model_config: Data types, conversation template, image fit and prompt limit of a judge of its own.
         folder: The run directory, where a backend may keep what it paid for; None: it keeps nothing there.
+        warnings: Gets a line where a judge shares the policy's blind spots.
         own_reward: Gives the run's own reward model, for ``reward`` without a model.
     """
 
@@ -51,7 +52,8 @@ class Setting:
     image_root: Path
     model_config: ModelConfig
     folder: Path | None
-    own_reward: Callable[[], Reward] | None = None
+    warnings: list[str]
+    own_reward: Callable[[], Reward] | None
 
 
 def make_backend(
@@ -62,6 +64,7 @@ def make_backend(
     image_root: str | Path = ".",
     model_config: ModelConfig | None = None,
     folder: Path | None = None,
+    warnings: list[str] | None = None,
     own_reward: Callable[[], Reward] | None = None,
 ) -> Backend:
     """Builds `score.backend` (one of `BACKENDS`) and loads its model; the arguments are those of `Setting`.
@@ -77,7 +80,9 @@ def make_backend(
     """
     if score.backend not in BACKENDS:
         raise UserError(f"unknown backend {score.backend!r}{nearest(score.backend, BACKENDS)}", where="score.backend")
-    setting = Setting(score, mesh, policy, Path(image_root), model_config or ModelConfig(), folder, own_reward)
+    noted = [] if warnings is None else warnings
+    config = model_config or ModelConfig()
+    setting = Setting(score, mesh, policy, Path(image_root), config, folder, noted, own_reward)
     return BACKENDS[score.backend](setting)
 
 
@@ -90,7 +95,7 @@ def _similarity(setting: Setting) -> Similarity:
             "not a dual encoder", where=f"score.model {score.model!r}", remedy="take a CLIP or SigLIP model"
         )
     loaded, processor = load_dual_encoder(score.model, setting.mesh, image_root=setting.image_root, image_fit="")
-    _warn(setting.policy, loaded)
+    _warn(setting, loaded)
     return Similarity(
         loaded.model,
         processor,
@@ -123,7 +128,7 @@ def _judge_model(setting: Setting) -> Policy:
         raise UserError(
             f"the {score.backend} backend needs a judge", where="score.model", remedy="name a model directory"
         )
-    _warn(policy, judge.loaded)
+    _warn(setting, judge.loaded)
     return judge
 
 
@@ -221,12 +226,13 @@ def usages(backend: Backend) -> list[dict[str, Any]]:
     return [found for part in parts if (usage := getattr(part, "usage", None)) and (found := usage())]
 
 
-def _warn(policy: Policy | None, judge: Loaded) -> None:
-    if policy is None:
+def _warn(setting: Setting, judge: Loaded) -> None:
+    if setting.policy is None:
         return
-    base = policy.loaded
+    base = setting.policy.loaded
     warning = shared_blind_spots(base.directory, judge.directory, base.raw_config, judge.raw_config)
     if warning:
+        setting.warnings.append(warning)
         say(f"score.model: {warning}", style="yellow")
 
 
