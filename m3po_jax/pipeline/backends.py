@@ -155,7 +155,7 @@ def _judge(setting: Setting) -> Judge:
 
 
 def _endpoint(setting: Setting) -> Backend:
-    score, folder, config = setting.score, setting.folder, setting.score.endpoint
+    score, folder, config, policy = setting.score, setting.folder, setting.score.endpoint, setting.policy
     check_endpoint(config)
     if config.cache_dir:
         cache = Path(config.cache_dir)
@@ -173,6 +173,8 @@ def _endpoint(setting: Setting) -> Backend:
             cache=cache,
             run="library" if folder is None else str(folder.resolve()),
             stopping=stop_signal,
+            report=say,
+            **({"max_image_pixels": policy.processor.max_image_pixels} if policy is not None else {}),
         )
 
     return make() if jax.process_count() == 1 else OneHost(Endpoint.name, make)
