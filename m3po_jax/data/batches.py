@@ -190,7 +190,7 @@ def collate_tree(rows: Sequence[TreeRow]) -> TreeBatch:
     )
 
 
-def _pixels(processor: PixelProcessor, prompt: Prompt) -> np.ndarray | None:
+def pixels_of(processor: PixelProcessor, prompt: Prompt) -> np.ndarray | None:
     """Pixels of a prompt's images, or None; whatever a decoder raises becomes one line that names the row."""
     if not prompt.images:
         return None
@@ -333,7 +333,7 @@ def pair_batches(
     def load(index: int) -> TreeRow:
         prompt = pair_prompt(rows[index], f"{where}:{index + 1} (id {ids[index]!r})")
         prefix = np.asarray(processor.encode_prompt(prompt), np.int32)
-        return TreeRow(prefix, _pixels(processor, prompt), answers[index], references[index], index)
+        return TreeRow(prefix, pixels_of(processor, prompt), answers[index], references[index], index)
 
     return BatchSource(
         dataset=_endless(len(ids), seed, batch_size, load, collate_tree),
@@ -380,7 +380,7 @@ def sft_batches(
     def load(index: int) -> TreeRow:
         prompt = prompts[index]
         prefix = np.asarray(processor.encode_prompt(prompt), np.int32)
-        return TreeRow(prefix, _pixels(processor, prompt), (answers[index],), (math.nan,), index)
+        return TreeRow(prefix, pixels_of(processor, prompt), (answers[index],), (math.nan,), index)
 
     return BatchSource(
         dataset=_endless(len(prompts), seed, batch_size, load, collate_tree),
@@ -402,7 +402,7 @@ def prompt_batches(
         prompt = prompts[min(index, len(prompts) - 1)]
         prefix = np.asarray(processor.encode_prompt(prompt), np.int32)
         place = index if index < len(prompts) else -1
-        return TreeRow(prefix, _pixels(processor, prompt), (), (), place)
+        return TreeRow(prefix, pixels_of(processor, prompt), (), (), place)
 
     def collate(rows: Sequence[TreeRow]) -> PromptBatch:
         tree = collate_tree(rows)
@@ -458,7 +458,7 @@ def contrastive_batches(
     column = {claim: place for place, claim in enumerate(vocabulary)}
 
     def load(index: int) -> tuple[np.ndarray, int]:
-        pixels = _pixels(processor, prompts[index])
+        pixels = pixels_of(processor, prompts[index])
         assert pixels is not None
         return pixels[0], index
 
