@@ -3,7 +3,7 @@
 Each part is a softmax left undivided, with what joins it to another exactly: the largest score and the sum of the
 weights. So either may come from a kernel of its own.
 
-Shape suffixes: A row shards, N prompts, L lanes, G key/value heads, R query heads of each, M queries that share
+Shape suffixes: N prompts, L lanes, G key/value heads, R query heads of each, M queries that share
 keys, P prefix tokens, C slots of a lane's cache, D head width.
 """
 
@@ -47,26 +47,26 @@ def part(scores: str, values: str, q: jax.Array, kv: KV, seen: Bool[Array, ...],
 
 
 def prefix_attention(
-    q: Float[Array, "a n g m d"],
-    kv: tuple[Float[Array, "a n g p d"], Float[Array, "a n g p d"]],
-    length: Int[Array, "a n"],
+    q: Float[Array, "n g m d"],
+    kv: tuple[Float[Array, "n g p d"], Float[Array, "n g p d"]],
+    length: Int[Array, " n"],
 ) -> Part:
     """The queries of a prompt's candidates and heads to the first `length` of its keys, read once for all of them."""
-    seen = jnp.arange(kv[0].shape[3]) < length[:, :, None, None, None]
-    return part("angmd,angpd->angmp", "angmp,angpd->angmd", q, kv, seen, q.shape[-1] ** -0.5)
+    seen = jnp.arange(kv[0].shape[2]) < length[:, None, None, None]
+    return part("ngmd,ngpd->ngmp", "ngmp,ngpd->ngmd", q, kv, seen, q.shape[-1] ** -0.5)
 
 
 def own_attention(
-    q: Float[Array, "a l g r d"],
-    kv: tuple[Float[Array, "a l g d c"], Float[Array, "a l g c d"]],
-    seen: Bool[Array, "a l c"],
+    q: Float[Array, "l g r d"],
+    kv: tuple[Float[Array, "l g d c"], Float[Array, "l g c d"]],
+    seen: Bool[Array, "l c"],
 ) -> Part:
     """A lane's queries to the slots of its own cache that hold its answer.
 
     Keys and values lie as their products read them; the other order would be transposed, that is copied, at
     every step.
     """
-    return part("algrd,algdc->algrc", "algrc,algcd->algrd", q, kv, seen[:, :, None, None], q.shape[-1] ** -0.5)
+    return part("lgrd,lgdc->lgrc", "lgrc,lgcd->lgrd", q, kv, seen[:, None, None], q.shape[-1] ** -0.5)
 
 
 def merge(one: Part, other: Part) -> Float32[Array, "... m d"]:

@@ -5,8 +5,8 @@ loop, so that no step slices weights. Queries, keys and values are one product a
 a decode step is a handful of rows against every weight. Keys and values lie head-major, as the attention
 products read them.
 
-Shape suffixes: B prompts, A row shards, N prompt slots of a shard, K candidates, L lanes of a shard, P prefix
-tokens, C slots of a lane's cache, G key/value heads, R query heads of each, D head width, E model width, F MLP
+Shape suffixes: B prompts, A row shards, L lanes of a shard, M lanes and N prompts of all shards, K candidates, P
+prefix tokens, C slots of a lane's cache, G key/value heads, R query heads of each, D head width, E model width, F MLP
 width.
 """
 
@@ -184,39 +184,41 @@ def decode_step(
     positions: Int[Array, "a l"],
     *,
     prefix: list[KV],
-    length: Int[Array, "a n"],
+    length: Int[Array, " n"],
     to_grid: Callable[[jax.Array], jax.Array],
     from_grid: Callable[[jax.Array], jax.Array],
     cache: list[KV],
     slot: Int[Array, ""],
-    seen: Bool[Array, "a l c"],
+    seen: Bool[Array, "m c"],
 ) -> tuple[Float[Array, "a l e"], list[KV]]:
     """One token of every lane: states before the final norm, and the cache with the token in `slot`.
 
+    Caches have one axis for the lanes (M) or prompts (N) of all shards: one of length 1 before it would keep the
+    compiler from writing in place.
+
     Args:
-        prefix: each layer's keys and values of the prompts [A, N, G, P, D], the first `length` of them real.
-        to_grid: lanes [A, L, ...] to the candidates of the prompts [A, N, K, ...]; `from_grid` back.
-        cache: each layer's own keys [A, L, G, D, C] and values [A, L, G, C, D].
+        prefix: each layer's keys and values of the prompts [N, G, P, D], the first `length` of them real.
+        to_grid: lanes [M, ...] to the candidates of the prompts [N, K, ...]; `from_grid` back.
+        cache: each layer's own keys [M, G, D, C] and values [M, G, C, D].
         seen: slots that hold a lane's answer, `slot` included.
     """
     a, lanes, _ = x.shape
     rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
     put, updated = jax.lax.dynamic_update_slice_in_dim, []
+    flat = lambda y: constrain(y.reshape(-1, *y.shape[2:]), "batch", "kv_heads", *(None,) * (y.ndim - 3))  # noqa: E731
     x = _pin_stationary(x)
     for layer, shared, (keys, values) in zip(layers, prefix, cache, strict=True):
         normal = _rms_norm(x, layer.input_norm, config.rms_norm_eps)
-        q, k, v = _project(config, layer, normal, rotary)
-        q = constrain(q, "batch", None, "kv_heads", None, None)
-        k, v = (constrain(y, "batch", None, "kv_heads", None) for y in (k, v))
+        q, k, v = map(flat, _project(config, layer, normal, rotary))
         own = (
-            put(keys, k[..., None].astype(keys.dtype), slot, axis=4),
-            put(values, v[..., None, :].astype(values.dtype), slot, axis=3),
+            put(keys, k[..., None].astype(keys.dtype), slot, axis=3),
+            put(values, v[..., None, :].astype(values.dtype), slot, axis=2),
         )
         updated.append(own)
-        grid = to_grid(q).transpose(0, 1, 3, 2, 4, 5)  # [A, N, G, K, R, D]
-        asked = grid.reshape(*grid.shape[:3], -1, config.head_dim)
+        grid = to_grid(q).transpose(0, 2, 1, 3, 4)  # [N, G, K, R, D]
+        asked = grid.reshape(*grid.shape[:2], -1, config.head_dim)
         on_prefix = prefix_attention(asked, shared, length)
-        back = lambda y, like=grid: from_grid(y.reshape(*like.shape[:5], -1).transpose(0, 1, 3, 2, 4, 5))  # noqa: E731
+        back = lambda y, like=grid: from_grid(y.reshape(*like.shape[:4], -1).transpose(0, 2, 1, 3, 4))  # noqa: E731
         attended = merge(type(on_prefix)(*map(back, on_prefix)), own_attention(q, own, seen))
         x = _finish(config, layer, x, attended.astype(x.dtype).reshape(a, lanes, -1), _pin_stationary)
     return x, updated

@@ -247,11 +247,13 @@ class Generator:
 
         def keep(index: int, own: KV) -> None:
             """Keys and values into the slots; what lies beyond the prompt's length is never read."""
-            write = lambda x, y, at: x.at[at, :, : y.shape[2]].set(y, mode="drop")  # noqa: E731
-            k, v = (
-                jax.vmap(write)(old, new.reshape(a, f * views, *new.shape[1:]), places)
-                for old, new in zip(kv[index], own, strict=True)
-            )
+
+            def write(old: jax.Array, new: jax.Array) -> jax.Array:
+                per_shard = (x.reshape(a, -1, *x.shape[1:]) for x in (old, new))
+                into = lambda x, y, at: x.at[at, :, : y.shape[2]].set(y, mode="drop")  # noqa: E731
+                return jax.vmap(into)(*per_shard, places).reshape(old.shape)
+
+            k, v = map(write, kv[index], own)
             kv[index] = (k, v)
 
         x = model.embed_prompts(token_ids, features)
@@ -312,6 +314,15 @@ class Generator:
 
         def apart(y: jax.Array) -> jax.Array:
             return y.reshape(a, count, views, *y.shape[2:])
+
+        def rows_to_grid(y: jax.Array, at: jax.Array) -> jax.Array:
+            """[A·L·V, ...] to [A·N·V, K, ...]."""
+            grid = to_grid(y.reshape(a, count, views, *y.shape[1:]), at)
+            return jnp.moveaxis(grid, 3, 2).reshape(a * n * views, k, *y.shape[1:])
+
+        def rows_from_grid(y: jax.Array, place: jax.Array) -> jax.Array:
+            grid = jnp.moveaxis(y.reshape(a, n, views, k, *y.shape[2:]), 2, 3)
+            return from_grid(grid, place).reshape(a * count * views, *y.shape[2:])
 
         def refill(board: Board, lanes: Lanes, start: jax.Array) -> tuple[Board, Lanes, jax.Array]:
             taken = jax.vmap(partial(lane.assign, identity=sizes.identity))(
@@ -396,16 +407,12 @@ class Generator:
                 model.decoder.embed_tokens(each(lanes.token)),
                 each(length + lanes.age - 1),
                 prefix=prompts.kv,
-                length=each(prompts.length),
-                to_grid=lambda y: jnp.moveaxis(to_grid(apart(y), board.lane), 3, 2).reshape(
-                    a, n * views, k, *y.shape[2:]
-                ),
-                from_grid=lambda y: from_grid(
-                    jnp.moveaxis(y.reshape(a, n, views, k, *y.shape[3:]), 2, 3), lanes.place
-                ).reshape(a, count * views, *y.shape[3:]),
+                length=each(prompts.length).reshape(-1),
+                to_grid=lambda y: rows_to_grid(y, board.lane),
+                from_grid=lambda y: rows_from_grid(y, lanes.place),
                 cache=cache.kv,
                 slot=slot,
-                seen=each(written >= lanes.start[..., None]),
+                seen=each(written >= lanes.start[..., None]).reshape(-1, capacity),
             )
             first = lane.take(prompts.hidden, lanes.place // k)
             hidden = jnp.where(fresh[..., None, None], first, apart(hidden))

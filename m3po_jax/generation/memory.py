@@ -96,7 +96,7 @@ def explain_exhaustion(config: LlamaConfig, shape: CacheShape, itemsize: int) ->
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            f"{shape.held} prompts of {shape.prefix} tokens with {shape.rows} times {shape.candidates} candidates of "
+            f"{shape.held} prompts of {shape.prefix} tokens with {shape.rows} × {shape.candidates} candidates of "
             f"{shape.new_tokens} tokens do not fit into device memory: keys and values alone take "
             f"{cache_bytes(config, shape, itemsize) / GIB:.2f} GiB a device",
             where="generate",

@@ -53,9 +53,10 @@ def candidate_keys(
     return keys
 
 
-def step_keys(keys: UInt32[Array, "n 2"], step: Int[Array, " n"]) -> jax.Array:
-    """The typed keys of step number `step` of every candidate's stream."""
-    return jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys, impl="threefry2x32"), step)
+def step_keys(keys: UInt32[Array, "n 2"], step: Int[Array, "#n"]) -> jax.Array:
+    """The typed keys of every candidate's stream at its own step, or at one step for all."""
+    steps = jnp.broadcast_to(step, keys.shape[:1])
+    return jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys, impl="threefry2x32"), steps)
 
 
 def _ordered(x: Float[Array, " ..."]) -> Int[Array, " ..."]:

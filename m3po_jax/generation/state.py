@@ -1,7 +1,7 @@
 """What generation keeps on the devices between two programs, and how it grows.
 
-Every array has a leading axis over row shards (A = data × fsdp), each of which serves its own prompts with its own
-lanes, so that nothing but the loop's condition crosses devices.
+Every array has a leading axis over row shards (A = data × fsdp; caches have it merged with the next one). Each shard
+serves its own prompts with its own lanes, so that nothing but the loop's condition crosses devices.
 
 Shape suffixes: A row shards, N prompt slots, K candidates, L lanes, V views of a prompt (2 with contrastive
 decoding), P prefix tokens, C cache slots, T new tokens, G key/value heads, D head width, E model width, W words of
@@ -49,7 +49,7 @@ class Sizes:
 class Prompts(NamedTuple):
     """Written by prefill, read by decoding."""
 
-    kv: list[KV]  # of each layer, [A, N·V, G, P, D]
+    kv: list[KV]  # of each layer, [A·N·V, G, P, D]
     length: Int[Array, "a n"]
     hidden: Float[Array, "a n v e"]  # the state that predicts the first token
     keys: UInt32[Array, "a n k 2"]
@@ -83,7 +83,7 @@ class Lanes(NamedTuple):
 class Cache(NamedTuple):
     """Keys and values of the answers."""
 
-    kv: list[KV]  # of each layer, [A, L·V, G, D, C] and [A, L·V, G, C, D]
+    kv: list[KV]  # of each layer, [A·L·V, G, D, C] and [A·L·V, G, C, D]
     written: Int[Array, " c"]  # the step at which a slot was written
     step: Int[Array, ""]
 
@@ -104,7 +104,7 @@ class Layout:
         self.mesh, self.config, self.dtype, self.vocab = mesh, config, dtype, vocab
         heads = "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None
         self.rows, self.whole = NamedSharding(mesh, P(ROWS)), NamedSharding(mesh, P())
-        self.kv = NamedSharding(mesh, P(ROWS, None, heads))
+        self.kv = NamedSharding(mesh, P(ROWS, heads))
         self.prompts_sharding = Prompts(self.kv, *[self.rows] * 5)  # type: ignore[arg-type]
         self.cache_sharding = Cache(self.kv, self.whole, self.whole)  # type: ignore[arg-type]
         self.empty = jax.jit(
@@ -117,7 +117,7 @@ class Layout:
         a, n, k, lanes = sizes.shards, sizes.slots, sizes.candidates, sizes.lanes
         c, views = self.config, sizes.views
         zeros, integers = partial(jnp.zeros, dtype=bool), partial(jnp.zeros, dtype=jnp.int32)
-        cache = lambda: jnp.zeros((a, n * views, c.num_kv_heads, prefix, c.head_dim), self.dtype)  # noqa: E731
+        cache = lambda: jnp.zeros((a * n * views, c.num_kv_heads, prefix, c.head_dim), self.dtype)  # noqa: E731
         prompts = Prompts(
             [(cache(), cache()) for _ in range(c.num_layers)],
             integers((a, n)),
@@ -140,7 +140,7 @@ class Layout:
         return prompts, board, Lanes(place, age, start, token, zeros((a, lanes)), seen)
 
     def _empty_cache(self, sizes: Sizes, capacity: int) -> Cache:
-        c, lead = self.config, (sizes.shards, sizes.lanes * sizes.views, self.config.num_kv_heads)
+        c, lead = self.config, (sizes.shards * sizes.lanes * sizes.views, self.config.num_kv_heads)
         kv = [
             (
                 jnp.zeros((*lead, c.head_dim, capacity), self.dtype),
@@ -156,14 +156,14 @@ class Layout:
 
     def longer_prefix(self, prompts: Prompts, prefix: int) -> Prompts:
         """Room for longer prompts; layer by layer, so that only one of them exists twice."""
-        return prompts._replace(kv=self._grown(prompts.kv, (3, 3), prefix))
+        return prompts._replace(kv=self._grown(prompts.kv, (2, 2), prefix))
 
     def larger_cache(self, cache: Cache, capacity: int) -> Cache:
         """More slots for the answers."""
         more = capacity - cache.written.shape[0]
         written = np.pad(to_host(cache.written), (0, more), constant_values=lane.NEVER)
         written = replicate(written, self.mesh)
-        return Cache(self._grown(cache.kv, (4, 3), capacity), written, cache.step)
+        return Cache(self._grown(cache.kv, (3, 2), capacity), written, cache.step)
 
     def _grown(self, kv: list[KV], axes: tuple[int, int], size: int) -> list[KV]:
         for index in range(len(kv)):

@@ -103,10 +103,10 @@ class Stream:
         quota, filled = replicate(np.int32(0), engine.mesh), 0
         for capacity in capacities(self.sizes.tokens):
             cache = jax.eval_shape(lambda capacity=capacity: engine.layout.empty_cache(self.sizes, capacity))
-            arguments = (engine.graph, self.sizes, engine.weights, prompts, board, lanes, cache)
+            before = (engine.graph, self.sizes, engine.weights, prompts, board, lanes, cache)
             steps, filled = capacity - filled, capacity
             whole = state + size(cache)
-            arguments = (*arguments, engine.constants, quota)
+            arguments: tuple[Any, ...] = (*before, engine.constants, quota)
             found.append(Program(f"decode_{capacity}", engine.decode, arguments, 1, steps, whole))
         return found
 
