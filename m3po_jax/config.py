@@ -39,6 +39,7 @@ class ModelConfig:
     template: str = "vicuna_v1"  # vicuna_v1 | hf | plain, see data/templates.py
     image_fit: str = "pad"  # pad | crop | stretch, see data/images.py
     remat: str = "full"  # none | full | dots: what the backward pass recomputes
+    attention: str = "xla"  # xla | pallas (TPU kernels) | cudnn (NVIDIA GPUs, 16-bit types)
     max_prompt_tokens: int = 1024  # image tokens included; longer rows are refused, never truncated
 
 
@@ -132,6 +133,7 @@ class SelectConfig:
 class LoRAConfig:
     lora_rank: int = 128  # 0: full fine-tuning
     lora_alpha: float = 256.0
+    # Layer names of the language model, or PART.NAME: vision_tower.q_proj, projector.linear_1
     target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
@@ -140,7 +142,7 @@ class LoRAConfig:
 
 @dataclass
 class TrainConfig:
-    objective: str = "preference"  # preference | sft | contrastive
+    objective: str = "preference"  # preference | sft | contrastive, see training.md
     data: list[DataConfig] = field(default_factory=list)  # sft, contrastive: joined; empty: the recipe's `data`
     loss_type: str = "sigmoid"  # a loss of training.md, or mixture: those of `loss_weights`
     loss_weights: dict[str, float] = field(default_factory=dict)  # MPO: {sigmoid: 0.8, bco_pair: 0.2, sft: 1.0}
@@ -157,23 +159,43 @@ class TrainConfig:
     conditional_image: str = "blank"  # the corrupted image: blank | swap (another row's)
     anchor_weight: float = 0.0  # mDPO: the chosen answer's reward stays above `anchor_delta`
     anchor_delta: float = 0.0  # in units of reward
-    reference: str = "recorded"  # recorded (at generation) | computed (adapter scale 0)
+    reference: str = "recorded"  # recorded (at generation) | computed (by the reference model)
+    reference_check_rows: int = 8  # recorded log-probs of so many rows are computed again and compared; 0: none
+    reference_refresh: bool = True  # later rounds: the policy of the round before is the reference; false: the base
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     train_vision: bool = False  # sft only: the vision tower learns too
+    # With lora_rank 0, the parts of the model that do not learn; the projector alone: [decoder]
+    freeze: list[str] = field(default_factory=list)
     learning_rate: float = 2e-6
     lr_schedule: str = "cosine"  # cosine | linear | constant
     warmup_ratio: float = 0.03
+    warmup_steps: int | None = None  # overrides the ratio
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    ema_decay: float = 0.0  # of a moving average of what learns; 0: none is kept
+    weights: str = "last"  # what the stage hands on: last | ema | best
     batch_size: int = 32  # pairs (or rows) of one optimizer step
     gradient_accumulation_steps: int = 1
     epochs: float = 1.0
     max_steps: int | None = None  # overrides epochs
     max_answer_tokens: int = 256
     save_steps: int = 50
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the last so many
+    keep_best: int = 0  # and so many with the best `best_metric`
+    best_metric: str = "loss"  # mean since the checkpoint before; least of a loss or NLL, else most
     log_steps: int = 1
+    report_to: list[str] = field(default_factory=list)  # tensorboard | wandb, beside metrics.jsonl
+    collapse_warning: float = 0.5  # warns when chosen answers lose so many nats per token while margins grow; 0: off
     harm_metrics_steps: int = 0  # steps between measures of what the text alone teaches; 0: off
+
+
+@dataclass
+class CacheConfig:
+    """What is computed once and kept on disk under a hash of its contents: off, a folder, or auto
+    (`output_dir`/cache, shared by all runs there)."""
+
+    vision_features: str = "off"  # of a frozen tower; width × image tokens × size of dtype: 1.2 MB an image at 7B
+    reference: str = "off"  # log-prob sums of a computed reference, 16 bytes a pair
 
 
 @dataclass
@@ -215,6 +237,7 @@ class Recipe:
     score: ScoreConfig = field(default_factory=ScoreConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     # Comparison systems trained on the same candidates: name -> dotted overrides of this recipe.
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from m3po_jax.models.kernels.choice import decode_kernel
 from m3po_jax.models.layers import matmul_precision
 
 KV = tuple[jax.Array, jax.Array]
@@ -50,8 +51,16 @@ def prefix_attention(
     q: Float[Array, "n g m d"],
     kv: tuple[Float[Array, "n g p d"], Float[Array, "n g p d"]],
     length: Int[Array, " n"],
+    kind: str = "xla",
 ) -> Part:
-    """The queries of a prompt's candidates and heads to the first `length` of its keys, read once for all of them."""
+    """The queries of a prompt's candidates and heads to the first `length` of its keys, read once for all of them.
+
+    Args:
+        kind: which attention computes it, see `models.kernels.choice`.
+    """
+    kernel = decode_kernel(kind)
+    if kernel is not None:
+        return Part(*kernel(q, *kv, length))
     seen = jnp.arange(kv[0].shape[2]) < length[:, None, None, None]
     return part("ngmd,ngpd->ngmp", "ngmp,ngpd->ngmd", q, kv, seen, q.shape[-1] ** -0.5)
 

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from m3po_jax.generation.attention import KV, merge, normalize, own_attention, part, prefix_attention
 from m3po_jax.models.forward import prefix_positions
+from m3po_jax.models.kernels.choice import self_attention
 from m3po_jax.models.layers import ACTIVATIONS, Linear, matmul_precision
 from m3po_jax.models.llama import Llama, LlamaConfig, apply_rotary, rotary_tables
 from m3po_jax.sharding import constrain
@@ -140,18 +141,23 @@ def prefill(
     last = p - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     pin = lambda y: constrain(y, "batch", None, None)  # noqa: E731
     pick = lambda y: jnp.take_along_axis(y, last.reshape(b, *(1,) * (y.ndim - 1)), axis=1)  # noqa: E731
+    by_rows = lambda y: y.transpose(0, 3, 1, 2, 4)  # noqa: E731
     scale = config.head_dim**-0.5
     equations = ("bsgrd,bgpd->bgrsp", "bgrsp,bgpd->bgrsd")
     causal = jnp.arange(p)[:, None] >= jnp.arange(p)[None, :]
     x = pin(x)
     for index, layer in enumerate(layers):
+        final = index == len(layers) - 1
         normal = _rms_norm(x, layer.input_norm, config.rms_norm_eps)
         q, k, v = _project(config, layer, normal, rotary)
+        by_token = (q.reshape(b, p, config.num_heads, config.head_dim), k, v)
         k, v = (constrain(y.transpose(0, 2, 1, 3), "batch", "kv_heads", None, None) for y in (k, v))
         keep(index, (k, v))
-        if index == len(layers) - 1:
+        if final:
             seen = mask[:, None, None, None, :]
-            attended, x = normalize(part(*equations, pick(q), (k, v), seen, scale)), pick(x)
+            attended, x = by_rows(normalize(part(*equations, pick(q), (k, v), seen, scale))), pick(x)
+        elif config.attention != "xla":
+            attended = self_attention(*by_token, mask, causal=True, kind=config.attention)
         else:
             blocks = []
             for start in range(0, p, QUERY_BLOCK):
@@ -159,8 +165,8 @@ def prefill(
                 seen = (causal[start:stop, :stop] & mask[:, None, :stop])[:, None, None]
                 own = (k[:, :, :stop], v[:, :, :stop])
                 blocks.append(normalize(part(*equations, q[:, start:stop], own, seen, scale)))
-            attended = jnp.concatenate(blocks, axis=3)
-        attended = attended.astype(v.dtype).transpose(0, 3, 1, 2, 4).reshape(b, x.shape[1], -1)
+            attended = by_rows(jnp.concatenate(blocks, axis=3))
+        attended = attended.astype(v.dtype).reshape(b, x.shape[1], -1)
         x = _finish(config, layer, x, attended, pin)
     return x[:, 0]
 
@@ -217,7 +223,7 @@ def decode_step(
         updated.append(own)
         grid = to_grid(q).transpose(0, 2, 1, 3, 4)  # [N, G, K, R, D]
         asked = grid.reshape(*grid.shape[:2], -1, config.head_dim)
-        on_prefix = prefix_attention(asked, shared, length)
+        on_prefix = prefix_attention(asked, shared, length, config.attention)
         back = lambda y, like=grid: from_grid(y.reshape(*like.shape[:4], -1).transpose(0, 2, 1, 3, 4))  # noqa: E731
         attended = merge(type(on_prefix)(*map(back, on_prefix)), own_attention(q, own, seen))
         x = _finish(config, layer, x, attended.astype(x.dtype).reshape(a, lanes, -1), _pin_stationary)

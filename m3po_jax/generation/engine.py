@@ -249,12 +249,11 @@ class Generator:
             """Keys and values into the slots; what lies beyond the prompt's length is never read."""
 
             def write(old: jax.Array, new: jax.Array) -> jax.Array:
-                per_shard = (x.reshape(a, -1, *x.shape[1:]) for x in (old, new))
-                into = lambda x, y, at: x.at[at, :, : y.shape[2]].set(y, mode="drop")  # noqa: E731
-                return jax.vmap(into)(*per_shard, places).reshape(old.shape)
+                x, y = (z.reshape(a, -1, *z.shape[1:]) for z in (old, new))
+                into = jax.vmap(lambda x, y, at: x.at[at, :, : y.shape[2]].set(y, mode="drop"))
+                return into(x, y, places).reshape(old.shape)
 
-            k, v = map(write, kv[index], own)
-            kv[index] = (k, v)
+            kv[index] = (write(kv[index][0], own[0]), write(kv[index][1], own[1]))
 
         x = model.embed_prompts(token_ids, features)
         hidden = prefill(model.config.text, weights.layers, x, mask, keep)
@@ -407,7 +406,8 @@ class Generator:
                 model.decoder.embed_tokens(each(lanes.token)),
                 each(length + lanes.age - 1),
                 prefix=prompts.kv,
-                length=each(prompts.length).reshape(-1),
+                # A kernel leaves out the prompts of which nothing is being decoded.
+                length=each(jnp.where(jnp.any(board.lane < count, axis=2), prompts.length, 0)).reshape(-1),
                 to_grid=lambda y: rows_to_grid(y, board.lane),
                 from_grid=lambda y: rows_from_grid(y, lanes.place),
                 cache=cache.kv,

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from m3po_jax.models.kernels import choice
 from m3po_jax.models.layers import matmul_precision
 
 KV = tuple[jax.Array, jax.Array]
@@ -96,9 +97,12 @@ class Causal(NamedTuple):
     """Plain causal self-attention over [B, S] tokens with padding anywhere; returns the keys and values."""
 
     mask_BS: Bool[Array, "b s"]
+    attention: str = "xla"  # see `models/kernels`
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, KV]:
         s = q.shape[1]
+        if choice.fits(self.attention, q.shape[-1]):
+            return choice.self_attention(q, k, v, self.mask_BS, causal=True, kind=self.attention), (k, v)
         causal = jnp.tril(jnp.ones((s, s), bool))
         return dense_attention(q, k, v, causal & self.mask_BS[:, None, :]), (k, v)
 
@@ -107,8 +111,11 @@ class Bidirectional(NamedTuple):
     """Every token sees every unpadded token (vision towers, SigLIP's text tower)."""
 
     mask_BS: Bool[Array, "b s"]
+    attention: str = "xla"
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, None]:
+        if choice.fits(self.attention, q.shape[-1]):
+            return choice.self_attention(q, k, v, self.mask_BS, causal=False, kind=self.attention), None
         return dense_attention(q, k, v, self.mask_BS[:, None, :]), None
 
 
@@ -130,11 +137,12 @@ class Tree(NamedTuple):
 
     prefix_mask_BP: Bool[Array, "b p"]
     branch_mask_BKT: Bool[Array, "b k t"]
+    attention: str = "xla"  # of the prefix to itself; branches are short
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, None]:
         b, p = self.prefix_mask_BP.shape
         _, branches, t = self.branch_mask_BKT.shape
-        prefix_out, prefix = Causal(self.prefix_mask_BP)(q[:, :p], k[:, :p], v[:, :p], None)
+        prefix_out, prefix = Causal(self.prefix_mask_BP, self.attention)(q[:, :p], k[:, :p], v[:, :p], None)
         split = lambda x: x[:, p:].reshape(b, branches, t, *x.shape[2:])  # noqa: E731
         own_mask = jnp.tril(jnp.ones((t, t), bool)) & self.branch_mask_BKT[:, :, None, :]
         out = branch_attention(split(q), prefix, self.prefix_mask_BP, (split(k), split(v)), own_mask)

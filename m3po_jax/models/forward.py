@@ -79,9 +79,8 @@ def branch_hidden(
         [prefix_positions(prefix_mask), jnp.broadcast_to(branch_positions, (b, k, t)).reshape(b, k * t)],
         axis=1,
     )
-    hidden, _ = model.decoder(
-        jnp.concatenate([prefix, branches], axis=1), positions, Tree(prefix_mask, branch_mask), remat=remat
-    )
+    layout = Tree(prefix_mask, branch_mask, model.decoder.config.attention)
+    hidden, _ = model.decoder(jnp.concatenate([prefix, branches], axis=1), positions, layout, remat=remat)
     first = jnp.broadcast_to(last_valid(hidden[:, :p], prefix_mask)[:, None, None], (b, k, 1, hidden.shape[-1]))
     rest = hidden[:, p:].reshape(b, k, t, -1)[:, :, :-1]
     return jnp.concatenate([first, rest], axis=2)
@@ -114,5 +113,6 @@ def prefill(
 ) -> tuple[Float[Array, "b vocab"], Any]:
     """Logits of the first answer token and every layer's prefix keys and values [L, B, P, G, D]."""
     x = model.embed_prompts(prefix_ids, features)
-    hidden, cache = model.decoder(x, prefix_positions(prefix_mask), Causal(prefix_mask), keep_cache=True)
+    layout = Causal(prefix_mask, model.decoder.config.attention)
+    hidden, cache = model.decoder(x, prefix_positions(prefix_mask), layout, keep_cache=True)
     return model.decoder.logits(last_valid(hidden, prefix_mask)), cache

@@ -8,6 +8,7 @@ from tiny_llava import EOS, PAD, make_generator, next_logits, prompts, take, tea
 from m3po_jax.errors import UserError
 from m3po_jax.generation.engine import SamplingConfig
 from m3po_jax.generation.lanes import capacities
+from m3po_jax.models.kernels.choice import with_attention
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +158,19 @@ def test_new_weights_need_no_new_program(model, generator, generated):
     generator.load(model)
     np.testing.assert_array_equal(generator(prompts()).token_ids, generated.token_ids)
     assert generator.compilations == 2
+
+
+@pytest.mark.parametrize("lengths", [(3, 9, 6), (5, 1, 2, 9, 3)], ids=["fits", "streams"])
+def test_kernels_give_the_same_answers(model, lengths):
+    """Pallas' interpreter runs the kernels of the prefill and of the shared prefix."""
+    batch = prompts(lengths)
+    plain = make_generator(model, stop_bias=2.0)(batch)
+    graph, state = nnx.split(model)
+    other = nnx.merge(graph, state)
+    other.config = with_attention(model.config, "pallas_interpret")
+    kernels = make_generator(other, stop_bias=2.0)(batch)
+    np.testing.assert_array_equal(kernels.token_ids, plain.token_ids)
+    np.testing.assert_allclose(kernels.log_probs, plain.log_probs, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}])
