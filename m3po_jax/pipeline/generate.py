@@ -135,6 +135,17 @@ class _Flight:
     rows: list[dict[str, Any]]
 
 
+def _agree(rows: Sequence[dict[str, Any]]) -> None:
+    """Gives candidates of the same tokens the same log-probs, those of the first.
+
+    They differ by rounding, which depends on what was decoded beside them, and would break a tie between
+    duplicates one way today and the other way after a restart.
+    """
+    first: dict[tuple[int, ...], list[float]] = {}
+    for row in rows:
+        row["token_logprobs"] = first.setdefault(tuple(row["token_ids"]), row["token_logprobs"])
+
+
 def candidate_pools(
     prompts: Sequence[Prompt], generator: Generator, processor: Processor, config: GenerateConfig, tally: Tally
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
@@ -191,6 +202,7 @@ def candidate_pools(
             again.append(dataclasses.replace(request, wanted=tuple(found), attempt=attempt + 1))
             continue
         del flying[request.id]
+        _agree(flight.rows)
         tally.tokens += sum(len(row["token_ids"]) for row in flight.rows)
         yield flight.index, flight.rows
 
