@@ -33,7 +33,8 @@ m3po run --config configs/llava15_7b_m3po.yaml name=trial train.beta=0.2 'select
 
 Unknown keys are errors that name the nearest known one. Quote a value that holds spaces, brackets or braces. The
 resolved recipe is saved as `config.yaml` in the run directory, and a run directory takes one recipe only: another
-value needs another `name`. `--mock` runs any recipe with a tiny model and a handful of rows, to try its settings.
+value needs another `name` (limits and prices of `score.endpoint` excepted, which change no score). `--mock` runs any
+recipe with a tiny model and a handful of rows, to try its settings.
 """
 
 SECTIONS = {
@@ -43,9 +44,14 @@ SECTIONS = {
     "data": "data: prompts",
     "generate": "generate: candidates",
     "score": "score: MAS and confidence",
+    "score.ensemble": "score.ensemble: when members disagree",
+    "score.endpoint": "score.endpoint: a server as judge",
     "select": "select: pairs",
     "train": "train: learning",
     "train.lora": "train.lora: adapters",
+    "train.rl": "train.rl: reinforcement learning",
+    "reward": "reward: the reward model",
+    "cache": "cache: what is computed once",
     "evaluate": "evaluate: benchmarks",
     "evaluate.benchmarks.NAME": "evaluate.benchmarks.NAME: one benchmark",
 }
@@ -68,7 +74,7 @@ MEANINGS = {
     "data.limit": "only the first rows",
     "arms": "comparison systems trained on the same candidates: name → dotted overrides of this recipe",
     "select.rule": "how pairs are made: m3p, mas_only, vanilla, random, low_confidence, product, lexicographic, "
-    "inversion or shared, see method.md",
+    "inversion, shared or reward, see method.md",
     "select.lambda_preferred": "λ₊: weight of confidence for the chosen answer",
     "select.lambda_dispreferred": "λ₋: weight of confidence for the rejected answer",
     "select.lexicographic": "τ₊, τ₋ of that rule: least MAS of a chosen answer, and what a rejected one stays below",

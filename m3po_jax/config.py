@@ -6,8 +6,10 @@ keys are errors that name the nearest known key. Names follow TRL and PEFT where
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,11 +95,55 @@ class GenerateConfig:
 
 
 @dataclass
+class EnsembleConfig:
+    """When an ensemble abstains because its members disagree (scoring/ensemble.py)."""
+
+    correlation: str = "spearman"  # spearman | kendall: the rank correlation of two members in a pool
+    min_correlation: float = 0.0  # below it they disagree; -1: off
+    max_gap: float = 0.25  # each holds the other's best for worse than its own by more than this; 1: off
+    max_opposed_z: float | None = None  # a candidate's z-scores oppose each other beyond this; null: off
+    min_contrast: float = 1e-3  # a member whose scores vary less in a pool has no opinion
+
+
+@dataclass
+class EndpointConfig:
+    """An OpenAI-compatible server as judge (scoring/endpoint.py)."""
+
+    base_url: str = ""  # up to and with /v1; `/chat/completions` is added
+    model: str = ""  # the server's name for the judge
+    api_key_env: str = ""  # the environment variable that holds the key; empty: no key is sent
+    allow_insecure: bool = False  # send the key over plain http to another machine
+    temperature: float = 0.0  # of the judge
+    max_tokens: int = 16  # of an answer
+    logprobs: bool = False  # ask for the grade tokens' log-probs: the expected grade instead of the given one
+    max_image_side: int = 1024  # larger images are scaled down to this before they are sent
+    extra_body: dict[str, Any] = field(default_factory=dict)  # more of the request; a null removes a key
+    max_reasks: int = 2  # after an answer without a grade; then the candidate has no score
+    # A run may be continued with other values of what follows, which change no score.
+
+    concurrency: int = 8  # requests in flight
+    requests_per_minute: float = 0.0  # 0: no limit
+    tokens_per_minute: float = 0.0  # prompt and completion; 0: no limit
+    timeout_s: float = 60.0  # of one request
+    max_retries: int = 6  # after a time-out, a lost connection, status 408, 409, 429 or 5xx
+    retry_wait_s: float = 1.0  # before the first retry; doubles, with jitter, unless the server says how long
+    prompt_price: float = 0.0  # of a million prompt tokens, in any currency
+    completion_price: float = 0.0  # of a million completion tokens
+    max_cost: float | None = None  # scoring stops before this is spent; null: no limit
+    cache_dir: str = ""  # paid answers, shared by all runs that name it; empty: OUTPUT_DIR/endpoint-cache
+
+
+@dataclass
 class ScoreConfig:
     """The alignment score (MAS) and the confidence variants."""
 
-    backend: str = "claims"  # similarity | claims | reference | ensemble
+    backend: str = "claims"  # similarity | claims | judge | endpoint | reference | reward | ensemble
     members: list[str] = field(default_factory=list)  # of an ensemble: NAME or NAME=MODEL
+    ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    rubric: str = ""  # judge, endpoint: the question, with {instruction} and {answer}; empty: see scoring/grading.py
+    grades: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])  # judge, endpoint: worst to best
+    min_grade_mass: float = 0.05  # judge: abstains where all grades together are less likely
     judge_template: str = ""  # claims: the question about {claim}; empty: see scoring/judge.py
     model: str = ""  # the judge or the dual encoder (a model directory)
     unit: str = "claim"  # similarity: whole | claim
@@ -141,8 +187,32 @@ class LoRAConfig:
 
 
 @dataclass
+class RLConfig:
+    """Reinforcement learning on the reward model (`train.objective: rlhf`); TRL's names."""
+
+    algorithm: str = "rloo"  # rloo | ppo (a value head and GAE)
+    rloo_k: int = 4  # answers of a prompt in a rollout, at least 2 for rloo
+    temperature: float = 1.0  # of the rollouts; log-probs are those of temperature 1
+    kl_coef: float = 0.05  # weight of the KL to the reference in the reward
+    kl_estimator: str = "k1"  # k1 | k2 | k3, see objectives/policy_gradient.py
+    kl_target: float | None = None  # KL of an answer that an adaptive kl_coef holds; null: kl_coef is fixed
+    kl_horizon: int = 10_000  # answers in which an adaptive kl_coef can change by a fifth of itself
+    num_ppo_epochs: int = 1  # passes over a rollout
+    num_mini_batches: int = 1  # optimizer steps of a pass; a rollout has so many times train.batch_size prompts
+    cliprange: float = 0.2  # of the ratio of new and old probability
+    missing_eos_penalty: float = 0.0  # taken from the score of an answer cut at generate.max_new_tokens
+    normalize_advantages: bool = False  # rloo: mean 0, standard deviation 1 over a rollout
+    # ppo alone
+    gamma: float = 1.0  # discount
+    lam: float = 0.95  # λ of GAE
+    vf_coef: float = 0.1  # weight of the value loss
+    cliprange_value: float = 0.2  # how far a value may move from that of the rollout
+    whiten_rewards: bool = False  # unit variance of the tokens' rewards
+
+
+@dataclass
 class TrainConfig:
-    objective: str = "preference"  # preference | sft | contrastive, see training.md
+    objective: str = "preference"  # preference | sft | contrastive | reward | rlhf, see training.md
     data: list[DataConfig] = field(default_factory=list)  # sft, contrastive: joined; empty: the recipe's `data`
     loss_type: str = "sigmoid"  # a loss of training.md, or mixture: those of `loss_weights`
     loss_weights: dict[str, float] = field(default_factory=dict)  # MPO: {sigmoid: 0.8, bco_pair: 0.2, sft: 1.0}
@@ -162,6 +232,9 @@ class TrainConfig:
     reference: str = "recorded"  # recorded (at generation) | computed (by the reference model)
     reference_check_rows: int = 8  # recorded log-probs of so many rows are computed again and compared; 0: none
     reference_refresh: bool = True  # later rounds: the policy of the round before is the reference; false: the base
+    center_rewards_coefficient: float = 0.01  # reward: weight of (r_w + r_l)², which keeps rewards around 0
+    reward_margin: float = 0.0  # reward: by how much a chosen answer should win
+    rl: RLConfig = field(default_factory=RLConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     train_vision: bool = False  # sft only: the vision tower learns too
     # With lora_rank 0, the parts of the model that do not learn; the projector alone: [decoder]
@@ -187,6 +260,23 @@ class TrainConfig:
     report_to: list[str] = field(default_factory=list)  # tensorboard | wandb, beside metrics.jsonl
     collapse_warning: float = 0.5  # warns when chosen answers lose so many nats per token while margins grow; 0: off
     harm_metrics_steps: int = 0  # steps between measures of what the text alone teaches; 0: off
+
+
+@dataclass
+class RewardConfig:
+    """The reward model of the arms `rm_dpo` and `rlhf`, and of `train.objective: reward`.
+
+    It learns from pairs of the prompts on its side of `split`; the arms that use it see the others alone.
+    """
+
+    split: float = 0.5  # share of the prompts, by a hash of their ids, that only the reward model sees
+    holdout: float = 0.1  # share of its pairs that measure its accuracy instead
+    rule: str = "vanilla"  # how its pairs are made from scored candidates; a `select.rule`
+    pairs: str = ""  # a folder or file of pairs to learn from instead (TRL's vision format); the split does not apply
+    learning_rate: float | None = None  # null: that of `train`; so are the next three
+    batch_size: int | None = None  # pairs of one optimizer step
+    epochs: float | None = None  # passes over its pairs
+    max_steps: int | None = None  # overrides epochs; null where `epochs` is given here: by epochs
 
 
 @dataclass
@@ -237,6 +327,7 @@ class Recipe:
     score: ScoreConfig = field(default_factory=ScoreConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     # Comparison systems trained on the same candidates: name -> dotted overrides of this recipe.
@@ -310,6 +401,27 @@ def override(recipe: Recipe, changes: dict[str, Any], where: str = "arms") -> Re
             nested = {part: nested}
         config = _merge(config, OmegaConf.create(nested), where)
     return _to_recipe(config)
+
+
+# Keys that change how a stage runs and nothing that it computes: a run may be continued with other values.
+OPERATIONAL = {
+    "score.endpoint": (
+        *("concurrency", "requests_per_minute", "tokens_per_minute", "timeout_s", "max_retries", "retry_wait_s"),
+        *("prompt_price", "completion_price", "max_cost", "cache_dir"),
+    )
+}
+
+
+def essential(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe (or its `score` section under that key) as nested dictionaries, without the keys of `OPERATIONAL`."""
+    copied = copy.deepcopy(dict(recipe))
+    for path, keys in OPERATIONAL.items():
+        section: Any = copied
+        for part in path.split("."):
+            section = section.get(part) if isinstance(section, dict) else None
+        for key in keys if isinstance(section, dict) else ():
+            section.pop(key, None)
+    return copied
 
 
 def to_yaml(recipe: Recipe) -> str:

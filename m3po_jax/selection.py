@@ -467,7 +467,8 @@ def select_rows(
     Returns:
         (pairs, drops, summary). Pairs have the columns of `schema.PAIR` (``images`` and ``prompt`` only if
         the rows have an instruction), by first appearance of their prompt; drops have ``id``, ``reason``,
-        ``candidates`` (how many there were); the summary is that of `select_pools`.
+        ``candidates`` (how many there were), and where the scorer abstained ``detail``, its most frequent reason
+        (the rows' ``abstained``); the summary is that of `select_pools`.
 
     Raises:
         UserError: a missing column, a value of the wrong kind, a candidate number twice in a prompt.
@@ -507,7 +508,11 @@ def select_rows(
     for pair in selection.pairs:
         by_number = {int(row["candidate"]): row for row in grouped[pair.id]}
         pairs.append(_pair_row(pair, by_number[pair.chosen], by_number[pair.rejected]))
-    drops = [
-        {"id": drop.id, "reason": str(drop.reason), "candidates": len(grouped[drop.id])} for drop in selection.drops
-    ]
+    drops = []
+    for drop in selection.drops:
+        entry = {"id": drop.id, "reason": str(drop.reason), "candidates": len(grouped[drop.id])}
+        why = Counter(str(row["abstained"]) for row in grouped[drop.id] if row.get("abstained"))
+        if drop.reason is Reason.ABSTAINED and why:
+            entry["detail"] = why.most_common(1)[0][0]
+        drops.append(entry)
     return pairs, drops, selection.summary

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from m3po_jax.config import Recipe, override
 from m3po_jax.errors import UserError
 from m3po_jax.generation.settings import sampling_config
+from m3po_jax.scoring.chat import check_endpoint
 from m3po_jax.selection import check_config
 from m3po_jax.training.objectives import check_objective
 
@@ -32,6 +35,11 @@ def check_recipe(recipe: Recipe) -> None:
 
 def _check_one(recipe: Recipe) -> None:
     check_config(recipe.select)
+    named = [member.partition("=") for member in recipe.score.members]
+    judges = [model for name, _, model in named if name == "endpoint"]
+    if judges or recipe.score.backend == "endpoint":
+        model = recipe.score.endpoint.model or next(filter(None, judges), "")
+        check_endpoint(dataclasses.replace(recipe.score.endpoint, model=model))
     sampling_config(recipe.generate, 0)
     if recipe.train.objective == "preference":
         check_objective(recipe.train)

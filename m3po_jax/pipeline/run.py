@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from m3po_jax.config import Recipe
+from m3po_jax.config import Recipe, essential
 from m3po_jax.data import tables
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import PromptSource, fingerprint, read_prompts
@@ -21,7 +21,7 @@ from m3po_jax.generation.settings import SamplingConfig, sampling_config
 from m3po_jax.models.registry import resolve_directory
 from m3po_jax.pipeline import evaluate as evaluating
 from m3po_jax.pipeline import summary
-from m3po_jax.pipeline.backends import make_backend
+from m3po_jax.pipeline.backends import check_ready, make_backend
 from m3po_jax.pipeline.checks import arm_recipe, check_recipe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.generate import generate
@@ -133,7 +133,7 @@ class Run:
         recipe, folder = self.recipe, self.directory.round(round)
         candidates = folder / "candidates"
         inputs = tables.content_hash(
-            dataclasses.asdict(recipe.score),
+            essential({"score": dataclasses.asdict(recipe.score)}),
             recipe.select.lambda_preferred,
             recipe.select.lambda_dispreferred,
             recipe.select.confidence,
@@ -146,7 +146,7 @@ class Run:
                 policy=self.policy,
                 image_root=self.source.image_root,
                 model_config=recipe.model,
-                judge_template=recipe.score.judge_template,
+                folder=self.directory.root,
             )
             scorer = None
             if NEED_BLANK_IMAGE.intersection(recipe.score.confidence):
@@ -162,8 +162,15 @@ class Run:
                 processor=self.policy.processor,
                 scorer=scorer,
             )
-        self.directory.note_stage("score", round=round, arm=None, **_noted(details))
+        verdict, judges = details.pop("verdict", []), details.pop("judges", [])
+        noted = _noted(details) | ({"details": {judge["judge"]: judge for judge in judges}} if judges else {})
+        self.directory.note_stage("score", round=round, arm=None, **noted)
         say(f"round {round}: {details['rows']} candidates scored by {backend.name}")
+        for judge in judges:
+            paid = f"{judge['requests']} requests paid, {judge['from_cache']} answers from the cache"
+            say(f"  {judge['judge']}: {paid}, cost {judge['cost']:.4g}")
+        for line in verdict:
+            say(f"  {line['text']}", style="yellow" if line["tone"] == "warn" else None)
 
     def select_stage(self, round: int, arm: str | None = None) -> None:
         folder, recipe = self.directory.round(round), self.arm_recipe(arm)
@@ -258,6 +265,7 @@ class Run:
         from m3po_jax.report import build_report
         from m3po_jax.report.browser import tokenizer_text
 
+        check_ready(self.recipe.score)
         with self.directory.lock():
             self.open()
             arms: list[str | None] = [None, *self.recipe.arms]
@@ -284,7 +292,8 @@ class Run:
     def _judge_identities(self) -> list[str]:
         """Hashes of every model that judges; the policy's own where a judge is not named."""
         score = self.recipe.score
-        named = [score.model, *(member.partition("=")[2] for member in score.members)]
+        members = [member.partition("=") for member in score.members]
+        named = [score.model, *(model for name, _, model in members if name != "endpoint")]
         return [directory_identity(resolve_directory(path)) for path in named if path] or [self.policy.identity]
 
     def _stop_tokens(self) -> tuple[int, ...]:

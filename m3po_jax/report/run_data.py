@@ -225,7 +225,7 @@ class Reader:
         rows = np.array([row_of.get(key, -1) for key in zip(ids, candidate.tolist(), strict=True)], np.int64)
         joined = {}
         for name in scores.column_names:
-            if name in ("id", "candidate"):
+            if name in ("id", "candidate", "abstained"):
                 continue
             values = self.numbers(scores, name, path / "scores")
             joined[name] = np.where(rows >= 0, values[np.maximum(rows, 0)], np.nan) if len(values) else values

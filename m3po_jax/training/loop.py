@@ -33,6 +33,7 @@ from m3po_jax.training.metrics_log import MetricsLog, Trackers
 from m3po_jax.training.objectives import check_objective
 from m3po_jax.training.progress import progress_bar
 from m3po_jax.training.reference import check_sample
+from m3po_jax.training.rollouts import RolloutIterator
 from m3po_jax.training.signals import stop_signal
 from m3po_jax.training.step import Parameters, Partition, make_step, place_frozen, place_trainable, split_model
 from m3po_jax.training.timing import StepTimer, batch_flops, batch_tokens
@@ -105,7 +106,8 @@ def train(
 
     Args:
         model: Adapters attached where `config.lora` wants them. It is left as it is.
-        batches: Endless batches of `config.batch_size` rows.
+        batches: Endless batches of `config.batch_size` rows; or a `RolloutSource`, which makes them from the
+            weights of the moment.
         output_dir: Gets ``checkpoints/``, ``metrics.jsonl``, ``timing.jsonl``, ``warnings.jsonl`` where there are
             any, and, at the end, ``done.json``. A finished stage is not run again: its checkpoint is loaded.
         reference: The reference model of preference training, of the structure of `model`; default: `model` as
@@ -164,6 +166,9 @@ def train(
     )
     images = _image_tokens(model)
     iterator = iter(batches)
+    rollouts = iterator if isinstance(iterator, RolloutIterator) else None
+    if rollouts is not None:
+        rollouts.follow(lambda: partition.merge(state.trainable, frozen))
     last: dict[str, float] = {}
     with Checkpointer(
         output / "checkpoints",
@@ -221,7 +226,11 @@ def train(
                 tokens = batch_tokens(batch)
                 numbers = {name: float(to_host(value)) for name, value in {**metrics, **harm}.items()}
                 broken = guards.finite(done, numbers, to_host(row_losses), batch.row_index)
+                if rollouts is not None:
+                    numbers |= rollouts.metrics
                 if broken is not None:
+                    if rollouts is not None:
+                        rollouts.keep()
                     # The step has kept its state, and `progress` is still the position before this batch.
                     saved.save(done, state, progress)
                     saved.wait()
@@ -233,7 +242,7 @@ def train(
                     )
                 progress = Progress(iterator.get_state(), progress.num_tokens + tokens)
                 last = {**numbers, "num_tokens": float(progress.num_tokens)}
-                if done == 0:
+                if done == 0 and objective.needs_first_gradient:
                     idle = checks.idle_leaves(state.optimizer, partition.adapters_by_name)
                     guards.first_step(last, idle)
                     if idle:
@@ -257,6 +266,8 @@ def train(
                 stopping = done < total and stop.any_host()
                 scheduled = done % config.save_steps == 0 or done == total
                 if scheduled or stopping:
+                    if rollouts is not None:
+                        rollouts.keep()
                     value = _since(history, done, config) if scheduled and config.keep_best else None
                     saved.save(done, state, progress, value=value)
                 if on_step is not None:

@@ -17,7 +17,7 @@ from m3po_jax.config import TrainConfig
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.objectives.divergences import divergence_score
 from m3po_jax.objectives.preference import LOSSES, loss_mixture, preference_loss
-from m3po_jax.training import losses
+from m3po_jax.training import losses, rl_losses
 from m3po_jax.training.losses import CORRUPTIONS, LossOutput, needs_reference_pass, tower_learns
 
 
@@ -42,6 +42,7 @@ class Objective:
         shared_fields: Fields of a batch that belong to all its rows, so that micro-batches do not divide them.
         on_policy: Batches are made with the policy as it learns; one without a gradient proves nothing.
         whole_model: Every parameter learns, whatever `lora` and `freeze` say.
+        needs_first_gradient: A first step without gradient means that nothing can be learned.
         first_values: (config, tolerance of a log-prob sum in nats) -> {metric: (value, tolerance)} known before
             the first update, when the policy is its reference.
     """
@@ -53,11 +54,16 @@ class Objective:
     shared_fields: tuple[str, ...] = ()
     on_policy: bool = False
     whole_model: bool = False
+    needs_first_gradient: bool = True
     first_values: Callable[[TrainConfig, float], dict[str, tuple[float, float]]] = _nothing_known
 
 
 def _first_branch_tokens(batch: Any) -> jax.Array:
     return jnp.sum(batch.branch_mask[:, 0], dtype=jnp.float32)
+
+
+def _all_tokens(batch: Any) -> jax.Array:
+    return jnp.sum(batch.branch_mask, dtype=jnp.float32)
 
 
 def first_preference_values(config: TrainConfig, tolerance: float) -> dict[str, tuple[float, float]]:
@@ -206,6 +212,11 @@ OBJECTIVES: dict[str, Objective] = {
         first_values=first_preference_values,
     ),
     "sft": Objective(losses.sft, answer_tokens=_first_branch_tokens, shared_fields=("blank_features",)),
+    "reward": Objective(rl_losses.reward, rl_losses.check_reward),
+    # Answers of equal reward give no gradient, and the next rollout may have others.
+    "rlhf": Objective(
+        rl_losses.policy_gradient, rl_losses.check_rl, answer_tokens=_all_tokens, needs_first_gradient=False
+    ),
     # Every image is compared with every text, in whichever micro-batch it is.
     "contrastive": Objective(losses.contrastive, shared_fields=("text_ids", "text_mask"), whole_model=True),
 }

@@ -20,18 +20,20 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from m3po_jax.config import LoRAConfig, TrainConfig
+from m3po_jax.config import LoRAConfig, RLConfig, TrainConfig
 from m3po_jax.data.batches import ContrastiveBatch, TreeBatch
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.models import lora
+from m3po_jax.models.heads import HEAD
 from m3po_jax.models.layers import LoRAParam
 from m3po_jax.sharding import AXES, Axes, sharding_for, state_shardings, use_mesh
 from m3po_jax.training.losses import LossOutput
 from m3po_jax.training.objectives import check_objective
 from m3po_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from m3po_jax.training.rl_losses import RolloutBatch
 
 Parameters = dict[str, jax.Array]
-Batch = TreeBatch | ContrastiveBatch
+Batch = TreeBatch | ContrastiveBatch | RolloutBatch
 
 
 class TrainState(NamedTuple):
@@ -77,14 +79,15 @@ def trainable_filter(config: TrainConfig) -> Callable[[Any, Any], bool]:
     - `lora_rank` > 0: the adapters, wherever they are, plus the projector with `train_projector`;
     - `lora_rank` 0: everything but the parts in `freeze` (full fine-tuning; the projector alone with
       ``freeze: [decoder]``);
-    - `train_vision` adds the vision tower, which is frozen otherwise.
+    - `train_vision` adds the vision tower, which is frozen otherwise;
+    - a scalar head (reward or value) always.
     """
     whole_model = check_objective(config).whole_model
 
     def trains(path: Any, value: Any) -> bool:
         if not isinstance(value, nnx.Variable) or not issubclass(value.type, nnx.Param):
             return False
-        if whole_model or issubclass(value.type, LoRAParam):
+        if whole_model or issubclass(value.type, LoRAParam) or path[0] == HEAD:
             return True
         if path[0] == "vision_tower":
             return config.train_vision
@@ -236,7 +239,7 @@ def _make_step(
     compute_reference: bool,
 ) -> TrainStep:
     raw = json.loads(settings)
-    config = TrainConfig(**{**raw, "lora": LoRAConfig(**raw["lora"])})
+    config = TrainConfig(**{**raw, "lora": LoRAConfig(**raw["lora"]), "rl": RLConfig(**raw["rl"])})
     objective = check_objective(config)
     optimizer = make_optimizer(config, total_steps, partition.axes_by_name)
     schedule = learning_rate_schedule(config, total_steps)
