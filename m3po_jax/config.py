@@ -231,7 +231,6 @@ class TrainConfig:
     anchor_delta: float = 0.0  # in units of reward
     reference: str = "recorded"  # recorded (at generation) | computed (by the reference model)
     reference_check_rows: int = 8  # recorded log-probs of so many rows are computed again and compared; 0: none
-    reference_refresh: bool = True  # later rounds: the policy of the round before is the reference; false: the base
     center_rewards_coefficient: float = 0.01  # reward: weight of (r_w + r_l)², which keeps rewards around 0
     reward_margin: float = 0.0  # reward: by how much a chosen answer should win
     rl: RLConfig = field(default_factory=RLConfig)
@@ -292,10 +291,16 @@ class CacheConfig:
 class BenchmarkConfig:
     """One benchmark: whose rule scores the answers, and where the questions come from."""
 
-    metric: str = "pope"  # pope | chair | short_answer
+    # pope | chair | short_answer | mme | vqa | mmbench | amber | amber_yes_no | mmhal | llava_bench: evaluation.md
+    metric: str = "pope"
     data: DataConfig = field(default_factory=DataConfig)
     kind: str = ""  # only rows whose metadata has this `kind`; empty: all rows
     vocabulary: list[str] = field(default_factory=list)  # chair: the objects; empty: those the rows name
+    rule: str = ""  # vqa: official (the default) | llava: predictions are normalised as LLaVA does
+    association: str = ""  # amber: its relation.json
+    safe_words: str = ""  # amber: its safe_words.txt
+    nouns: str = "vocabulary"  # amber: vocabulary (words that the association file has) | nltk (official)
+    similarity: str = "exact"  # amber: exact | a spaCy model; en_core_web_lg is official
 
 
 @dataclass

@@ -139,6 +139,7 @@ class Run:
             recipe.select.confidence,
             *self._judge_identities(),
         )
+        warnings: list[str] = []
         with use_mesh(self.mesh):
             backend = make_backend(
                 recipe.score,
@@ -147,6 +148,7 @@ class Run:
                 image_root=self.source.image_root,
                 model_config=recipe.model,
                 folder=self.directory.root,
+                warnings=warnings,
             )
             scorer = None
             if NEED_BLANK_IMAGE.intersection(recipe.score.confidence):
@@ -161,6 +163,7 @@ class Run:
                 inputs=inputs,
                 processor=self.policy.processor,
                 scorer=scorer,
+                warnings=warnings,
             )
         verdict, judges = details.pop("verdict", []), details.pop("judges", [])
         noted = _noted(details) | ({"details": {judge["judge"]: judge for judge in judges}} if judges else {})
@@ -169,7 +172,7 @@ class Run:
         for judge in judges:
             paid = f"{judge['requests']} requests paid, {judge['from_cache']} answers from the cache"
             say(f"  {judge['judge']}: {paid}, cost {judge['cost']:.4g}")
-        for line in verdict:
+        for line in (line for line in verdict if line["about"] != "judge"):  # that was said before
             say(f"  {line['text']}", style="yellow" if line["tone"] == "warn" else None)
 
     def select_stage(self, round: int, arm: str | None = None) -> None:
