@@ -35,6 +35,6 @@ def test_recorded_log_probs_equal_teacher_forcing(kind):
     np.testing.assert_allclose(out.log_probs, teacher_forced(model, batch, out), atol=1e-4)
     assert out.log_probs.min() < -1.0
     # The decoder's own arrangement of the weights holds no kernel in full.
-    for layer in generator.layers:
+    for layer in generator.weights.layers:
         for weight in (layer.qkv, layer.out, layer.gate_up, layer.down):
             assert weight.codes.dtype == (jnp.int8 if kind == "int8" else jnp.uint8)
