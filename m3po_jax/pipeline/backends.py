@@ -19,6 +19,7 @@ from m3po_jax.models.dual_encoder import DualEncoder
 from m3po_jax.models.registry import Loaded, describe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.models import Policy, load_dual_encoder, load_policy
+from m3po_jax.pipeline.reward import load_reward
 from m3po_jax.pipeline.stopping import from_writer
 from m3po_jax.scoring.alignment import Backend, Judged, Reference, Scores, Similarity
 from m3po_jax.scoring.blind_spots import shared_blind_spots
@@ -28,6 +29,7 @@ from m3po_jax.scoring.engine import Scorer
 from m3po_jax.scoring.ensemble import Ensemble
 from m3po_jax.scoring.grading import Judge
 from m3po_jax.scoring.judge import Claims
+from m3po_jax.scoring.reward import Reward
 from m3po_jax.training.signals import stop_signal
 
 
@@ -40,6 +42,8 @@ class Setting:
         image_root: Folder that image paths are relative to.
         model_config: Data types, conversation template, image fit and prompt limit of a judge of its own.
         folder: The run directory, where a backend may keep what it paid for; None: it keeps nothing there.
+        warnings: Gets a line where a judge shares the policy's blind spots.
+        own_reward: Gives the run's own reward model, for ``reward`` without a model.
     """
 
     score: ScoreConfig
@@ -48,6 +52,8 @@ class Setting:
     image_root: Path
     model_config: ModelConfig
     folder: Path | None
+    warnings: list[str]
+    own_reward: Callable[[], Reward] | None
 
 
 def make_backend(
@@ -58,20 +64,25 @@ def make_backend(
     image_root: str | Path = ".",
     model_config: ModelConfig | None = None,
     folder: Path | None = None,
+    warnings: list[str] | None = None,
+    own_reward: Callable[[], Reward] | None = None,
 ) -> Backend:
     """Builds `score.backend` (one of `BACKENDS`) and loads its model; the arguments are those of `Setting`.
 
     ``similarity`` needs `score.model`, a CLIP or SigLIP directory. ``claims`` and ``judge`` ask `score.model`, or
     the policy itself where that is empty. ``endpoint`` asks a server. ``ensemble`` joins `score.members`, each
-    ``NAME`` or ``NAME=MODEL`` (without MODEL: `score.model`). A judge that shares the policy's vision encoder is
-    used, with a warning on standard error.
+    ``NAME`` or ``NAME=MODEL`` (without MODEL: `score.model`). ``reward`` reads `score.model`, a trained reward model,
+    or is the run's own (as a member: ``reward=FOLDER`` or ``reward``). A judge that shares the policy's vision
+    encoder is used, with a warning on standard error.
 
     Raises:
         UserError: an unknown backend (the nearest one is named), a missing or unsuitable model.
     """
     if score.backend not in BACKENDS:
         raise UserError(f"unknown backend {score.backend!r}{nearest(score.backend, BACKENDS)}", where="score.backend")
-    setting = Setting(score, mesh, policy, Path(image_root), model_config or ModelConfig(), folder)
+    noted = [] if warnings is None else warnings
+    config = model_config or ModelConfig()
+    setting = Setting(score, mesh, policy, Path(image_root), config, folder, noted, own_reward)
     return BACKENDS[score.backend](setting)
 
 
@@ -84,7 +95,7 @@ def _similarity(setting: Setting) -> Similarity:
             "not a dual encoder", where=f"score.model {score.model!r}", remedy="take a CLIP or SigLIP model"
         )
     loaded, processor = load_dual_encoder(score.model, setting.mesh, image_root=setting.image_root, image_fit="")
-    _warn(setting.policy, loaded)
+    _warn(setting, loaded)
     return Similarity(
         loaded.model,
         processor,
@@ -117,7 +128,7 @@ def _judge_model(setting: Setting) -> Policy:
         raise UserError(
             f"the {score.backend} backend needs a judge", where="score.model", remedy="name a model directory"
         )
-    _warn(policy, judge.loaded)
+    _warn(setting, judge.loaded)
     return judge
 
 
@@ -144,7 +155,7 @@ def _judge(setting: Setting) -> Judge:
 
 
 def _endpoint(setting: Setting) -> Backend:
-    score, folder, config = setting.score, setting.folder, setting.score.endpoint
+    score, folder, config, policy = setting.score, setting.folder, setting.score.endpoint, setting.policy
     check_endpoint(config)
     if config.cache_dir:
         cache = Path(config.cache_dir)
@@ -162,9 +173,20 @@ def _endpoint(setting: Setting) -> Backend:
             cache=cache,
             run="library" if folder is None else str(folder.resolve()),
             stopping=stop_signal,
+            report=say,
+            **({"max_image_pixels": policy.processor.max_image_pixels} if policy is not None else {}),
         )
 
     return make() if jax.process_count() == 1 else OneHost(Endpoint.name, make)
+
+
+def _reward(setting: Setting) -> Reward:
+    score = setting.score
+    if score.model:
+        return load_reward(score.model, setting.mesh, image_root=setting.image_root, batch_size=score.batch_size)
+    if setting.own_reward is None:
+        raise UserError("no reward model", where="score.model", remedy="name a folder of a trained one")
+    return setting.own_reward()
 
 
 def check_ready(score: ScoreConfig) -> None:
@@ -206,12 +228,13 @@ def usages(backend: Backend) -> list[dict[str, Any]]:
     return [found for part in parts if (usage := getattr(part, "usage", None)) and (found := usage())]
 
 
-def _warn(policy: Policy | None, judge: Loaded) -> None:
-    if policy is None:
+def _warn(setting: Setting, judge: Loaded) -> None:
+    if setting.policy is None:
         return
-    base = policy.loaded
+    base = setting.policy.loaded
     warning = shared_blind_spots(base.directory, judge.directory, base.raw_config, judge.raw_config)
     if warning:
+        setting.warnings.append(warning)
         say(f"score.model: {warning}", style="yellow")
 
 
@@ -223,7 +246,8 @@ def _ensemble(setting: Setting) -> Ensemble:
         name, _, model = member.partition("=")
         if name not in known:
             raise UserError(f"unknown backend {name!r}{nearest(name, known)}", where="score.members")
-        own = dataclasses.replace(score, backend=name, model=model or score.model, members=[])
+        fallback = "" if name == "reward" else score.model  # a reward model is no model directory
+        own = dataclasses.replace(score, backend=name, model=model or fallback, members=[])
         if name == "endpoint" and model:
             own = dataclasses.replace(own, endpoint=dataclasses.replace(score.endpoint, model=model))
         members.append(BACKENDS[name](dataclasses.replace(setting, score=own)))
@@ -247,5 +271,6 @@ BACKENDS: dict[str, Callable[[Setting], Backend]] = {
     "judge": _judge,
     "endpoint": _endpoint,
     "reference": lambda setting: Reference(setting.score.vocabulary),
+    "reward": _reward,
     "ensemble": _ensemble,
 }

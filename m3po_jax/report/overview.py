@@ -325,8 +325,10 @@ def _training_warnings(found: Round) -> list[str]:
 
 def missing(run: Run, tables: list[EvaluationTable]) -> list[str]:
     """Stages of which nothing is there yet."""
-    absent = []
+    absent: list[str] = []
     rounds = run.rounds
+    if run.comparison and not rounds:
+        return absent  # a comparison's own page: its runs have pages of theirs
     if not any(r.candidates is not None for r in rounds):
         absent.append("candidates")
     if not any(r.candidates is not None and r.candidates.scores for r in rounds):
