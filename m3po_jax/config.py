@@ -295,10 +295,16 @@ class CacheConfig:
 class BenchmarkConfig:
     """One benchmark: whose rule scores the answers, and where the questions come from."""
 
-    metric: str = "pope"  # pope | chair | short_answer
+    # pope | chair | short_answer | mme | vqa | mmbench | amber | amber_yes_no | mmhal | llava_bench: evaluation.md
+    metric: str = "pope"
     data: DataConfig = field(default_factory=DataConfig)
     kind: str = ""  # only rows whose metadata has this `kind`; empty: all rows
     vocabulary: list[str] = field(default_factory=list)  # chair: the objects; empty: those the rows name
+    rule: str = ""  # vqa: official (the default) | llava: predictions are normalised as LLaVA does
+    association: str = ""  # amber: its relation.json
+    safe_words: str = ""  # amber: its safe_words.txt
+    nouns: str = "vocabulary"  # amber: vocabulary (words that the association file has) | nltk (official)
+    similarity: str = "exact"  # amber: exact | a spaCy model; en_core_web_lg is official
 
 
 @dataclass

@@ -62,7 +62,7 @@ def test_the_package_declares_what_it_imports() -> None:
     missing = {
         name: file
         for name, file in imported(own).items()
-        if name not in declared("quickstart", "judge", "tensorboard", "wandb")
+        if name not in declared("quickstart", "judge", "amber", "tensorboard", "wandb")
     }
     assert not missing
 

@@ -217,8 +217,15 @@ def _collate(features: PromptFeatures | None) -> Callable[[Sequence[TreeRow]], T
     """`collate_tree`, with the blank image's features beside cached ones."""
 
     def collate(rows: Sequence[TreeRow]) -> TreeBatch:
-        batch = collate_tree(rows)
-        return batch if features is None or batch.features is None else batch._replace(blank_features=features.blank)
+        most = max((len(row.features) for row in rows if row.features is not None), default=0)
+        if features is None or most == 0:
+            return collate_tree(rows)
+        # Padding is what the tower makes of black padding: swapped images meet the same either way.
+        padding = np.repeat(features.blank, most, axis=0)
+        seen = [padding[:0] if row.features is None else row.features for row in rows]
+        whole = [np.concatenate([given, padding])[:most] for given in seen]
+        filled = [row._replace(features=given) for row, given in zip(rows, whole, strict=True)]
+        return collate_tree(filled)._replace(blank_features=features.blank)
 
     return collate
 

@@ -40,6 +40,7 @@ class Setting:
         image_root: Folder that image paths are relative to.
         model_config: Data types, conversation template, image fit and prompt limit of a judge of its own.
         folder: The run directory, where a backend may keep what it paid for; None: it keeps nothing there.
+        warnings: Gets a line where a judge shares the policy's blind spots.
     """
 
     score: ScoreConfig
@@ -48,6 +49,7 @@ class Setting:
     image_root: Path
     model_config: ModelConfig
     folder: Path | None
+    warnings: list[str]
 
 
 def make_backend(
@@ -58,6 +60,7 @@ def make_backend(
     image_root: str | Path = ".",
     model_config: ModelConfig | None = None,
     folder: Path | None = None,
+    warnings: list[str] | None = None,
 ) -> Backend:
     """Builds `score.backend` (one of `BACKENDS`) and loads its model; the arguments are those of `Setting`.
 
@@ -71,7 +74,8 @@ def make_backend(
     """
     if score.backend not in BACKENDS:
         raise UserError(f"unknown backend {score.backend!r}{nearest(score.backend, BACKENDS)}", where="score.backend")
-    setting = Setting(score, mesh, policy, Path(image_root), model_config or ModelConfig(), folder)
+    noted = [] if warnings is None else warnings
+    setting = Setting(score, mesh, policy, Path(image_root), model_config or ModelConfig(), folder, noted)
     return BACKENDS[score.backend](setting)
 
 
@@ -84,7 +88,7 @@ def _similarity(setting: Setting) -> Similarity:
             "not a dual encoder", where=f"score.model {score.model!r}", remedy="take a CLIP or SigLIP model"
         )
     loaded, processor = load_dual_encoder(score.model, setting.mesh, image_root=setting.image_root, image_fit="")
-    _warn(setting.policy, loaded)
+    _warn(setting, loaded)
     return Similarity(
         loaded.model,
         processor,
@@ -117,7 +121,7 @@ def _judge_model(setting: Setting) -> Policy:
         raise UserError(
             f"the {score.backend} backend needs a judge", where="score.model", remedy="name a model directory"
         )
-    _warn(policy, judge.loaded)
+    _warn(setting, judge.loaded)
     return judge
 
 
@@ -206,12 +210,13 @@ def usages(backend: Backend) -> list[dict[str, Any]]:
     return [found for part in parts if (usage := getattr(part, "usage", None)) and (found := usage())]
 
 
-def _warn(policy: Policy | None, judge: Loaded) -> None:
-    if policy is None:
+def _warn(setting: Setting, judge: Loaded) -> None:
+    if setting.policy is None:
         return
-    base = policy.loaded
+    base = setting.policy.loaded
     warning = shared_blind_spots(base.directory, judge.directory, base.raw_config, judge.raw_config)
     if warning:
+        setting.warnings.append(warning)
         say(f"score.model: {warning}", style="yellow")
 
 

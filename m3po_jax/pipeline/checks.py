@@ -6,6 +6,7 @@ import dataclasses
 
 from m3po_jax.config import Recipe
 from m3po_jax.errors import UserError, nearest
+from m3po_jax.evaluation.registry import METRICS
 from m3po_jax.generation.settings import sampling_config
 from m3po_jax.pipeline.arms import VCD, arm_recipe
 from m3po_jax.pipeline.rounds import check_rounds
@@ -39,6 +40,14 @@ def check_recipe(recipe: Recipe) -> None:
 def _check_one(recipe: Recipe) -> None:
     check_rounds(recipe.round)
     check_config(recipe.select)
+    for name, benchmark in recipe.evaluate.benchmarks.items():
+        metric = METRICS.get(benchmark.metric)
+        if metric is not None and metric.judged:
+            raise UserError(
+                f"{benchmark.metric} scores a judge's reviews, which a run does not write",
+                where=f"evaluate.benchmarks.{name}",
+                remedy="score saved reviews: m3po evaluate --answers REVIEWS, with a recipe of its own",
+            )
     named = [member.partition("=") for member in recipe.score.members]
     judges = [model for name, _, model in named if name == "endpoint"]
     if judges or recipe.score.backend == "endpoint":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from m3po_jax.config import BenchmarkConfig, DataConfig, MeshConfig, Recipe
+from m3po_jax.config import BenchmarkConfig, DataConfig, MeshConfig, Recipe, ScoreConfig
 
 TINY_MODEL, TINY_SCORER = "builtin:quickstart-base", "builtin:quickstart-scorer"
 SCENES = "m3po_jax.quickstart.builder:m3po_scenes/demo"
@@ -26,7 +26,6 @@ def shrink(recipe: Recipe) -> Recipe:
     thresholds that a tiny judge could not meet are opened.
     """
     replace = dataclasses.replace
-    judged = recipe.score.backend == "claims"
     contrastive = recipe.train.objective == "contrastive"
     return replace(
         recipe,
@@ -56,7 +55,7 @@ def shrink(recipe: Recipe) -> Recipe:
             batch_size=8,
             shard_rows=8,
         ),
-        score=replace(recipe.score, model="" if judged else TINY_SCORER, batch_size=8),
+        score=_tiny_judge(recipe.score),
         select=replace(recipe.select, chosen_floor=0.0, margin=0.0),
         train=replace(
             recipe.train,
@@ -81,4 +80,24 @@ def shrink(recipe: Recipe) -> Recipe:
             batch_size=8,
             bootstrap_samples=100,
         ),
+    )
+
+
+def _tiny_judge(score: ScoreConfig) -> ScoreConfig:
+    """The policy itself or the quickstart's scorer in place of every judge: no large model, and no server to pay.
+
+    The quickstart's model knows no digits, so rubrics become claims.
+    """
+
+    def tiny(name: str) -> str:
+        return "claims" if name in ("judge", "endpoint") else name
+
+    backend = tiny(score.backend)
+    members = [tiny(member.partition("=")[0]) for member in score.members]
+    return dataclasses.replace(
+        score,
+        backend=backend,
+        members=[f"similarity={TINY_SCORER}" if name == "similarity" else name for name in members],
+        model="" if backend in ("claims", "ensemble") else TINY_SCORER,
+        batch_size=8,
     )

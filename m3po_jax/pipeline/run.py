@@ -168,6 +168,7 @@ class Run:
             recipe.select.confidence,
             *self._judge_identities(recipe),
         )
+        warnings: list[str] = []
         with use_mesh(self.mesh):
             backend = make_backend(
                 recipe.score,
@@ -176,6 +177,7 @@ class Run:
                 image_root=self.source.image_root,
                 model_config=recipe.model,
                 folder=self.directory.root,
+                warnings=warnings,
             )
             scorer = None
             if NEED_BLANK_IMAGE.intersection(recipe.score.confidence):
@@ -190,6 +192,7 @@ class Run:
                 inputs=inputs,
                 processor=self.policy.processor,
                 scorer=scorer,
+                warnings=warnings,
             )
         verdict, judges = details.pop("verdict", []), details.pop("judges", [])
         noted = _noted(details) | ({"details": {judge["judge"]: judge for judge in judges}} if judges else {})
@@ -198,7 +201,7 @@ class Run:
         for judge in judges:
             paid = f"{judge['requests']} requests paid, {judge['from_cache']} answers from the cache"
             say(f"  {judge['judge']}: {paid}, cost {judge['cost']:.4g}")
-        for line in verdict:
+        for line in (line for line in verdict if line["about"] != "judge"):  # that was said before
             say(f"  {line['text']}", style="yellow" if line["tone"] == "warn" else None)
 
     def prepare_scores(self, round: int, arm: str | None) -> None:

@@ -119,6 +119,7 @@ def score(
     inputs: str,
     processor: Processor,
     scorer: Scorer | None = None,
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Scores every candidate shard into a shard of the same number; shards that exist are kept.
 
@@ -126,6 +127,7 @@ def score(
         prompts: By id.
         inputs: A hash of what the scores depend on beside the candidates and `config`: the judge.
         scorer: Needed for the confidence variants ``prior`` and ``visual``.
+        warnings: Of the judge; they stand on the calibration page.
 
     Raises:
         UserError: no candidates, a candidate of an unknown prompt, a variant that was not asked for.
@@ -177,6 +179,8 @@ def score(
             candidates, out, prompts, select.confidence, circular=isinstance(backend, Reference), seed=select.seed
         )
         known["judges"] = usages(backend)
+        said = [{"about": "judge", "tone": "warn", "text": f"{line[:1].upper()}{line[1:]}."} for line in warnings]
+        known["verdict"] = [*known["verdict"], *said]
         write_json(out / "calibration.json", known)
         found |= {"verdict": known["verdict"], "judges": known["judges"]}
     return found | {"rows": sum(1 for _ in tables.read_rows(out, columns=["id"]))}

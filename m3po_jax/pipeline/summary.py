@@ -57,6 +57,23 @@ COLUMNS = {
         Column("yes_ratio", "Yes", None),
     ],
     "short_answer": [Column("accuracy", "Acc", "higher")],
+    "mme": [
+        Column("perception", "Perception", "higher", 1, False),
+        Column("cognition", "Cognition", "higher", 1, False),
+    ],
+    "vqa": [Column("accuracy", "Acc", "higher")],
+    "mmbench": [Column("accuracy", "Circular", "higher"), Column("single_accuracy", "Single", "higher")],
+    "amber_yes_no": [
+        Column("accuracy", "Acc", "higher", 1, False),
+        Column("f1", "F1", "higher", 1, False),
+    ],
+    "amber": [
+        Column("chair", "CHAIR", "lower", 1, False),
+        Column("cover", "Cover", "higher", 1, False),
+        Column("hal", "Hal", "lower", 1, False),
+        Column("cog", "Cog", "lower", 1, False),
+        Column("mean_words", "Words", None, 1, False),
+    ],
 }
 DELTA_NOTE = (
     "ΔC is CHAIR_i minus that of the base's stop-bias frontier at the same recall: below zero is better than merely "

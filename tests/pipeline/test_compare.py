@@ -173,6 +173,7 @@ def test_arms_and_seeds_may_join_later_but_not_change(
         ("compare.efficiency=[0]", "compare.efficiency"),
         ("compare.per_seed={model.path: 'x{sed}'}", "compare.per_seed.model.path: cannot fill 'x{sed}'"),
         ("train.objective=sft", "train.objective"),
+        ("evaluate.benchmarks.questions.metric=mme", "evaluate.benchmarks.questions: no paired statistics for mme"),
         ("evaluate.benchmarks={}", "evaluate.benchmarks: no benchmark"),
     ],
 )

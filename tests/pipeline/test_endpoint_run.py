@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from mini_run import m3po, rows, write_data, write_recipe
+from mini_run import environment, m3po, rows, write_data, write_recipe
 
 from m3po_jax.cli import main
+from m3po_jax.config import EndpointConfig, Recipe, ScoreConfig
+from m3po_jax.pipeline.mock import shrink
 
 sys.path.append(str(Path(__file__).parents[1] / "scoring"))
 from stub_server import KEY, completion, stub_server
@@ -25,7 +29,7 @@ def graded(request, number):
     return completion(str(1 + sum(map(ord, text)) % 5), prompt_tokens=1000, completion_tokens=2, note=KEY)
 
 
-@pytest.mark.parametrize("verb", ["run"])
+@pytest.mark.parametrize("verb", ["run", "validate"])
 def test_a_run_without_the_key_says_so_before_it_starts(tmp_path, capsys, monkeypatch, verb):
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     server = {"base_url": "https://judge.example/v1", "model": "m", "api_key_env": "JUDGE_KEY"}
@@ -81,7 +85,6 @@ def test_a_killed_command_pays_nothing_twice(tmp_path, capsys, monkeypatch):
         page = build_report(run).read_text(encoding="utf-8")
         assert f"{len(distinct)} requests" in page and "judge-1" in page
 
-        # Two of the prompts' answers cannot be judged: they are dropped, and why is said.
         output = capsys.readouterr()
         for text in (printed, message.out + message.err, output.out + output.err):
             assert KEY not in text
@@ -104,3 +107,67 @@ def test_abstentions_are_drops_with_their_reason(tmp_path, monkeypatch):
     assert {row["abstained"] for row in rows(round_1 / "scores")} == {"no_grade"}
     drops = [json.loads(line) for line in (round_1 / "pairs" / "drops.jsonl").read_text().splitlines()]
     assert drops and {(drop["reason"], drop["detail"]) for drop in drops} == {("abstained", "no_grade")}
+
+
+def test_mock_recipes_call_no_server():
+    server = EndpointConfig(base_url="https://judge.example/v1", model="m", api_key_env="NO_SUCH_KEY")
+    for backend in ("endpoint", "judge"):
+        score = shrink(Recipe(score=ScoreConfig(backend=backend, model="/models/large", endpoint=server))).score
+        assert (score.backend, score.model) == ("claims", "")
+    members = ["endpoint", "judge=/models/a", "similarity=/models/b", "reference"]
+    score = shrink(Recipe(score=ScoreConfig(backend="ensemble", members=members, endpoint=server))).score
+    assert score.members == ["claims", "claims", "similarity=builtin:quickstart-scorer", "reference"]
+
+
+WORKER = """
+from m3po_jax.sharding import initialize_distributed
+initialize_distributed()
+import jax
+from m3po_jax.errors import Interrupted, UserError
+from m3po_jax.pipeline.stopping import from_writer
+assert jax.process_count() == 2
+ran = []
+def make(outcome):
+    ran.append(1)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+print(from_writer(lambda: make({"scores": [0.5, float("nan")], "reasons": [None, "ü" * 3000]}))["scores"][0])
+for error in (UserError("no money"), Interrupted("told to stop")):
+    try:
+        from_writer(lambda: make(error))
+    except type(error) as found:
+        print(type(found).__name__, found)
+print("ran", len(ran))
+"""
+
+
+def test_one_host_asks_and_every_host_knows():
+    address = f"127.0.0.1:{free_port()}"
+    variables = {"M3PO_COORDINATOR": address, "M3PO_NUM_PROCESSES": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER],
+            env=environment() | variables | {"M3PO_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), said
+    lines = [[line for line in output.splitlines() if "[Gloo]" not in line] for output, _ in said]
+    assert lines[0] == ["0.5", "UserError no money", "Interrupted told to stop", "ran 3"]
+    there = "on process 0:"
+    assert lines[1] == ["0.5", f"UserError {there} no money", f"Interrupted {there} told to stop", "ran 0"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -53,6 +53,13 @@ def test_similarity(policy, clip, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_warnings_are_handed_out(policy):
+    warnings: list[str] = []
+    score = ScoreConfig(backend="claims", vocabulary=OBJECTS)
+    make_backend(score, one_device(), policy=policy, model_config=MODEL, warnings=warnings)
+    assert len(warnings) == 1 and "the policy itself" in warnings[0]
+
+
 def test_the_policy_judges_itself_with_a_warning(policy, capsys):
     made = backend(policy, backend="claims", model="")
     assert isinstance(made, Claims) and made.name == "claims"
