@@ -77,7 +77,7 @@ MEANINGS = {
     "arms": "comparison systems trained on the same candidates: name → dotted overrides of this recipe. A name of "
     "compare.md starts from that system's own overrides",
     "select.rule": "how pairs are made: m3p, mas_only, vanilla, random, low_confidence, product, lexicographic, "
-    "inversion, shared or reward, see method.md",
+    "inversion, shared or extremes, see method.md",
     "select.lambda_preferred": "λ₊: weight of confidence for the chosen answer",
     "select.lambda_dispreferred": "λ₋: weight of confidence for the rejected answer",
     "select.lexicographic": "τ₊, τ₋ of that rule: least MAS of a chosen answer, and what a rejected one stays below",

@@ -158,7 +158,7 @@ class ScoreConfig:
 class SelectConfig:
     """The M3P-Score and the rules that a pair must satisfy (METHOD section 2)."""
 
-    # m3p | mas_only | vanilla | random | low_confidence | product | lexicographic | inversion | shared
+    # m3p | mas_only | vanilla | random | low_confidence | product | lexicographic | inversion | shared | extremes
     rule: str = "m3p"
     confidence: str = "mean"  # the variant that enters the score
     confidence_dispreferred: str = ""  # another variant for the rejected role; empty: the same
@@ -436,6 +436,16 @@ def override(recipe: Recipe, changes: dict[str, Any], where: str = "arms") -> Re
             nested = {part: nested}
         config = _merge(config, OmegaConf.create(nested), where)
     return _to_recipe(config)
+
+
+T = typing.TypeVar("T")
+
+
+def from_plain(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+    """A section of a recipe from what `dataclasses.asdict` made of it, as files of trained models hold it."""
+    return typing.cast(
+        T, OmegaConf.to_object(_merge(OmegaConf.structured(kind), OmegaConf.create(dict(values)), where))
+    )
 
 
 # Keys that change how a stage runs and nothing that it computes: a run may be continued with other values.

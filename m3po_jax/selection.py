@@ -33,8 +33,10 @@ _TWO_STEP = (
     "product",
     "lexicographic",
     "shared",
+    "extremes",
 )  # chosen, then rejected
 _JOINT = ("inversion", "random", "vanilla")  # both at once
+_UNCONSTRAINED = ("vanilla", "extremes")  # any two answers of different text and MAS
 RULES = (*_TWO_STEP, *_JOINT)
 BUDGET_ORDERS = ("value", "random")
 CORRELATION_LIMIT = 0.4  # above it confidence says little that MAS does not (METHOD section 5)
@@ -168,7 +170,7 @@ def uses_confidence(config: SelectConfig) -> bool:
     """Whether the rule needs a confidence for every candidate."""
     if config.rule == "m3p":
         return bool(config.lambda_preferred or config.lambda_dispreferred)
-    return config.rule not in {"mas_only", "random", "vanilla"}
+    return config.rule not in {"mas_only", "random", "vanilla", "extremes"}
 
 
 def _stream(seed: int, key: str) -> np.random.Generator:
@@ -201,7 +203,7 @@ def _role_scores(pool: Pool, config: SelectConfig) -> tuple[np.ndarray, np.ndarr
     """What the rules with two independent argmaxes maximise: (preferred, dispreferred), each [candidates]."""
     mas, chosen, rejected = pool.mas, pool.confidence, pool.rejected_confidence
     plus, minus = config.lambda_preferred, config.lambda_dispreferred
-    if config.rule == "mas_only":
+    if config.rule in ("mas_only", "extremes"):
         return m3p_scores(mas, chosen, 0, 0)
     if config.rule == "low_confidence":
         minus = -minus
@@ -223,7 +225,7 @@ def _constraints(pool: Pool, config: SelectConfig) -> list[tuple[Reason, Callabl
     """Tests of a pair, in the order in which they are blamed; the cheap ones first."""
     mas, lengths, texts = pool.mas, pool.lengths, pool.texts
     plain = functools.cache(lambda i: normalised_text(texts[i]))
-    if config.rule == "vanilla":
+    if config.rule in _UNCONSTRAINED:
         return [
             (Reason.NO_MARGIN, lambda p: bool(mas[p[0]] > mas[p[1]])),
             (Reason.SAME_TEXT, lambda p: plain(p[0]) != plain(p[1])),
@@ -259,7 +261,8 @@ def select_pair(pool: Pool, config: SelectConfig) -> Pair | Drop:
     ratio, and differ in text. m3p, mas_only, low_confidence, product, lexicographic and shared choose the
     best answer first and then its rejected partner; ``inversion`` takes the valid pair with the largest
     (m_w − m_l) + λ₋(c_l − c_w), ``random`` any valid pair. ``vanilla`` is the plain DPO baseline: any two
-    candidates of different text and different MAS, ordered by MAS, without floor, margin or band.
+    candidates of different text and different MAS, ordered by MAS, without floor, margin or band; ``extremes``
+    the best and the worst of them.
 
     Raises:
         UserError: a setting that cannot be meant (`check_config`).
@@ -276,7 +279,7 @@ def select_pair(pool: Pool, config: SelectConfig) -> Pair | Drop:
     floor = config.chosen_floor
     if config.rule == "lexicographic":
         floor = max(floor, config.lexicographic[0])
-    good = [i for i in positions if config.rule == "vanilla" or pool.mas[i] >= floor]
+    good = [i for i in positions if config.rule in _UNCONSTRAINED or pool.mas[i] >= floor]
     if not good:
         return Drop(pool.id, Reason.BELOW_FLOOR)
     joint = config.rule in _JOINT

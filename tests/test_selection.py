@@ -109,10 +109,11 @@ def oracle(pool, config):
         "product": ([um[i] * uc[i] for i in every], [(1 - um[i]) * uc[i] for i in every]),
         "lexicographic": (m, c),
         "shared": (combine(1, plus), combine(-1, -plus)),
+        "extremes": (m, [-x for x in m]),
     }
     lexicographic = config.rule == "lexicographic"
     floor = max(config.chosen_floor, config.lexicographic[0]) if lexicographic else config.chosen_floor
-    good = [i for i in every if m[i] >= floor or config.rule == "vanilla"]
+    good = [i for i in every if m[i] >= floor or config.rule in ("vanilla", "extremes")]
     if not good:
         return Reason.BELOW_FLOOR
     if config.rule in scores:
@@ -123,7 +124,7 @@ def oracle(pool, config):
 
     def tests(w, j):
         different = normalised_text(texts[w]) != normalised_text(texts[j])
-        if config.rule == "vanilla":
+        if config.rule in ("vanilla", "extremes"):
             return {Reason.NO_MARGIN: m[w] > m[j], Reason.SAME_TEXT: different}
         found = {Reason.NO_MARGIN: m[w] - m[j] >= config.margin}
         if lexicographic:
@@ -181,7 +182,7 @@ def test_a_pair_satisfies_every_constraint(pool, config):
     assert (pair.chosen_mas, pair.rejected_mas) == (pool.mas[w], pool.mas[j])
     zc = z([float(v) for v in pool.confidence])[j]
     assert pair.value == pytest.approx((pool.mas[w] - pool.mas[j]) / (1 + math.exp(-zc)))
-    if config.rule == "vanilla":
+    if config.rule in ("vanilla", "extremes"):
         return
     assert pool.mas[w] >= config.chosen_floor
     assert pool.mas[w] - pool.mas[j] >= config.margin

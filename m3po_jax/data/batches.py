@@ -209,7 +209,7 @@ def _seen(
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """(pixels, features) of a prompt's images, of which one is given at most."""
     if features is None:
-        return _pixels(processor, prompt), None
+        return pixels_of(processor, prompt), None
     return None, features(prompt)
 
 
@@ -230,7 +230,7 @@ def _collate(features: PromptFeatures | None) -> Callable[[Sequence[TreeRow]], T
     return collate
 
 
-def _pixels(processor: PixelProcessor, prompt: Prompt) -> np.ndarray | None:
+def pixels_of(processor: PixelProcessor, prompt: Prompt) -> np.ndarray | None:
     """Pixels of a prompt's images, or None; whatever a decoder raises becomes one line that names the row."""
     if not prompt.images:
         return None
@@ -462,7 +462,7 @@ def prompt_batches(
         prompt = prompts[min(index, len(prompts) - 1)]
         prefix = np.asarray(processor.encode_prompt(prompt), np.int32)
         place = index if index < len(prompts) else -1
-        return TreeRow(prefix, _pixels(processor, prompt), (), (), place)
+        return TreeRow(prefix, pixels_of(processor, prompt), (), (), place)
 
     def collate(rows: Sequence[TreeRow]) -> PromptBatch:
         tree = collate_tree(rows)
@@ -518,7 +518,7 @@ def contrastive_batches(
     column = {claim: place for place, claim in enumerate(vocabulary)}
 
     def load(index: int) -> tuple[np.ndarray, int]:
-        pixels = _pixels(processor, prompts[index])
+        pixels = pixels_of(processor, prompts[index])
         assert pixels is not None
         return pixels[0], index
 

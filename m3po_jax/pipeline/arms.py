@@ -49,6 +49,20 @@ SYSTEMS: dict[str, System] = {
         "best MAS above, most confident answer below a threshold", {"select.rule": "lexicographic"}
     ),
     "inversion": System("the valid pair that the model ranks most wrongly", {"select.rule": "inversion"}),
+    "rm_dpo": System(
+        "DPO on the best and the worst answer in the eyes of a reward model trained on other prompts",
+        {
+            "score.backend": "reward",
+            "score.model": "",
+            "score.confidence": ["mean"],
+            "select.rule": "extremes",
+            "select.confidence": "mean",
+            "select.confidence_dispreferred": "",
+        },
+    ),
+    "rlhf": System(
+        "reinforcement learning (RLOO) on the same reward model, with a KL penalty", {"train.objective": "rlhf"}
+    ),
     "m3po": System("the method", {"select.rule": "m3p"}),
     "m3po_prior": _m3po("prior", "M3PO; the rejected answer's confidence is that without the image"),
     "m3po_visual": _m3po("visual", "M3PO; the rejected answer's confidence is what the image adds"),
@@ -87,4 +101,5 @@ def arm_recipe(recipe: Recipe, arm: str | None) -> Recipe:
 
 def needs_pairs(recipe: Recipe) -> bool:
     """Whether an arm's training reads pairs."""
-    return recipe.train.objective != "sft" or recipe.train.sft_answers == "chosen"
+    objective = recipe.train.objective
+    return objective == "preference" or (objective == "sft" and recipe.train.sft_answers == "chosen")

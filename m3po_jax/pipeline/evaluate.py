@@ -17,7 +17,7 @@ from m3po_jax.errors import UserError, nearest
 from m3po_jax.evaluation.registry import METRICS, image_of
 from m3po_jax.generation.engine import Generator
 from m3po_jax.pipeline.console import progress
-from m3po_jax.pipeline.generate import answers
+from m3po_jax.pipeline.generate import requests
 from m3po_jax.pipeline.rundir import is_writer, now, read_json, write_json
 from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
 
@@ -108,19 +108,17 @@ def evaluate(
         return read_json(out / "results.json")
     key = results_key(benchmark, config, inputs)
     processor = dataclasses.replace(processor, image_root=benchmark.image_root)
-    texts: list[dict[str, Any]] = []
+    texts: dict[str, dict[str, Any]] = {}
     cut = 0
-    made = answers(generator, benchmark.prompts, processor, config.batch_size)
-    shown = progress(made, f"{system}: {benchmark.name}", -(-len(benchmark.prompts) // config.batch_size))
-    for chosen, generated in stoppable(shown, f"evaluating {system} on {benchmark.name}"):
-        for b, prompt in enumerate(chosen):
-            length = int(generated.lengths[b, 0])
-            text = processor.decode(generated.token_ids[b, 0, :length])
-            texts.append({"id": prompt.id, "text": text, "tokens": length})
-            cut += not bool(generated.finished[b, 0])
+    made = generator.stream(requests(benchmark.prompts, processor), len(benchmark.prompts))
+    shown = progress(made, f"{system}: {benchmark.name}", len(benchmark.prompts))
+    for answer in stoppable(shown, f"evaluating {system} on {benchmark.name}"):
+        length, name = int(answer.lengths[0]), answer.request.id
+        texts[name] = {"id": name, "text": processor.decode(answer.token_ids[0, :length]), "tokens": length}
+        cut += not bool(answer.finished[0])
     return save_results(
         benchmark,
-        texts,
+        [texts[prompt.id] for prompt in benchmark.prompts],
         config,
         out,
         seed=seed,

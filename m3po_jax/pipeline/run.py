@@ -21,6 +21,7 @@ from m3po_jax.generation.engine import Generator
 from m3po_jax.generation.settings import SamplingConfig, sampling_config
 from m3po_jax.models.registry import resolve_directory
 from m3po_jax.pipeline import evaluate as evaluating
+from m3po_jax.pipeline import reward as rewarding
 from m3po_jax.pipeline import rounds, summary
 from m3po_jax.pipeline.arms import arm_recipe, needs_pairs
 from m3po_jax.pipeline.backends import check_ready, make_backend
@@ -28,7 +29,8 @@ from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.generate import generate
 from m3po_jax.pipeline.models import Policy, attach_adapter, directory_identity, load_policy
-from m3po_jax.pipeline.rundir import RunDirectory, is_writer
+from m3po_jax.pipeline.rlhf import train_rlhf
+from m3po_jax.pipeline.rundir import RunDirectory, is_writer, read_json
 from m3po_jax.pipeline.score import NEED_BLANK_IMAGE, score
 from m3po_jax.pipeline.select import select
 from m3po_jax.pipeline.stopping import agreed, barrier
@@ -111,7 +113,7 @@ class Run:
     def release(self) -> None:
         """Lets go of every model, so that another run may load its own; finished stages can still be read."""
         self._trained.clear()
-        for name in ("policy", "start_model", "_generators"):
+        for name in ("policy", "start_model", "reward_model", "_generators"):
             self.__dict__.pop(name, None)
 
     # Stages.
@@ -123,10 +125,12 @@ class Run:
         folder, recipe = self.directory.round(round, arm), self.arm_recipe(arm)
         done = folder / "done.json"
         pairs = [path.name for name in ("pairs", MIXED) for path in tables.shards(folder / name)]
-        settings = dataclasses.asdict(recipe.train)
+        settings: list[Any] = [dataclasses.asdict(recipe.train)]
+        if recipe.train.objective == "rlhf":
+            settings.append(self.reward_identity())
         if not done.exists():
             raise UserError("no finished training", where=str(done.parent), remedy="run `m3po train` first")
-        return tables.content_hash(self.weights_identity(round - 1, arm), pairs, settings, recipe.seed)[:16]
+        return tables.content_hash(self.weights_identity(round - 1, arm), pairs, *settings, recipe.seed)[:16]
 
     def model_before(self, round: int, arm: str | None = None) -> Any:
         """The policy that generates in a round: the base, then what the round before has trained."""
@@ -178,6 +182,7 @@ class Run:
                 model_config=recipe.model,
                 folder=self.directory.root,
                 warnings=warnings,
+                own_reward=lambda: self.reward_stage().judge,
             )
             scorer = None
             if NEED_BLANK_IMAGE.intersection(recipe.score.confidence):
@@ -226,6 +231,7 @@ class Run:
             recipe.select,
             self.directory.round(round, arm) / "pairs",
             image_root=self.source.image_root,
+            part=rewarding.policy_part(recipe),
         )
         if found["seconds"]:
             self.directory.note_stage("select", round=round, arm=arm, seconds=found["seconds"], rows=found["pairs"])
@@ -237,6 +243,42 @@ class Run:
         for warning in found["warnings"] if arm is None else ():
             say(f"  {warning}", style="yellow")
         return found
+
+    def reward_stage(self) -> rewarding.TrainedReward:
+        """The run's reward model, which all systems share: trained on round 1's candidates, or loaded."""
+        return self.reward_model
+
+    @functools.cached_property
+    def reward_model(self) -> rewarding.TrainedReward:
+        recipe, folder = self.recipe, self.reward_folder
+        finished = agreed([(folder / "results.json").exists()])[0]
+        if recipe.reward.pairs:
+            pairs = rewarding.read_reward_pairs(recipe.reward.pairs)
+        else:
+            select(
+                self.directory.round(1) / "candidates",
+                self.directory.round(1) / "scores",
+                self.prompts,
+                rewarding.pair_rule(recipe),
+                folder / "pairs",
+                image_root=self.source.image_root,
+                part=rewarding.Part(recipe.reward.split, rewards=True),
+            )
+            pairs = read_pairs(folder / "pairs")
+        found = rewarding.reward_of_pairs(recipe, self.policy, pairs, folder, self.mesh, seed=recipe.seed)
+        if not finished:
+            self.directory.note_stage("reward", round=1, arm=None, seconds=found.seconds, **found.results)
+            say(rewarding.told(found.results))
+        return found
+
+    @property
+    def reward_folder(self) -> Path:
+        return self.directory.round(1) / rewarding.FOLDER
+
+    def reward_identity(self) -> str:
+        """A hash of the run's reward model, once it is trained."""
+        known = read_json(self.reward_folder / "results.json")
+        return known["identity"] if known else self.reward_stage().results["identity"]
 
     def train_stage(self, round: int, arm: str | None = None, *, only_finished: bool = False) -> Trained:
         """Trains an arm on its pairs, or loads what was trained.
@@ -273,6 +315,11 @@ class Run:
 
     def _train(self, round: int, arm: str | None, recipe: Recipe, start: Any, folder: Path) -> Trained:
         seed, reference = recipe.seed + round, None
+        if recipe.train.objective == "rlhf":
+            part = rewarding.policy_part(recipe)
+            own = [prompt for key, prompt in self.prompts.items() if part is None or part.holds(key)]
+            reward = self.reward_stage()
+            return train_rlhf(recipe, self.policy, own, reward, folder, self.mesh, start=start, seed=seed)
         if not needs_pairs(recipe):
             return train_on_references(recipe, self.policy, folder, self.mesh, start=start, seed=seed)
         if round > 1 and recipe.train.objective == "preference":
@@ -347,6 +394,12 @@ class Run:
         from m3po_jax.report import build_report
         from m3po_jax.report.browser import tokenizer_text
 
+        if self.recipe.train.objective == "reward":
+            raise UserError(
+                "a reward model answers nothing, so there is nothing to evaluate",
+                where="train.objective",
+                remedy="`m3po train` trains it; the arms rm_dpo and rlhf train their own",
+            )
         check_ready(self.recipe.score)
         with self.directory.lock():
             self.open()
@@ -376,8 +429,15 @@ class Run:
         """Hashes of every model that judges; the policy's own where a judge is not named."""
         score = recipe.score
         members = [member.partition("=") for member in score.members]
-        named = [score.model, *(model for name, _, model in members if name != "endpoint")]
-        return [directory_identity(resolve_directory(path)) for path in named if path] or [self.policy.identity]
+        named = [(score.backend, score.model), *((name, model) for name, _, model in members if name != "endpoint")]
+        found = [
+            directory_identity(rewarding.find_reward(path) if name == "reward" else resolve_directory(path))
+            for name, path in named
+            if path
+        ]
+        if rewarding.judges_by_own_reward(recipe):
+            found.append(self.reward_identity())
+        return found or [self.policy.identity]
 
     def _stop_tokens(self) -> tuple[int, ...]:
         found = []
