@@ -173,6 +173,7 @@ class Run:
             *self._judge_identities(recipe),
         )
         warnings: list[str] = []
+        before = tables.shards(self.directory.round(round, arm) / "scores")
         with use_mesh(self.mesh):
             backend = make_backend(
                 recipe.score,
@@ -201,7 +202,8 @@ class Run:
             )
         verdict, judges = details.pop("verdict", []), details.pop("judges", [])
         noted = _noted(details) | ({"details": {judge["judge"]: judge for judge in judges}} if judges else {})
-        self.directory.note_stage("score", round=round, arm=arm, **noted)
+        if tables.shards(self.directory.round(round, arm) / "scores") != before:
+            self.directory.note_stage("score", round=round, arm=arm, **noted)
         say(f"round {round}: {details['rows']} candidates scored by {backend.name}")
         for judge in judges:
             paid = f"{judge['requests']} requests paid, {judge['from_cache']} answers from the cache"
