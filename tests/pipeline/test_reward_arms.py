@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from mini_run import rows, write_data, write_recipe
+from mini_run import ROOT, rows, write_data, write_recipe
 
 from m3po_jax.cli import main
-from m3po_jax.config import Recipe, load_recipe
+from m3po_jax.config import load_recipe
 from m3po_jax.data import tables
 from m3po_jax.errors import UserError
+from m3po_jax.pipeline.arms import arm_recipe
 from m3po_jax.pipeline.checks import check_recipe
-from m3po_jax.pipeline.reward import held_out, is_reward_prompt
+from m3po_jax.pipeline.reward import held_out, is_reward_prompt, uses_own_reward
 
 ARMS = {
     "rm_dpo": {},
@@ -175,10 +176,14 @@ def test_settings_that_cannot_be_meant(overrides: list[str], message: str) -> No
         check_recipe(load_recipe(None, ["arms={rlhf: {}}", *overrides]))
 
 
-def test_every_recipe_may_have_the_arms() -> None:
-    recipe = load_recipe(None, ["arms={rlhf: {}, rm_dpo: {}}"])
-    assert isinstance(recipe, Recipe)
-    check_recipe(recipe)
+@pytest.mark.parametrize("name", ["quickstart", "llava15_7b_m3po", "llava15_7b_single_gpu", "llava15_13b_m3po_pod"])
+def test_every_recipe_may_have_the_arms(name: str) -> None:
+    from m3po_jax.pipeline.mock import shrink
+
+    recipe = load_recipe(ROOT / "configs" / f"{name}.yaml", ["arms={rlhf: {train.rl.algorithm: ppo}, rm_dpo: {}}"])
+    for made in (recipe, shrink(recipe)):
+        check_recipe(made)
+        assert uses_own_reward(arm_recipe(made, "rm_dpo")) and not uses_own_reward(made)
 
 
 def test_a_missing_reward_model_is_one_line(finished: Path, tmp_path: Path) -> None:
