@@ -63,11 +63,11 @@ def _frontier(name: str, main: str, delta: Mapping[str, Any], beyond: bool) -> s
     numbers = f"ΔC {_interval(delta)}{bound}"
     match judged:
         case "better":
-            return f"{name}: {main} lies above the base's stop-bias frontier; {numbers}."
+            return f"{name}: {main} does better than the base's stop-bias frontier; {numbers}."
         case "worse":
-            return f"{name}: {main} lies below the base's stop-bias frontier; {numbers}."
+            return f"{name}: {main} does worse than the base's stop-bias frontier; {numbers}."
         case "tie":
-            return f"{name}: {main} is not shown to lie above the base's stop-bias frontier; {numbers}."
+            return f"{name}: {main} is not shown to do better than the base's stop-bias frontier; {numbers}."
     return f"{name}: {main} against the base's stop-bias frontier: {numbers}; too few seeds for a claim."
 
 
