@@ -29,7 +29,7 @@ from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.generate import generate
 from m3po_jax.pipeline.models import Policy, attach_adapter, directory_identity, load_policy
-from m3po_jax.pipeline.rlhf import train_rlhf
+from m3po_jax.pipeline.rlhf import rollout_costs, train_rlhf
 from m3po_jax.pipeline.rundir import RunDirectory, is_writer, read_json
 from m3po_jax.pipeline.score import NEED_BLANK_IMAGE, score
 from m3po_jax.pipeline.select import select
@@ -306,8 +306,9 @@ class Run:
             trained = self._train(round, arm, recipe, start, folder)
         self._trained[round, arm] = trained
         if not finished:
+            sampled = rollout_costs(folder / "metrics.jsonl") if recipe.train.objective == "rlhf" else {}
             self.directory.note_stage(
-                "train", round=round, arm=arm, seconds=trained.seconds, steps=trained.result.steps
+                "train", round=round, arm=arm, seconds=trained.seconds, steps=trained.result.steps, **sampled
             )
             say(
                 f"round {round}, {arm or summary.main_name(recipe)}: trained {trained.result.steps} steps "
