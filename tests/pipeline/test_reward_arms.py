@@ -96,6 +96,12 @@ def test_rlhf_trains_and_is_evaluated(finished: Path, arm: str) -> None:
     assert abs(lines[0]["objective/kl"]) < 1e-3 and lines[0]["val/ratio"] == pytest.approx(1, abs=1e-3)
     assert ("loss/value_avg" in lines[0]) == (arm == "rlhf_ppo")
     assert not tables.shards(folder / "pairs")
+    # What the comparison charges the arm with: 2 prompts × 4 answers of each of its rollouts.
+    stages = json.loads((finished / "manifest.json").read_text())["stages"]
+    noted = next(stage for stage in stages if stage["stage"] == "train" and stage["arm"] == arm)
+    rollouts = {line["episode"]: line["completions/mean_length"] for line in lines}
+    assert noted["judge_calls"] == 8 * len(rollouts) and len(rollouts) == (1 if arm == "rlhf" else 2)
+    assert noted["generated_tokens"] == pytest.approx(8 * sum(rollouts.values()), abs=0.51)
     assert (folder / "evaluation/scenes/results.json").exists()
     names = [row["name"] for row in json.loads((finished / "evaluation.json").read_text())["tables"][0]["rows"]]
     assert names == ["base", *ARMS, "m3po"]
