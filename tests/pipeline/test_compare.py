@@ -217,3 +217,14 @@ def test_a_seed_names_its_own_model_and_data():
     assert arm_recipe(own, "sft").train.data[0].path == "rows-7.jsonl"
     with pytest.raises(UserError, match=r"unknown key 'model\.paht'"):
         plan.seed_recipe(replace(recipe, compare=replace(compared, per_seed={"model.paht": "x"})), 7)
+
+
+@pytest.mark.parametrize("config", ["scenes", "ablations", "easy_vqa"])
+def test_recipes_of_the_results_can_be_meant(config: str):
+    recipe = load_recipe(f"configs/results/{config}.yaml")
+    plan.check_compare(recipe)
+    for seed in recipe.compare.seeds:
+        own = plan.seed_recipe(recipe, seed)
+        check_recipe(own)
+        assert own.model.path.endswith(f"-{seed}/model") and "{seed}" not in str(own.arms)
+    assert load_recipe("configs/results/base.yaml").train.objective == "sft"
