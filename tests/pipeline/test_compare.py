@@ -65,6 +65,8 @@ def test_tables_have_every_system_seed_and_difference(finished: Path):
         "optimizer_steps",
     }
     assert results["compute"]["m3po_prior"]["judge_calls"] == 4 * 16
+    log = (finished / "seed-0" / "arms" / "m3po_prior" / "round-1" / "metrics.jsonl").read_text().splitlines()
+    assert 0 < json.loads(log[-1])["num_tokens"] < 2 * results["compute"]["m3po_prior"]["trained_tokens"]
     markdown = (finished / "results.md").read_text(encoding="utf-8")
     assert "difference to mas_dpo" in markdown and "| m3po_prior" in markdown
     page = (finished / "report.html").read_text(encoding="utf-8")
