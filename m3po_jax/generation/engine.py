@@ -233,9 +233,8 @@ class Generator:
         if views == 2:
             blank = features
             if features is not None:
-                blank = jnp.broadcast_to(
-                    model.image_features(jnp.zeros_like(arrays["images"][0, :1])), features.shape
-                )
+                size = model.config.vision.image_size
+                blank = jnp.broadcast_to(model.image_features(jnp.zeros((1, size, size, 3))), features.shape)
                 features = jnp.stack([features, blank], axis=1).reshape(-1, *features.shape[1:])
             token_ids, mask = jnp.repeat(token_ids, 2, axis=0), jnp.repeat(mask, 2, axis=0)
         places = (slots[:, :, None] * views + jnp.arange(views)).reshape(a, f * views)
