@@ -36,6 +36,7 @@ class ModelConfig:
     path: str = ""  # a local directory or a hub id; `builtin:NAME` for the checkpoints that ship with the package
     dtype: str = "bfloat16"  # computation
     param_dtype: str = "bfloat16"  # frozen weights; trained ones are float32
+    quantization: str = "none"  # none | int8 | nf4: the language model's frozen linear layers
     init: str = "pretrained"  # pretrained | random: a directory with config.json alone starts from seed
     vision_tower: str = ""  # a CLIP directory whose tower replaces the model's own (original LLaVA releases lack one)
     template: str = "vicuna_v1"  # vicuna_v1 | hf | plain, see data/templates.py
@@ -158,7 +159,7 @@ class ScoreConfig:
 class SelectConfig:
     """The M3P-Score and the rules that a pair must satisfy (METHOD section 2)."""
 
-    # m3p | mas_only | vanilla | random | low_confidence | product | lexicographic | inversion | shared
+    # m3p | mas_only | vanilla | random | low_confidence | product | lexicographic | inversion | shared | extremes
     rule: str = "m3p"
     confidence: str = "mean"  # the variant that enters the score
     confidence_dispreferred: str = ""  # another variant for the rejected role; empty: the same
@@ -171,7 +172,10 @@ class SelectConfig:
     max_similarity: float = 0.9  # near-duplicates drive likelihood displacement
     min_contrast: float = 1e-3  # least standard deviation of MAS within a pool
     lexicographic: list[float] = field(default_factory=lambda: [0.7, 0.4])  # τ₊, τ₋
-    budget: float = 1.0  # the best share of pairs, by value, that is kept
+    candidates: int | None = None  # only each prompt's first so many candidates take part: a smaller K on one pool
+    budget: float = 1.0  # the share of pairs that is kept
+    max_pairs: int | None = None  # at most so many are kept
+    budget_by: str = "value"  # value: the best pairs | random: any, the same prompts for every rule
     seed: int = 0
 
 
@@ -214,6 +218,7 @@ class RLConfig:
 class TrainConfig:
     objective: str = "preference"  # preference | sft | contrastive | reward | rlhf, see training.md
     data: list[DataConfig] = field(default_factory=list)  # sft, contrastive: joined; empty: the recipe's `data`
+    sft_answers: str = "chosen"  # an arm of objective sft learns the pairs' chosen | the data's reference answers
     loss_type: str = "sigmoid"  # a loss of training.md, or mixture: those of `loss_weights`
     loss_weights: dict[str, float] = field(default_factory=dict)  # MPO: {sigmoid: 0.8, bco_pair: 0.2, sft: 1.0}
     beta: float = 0.1
@@ -318,6 +323,29 @@ class EvaluateConfig:
 
 
 @dataclass
+class RoundConfig:
+    """What later rounds take over from earlier ones."""
+
+    reference: str = "previous"  # the reference model of a round: previous (the round's generator) | base
+    mix_previous: float = 0.0  # share of a round's training pairs that come from earlier rounds
+
+
+@dataclass
+class CompareConfig:
+    """`m3po compare`: systems × seeds on shared candidates (docs/compare.md)."""
+
+    # Systems that ship (docs/compare.md) or of `arms`; base and its stop-bias frontier are always there
+    arms: list[str] = field(default_factory=lambda: ["vcd", "sft_chosen", "dpo", "mas_dpo", "low_confidence", "m3po"])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    per_seed: dict[str, str] = field(default_factory=dict)  # dotted key -> text with {seed}, e.g. model.path
+    against: list[str] = field(default_factory=lambda: ["base", "mas_dpo"])  # paired differences against these
+    main: str = "m3po"  # the system whose success is judged, and whose ranking the efficiency curve uses
+    equal_pairs: bool = True  # every arm trains on as many pairs as the arm with the fewest
+    efficiency: list[float] = field(default_factory=list)  # budgets of the data-efficiency curve, e.g. [0.25, 1.0]
+    resamples: int = 1000  # bootstrap samples of the intervals
+
+
+@dataclass
 class Recipe:
     """Everything one run needs."""
 
@@ -325,6 +353,7 @@ class Recipe:
     output_dir: str = "runs"
     seed: int = 0
     rounds: int = 1
+    round: RoundConfig = field(default_factory=RoundConfig)  # how rounds after the first begin
     mesh: MeshConfig = field(default_factory=MeshConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -335,8 +364,10 @@ class Recipe:
     reward: RewardConfig = field(default_factory=RewardConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    # Comparison systems trained on the same candidates: name -> dotted overrides of this recipe.
+    # Comparison systems trained on the same candidates: name -> dotted overrides of this recipe. A name that ships
+    # (docs/compare.md) starts from that system's own overrides.
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    compare: CompareConfig = field(default_factory=CompareConfig)
 
 
 def _known_keys(cls: type, path: list[str]) -> list[str]:
@@ -406,6 +437,16 @@ def override(recipe: Recipe, changes: dict[str, Any], where: str = "arms") -> Re
             nested = {part: nested}
         config = _merge(config, OmegaConf.create(nested), where)
     return _to_recipe(config)
+
+
+T = typing.TypeVar("T")
+
+
+def from_plain(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+    """A section of a recipe from what `dataclasses.asdict` made of it, as files of trained models hold it."""
+    return typing.cast(
+        T, OmegaConf.to_object(_merge(OmegaConf.structured(kind), OmegaConf.create(dict(values)), where))
+    )
 
 
 # Keys that change how a stage runs and nothing that it computes: a run may be continued with other values.

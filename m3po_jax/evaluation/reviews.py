@@ -5,6 +5,7 @@ The judge is asked elsewhere; its texts come in, by the question's id, and are r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -76,14 +77,14 @@ def _mmhal_scores(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def llava_scores(review: str) -> tuple[float, float]:
     """(reference, model) of a LLaVA-Bench review: its first line is two numbers with one space or comma between them.
 
-    Anything else is (−1, −1), "8, 7" included, as in the official code.
+    Anything else is (−1, −1), "8, 7" included, as in the official code; nan and inf too, which it would let through.
     """
     parts = review.split("\n", maxsplit=1)[0].replace(",", " ").split(" ")
     try:
         first, second = (float(part) for part in parts)
     except ValueError:
         return FAILED
-    return first, second
+    return (first, second) if math.isfinite(first) and math.isfinite(second) else FAILED
 
 
 def llava_bench(reviews: Iterable[Record], labels: Iterable[Record]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from m3po_jax.models.dual_encoder import DualEncoder
 from m3po_jax.models.registry import Loaded, describe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.models import Policy, load_dual_encoder, load_policy
+from m3po_jax.pipeline.reward import load_reward
 from m3po_jax.pipeline.stopping import from_writer
 from m3po_jax.scoring.alignment import Backend, Judged, Reference, Scores, Similarity
 from m3po_jax.scoring.blind_spots import shared_blind_spots
@@ -28,6 +29,7 @@ from m3po_jax.scoring.engine import Scorer
 from m3po_jax.scoring.ensemble import Ensemble
 from m3po_jax.scoring.grading import Judge
 from m3po_jax.scoring.judge import Claims
+from m3po_jax.scoring.reward import Reward
 from m3po_jax.training.signals import stop_signal
 
 
@@ -41,6 +43,7 @@ class Setting:
         model_config: Data types, conversation template, image fit and prompt limit of a judge of its own.
         folder: The run directory, where a backend may keep what it paid for; None: it keeps nothing there.
         warnings: Gets a line where a judge shares the policy's blind spots.
+        own_reward: Gives the run's own reward model, for ``reward`` without a model.
     """
 
     score: ScoreConfig
@@ -50,6 +53,7 @@ class Setting:
     model_config: ModelConfig
     folder: Path | None
     warnings: list[str]
+    own_reward: Callable[[], Reward] | None
 
 
 def make_backend(
@@ -61,13 +65,15 @@ def make_backend(
     model_config: ModelConfig | None = None,
     folder: Path | None = None,
     warnings: list[str] | None = None,
+    own_reward: Callable[[], Reward] | None = None,
 ) -> Backend:
     """Builds `score.backend` (one of `BACKENDS`) and loads its model; the arguments are those of `Setting`.
 
     ``similarity`` needs `score.model`, a CLIP or SigLIP directory. ``claims`` and ``judge`` ask `score.model`, or
     the policy itself where that is empty. ``endpoint`` asks a server. ``ensemble`` joins `score.members`, each
-    ``NAME`` or ``NAME=MODEL`` (without MODEL: `score.model`). A judge that shares the policy's vision encoder is
-    used, with a warning on standard error.
+    ``NAME`` or ``NAME=MODEL`` (without MODEL: `score.model`). ``reward`` reads `score.model`, a trained reward model,
+    or is the run's own (as a member: ``reward=FOLDER`` or ``reward``). A judge that shares the policy's vision
+    encoder is used, with a warning on standard error.
 
     Raises:
         UserError: an unknown backend (the nearest one is named), a missing or unsuitable model.
@@ -75,7 +81,8 @@ def make_backend(
     if score.backend not in BACKENDS:
         raise UserError(f"unknown backend {score.backend!r}{nearest(score.backend, BACKENDS)}", where="score.backend")
     noted = [] if warnings is None else warnings
-    setting = Setting(score, mesh, policy, Path(image_root), model_config or ModelConfig(), folder, noted)
+    config = model_config or ModelConfig()
+    setting = Setting(score, mesh, policy, Path(image_root), config, folder, noted, own_reward)
     return BACKENDS[score.backend](setting)
 
 
@@ -148,7 +155,7 @@ def _judge(setting: Setting) -> Judge:
 
 
 def _endpoint(setting: Setting) -> Backend:
-    score, folder, config = setting.score, setting.folder, setting.score.endpoint
+    score, folder, config, policy = setting.score, setting.folder, setting.score.endpoint, setting.policy
     check_endpoint(config)
     if config.cache_dir:
         cache = Path(config.cache_dir)
@@ -166,9 +173,20 @@ def _endpoint(setting: Setting) -> Backend:
             cache=cache,
             run="library" if folder is None else str(folder.resolve()),
             stopping=stop_signal,
+            report=say,
+            **({"max_image_pixels": policy.processor.max_image_pixels} if policy is not None else {}),
         )
 
     return make() if jax.process_count() == 1 else OneHost(Endpoint.name, make)
+
+
+def _reward(setting: Setting) -> Reward:
+    score = setting.score
+    if score.model:
+        return load_reward(score.model, setting.mesh, image_root=setting.image_root, batch_size=score.batch_size)
+    if setting.own_reward is None:
+        raise UserError("no reward model", where="score.model", remedy="name a folder of a trained one")
+    return setting.own_reward()
 
 
 def check_ready(score: ScoreConfig) -> None:
@@ -228,7 +246,8 @@ def _ensemble(setting: Setting) -> Ensemble:
         name, _, model = member.partition("=")
         if name not in known:
             raise UserError(f"unknown backend {name!r}{nearest(name, known)}", where="score.members")
-        own = dataclasses.replace(score, backend=name, model=model or score.model, members=[])
+        fallback = "" if name == "reward" else score.model  # a reward model is no model directory
+        own = dataclasses.replace(score, backend=name, model=model or fallback, members=[])
         if name == "endpoint" and model:
             own = dataclasses.replace(own, endpoint=dataclasses.replace(score.endpoint, model=model))
         members.append(BACKENDS[name](dataclasses.replace(setting, score=own)))
@@ -252,5 +271,6 @@ BACKENDS: dict[str, Callable[[Setting], Backend]] = {
     "judge": _judge,
     "endpoint": _endpoint,
     "reference": lambda setting: Reference(setting.score.vocabulary),
+    "reward": _reward,
     "ensemble": _ensemble,
 }

@@ -59,13 +59,14 @@ def shrink(recipe: Recipe) -> Recipe:
         select=replace(recipe.select, chosen_floor=0.0, margin=0.0),
         train=replace(
             recipe.train,
-            data=[] if recipe.train.objective == "preference" else [_rows("validation")],
+            data=[] if recipe.train.objective in ("preference", "rlhf", "reward") else [_rows("validation")],
             lora=replace(recipe.train.lora, lora_rank=min(recipe.train.lora.lora_rank, 4)),
             batch_size=4,
             gradient_accumulation_steps=1,
             max_steps=4,
             max_answer_tokens=32,
         ),
+        reward=replace(recipe.reward, pairs="", batch_size=None, epochs=None, max_steps=None),
         evaluate=replace(
             recipe.evaluate,
             benchmarks={
@@ -86,11 +87,12 @@ def shrink(recipe: Recipe) -> Recipe:
 def _tiny_judge(score: ScoreConfig) -> ScoreConfig:
     """The policy itself or the quickstart's scorer in place of every judge: no large model, and no server to pay.
 
-    The quickstart's model knows no digits, so rubrics become claims.
+    The quickstart's model knows no digits, so rubrics become claims; so do reward models, which are as large as their
+    policies.
     """
 
     def tiny(name: str) -> str:
-        return "claims" if name in ("judge", "endpoint") else name
+        return "claims" if name in ("judge", "endpoint", "reward") else name
 
     backend = tiny(score.backend)
     members = [tiny(member.partition("=")[0]) for member in score.members]

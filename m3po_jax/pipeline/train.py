@@ -140,6 +140,27 @@ def train_on_pairs(
     return Trained(result, policy.loaded, time.monotonic() - started)
 
 
+def train_on_references(recipe: Recipe, policy: Policy, out: Path, mesh: Mesh, *, start: Any, seed: int) -> Trained:
+    """More SFT of `start` on the reference answers of `train.data` (default: the recipe's data): the `sft` arm."""
+    started = time.monotonic()
+    rows = training_rows(recipe)
+    processor = dataclasses.replace(policy.processor, image_root=rows.image_root)
+    features = vision_features(recipe, policy, processor, mesh)
+    if features is not None:
+        fill(features, rows)
+    source = batches.sft_batches(
+        rows,
+        processor,
+        batch_size=recipe.train.batch_size,
+        seed=seed,
+        max_answer_tokens=recipe.train.max_answer_tokens,
+        features=features,
+    )
+    with use_mesh(mesh):
+        result = train(start, source, recipe.train, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)
+    return Trained(result, policy.loaded, time.monotonic() - started)
+
+
 def load_from_rows(recipe: Recipe, out: Path, mesh: Mesh) -> Trained:
     """What a finished `train_on_rows` made, without reading its data again."""
     started = time.monotonic()

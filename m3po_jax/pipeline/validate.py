@@ -57,7 +57,7 @@ def validate(recipe: Recipe) -> tuple[list[UserError], str]:
     row's prompt length and images, and every benchmark's questions.
     """
     problems, read = Problems(), []
-    preference = recipe.train.objective == "preference"
+    preference = recipe.train.objective in ("preference", "rlhf", "reward")
     if preference:
         with problems.collect():
             check_recipe(recipe)

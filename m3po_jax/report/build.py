@@ -15,6 +15,7 @@ from markupsafe import Markup
 from m3po_jax.report import overview
 from m3po_jax.report.browser import LEVELS, Item, TokenText, browse_round, finish
 from m3po_jax.report.calibration import calibration_views
+from m3po_jax.report.comparison import ComparisonView, comparison_view
 from m3po_jax.report.figures import CURVES, MORE_CURVES, Figure, distributions, training_curves
 from m3po_jax.report.formatting import (
     embed_json,
@@ -95,6 +96,7 @@ def render(
         "more_curves": more_curves,
         "arm_rows": overview.arm_rows(run),
         "tables": tables,
+        "comparison": _comparison(run, reader),
         "benchmarks": benchmark_views(run),
         "items": items,
         "reasons": sorted({item.reason for item in items if item.reason}),
@@ -106,6 +108,17 @@ def render(
     page = _environment().from_string(_asset("template.html")).render(context)
     # The hash in the policy is of the script as the page carries it; control characters are not in our files.
     return encode_page(page)
+
+
+def _comparison(run: Run, reader: Reader) -> ComparisonView | None:
+    """The comparison's section, or None without one; a malformed file is noted and left out."""
+    if not run.comparison:
+        return None
+    try:
+        return comparison_view(run.comparison)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        reader.note(run.path / "results.json", "not what `m3po compare` writes, left out")
+        return None
 
 
 def _with_data(figures: list[Figure]) -> list[Figure]:

@@ -311,7 +311,7 @@ def _round_warnings(found: Round, stated: str) -> list[str]:
 
 
 def _training_warnings(found: Round) -> list[str]:
-    lines = []
+    lines = [f"step {row.get('step')}: {row['message']}." for row in found.training_warnings if row.get("message")]
     if any(isinstance(v := row.get("loss"), float) and not np.isfinite(v) for row in found.metrics):
         lines.append("the loss was not finite at some steps; those are left out of the chart.")
     ratio = _late(found, "delta_logps/chosen")
@@ -325,8 +325,10 @@ def _training_warnings(found: Round) -> list[str]:
 
 def missing(run: Run, tables: list[EvaluationTable]) -> list[str]:
     """Stages of which nothing is there yet."""
-    absent = []
+    absent: list[str] = []
     rounds = run.rounds
+    if run.comparison and not rounds:
+        return absent  # a comparison's own page: its runs have pages of theirs
     if not any(r.candidates is not None for r in rounds):
         absent.append("candidates")
     if not any(r.candidates is not None and r.candidates.scores for r in rounds):

@@ -72,6 +72,7 @@ class Round:
     drops: list[tuple[str, str]] = field(default_factory=list)  # (prompt id, reason)
     calibration: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    training_warnings: list[dict[str, Any]] = field(default_factory=list)
     prompt_count: int | None = None
     benchmarks: dict[str, Benchmark] = field(default_factory=dict)
 
@@ -91,6 +92,7 @@ class Run:
     evaluation: dict[str, Any]
     rounds: list[Round]
     arms: dict[str, list[Round]]
+    comparison: dict[str, Any]  # results of `m3po compare`
     problems: list[str]  # files that could not be read, in plain words
 
     def setting(self, key: str, default: Any = None) -> Any:
@@ -270,6 +272,7 @@ class Reader:
             drops=[(str(row.get("id")), str(row.get("reason"))) for row in drops],
             calibration=self.mapping(path / "scores" / "calibration.json"),
             metrics=self.metrics(path / "metrics.jsonl"),
+            training_warnings=self.lines(path / "warnings.jsonl"),
             prompt_count=None if prompts is None else len(prompts),
             benchmarks=benchmarks,
         )
@@ -315,9 +318,10 @@ def read_run(run_dir: Path) -> tuple[Run, Reader]:
         evaluation=reader.mapping(run_dir / "evaluation.json"),
         rounds=reader.rounds(run_dir),
         arms=arms,
+        comparison=reader.mapping(run_dir / "results.json") or reader.mapping(run_dir / "compare" / "results.json"),
         problems=reader.problems,
     )
-    if not (run.config or run.manifest or run.evaluation or run.rounds or run.arms):
+    if not (run.config or run.manifest or run.evaluation or run.rounds or run.arms or run.comparison):
         raise UserError(
             "nothing to report: no config.yaml, manifest.json, round-* or evaluation.json",
             where=str(run_dir),

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
@@ -32,6 +33,7 @@ from m3po_jax.scoring.grading import check_rubric, render_rubric
 
 NO_GRADE = "no_grade"
 UNUSABLE_IN_A_ROW = 20  # then the server, not a request, is at fault
+REPORT_SECONDS = 30.0
 TOKENS_OF_AN_IMAGE = 1_000  # a first guess, until the server has told
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w)")
 
@@ -127,6 +129,7 @@ class Endpoint:
         run: Tells this run's spending from others'.
         max_image_pixels: Larger images are refused before they are decoded.
         stopping: A context that watches for a signal to stop; its value says which one was received.
+        report: Gets a line about the progress of long work now and then.
 
     Raises:
         UserError: settings that cannot be meant, or no key in the environment.
@@ -145,11 +148,13 @@ class Endpoint:
         run: str,
         max_image_pixels: int = 50_000_000,
         stopping: Callable[[], AbstractContextManager[Stop]] = _never,
+        report: Callable[[str], object] = lambda line: None,
     ):
         check_rubric(rubric, grades)
         self.config, self.rubric, self.grades = config, rubric, list(grades)
         self.needs_reference = "{reference}" in rubric
         self.image_root, self.max_image_pixels, self.stopping = image_root, max_image_pixels, stopping
+        self.report = report
         self.halt = threading.Event()
         self.client = ChatClient(config, halt=self.halt)
         self.cache = AnswerCache(cache, run)
@@ -220,11 +225,16 @@ class Endpoint:
                 threads.submit(self._guarded, *task): key for key, task in tasks.items()
             }
             pending: set[Future[float | str]] = set(futures)
+            reported = time.monotonic()
             try:
                 while pending:
                     done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
                     if any(future.exception() for future in done) and self._failure is not None:
                         raise self._failure
+                    if time.monotonic() - reported > REPORT_SECONDS and pending:
+                        reported = time.monotonic()
+                        done_now, cost = len(futures) - len(pending), self.cache.spent["cost"]
+                        self.report(f"{self.config.model}: {done_now} of {len(futures)} answers, cost {cost:.4g}")
                     if stop.received:
                         raise Interrupted(f"stopped by {stop.received} while scoring; paid answers are kept")
             finally:

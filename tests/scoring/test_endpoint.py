@@ -334,6 +334,21 @@ def test_signals_stop_between_answers(server, tmp_path):
     assert len(server.requests) == 60 and backend.usage()["from_cache"] == asked, "every answer was kept"
 
 
+def test_long_work_says_how_far_it_is(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "REPORT_SECONDS", 0.1)
+
+    def respond(request, number):
+        time.sleep(0.3)
+        return completion("4")
+
+    server.respond = respond
+    lines = []
+    backend = endpoint(server, tmp_path, concurrency=1, prompt_price=1.0)
+    backend.report = lines.append
+    backend(ROWS[:1], [["a", "b", "c", "d"]])
+    assert lines and all(line.startswith("judge-1: ") and " of 4 answers, cost " in line for line in lines)
+
+
 def test_nothing_shows_the_key(server, tmp_path, caplog, capsys):
     import logging
 
