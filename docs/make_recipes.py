@@ -46,6 +46,9 @@ SECTIONS = {
     "select": "select: pairs",
     "train": "train: learning",
     "train.lora": "train.lora: adapters",
+    "train.rl": "train.rl: reinforcement learning",
+    "reward": "reward: the reward model",
+    "cache": "cache: what is computed once",
     "evaluate": "evaluate: benchmarks",
     "evaluate.benchmarks.NAME": "evaluate.benchmarks.NAME: one benchmark",
 }
@@ -68,7 +71,7 @@ MEANINGS = {
     "data.limit": "only the first rows",
     "arms": "comparison systems trained on the same candidates: name → dotted overrides of this recipe",
     "select.rule": "how pairs are made: m3p, mas_only, vanilla, random, low_confidence, product, lexicographic, "
-    "inversion or shared, see method.md",
+    "inversion, shared or reward, see method.md",
     "select.lambda_preferred": "λ₊: weight of confidence for the chosen answer",
     "select.lambda_dispreferred": "λ₋: weight of confidence for the rejected answer",
     "select.lexicographic": "τ₊, τ₋ of that rule: least MAS of a chosen answer, and what a rejected one stays below",

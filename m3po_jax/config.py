@@ -39,6 +39,7 @@ class ModelConfig:
     template: str = "vicuna_v1"  # vicuna_v1 | hf | plain, see data/templates.py
     image_fit: str = "pad"  # pad | crop | stretch, see data/images.py
     remat: str = "full"  # none | full | dots: what the backward pass recomputes
+    attention: str = "xla"  # xla | pallas (TPU kernels) | cudnn (NVIDIA GPUs, 16-bit types)
     max_prompt_tokens: int = 1024  # image tokens included; longer rows are refused, never truncated
 
 
@@ -95,7 +96,7 @@ class GenerateConfig:
 class ScoreConfig:
     """The alignment score (MAS) and the confidence variants."""
 
-    backend: str = "claims"  # similarity | claims | reference | ensemble
+    backend: str = "claims"  # similarity | claims | reference | reward | ensemble
     members: list[str] = field(default_factory=list)  # of an ensemble: NAME or NAME=MODEL
     judge_template: str = ""  # claims: the question about {claim}; empty: see scoring/judge.py
     model: str = ""  # the judge or the dual encoder (a model directory)
@@ -132,6 +133,7 @@ class SelectConfig:
 class LoRAConfig:
     lora_rank: int = 128  # 0: full fine-tuning
     lora_alpha: float = 256.0
+    # Layer names of the language model, or PART.NAME: vision_tower.q_proj, projector.linear_1
     target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
@@ -139,8 +141,32 @@ class LoRAConfig:
 
 
 @dataclass
+class RLConfig:
+    """Reinforcement learning on the reward model (`train.objective: rlhf`); TRL's names."""
+
+    algorithm: str = "rloo"  # rloo | ppo (a value head and GAE)
+    rloo_k: int = 4  # answers of a prompt in a rollout, at least 2 for rloo
+    temperature: float = 1.0  # of the rollouts; log-probs are those of temperature 1
+    kl_coef: float = 0.05  # weight of the KL to the reference in the reward
+    kl_estimator: str = "k1"  # k1 | k2 | k3, see objectives/policy_gradient.py
+    kl_target: float | None = None  # KL of an answer that an adaptive kl_coef holds; null: kl_coef is fixed
+    kl_horizon: int = 10_000  # answers in which an adaptive kl_coef can change by a fifth of itself
+    num_ppo_epochs: int = 1  # passes over a rollout
+    num_mini_batches: int = 1  # optimizer steps of a pass; a rollout has so many times train.batch_size prompts
+    cliprange: float = 0.2  # of the ratio of new and old probability
+    missing_eos_penalty: float = 0.0  # taken from the score of an answer cut at generate.max_new_tokens
+    normalize_advantages: bool = False  # rloo: mean 0, standard deviation 1 over a rollout
+    # ppo alone
+    gamma: float = 1.0  # discount
+    lam: float = 0.95  # λ of GAE
+    vf_coef: float = 0.1  # weight of the value loss
+    cliprange_value: float = 0.2  # how far a value may move from that of the rollout
+    whiten_rewards: bool = False  # unit variance of the tokens' rewards
+
+
+@dataclass
 class TrainConfig:
-    objective: str = "preference"  # preference | sft | contrastive
+    objective: str = "preference"  # preference | sft | contrastive | reward | rlhf, see training.md
     data: list[DataConfig] = field(default_factory=list)  # sft, contrastive: joined; empty: the recipe's `data`
     loss_type: str = "sigmoid"  # a loss of training.md, or mixture: those of `loss_weights`
     loss_weights: dict[str, float] = field(default_factory=dict)  # MPO: {sigmoid: 0.8, bco_pair: 0.2, sft: 1.0}
@@ -157,23 +183,63 @@ class TrainConfig:
     conditional_image: str = "blank"  # the corrupted image: blank | swap (another row's)
     anchor_weight: float = 0.0  # mDPO: the chosen answer's reward stays above `anchor_delta`
     anchor_delta: float = 0.0  # in units of reward
-    reference: str = "recorded"  # recorded (at generation) | computed (adapter scale 0)
+    reference: str = "recorded"  # recorded (at generation) | computed (by the reference model)
+    reference_check_rows: int = 8  # recorded log-probs of so many rows are computed again and compared; 0: none
+    reference_refresh: bool = True  # later rounds: the policy of the round before is the reference; false: the base
+    center_rewards_coefficient: float = 0.01  # reward: weight of (r_w + r_l)², which keeps rewards around 0
+    reward_margin: float = 0.0  # reward: by how much a chosen answer should win
+    rl: RLConfig = field(default_factory=RLConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     train_vision: bool = False  # sft only: the vision tower learns too
+    # With lora_rank 0, the parts of the model that do not learn; the projector alone: [decoder]
+    freeze: list[str] = field(default_factory=list)
     learning_rate: float = 2e-6
     lr_schedule: str = "cosine"  # cosine | linear | constant
     warmup_ratio: float = 0.03
+    warmup_steps: int | None = None  # overrides the ratio
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    ema_decay: float = 0.0  # of a moving average of what learns; 0: none is kept
+    weights: str = "last"  # what the stage hands on: last | ema | best
     batch_size: int = 32  # pairs (or rows) of one optimizer step
     gradient_accumulation_steps: int = 1
     epochs: float = 1.0
     max_steps: int | None = None  # overrides epochs
     max_answer_tokens: int = 256
     save_steps: int = 50
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the last so many
+    keep_best: int = 0  # and so many with the best `best_metric`
+    best_metric: str = "loss"  # mean since the checkpoint before; least of a loss or NLL, else most
     log_steps: int = 1
+    report_to: list[str] = field(default_factory=list)  # tensorboard | wandb, beside metrics.jsonl
+    collapse_warning: float = 0.5  # warns when chosen answers lose so many nats per token while margins grow; 0: off
     harm_metrics_steps: int = 0  # steps between measures of what the text alone teaches; 0: off
+
+
+@dataclass
+class RewardConfig:
+    """The reward model of the arms `rm_dpo` and `rlhf`, and of `train.objective: reward`.
+
+    It learns from pairs of the prompts on its side of `split`; the arms that use it see the others alone.
+    """
+
+    split: float = 0.5  # share of the prompts, by a hash of their ids, that only the reward model sees
+    holdout: float = 0.1  # share of its pairs that measure its accuracy instead
+    rule: str = "vanilla"  # how its pairs are made from scored candidates; a `select.rule`
+    pairs: str = ""  # a folder or file of pairs to learn from instead (TRL's vision format); the split does not apply
+    learning_rate: float | None = None  # null: that of `train`; so are the next three
+    batch_size: int | None = None  # pairs of one optimizer step
+    epochs: float | None = None  # passes over its pairs
+    max_steps: int | None = None  # overrides epochs; null where `epochs` is given here: by epochs
+
+
+@dataclass
+class CacheConfig:
+    """What is computed once and kept on disk under a hash of its contents: off, a folder, or auto
+    (`output_dir`/cache, shared by all runs there)."""
+
+    vision_features: str = "off"  # of a frozen tower; width × image tokens × size of dtype: 1.2 MB an image at 7B
+    reference: str = "off"  # log-prob sums of a computed reference, 16 bytes a pair
 
 
 @dataclass
@@ -215,6 +281,8 @@ class Recipe:
     score: ScoreConfig = field(default_factory=ScoreConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     # Comparison systems trained on the same candidates: name -> dotted overrides of this recipe.
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -22,7 +22,7 @@ from m3po_jax.pipeline.mock import shrink
 from m3po_jax.scoring.confidence import VARIANTS
 from m3po_jax.selection import check_config
 from m3po_jax.sharding import spec_for
-from m3po_jax.training.losses import check_objective
+from m3po_jax.training.objectives import check_objective
 from m3po_jax.training.optimizer import learning_rate_schedule
 
 ROOT = Path(__file__).parents[1]

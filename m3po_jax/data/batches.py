@@ -19,7 +19,9 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
+from m3po_jax.data.feature_cache import PromptFeatures
 from m3po_jax.data.schema import Image, Prompt
+from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import UserError
 
 # Padded lengths: powers of two and the points half-way between them, so at most a third of a row is padding.
@@ -31,7 +33,8 @@ class TreeBatch(NamedTuple):
 
     Arrays are NumPy's on the host and JAX's in a step. Padding is at the end of every axis. `reference` holds
     Σ_t log π_ref(token) of each answer in nats, NaN where nothing was recorded; `row_index` is the row's place in
-    the source (see `BatchSource.ids`).
+    the source (see `BatchSource.ids`). Where a frozen tower's output is cached, `features` stand in for
+    `pixel_values`, and `blank_features` are those of the mean colour.
     """
 
     prefix_ids: Int[Any, "b p"]
@@ -41,6 +44,8 @@ class TreeBatch(NamedTuple):
     branch_mask: Bool[Any, "b k t"]
     reference: Float[Any, "b k"]
     row_index: Int[Any, b]
+    features: Float[Any, "b m n v"] | None = None
+    blank_features: Float[Any, "1 n v"] | None = None
 
 
 class PromptBatch(NamedTuple):
@@ -78,6 +83,8 @@ class PromptProcessor(PixelProcessor, Protocol):
 
     def encode_answer(self, text: str) -> Sequence[int] | np.ndarray: ...
 
+    def image_keys(self, prompt: Prompt) -> list[str]: ...
+
 
 @dataclass(frozen=True)
 class BatchSource(Generic[Batch]):
@@ -89,6 +96,8 @@ class BatchSource(Generic[Batch]):
         batch_size: Rows of a batch.
         fingerprint: Hash of the rows, their order and the batch size.
         has_reference: Every answer comes with recorded reference log-probs.
+        take: Row numbers to one batch of these rows.
+        row_key: Row number to a hash of its prompt, images and answers.
     """
 
     dataset: grain.MapDataset
@@ -97,6 +106,8 @@ class BatchSource(Generic[Batch]):
     fingerprint: str
     has_reference: bool = False
     threads: int = 4
+    take: Callable[[Sequence[int]], Batch] | None = None
+    row_key: Callable[[int], str] | None = None
 
     def __iter__(self) -> grain.DatasetIterator:
         # Grain's default keeps 500 elements, here whole batches, in flight.
@@ -154,7 +165,8 @@ def _stack_images(pixels: Sequence[np.ndarray | None]) -> np.ndarray | None:
     if most == 0:
         return None
     size = next(images.shape[1:] for images in pixels if images is not None and len(images))
-    stacked = np.zeros((len(pixels), most, *size), np.float32)
+    kind = next(images.dtype for images in pixels if images is not None and len(images))
+    stacked = np.zeros((len(pixels), most, *size), kind)
     for row, images in enumerate(pixels):
         if images is not None and len(images):
             stacked[row, : len(images)] = images
@@ -169,6 +181,7 @@ class TreeRow(NamedTuple):
     branches: tuple[np.ndarray, ...]
     reference: tuple[float, ...]
     row: int
+    features: np.ndarray | None = None
 
 
 def collate_tree(rows: Sequence[TreeRow]) -> TreeBatch:
@@ -187,7 +200,27 @@ def collate_tree(rows: Sequence[TreeRow]) -> TreeBatch:
         branch_mask=branch_mask,
         reference=np.array([row.reference for row in rows], np.float32).reshape(len(rows), branches),
         row_index=np.array([row.row for row in rows], np.int32),
+        features=_stack_images([row.features for row in rows]),
     )
+
+
+def _seen(
+    processor: PixelProcessor, prompt: Prompt, features: PromptFeatures | None
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """(pixels, features) of a prompt's images, of which one is given at most."""
+    if features is None:
+        return _pixels(processor, prompt), None
+    return None, features(prompt)
+
+
+def _collate(features: PromptFeatures | None) -> Callable[[Sequence[TreeRow]], TreeBatch]:
+    """`collate_tree`, with the blank image's features beside cached ones."""
+
+    def collate(rows: Sequence[TreeRow]) -> TreeBatch:
+        batch = collate_tree(rows)
+        return batch if features is None or batch.features is None else batch._replace(blank_features=features.blank)
+
+    return collate
 
 
 def _pixels(processor: PixelProcessor, prompt: Prompt) -> np.ndarray | None:
@@ -301,12 +334,16 @@ def pair_batches(
     seed: int,
     max_answer_tokens: int = 256,
     where: str = "pairs",
+    features: PromptFeatures | None = None,
 ) -> BatchSource[TreeBatch]:
     """Preference pairs (PAIR rows) as branches 0 (chosen) and 1 (rejected) of their prompt, endless and
     shuffled.
 
     Recorded token ids are used as they are, since tokenising text again need not give them back; rows without
     them are tokenised. Answers are checked here, before anything runs; prompts and images when they are read.
+
+    Args:
+        features: Cached vision features, which take the pixels' place in the batches.
 
     Raises:
         UserError: no rows, an answer that is empty or too long, log-probs that do not match their tokens.
@@ -330,17 +367,30 @@ def pair_batches(
         answers.append(tuple(pair))
         references.append(tuple(sums))
 
-    def load(index: int) -> TreeRow:
-        prompt = pair_prompt(rows[index], f"{where}:{index + 1} (id {ids[index]!r})")
-        prefix = np.asarray(processor.encode_prompt(prompt), np.int32)
-        return TreeRow(prefix, _pixels(processor, prompt), answers[index], references[index], index)
+    def prompt_of(index: int) -> Prompt:
+        return pair_prompt(rows[index], f"{where}:{index + 1} (id {ids[index]!r})")
 
+    def load(index: int) -> TreeRow:
+        prompt = prompt_of(index)
+        prefix = np.asarray(processor.encode_prompt(prompt), np.int32)
+        pixels, seen = _seen(processor, prompt, features)
+        return TreeRow(prefix, pixels, answers[index], references[index], index, seen)
+
+    def key(index: int) -> str:
+        prompt = prompt_of(index)
+        prefix = np.asarray(processor.encode_prompt(prompt), np.int32)
+        images = processor.image_keys(prompt) if prompt.images else []
+        return content_hash(prefix.tobytes(), images, *(answer.tobytes() for answer in answers[index]))
+
+    collate = _collate(features)
     return BatchSource(
-        dataset=_endless(len(ids), seed, batch_size, load, collate_tree),
+        dataset=_endless(len(ids), seed, batch_size, load, collate),
         ids=tuple(ids),
         batch_size=batch_size,
         fingerprint=_fingerprint(seed, batch_size, ids, answers, references),
         has_reference=not np.isnan(references).any(),
+        take=lambda indices: collate([load(index) for index in indices]),
+        row_key=key,
     )
 
 
@@ -352,12 +402,14 @@ def sft_batches(
     seed: int,
     max_answer_tokens: int = 256,
     answer_ids: Sequence[Sequence[int]] | None = None,
+    features: PromptFeatures | None = None,
 ) -> BatchSource[TreeBatch]:
     """Prompts with their reference answers as the only branch (K = 1), endless and shuffled.
 
     Args:
         answer_ids: Token ids to learn instead of the references' (sampled answers, which tokenising their text
             again need not give back).
+        features: As of `pair_batches`.
 
     Raises:
         UserError: no rows, or an answer that is missing, empty or too long.
@@ -380,10 +432,11 @@ def sft_batches(
     def load(index: int) -> TreeRow:
         prompt = prompts[index]
         prefix = np.asarray(processor.encode_prompt(prompt), np.int32)
-        return TreeRow(prefix, _pixels(processor, prompt), (answers[index],), (math.nan,), index)
+        pixels, seen = _seen(processor, prompt, features)
+        return TreeRow(prefix, pixels, (answers[index],), (math.nan,), index, seen)
 
     return BatchSource(
-        dataset=_endless(len(prompts), seed, batch_size, load, collate_tree),
+        dataset=_endless(len(prompts), seed, batch_size, load, _collate(features)),
         ids=tuple(ids),
         batch_size=batch_size,
         fingerprint=_fingerprint(seed, batch_size, ids, instructions, answers),

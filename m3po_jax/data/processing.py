@@ -7,6 +7,8 @@ tokens switched off, so that ``</s>`` or ``<image>`` written by a user or a mode
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -18,7 +20,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from m3po_jax.data import schema
-from m3po_jax.data.images import IMAGE_FITS, ImageFit, ImageProcessor, decode
+from m3po_jax.data.images import IMAGE_FITS, ImageFit, ImageProcessor, decode, read_encoded
+from m3po_jax.data.tables import content_hash
 from m3po_jax.data.templates import Marker, Piece, Template, Turn, get_template, to_text
 from m3po_jax.errors import UserError, nearest
 
@@ -260,6 +263,18 @@ class Processor:
             except UserError as error:
                 raise UserError(error.what, where=where, remedy=error.remedy) from None
         return pixels
+
+    def image_keys(self, prompt: schema.Prompt) -> list[str]:
+        """Content hashes of the prompt's images, as they are encoded."""
+        where = prompt.where or f"id {prompt.id!r}"
+        return [
+            hashlib.sha256(read_encoded(image, root=self.image_root, where=where)).hexdigest()
+            for image in prompt.images
+        ]
+
+    def preprocessing_key(self) -> str:
+        """A hash of everything between an encoded image and its pixels."""
+        return content_hash(dataclasses.asdict(self.image_processor), self.image_fit)
 
     def _encode(self, text: str, where: str | None) -> list[int]:
         try:

@@ -172,6 +172,12 @@ def write_json_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Non
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n")
 
 
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes one JSON value atomically, keys sorted; NaN and infinities are refused."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode("utf-8"))
+
+
 def read_json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, object) for each line that is not blank; `where` is ``file:line``.
 

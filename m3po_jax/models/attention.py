@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from m3po_jax.models.kernels import choice
 from m3po_jax.models.layers import KEPT, matmul_precision
 
 KV = tuple[jax.Array, jax.Array]
@@ -145,7 +146,7 @@ def causal_attention(
 ) -> Float[Array, "b s h d"]:
     """Causal attention of padded rows, exact, a block of queries at a time: a block multiplies no later keys.
 
-    This is what a kernel replaces.
+    This is what the kernels of `Causal` replace.
     """
     s = q.shape[1]
     block = max(QUERY_BLOCK, -(-s // (MAX_BLOCKS * QUERY_BLOCK)) * QUERY_BLOCK)
@@ -192,8 +193,11 @@ class Causal(NamedTuple):
     """Plain causal self-attention over [B, S] tokens with padding anywhere; returns the keys and values."""
 
     mask_BS: Bool[Array, "b s"]
+    attention: str = "xla"  # see `models/kernels`
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, KV]:
+        if choice.fits(self.attention, q.shape[-1]):
+            return choice.self_attention(q, k, v, self.mask_BS, causal=True, kind=self.attention), (k, v)
         return causal_attention(q, k, v, self.mask_BS), (k, v)
 
 
@@ -201,8 +205,11 @@ class Bidirectional(NamedTuple):
     """Every token sees every unpadded token (vision towers, SigLIP's text tower)."""
 
     mask_BS: Bool[Array, "b s"]
+    attention: str = "xla"
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, None]:
+        if choice.fits(self.attention, q.shape[-1]):
+            return choice.self_attention(q, k, v, self.mask_BS, causal=False, kind=self.attention), None
         return dense_attention(q, k, v, self.mask_BS[:, None, :]), None
 
 
@@ -224,10 +231,11 @@ class Tree(NamedTuple):
 
     prefix_mask_BP: Bool[Array, "b p"]
     branch_mask_BKT: Bool[Array, "b k t"]
+    attention: str = "xla"  # of the prefix to itself; branches are short
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, None]:
         p = self.prefix_mask_BP.shape[1]
-        prefix = causal_attention(q[:, :p], k[:, :p], v[:, :p], self.prefix_mask_BP)
+        prefix, _ = Causal(self.prefix_mask_BP, self.attention)(q[:, :p], k[:, :p], v[:, :p], None)
         return jnp.concatenate([prefix, self.branches(q[:, p:], k, v)], axis=1), None
 
     def branches(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ class EncoderConfig:
     num_heads: int
     activation: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
+    attention: str = "xla"  # see `models/kernels`
 
 
 class EncoderAttention(nnx.Module):

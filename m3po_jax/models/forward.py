@@ -70,7 +70,7 @@ def branch_hidden(
         [prefix_positions(prefix_mask), jnp.broadcast_to(branch_positions, (b, k, t)).reshape(b, k * t)],
         axis=1,
     )
-    tree = Tree(prefix_mask, branch_mask[:, :, :t])
+    tree = Tree(prefix_mask, branch_mask[:, :, :t], model.decoder.config.attention)
     hidden = model.decoder.needed_states(
         jnp.concatenate([prefix, branches], axis=1), positions, tree, tree.last, remat=remat, base_learns=base_learns
     )
@@ -96,9 +96,15 @@ def branch_log_probs(
     hidden = branch_hidden(
         model, prefix_ids, prefix_mask, features, branch_ids, branch_mask, remat=remat, base_learns=base_learns
     )
+    return jnp.where(branch_mask, states_log_probs(model, hidden, branch_ids), 0.0)
+
+
+def states_log_probs(
+    model: VisionLanguageModel, hidden: Float[Array, "b k t d"], branch_ids: Int[Array, "b k t"]
+) -> Float[Array, "b k t"]:
+    """log π of each token given the state that predicts it (see `branch_hidden`), nats, float32."""
     flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])  # noqa: E731
-    log_probs = model.decoder.token_log_probs(flat(hidden), flat(branch_ids)).reshape(branch_ids.shape)
-    return jnp.where(branch_mask, log_probs, 0.0)
+    return model.decoder.token_log_probs(flat(hidden), flat(branch_ids)).reshape(branch_ids.shape)
 
 
 def prefill(
@@ -109,5 +115,6 @@ def prefill(
 ) -> tuple[Float[Array, "b vocab"], Any]:
     """Logits of the first answer token and every layer's prefix keys and values [L, B, P, G, D]."""
     x = model.embed_prompts(prefix_ids, features)
-    hidden, cache = model.decoder(x, prefix_positions(prefix_mask), Causal(prefix_mask), keep_cache=True)
+    layout = Causal(prefix_mask, model.decoder.config.attention)
+    hidden, cache = model.decoder(x, prefix_positions(prefix_mask), layout, keep_cache=True)
     return model.decoder.logits(last_valid(hidden, prefix_mask)[:, 0]), cache

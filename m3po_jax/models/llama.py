@@ -44,6 +44,7 @@ class LlamaConfig:
     activation: str = "silu"
     tie_word_embeddings: bool = False
     max_positions: int = 4096
+    attention: str = "xla"  # see `models/kernels`
 
 
 def rotary_tables(

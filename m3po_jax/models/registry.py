@@ -20,6 +20,7 @@ from m3po_jax.errors import UserError, nearest
 from m3po_jax.models import dual_encoder, dual_encoder_weights
 from m3po_jax.models.causal_lm import model as causal_lm
 from m3po_jax.models.causal_lm import weights as causal_lm_weights
+from m3po_jax.models.kernels.choice import check_attention, with_attention
 from m3po_jax.models.llava import config as llava_config
 from m3po_jax.models.llava import model as llava
 from m3po_jax.models.llava import weights as llava_weights
@@ -286,6 +287,7 @@ def load_model(
     init: str = "pretrained",
     seed: int = 0,
     vision_tower: str | Path = "",
+    attention: str = "xla",
 ) -> Loaded:
     """A model from a directory, ``builtin:NAME`` or hub id, its weights streamed into their device shards.
 
@@ -296,16 +298,22 @@ def load_model(
         init: ``pretrained``, or ``random`` to draw weights from `seed` and read ``config.json`` alone (and
             `vision_tower`, where it is given).
         vision_tower: A CLIP directory whose tower replaces the model's own.
+        attention: ``xla``, or the kernels that attention runs on, see `models/kernels`.
 
     Raises:
         UserError: anything missing, unreadable, unknown or of another shape, in one line each.
     """
+    import jax
     import jax.numpy as jnp
 
     if init not in ("pretrained", "random"):
         raise UserError(f"init {init!r}{nearest(init, ('pretrained', 'random'))}", where="model.init")
     description = describe(directory, vision_tower=vision_tower)
-    family, config = description.family, description.config
+    family = description.family
+    platform = (jax.devices() if mesh is None else mesh.devices.flat)[0].platform
+    head_dim = getattr(getattr(description.config, "text", None), "head_dim", None)
+    check_attention(attention, platform=platform, dtype=dtype, head_dim=head_dim)
+    config = with_attention(description.config, attention)
     build = partial(family.build, config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), seed=seed)
     if init == "random":
         model = initialise_parameters(build, mesh)

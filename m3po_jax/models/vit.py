@@ -99,7 +99,7 @@ class VisionTransformer(nnx.Module):
         total = self.config.encoder.num_layers
         wanted = [layer if layer >= 0 else total + 1 + layer for layer in layers]
         x = self.embed(images)
-        everything = Bidirectional(jnp.ones(x.shape[:2], bool))
+        everything = Bidirectional(jnp.ones(x.shape[:2], bool), self.config.encoder.attention)
         last, states = self.encoder(x, everything, num_layers=max(wanted), remat=remat)
         if len(wanted) == 1:
             return last if wanted[0] else x
@@ -110,7 +110,8 @@ class VisionTransformer(nnx.Module):
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b d"]]:
         """All tokens after the last layer (SigLIP: normed) and the pooled vector."""
         x = self.embed(images)
-        x, _ = self.encoder(x, Bidirectional(jnp.ones(x.shape[:2], bool)), remat=remat)
+        everything = Bidirectional(jnp.ones(x.shape[:2], bool), self.config.encoder.attention)
+        x, _ = self.encoder(x, everything, remat=remat)
         if self.config.kind == "clip":
             return x, self.post_layernorm(x[:, 0])
         x = self.post_layernorm(x)

@@ -6,6 +6,7 @@ from m3po_jax.objectives.divergences import DIVERGENCES, divergence_score
 from m3po_jax.objectives.length import length_desensitised_sums
 from m3po_jax.objectives.metrics import preference_metrics
 from m3po_jax.objectives.preference import LOSSES, MIXTURE, check_loss, loss_mixture, preference_loss
+from m3po_jax.objectives.reward import reward_loss
 from m3po_jax.objectives.sft import sft_loss, token_nll
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "loss_mixture",
     "preference_loss",
     "preference_metrics",
+    "reward_loss",
     "sft_loss",
     "sigmoid_contrastive_loss",
     "softmax_contrastive_loss",

@@ -6,7 +6,7 @@ from m3po_jax.config import Recipe, override
 from m3po_jax.errors import UserError
 from m3po_jax.generation.settings import sampling_config
 from m3po_jax.selection import check_config
-from m3po_jax.training.losses import check_objective
+from m3po_jax.training.objectives import check_objective
 
 
 def arm_recipe(recipe: Recipe, arm: str | None) -> Recipe:

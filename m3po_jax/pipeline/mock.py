@@ -40,6 +40,7 @@ def shrink(recipe: Recipe) -> Recipe:
             vision_tower="",
             dtype="float32",
             param_dtype="float32",
+            attention="xla",
             image_fit="stretch",
         ),
         data=_rows("prompts"),

@@ -72,6 +72,7 @@ def load_policy(recipe: Recipe, mesh: Mesh, *, image_root: str | Path = ".") -> 
         init=config.init,
         seed=recipe.seed,
         vision_tower=config.vision_tower,
+        attention=config.attention,
     )
     processor = Processor.from_pretrained(
         loaded.directory,

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from m3po_jax.config import Recipe, to_yaml
-from m3po_jax.data.tables import atomic_write
+from m3po_jax.data.tables import atomic_write, write_json
 from m3po_jax.errors import UserError
 from m3po_jax.version import __version__
 
@@ -28,10 +28,6 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file under a temporary name and renames it when complete."""
     with atomic_write(path) as file:
         file.write(text.encode("utf-8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

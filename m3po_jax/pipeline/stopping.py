@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from m3po_jax.errors import Interrupted
-from m3po_jax.training.loop import stop_signal
+from m3po_jax.training.signals import stop_signal
 
 T = TypeVar("T")
 

@@ -1,12 +1,13 @@
-"""Checkpoints of a training stage: asynchronous, atomic, the last few kept, restorable onto any mesh.
+"""Checkpoints of a training stage: asynchronous, atomic, the last and the best kept, restorable onto any mesh.
 
-A checkpoint holds the `TrainState`, the data position (a Grain iterator's JSON state) and a fingerprint of
-data and settings. Frozen weights are not in it: with adapters, saving at every step is cheap.
+A checkpoint holds the `TrainState`, the data position (a Grain iterator's JSON state), counters and a fingerprint of
+data and settings. The only random numbers of training are the order of rows, a function of the seed (in the
+fingerprint) and the position. Frozen weights are not in it: with adapters, saving at every step is cheap.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 from pathlib import Path
 from types import TracebackType
@@ -15,23 +16,68 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from m3po_jax.errors import UserError
 from m3po_jax.training.step import Parameters, TrainState
 
 
-class Checkpointer:
-    """A context manager around Orbax's; leaving it waits for what is being written."""
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a checkpoint knows beside the arrays.
 
-    def __init__(self, directory: str | os.PathLike[str], *, keep: int, fingerprint: str):
+    Attributes:
+        iterator: The data iterator's state.
+        num_tokens: Tokens processed so far, as in the metrics.
+    """
+
+    iterator: dict[str, Any]
+    num_tokens: int = 0
+
+
+def is_minimised(metric: str) -> bool:
+    """Losses and negative log-likelihoods are better when they are small, everything else when it is large."""
+    return "loss" in metric or "nll" in metric
+
+
+def _best_value(metrics: Any) -> float:
+    return metrics["value"]
+
+
+class Checkpointer:
+    """A context manager around Orbax's; leaving it waits for what is being written.
+
+    Args:
+        keep: The last so many are kept,
+        keep_best: and so many of those saved with the best `metric`.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int,
+        fingerprint: str,
+        keep_best: int = 0,
+        metric: str = "loss",
+    ):
         if keep < 1:
             raise UserError(f"keep_checkpoints must be positive, not {keep}", where="train.keep_checkpoints")
         self.directory, self.fingerprint = epath.Path(os.fspath(directory)), fingerprint
         if "://" not in os.fspath(directory):
             self.directory = epath.Path(Path(directory).absolute())
+        best = BestN(
+            get_metric_fn=_best_value,
+            reverse=is_minimised(metric),
+            n=keep_best,
+            keep_checkpoints_without_metrics=False,
+        )
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy([LatestN(keep), *([best] if keep_best else [])]),
+                cleanup_tmp_directories=True,
+            ),
         )
 
     def __enter__(self) -> Checkpointer:
@@ -49,25 +95,29 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, iterator_state: dict[str, Any]) -> None:
-        """Copies the state off the devices and writes it in the background; a saved step is left alone."""
+    def save(self, step: int, state: TrainState, progress: Progress, *, value: float | None = None) -> None:
+        """Copies the state off the devices and writes it in the background; a saved step is left alone.
+
+        Args:
+            value: By which the best are chosen; None: this one is no candidate.
+        """
         if step == self._manager.latest_step():
             return
-        progress = {"iterator": iterator_state, "fingerprint": self.fingerprint}
+        content = {"fingerprint": self.fingerprint, **dataclasses.asdict(progress)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state._asdict()), progress=ocp.args.JsonSave(progress)
+                state=ocp.args.StandardSave(state._asdict()), progress=ocp.args.JsonSave(content)
             ),
+            metrics=None if value is None else {"value": value},
             force=True,
         )
 
     def wait(self) -> None:
         self._manager.wait_until_finished()
 
-    def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The latest state on the shardings of `target`, and the iterator state; None where there is none
-        yet.
+    def restore(self, target: TrainState) -> tuple[TrainState, Progress] | None:
+        """The latest state on the shardings of `target`, and the progress; None where there is none yet.
 
         Raises:
             UserError: the checkpoint belongs to other data or other settings.
@@ -76,8 +126,8 @@ class Checkpointer:
         if step is None:
             return None
         loaded = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
-        progress = loaded["progress"]
-        if progress["fingerprint"] != self.fingerprint:
+        progress = dict(loaded["progress"])
+        if progress.pop("fingerprint") != self.fingerprint:
             raise UserError(
                 "the checkpoints there were made with other data or settings",
                 where=str(self.directory),
@@ -87,22 +137,40 @@ class Checkpointer:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target._asdict()
         )
         loaded = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
-        return TrainState(**loaded["state"]), progress["iterator"]
+        return TrainState(**loaded["state"]), Progress(**progress)
 
 
-def restore_trainable(directory: str | os.PathLike[str], target: Parameters) -> Parameters:
-    """The latest trained parameters alone, on the shardings of `target`: no data, no optimizer is needed.
+def best_step(directory: str | os.PathLike[str], metric: str) -> int | None:
+    """The step of the checkpoint with the best `metric`; None where none has one."""
+    mode = "min" if is_minimised(metric) else "max"
+    options = ocp.CheckpointManagerOptions(best_fn=_best_value, best_mode=mode, read_only=True)
+    with ocp.CheckpointManager(Path(directory).absolute(), options=options) as manager:
+        return manager.best_step()
+
+
+def restore_trainable(
+    directory: str | os.PathLike[str],
+    target: Parameters,
+    *,
+    weights: str = "last",
+    metric: str = "loss",
+) -> Parameters:
+    """Trained parameters alone, on the shardings of `target`: no data, no optimizer is needed.
+
+    Args:
+        weights: ``last``, ``ema`` (the moving average, of the last checkpoint), or ``best`` by `metric`.
 
     Raises:
-        UserError: there is no checkpoint, or it holds other parameters.
+        UserError: there is no such checkpoint, or it holds other parameters.
     """
     where = str(directory)
     with ocp.CheckpointManager(Path(directory).absolute()) as manager:
-        step = manager.latest_step()
+        step = best_step(directory, metric) if weights == "best" else manager.latest_step()
         if step is None:
             raise UserError("no checkpoint", where=where, remedy="run `m3po train` first")
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target)
-        item = {"trainable": abstract}
+        name = "ema" if weights == "ema" else "trainable"
+        item = {name: abstract}
         try:
             loaded = manager.restore(
                 step,
@@ -121,14 +189,4 @@ def restore_trainable(directory: str | os.PathLike[str], target: Parameters) -> 
                 where=where,
                 remedy="use the recipe that it was trained with",
             ) from None
-    return loaded["state"]["trainable"]
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes `content` under a temporary name and renames it: the file is whole or absent."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    return loaded["state"][name]

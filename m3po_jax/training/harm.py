@@ -16,28 +16,28 @@ from jax.sharding import Mesh
 from m3po_jax.config import TrainConfig
 from m3po_jax.sharding import use_mesh
 from m3po_jax.training.losses import text_only_accuracies
-from m3po_jax.training.step import Batch, Parameters, Partition
+from m3po_jax.training.objectives import check_objective
+from m3po_jax.training.step import Batch, Parameters, Partition, micro_batches, reference_model
 
 
 def make_harm_metrics(
     partition: Partition, config: TrainConfig, mesh: Mesh
 ) -> Callable[[Parameters, nnx.State, Parameters | None, Batch], dict[str, jax.Array]]:
     """(trainable, frozen, base, batch) -> `text_only_accuracies`, means over the batch; arguments as of a step."""
-    groups = config.gradient_accumulation_steps
+    groups, shared = config.gradient_accumulation_steps, check_objective(config).shared_fields
 
     def measure(
         trainable: Parameters, frozen: nnx.State, base: Parameters | None, batch: Any
     ) -> dict[str, jax.Array]:
         def one(group: Any) -> dict[str, jax.Array]:
             model = partition.merge(trainable, frozen)
-            reference = partition.merge({**trainable, **(base or {})}, frozen)
+            reference = reference_model(partition, trainable, frozen, base)
             return text_only_accuracies(model, group, reference_model=reference)
 
         if groups == 1:
             return one(batch)
-        # Group a holds rows a, a + groups, …, as in the step: each device keeps its own rows.
-        rows = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, groups, *x.shape[1:]), 1, 0), batch)
-        return jax.tree.map(jnp.mean, jax.lax.map(one, rows))
+        rows, complete = micro_batches(batch, groups, shared)
+        return jax.tree.map(jnp.mean, jax.lax.map(lambda group: one(complete(group)), rows))
 
     jitted = jax.jit(measure)
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -24,17 +21,39 @@ from jax.sharding import Mesh
 
 from m3po_jax.config import TrainConfig
 from m3po_jax.data.batches import BatchSource
+from m3po_jax.data.tables import write_json
 from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.sharding import shard_batch, to_host
-from m3po_jax.training.checkpoint import Checkpointer, restore_trainable, write_json
+from m3po_jax.training import guards as checks
+from m3po_jax.training.checkpoint import Checkpointer, Progress, best_step, restore_trainable
+from m3po_jax.training.flops import step_cost
 from m3po_jax.training.harm import make_harm_metrics
-from m3po_jax.training.losses import check_objective, starts_at_ln2
-from m3po_jax.training.metrics_log import MetricsLog
+from m3po_jax.training.losses import needs_reference_pass
+from m3po_jax.training.metrics_log import MetricsLog, Trackers
+from m3po_jax.training.objectives import check_objective
 from m3po_jax.training.progress import progress_bar
-from m3po_jax.training.step import make_step, place_frozen, place_trainable, split_model
+from m3po_jax.training.reference import check_sample
+from m3po_jax.training.rollouts import RolloutIterator
+from m3po_jax.training.signals import stop_signal
+from m3po_jax.training.step import Parameters, Partition, make_step, place_frozen, place_trainable, split_model
+from m3po_jax.training.timing import StepTimer, batch_flops, batch_tokens
 
 # Settings that may change between a run and its continuation.
-_FREE_SETTINGS = ("save_steps", "keep_checkpoints", "log_steps", "harm_metrics_steps")
+_FREE_SETTINGS = (
+    "save_steps",
+    "keep_checkpoints",
+    "keep_best",
+    "best_metric",
+    "weights",
+    "log_steps",
+    "report_to",
+    "harm_metrics_steps",
+    "collapse_warning",
+    "reference_check_rows",
+    "reference_refresh",
+)
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,36 +75,17 @@ class TrainResult:
     compilations: int
 
 
-class StopSignal:
-    """Set by SIGTERM or SIGINT; on several hosts, all of them stop at the same step."""
+@dataclass(frozen=True)
+class _Reference:
+    """The model that the policy is compared with.
 
-    def __init__(self) -> None:
-        self.received: str | None = None
+    Attributes:
+        base: Its leaves that training would change, for `step.reference_model`; None: it does not run.
+        agrees: It computes what the starting policy computes.
+    """
 
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-
-    def any_host(self) -> bool:
-        if jax.process_count() == 1:
-            return self.received is not None
-        from jax.experimental import multihost_utils
-
-        return bool(multihost_utils.process_allgather(np.array(self.received is not None)).any())
-
-
-@contextmanager
-def stop_signal() -> Iterator[StopSignal]:
-    """Catches SIGTERM and SIGINT while the block runs (in the main thread; elsewhere nothing is caught)."""
-    stop = StopSignal()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = {number: signal.signal(number, stop.handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    base: Parameters | None
+    agrees: bool
 
 
 def train(
@@ -97,96 +97,179 @@ def train(
     mesh: Mesh,
     seed: int = 0,
     remat: str = "none",
+    reference: nnx.Module | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> TrainResult:
     """Trains `model` on `batches`, or continues where an earlier call with the same arguments stopped.
 
-    In preference training the reference is `model` as given, adapters switched off (``reference: computed``),
-    or what the generator recorded; rows without a record are computed. So a continuation must be given the
-    same model.
+    A continuation must be given the same models.
 
     Args:
         model: Adapters attached where `config.lora` wants them. It is left as it is.
-        batches: Endless batches of `config.batch_size` rows.
-        output_dir: Gets ``checkpoints/``, ``metrics.jsonl`` and, at the end, ``done.json``. A finished stage
-            is not run again: its last checkpoint is loaded.
+        batches: Endless batches of `config.batch_size` rows; or a `RolloutSource`, which makes them from the
+            weights of the moment.
+        output_dir: Gets ``checkpoints/``, ``metrics.jsonl``, ``timing.jsonl``, ``warnings.jsonl`` where there are
+            any, and, at the end, ``done.json``. A finished stage is not run again: its checkpoint is loaded.
+        reference: The reference model of preference training, of the structure of `model`; default: `model` as
+            given. Log-probs that the batches bring along are its own (``reference: recorded``); the others are
+            computed in the step.
         on_step: Called after each step with its number and metrics.
 
     Raises:
         UserError: settings or data that cannot be trained on; a loss or gradient that is not finite (the rows
-            are named, the last checkpoint stays); reference log-probs that are not this model's.
+            are named, the state before is saved); reference log-probs that are not the reference model's.
         Interrupted: SIGTERM or SIGINT arrived; everything is saved.
     """
     output = Path(output_dir)
-    check_objective(config)
-    _check_steps(config, batches)
+    objective = check_objective(config)
+    checks.check_settings(config, batches)
     total = batches.steps(config.epochs) if config.max_steps is None else config.max_steps
     partition, start, frozen = split_model(model, config)
-    adapters_off = all(not np.any(to_host(value)) for name, value in start.items() if name.endswith("lora_b"))
-    compute_reference = config.objective == "preference" and (
-        config.reference == "computed" or not batches.has_reference
-    )
+    compares = _reference(partition, start, config, batches, reference) if objective.uses_reference else None
+    base = None if compares is None else compares.base
     step_fn = make_step(
         partition,
         start,
-        _without_free_settings(config),
+        without_free_settings(config),
         total_steps=total,
         mesh=mesh,
         remat=remat,
-        compute_reference=compute_reference,
+        compute_reference=base is not None,
     )
     frozen = place_frozen(frozen, mesh)
-    base = None
-    if compute_reference:
-        base = jax.tree.map(
-            jnp.copy,
-            jax.device_put(partition.base_weights(start), partition.base_weights(step_fn.shardings.trainable)),
-        )
+    if base is not None:
+        # A copy: the state is donated, and on one device it would be the same buffers.
+        placed = {name: jax.device_put(value, step_fn.shardings.trainable[name]) for name, value in base.items()}
+        base = jax.tree.map(jnp.copy, placed)
+    cost = step_cost(model, set(start))
     state = step_fn.init(start)
-    harm_steps = config.harm_metrics_steps if config.objective == "preference" else 0
+    harm_steps = config.harm_metrics_steps if objective.uses_reference else 0
     harm_metrics = make_harm_metrics(partition, config, mesh)
     compiled_before = step_fn.compilations
     first = jax.process_index() == 0
     output.mkdir(parents=True, exist_ok=True)
-    log = MetricsLog(output / "metrics.jsonl", enabled=first)
+    logs = [MetricsLog(output / f"{name}.jsonl", enabled=first) for name in ("metrics", "warnings", "timing")]
+    log, warnings, timing = logs
     fingerprint = _fingerprint(
-        config=dataclasses.asdict(_without_free_settings(config)),
+        config=dataclasses.asdict(without_free_settings(config)),
         data=batches.fingerprint,
         parameters={name: state.trainable[name].shape for name in partition.names},
         total=total,
         seed=seed,
     )
-    guards = _Guards(config, batches, str(output), adapters_off, _ln2_tolerance(model))
+    guards = checks.Guards(
+        config,
+        batches,
+        str(output),
+        agrees=compares is None or compares.agrees,
+        tolerance=checks.sum_tolerance(model),
+    )
+    images = _image_tokens(model)
     iterator = iter(batches)
+    rollouts = iterator if isinstance(iterator, RolloutIterator) else None
+    if rollouts is not None:
+        rollouts.follow(lambda: partition.merge(state.trainable, frozen))
     last: dict[str, float] = {}
-    with Checkpointer(output / "checkpoints", keep=config.keep_checkpoints, fingerprint=fingerprint) as saved:
+    with Checkpointer(
+        output / "checkpoints",
+        keep=config.keep_checkpoints,
+        fingerprint=fingerprint,
+        keep_best=config.keep_best,
+        metric=config.best_metric,
+    ) as saved:
         restored = saved.restore(state)
+        progress = Progress(iterator.get_state()) if restored is None else restored[1]
         if restored is not None:
-            state, position = restored
-            iterator.set_state(position)
+            state = restored[0]
+            iterator.set_state(progress.iterator)
         done = int(to_host(state.step))
         marker = _read_marker(output / "done.json")
         if marker is not None and done == total:
-            trained = partition.merge(state.trainable, frozen)
-            return TrainResult(trained, total, log.path, marker["metrics"], 0)
-        log.truncate(done)
+            return _result(model, config, output, mesh, total, marker["metrics"], 0)
+        for file in logs:
+            file.truncate(done)
+        history = log.lines(done)
+        warned = any(line["kind"] == "collapse" for line in warnings.lines(done))
+        watch = checks.CollapseWatch(config.collapse_warning, history, warned=warned)
+
+        def warn(step: int, kind: str, message: str) -> None:
+            warnings.write(step, {"kind": kind, "message": message})
+            if first:
+                _logger.warning("step %d: %s", step, message)
+
+        checks_reference = compares is not None and config.reference == "recorded" and done == 0
+        if checks_reference and config.reference_check_rows and batches.take is not None:
+            frozen_reference = reference if reference is not None else model
+            check_sample(frozen_reference, batches, mesh, config.reference_check_rows, checks.token_tolerance(model))
         started, first_step = time.monotonic(), done
-        with stop_signal() as stop, progress_bar(total, done, enabled=first) as bar:
+        with (
+            Trackers(
+                config.report_to,
+                output,
+                name=f"{output.parent.name}-{output.name}-{fingerprint[:8]}",
+                settings=dataclasses.asdict(config),
+                done=done,
+                first=first,
+            ) as trackers,
+            stop_signal() as stop,
+            progress_bar(total, done, enabled=first) as bar,
+        ):
+            timer = StepTimer(mesh)
             while done < total:
-                batch = next(iterator)
+                batch, compiled = next(iterator), step_fn.compilations
+                if images is not None and hasattr(batch, "prefix_ids"):
+                    checks.check_image_tokens(batch, batches.ids, *images)
                 placed = shard_batch(batch, mesh)
                 measures = harm_steps > 0 and (done + 1) % harm_steps == 0
                 harm = harm_metrics(state.trainable, frozen, base, placed) if measures else {}
                 state, metrics, row_losses = step_fn(state, frozen, base, placed)
-                last = {name: float(to_host(value)) for name, value in {**metrics, **harm}.items()}
-                guards.check(done, last, to_host(row_losses), batch.row_index, saved.latest_step)
+                tokens = batch_tokens(batch)
+                numbers = {name: float(to_host(value)) for name, value in {**metrics, **harm}.items()}
+                broken = guards.finite(done, numbers, to_host(row_losses), batch.row_index)
+                if rollouts is not None:
+                    numbers |= rollouts.metrics
+                if broken is not None:
+                    if rollouts is not None:
+                        rollouts.keep()
+                    # The step has kept its state, and `progress` is still the position before this batch.
+                    saved.save(done, state, progress)
+                    saved.wait()
+                    raise UserError(
+                        broken,
+                        where=str(output),
+                        remedy=f"the checkpoint of step {done} is from before; drop the rows or lower "
+                        "train.learning_rate",
+                    )
+                progress = Progress(iterator.get_state(), progress.num_tokens + tokens)
+                last = {**numbers, "num_tokens": float(progress.num_tokens)}
+                if done == 0 and objective.needs_first_gradient:
+                    idle = checks.idle_leaves(state.optimizer, partition.adapters_by_name)
+                    guards.first_step(last, idle)
+                    if idle:
+                        names = ", ".join(idle)
+                        warn(1, "idle", f"no gradient reaches {names}: these parameters are trained in name only")
                 done += 1
+                epoch = {"epoch": done * batches.batch_size / len(batches.ids)}
                 if done % config.log_steps == 0 or measures or done == total:
-                    log.write(done, {"epoch": done * batches.batch_size / len(batches.ids), **last})
+                    history.append(log.write(done, {**epoch, **last}))
+                    collapse = watch.see(history[-1])
+                    if collapse is not None:
+                        warn(done, "collapse", collapse)
+                flops = batch_flops(cost, batch, images=images, reference=base is not None)
+                took = timer.lap(
+                    rows=batches.batch_size, tokens=tokens, flops=flops, compiled=step_fn.compilations > compiled
+                )
+                if done % config.log_steps == 0 or done == total:
+                    timing.write(done, took)
+                    trackers.log(done, {**epoch, **last, **took})
                 bar(done, last)
                 stopping = done < total and stop.any_host()
-                if done % config.save_steps == 0 or done == total or stopping:
-                    saved.save(done, state, iterator.get_state())
+                scheduled = done % config.save_steps == 0 or done == total
+                if scheduled or stopping:
+                    if rollouts is not None:
+                        rollouts.keep()
+                    value = _since(history, done, config) if scheduled and config.keep_best else None
+                    saved.save(done, state, progress, value=value)
                 if on_step is not None:
                     on_step(done, last)
                 if stopping:
@@ -196,20 +279,24 @@ def train(
                     )
         saved.wait()
     if first:
-        seconds = time.monotonic() - started
         content = {
             "steps": total,
-            "metrics": last,
-            "seconds": seconds,
+            "metrics": {name: value if math.isfinite(value) else None for name, value in last.items()},
+            "seconds": time.monotonic() - started,
             "steps_in_this_process": total - first_step,
         }
+        if config.keep_best:
+            content["best_step"] = best_step(output / "checkpoints", config.best_metric)
         write_json(output / "done.json", content)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices("trained")  # the others look for the marker too
-    trained = partition.merge(state.trainable, frozen)
-    return TrainResult(trained, total, log.path, last, step_fn.compilations - compiled_before)
+    compilations = step_fn.compilations - compiled_before
+    if config.weights == "best":
+        return _result(model, config, output, mesh, total, last, compilations)
+    trained = partition.merge(state.ema if config.weights == "ema" else state.trainable, frozen)
+    return TrainResult(trained, total, log.path, last, compilations)
 
 
 def load_trained(model: nnx.Module, config: TrainConfig, *, output_dir: str | Path, mesh: Mesh) -> TrainResult:
@@ -225,74 +312,77 @@ def load_trained(model: nnx.Module, config: TrainConfig, *, output_dir: str | Pa
     marker = _read_marker(output / "done.json")
     if marker is None:
         raise UserError("no finished training", where=str(output), remedy="run `m3po train` first")
+    return _result(model, config, output, mesh, marker["steps"], marker["metrics"], 0)
+
+
+def _result(
+    model: nnx.Module,
+    config: TrainConfig,
+    output: Path,
+    mesh: Mesh,
+    steps: int,
+    metrics: dict[str, float],
+    compilations: int,
+) -> TrainResult:
+    """A stage's result from its checkpoints, with the weights that `config.weights` names."""
     partition, start, frozen = split_model(model, config)
-    target = place_trainable(partition, start, mesh)
-    trained = restore_trainable(output / "checkpoints", target)
+    trained = restore_trainable(
+        output / "checkpoints",
+        place_trainable(partition, start, mesh),
+        weights=config.weights,
+        metric=config.best_metric,
+    )
     merged = partition.merge(trained, place_frozen(frozen, mesh))
-    return TrainResult(merged, marker["steps"], output / "metrics.jsonl", marker["metrics"], 0)
+    return TrainResult(merged, steps, output / "metrics.jsonl", metrics, compilations)
 
 
-class _Guards:
-    """Checks that end a run before it wastes hours; see `check`."""
-
-    def __init__(self, config: TrainConfig, batches: BatchSource, where: str, adapters_off: bool, tolerance: float):
-        self.batches, self.where, self.tolerance = batches, where, tolerance
-        self.expects_ln2 = starts_at_ln2(config) and adapters_off
-
-    def check(
-        self,
-        step: int,
-        metrics: dict[str, float],
-        row_losses: np.ndarray,
-        rows: np.ndarray,
-        saved: int | None,
-    ) -> None:
-        """Raises UserError for what must not happen at `step` (0: the first)."""
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-            guilty = rows[~np.isfinite(row_losses)] if not np.isfinite(row_losses).all() else rows
-            what = "loss" if not math.isfinite(metrics["loss"]) else "gradient"
-            kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was made yet"
-            names = ", ".join(repr(name) for name in self.batches.row_ids(np.unique(guilty)))
-            raise UserError(
-                f"the {what} is not finite at step {step + 1}, rows {names}",
-                where=self.where,
-                remedy=f"{kept}; drop the rows or lower train.learning_rate",
-            )
-        if step > 0:
-            return
-        if metrics["grad_norm"] == 0.0:
-            raise UserError(
-                "the gradient of the first step is zero: nothing would be learned",
-                where=self.where,
-                remedy="look at the pairs and at train.lora",
-            )
-        if self.expects_ln2 and abs(metrics["loss/preference"] - math.log(2)) > self.tolerance:
-            raise UserError(
-                f"the first preference loss is {metrics['loss/preference']:.6f}, not ln 2 = 0.693147: the "
-                "reference log-probs do not belong to this model",
-                where=self.where,
-                remedy="set train.reference=computed, or make the candidates with this model",
-            )
+def _reference(
+    partition: Partition,
+    start: Parameters,
+    config: TrainConfig,
+    batches: BatchSource,
+    given: nnx.Module | None,
+) -> _Reference:
+    """The reference's own leaves, where it must run, and whether it is the starting policy."""
+    leaves = start if given is None else split_model(given, config)[1]
+    factors = [name for name, adapter in partition.adapters_by_name.items() if adapter and name.endswith("lora_b")]
+    active = any(np.any(to_host(leaves[name])) for name in factors)
+    agrees = given is None or all(np.array_equal(to_host(leaves[name]), to_host(start[name])) for name in start)
+    computed = config.reference == "computed" or not batches.has_reference
+    # What no record holds is computed by the policy without adapters, which is not the reference of every round.
+    computed = computed or (needs_reference_pass(config) and (active or not agrees))
+    if not computed:
+        return _Reference(None, agrees)
+    # Adapters that do nothing are switched off rather than computed.
+    return _Reference(dict(leaves) if active else partition.base_weights(leaves), agrees)
 
 
-def _ln2_tolerance(model: Any) -> float:
-    """Rounding of summed log-probs between the generator's pass and this one; coarse below float32."""
-    return 1e-3 if getattr(getattr(model, "decoder", None), "dtype", None) == jnp.float32 else 5e-2
+def _image_tokens(model: Any) -> tuple[int, int] | None:
+    """(image token id, tokens per image) of a vision-language model."""
+    settings = getattr(model, "config", None)
+    found = getattr(settings, "image_token_id", None), getattr(settings, "tokens_per_image", None)
+    return None if found[0] is None or found[1] is None else (int(found[0]), int(found[1]))
 
 
-def _check_steps(config: TrainConfig, batches: BatchSource) -> None:
-    for name in ("save_steps", "log_steps"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} must be positive, not {getattr(config, name)}", where=f"train.{name}")
-    if config.max_steps is not None and config.max_steps < 1:
-        raise UserError(f"max_steps must be positive, not {config.max_steps}", where="train.max_steps")
-    if config.max_steps is None and not config.epochs > 0:
-        raise UserError(f"epochs must be positive, not {config.epochs}", where="train.epochs")
-    if batches.batch_size != config.batch_size:
-        raise ValueError(f"batches of {batches.batch_size} rows for train.batch_size {config.batch_size}")
+def _since(history: Sequence[Mapping[str, Any]], done: int, config: TrainConfig) -> float:
+    """Mean of `best_metric` over the lines logged since the scheduled checkpoint before.
+
+    Raises:
+        UserError: the metric is not logged.
+    """
+    before = (done - 1) // config.save_steps * config.save_steps
+    values = [line.get(config.best_metric) for line in history if line["step"] > before]
+    known = [value for value in values if value is not None]
+    if not known:
+        names = ", ".join(sorted(history[-1])) if history else "nothing"
+        raise UserError(
+            f"{config.best_metric!r} is not logged", where="train.best_metric", remedy=f"there are {names}"
+        )
+    return float(np.mean(known))
 
 
-def _without_free_settings(config: TrainConfig) -> TrainConfig:
+def without_free_settings(config: TrainConfig) -> TrainConfig:
+    """The settings that decide what is learned, the others at their defaults."""
     default = TrainConfig()
     return dataclasses.replace(config, **{name: getattr(default, name) for name in _FREE_SETTINGS})
 

@@ -8,8 +8,6 @@ mean of the whole batch.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,18 +17,14 @@ from jaxtyping import Array, Float
 
 from m3po_jax.config import TrainConfig
 from m3po_jax.data.batches import ContrastiveBatch, TreeBatch
-from m3po_jax.errors import UserError, nearest
 from m3po_jax.models import lora
 from m3po_jax.models.forward import branch_log_probs, encode_images
 from m3po_jax.objectives.conditional import anchor_loss, conditional_logits, conditional_loss
-from m3po_jax.objectives.divergences import divergence_score
 from m3po_jax.objectives.length import length_desensitised_sums
 from m3po_jax.objectives.metrics import preference_metrics
-from m3po_jax.objectives.preference import LOSSES, loss_mixture, preference_loss
+from m3po_jax.objectives.preference import preference_loss
 from m3po_jax.objectives.sft import token_nll
 
-# Losses whose value is ln 2 where policy and reference agree, whatever β, the smoothing and the divergence.
-LN2_LOSSES = frozenset({"sigmoid", "sigmoid_trl", "robust", "sigmoid_norm", "aot", "aot_unpaired"})
 CORRUPTIONS = ("blank", "swap")
 
 
@@ -40,7 +34,14 @@ class LossOutput(NamedTuple):
     row_losses: Float[Array, " b"]
 
 
-def _base_learns(config: TrainConfig) -> bool:
+def image_features(model: Any, batch: Any, *, remat: str = "none") -> Float[Array, "b m n v"] | None:
+    """Tower features of a batch's images: those that it brings along (a frozen tower's, cached), or computed here."""
+    if batch.features is not None:
+        return batch.features
+    return encode_images(model, batch.pixel_values, remat=remat)
+
+
+def base_learns(config: TrainConfig) -> bool:
     """Whether more of the decoder than its adapters has gradients; see `Llama.needed_states`."""
     return config.lora.lora_rank == 0
 
@@ -64,10 +65,9 @@ def _answer_log_probs(
 def reference_log_probs(
     model: Any, batch: TreeBatch, features: Any = None, *, remat: str = "none"
 ) -> Float[Array, "b k t"]:
-    """log π_ref of every answer token, nats: the given model, adapters switched off, without gradient."""
-    lora.set_scale(model, 0.0)
+    """log π_ref of every answer token, nats, without gradient, of the reference model as given."""
     if features is None:
-        features = encode_images(model, batch.pixel_values, remat=remat)
+        features = image_features(model, batch, remat=remat)
     return jax.lax.stop_gradient(_answer_log_probs(model, batch, features, remat))
 
 
@@ -95,6 +95,8 @@ def corrupted_features(
     """
     if corruption == "swap":
         return jnp.roll(features, 1, axis=0)
+    if batch.blank_features is not None:
+        return jnp.broadcast_to(batch.blank_features.astype(features.dtype), features.shape)
     assert batch.pixel_values is not None
     blank = model.image_features(jnp.zeros_like(batch.pixel_values[0, :1]))
     return jnp.broadcast_to(blank, features.shape)
@@ -118,7 +120,7 @@ def _conditional(
         return jnp.zeros_like(policy)
     corrupted = corrupted_features(model, batch, features, config.conditional_image)
     chosen = batch._replace(branch_ids=batch.branch_ids[:, :1], branch_mask=batch.branch_mask[:, :1])
-    policy_corrupted = _answer_log_probs(model, chosen, corrupted, remat, base_learns=_base_learns(config))
+    policy_corrupted = _answer_log_probs(model, chosen, corrupted, remat, base_learns=base_learns(config))
     policy_corrupted = jnp.sum(policy_corrupted, axis=-1)[:, 0]
     reference_corrupted = reference_sums(reference_model, chosen, corrupted, remat=remat)[:, 0]
     return conditional_logits(policy, policy_corrupted, reference, reference_corrupted)
@@ -144,13 +146,12 @@ def preference(
     ``delta_logps`` and mDPO's terms keep the plain ones.
 
     Args:
-        reference_model: Computes the reference in the same step (its adapters are switched off) for every
-            row, or for the rows without recorded log-probs when `config.reference` is ``recorded``. None: all
-            recorded; what no record can hold (see `needs_reference_pass`) is computed by the policy without its
-            adapters.
+        reference_model: Computes the reference in the same step, as it is, for every row, or for the rows without
+            recorded log-probs when `config.reference` is ``recorded``. None: all recorded; what no record can hold
+            (see `needs_reference_pass`) is computed by the policy without its adapters.
     """
-    features = encode_images(model, batch.pixel_values, remat=remat)
-    log_probs = _answer_log_probs(model, batch, features, remat, base_learns=_base_learns(config))
+    features = image_features(model, batch, remat=remat)
+    log_probs = _answer_log_probs(model, batch, features, remat, base_learns=base_learns(config))
     policy, reference = jnp.sum(log_probs, axis=-1), batch.reference
     computed: Any = None
     desensitise_reference = config.ld_alpha is not None and config.ld_alpha_reference
@@ -158,8 +159,9 @@ def preference(
     if every_row_recorded and needs_reference_pass(config):
         reference_model = adapters_off(model)
     if not every_row_recorded or desensitise_reference:
-        # The tower is frozen in preference training, so its features serve the reference too.
-        computed = reference_log_probs(reference_model, batch, features, remat=remat)
+        # A frozen tower's features serve the reference too; an adapted tower's are the policy's own.
+        seen = None if tower_learns(config) else features
+        computed = reference_log_probs(reference_model, batch, seen, remat=remat)
     if not every_row_recorded:
         keep = jnp.isfinite(reference) & (config.reference == "recorded")
         reference = jnp.where(keep, reference, jnp.sum(computed, axis=-1))
@@ -227,9 +229,9 @@ def text_only_accuracies(model: Any, batch: TreeBatch, *, reference_model: Any) 
     without images.
 
     Args:
-        reference_model: Its adapters are switched off.
+        reference_model: As it is to be read (`adapters_off` makes one of the policy).
     """
-    features = encode_images(model, batch.pixel_values)
+    features = image_features(model, batch)
     if features is None:
         return {}
     accuracies = {}
@@ -254,8 +256,8 @@ def sft(
     remat: str = "none",
 ) -> LossOutput:
     """Token-mean negative log-likelihood of the answers (K = 1), nats."""
-    features = encode_images(model, batch.pixel_values, remat=remat)
-    log_probs = _answer_log_probs(model, batch, features, remat, base_learns=_base_learns(config))
+    features = image_features(model, batch, remat=remat)
+    log_probs = _answer_log_probs(model, batch, features, remat, base_learns=base_learns(config))
     nll, count = token_nll(log_probs[:, 0], batch.branch_mask[:, 0])
     loss = nll / jnp.maximum(count if tokens is None else tokens, 1)
     lengths = jnp.maximum(jnp.sum(batch.branch_mask[:, 0], axis=-1), 1)
@@ -287,13 +289,6 @@ def contrastive(
     return LossOutput(jnp.mean(row_losses), metrics, row_losses)
 
 
-OBJECTIVES: dict[str, Callable[..., LossOutput]] = {
-    "preference": preference,
-    "sft": sft,
-    "contrastive": contrastive,
-}
-
-
 def needs_reference_pass(config: TrainConfig) -> bool:
     """Whether the reference must run in the step even where the generator's sums are recorded.
 
@@ -306,85 +301,8 @@ def needs_reference_pass(config: TrainConfig) -> bool:
     return desensitised or config.conditional_weight > 0 or config.harm_metrics_steps > 0
 
 
-def starts_at_ln2(config: TrainConfig) -> bool:
-    """Whether ``loss/preference`` is ln 2 while the policy is still its reference."""
-    same_sums = config.ld_alpha is None or config.ld_alpha_reference
-    return config.objective == "preference" and config.loss_type in LN2_LOSSES and same_sums
-
-
-def check_objective(config: TrainConfig) -> Callable[..., LossOutput]:
-    """The objective's loss function, once the settings that concern it are known to make sense.
-
-    Raises:
-        UserError: see the messages.
-    """
-    if config.objective not in OBJECTIVES:
-        raise UserError(
-            f"unknown objective {config.objective!r}{nearest(config.objective, OBJECTIVES)}",
-            where="train.objective",
-        )
-    if config.gradient_accumulation_steps < 1 or config.batch_size % config.gradient_accumulation_steps:
-        raise UserError(
-            f"batch_size {config.batch_size} does not divide into {config.gradient_accumulation_steps} parts",
-            where="train.gradient_accumulation_steps",
-        )
-    if config.objective == "preference":
-        _check_preference(config)
-    return OBJECTIVES[config.objective]
-
-
-def _check_preference(config: TrainConfig) -> None:
-    mixture = loss_mixture(
-        config.loss_type,
-        config.loss_weights,
-        beta=config.beta,
-        label_smoothing=config.label_smoothing,
-        f_divergence_type=config.f_divergence_type,
-        discopop_tau=config.discopop_tau,
-        simpo_gamma=config.simpo_gamma,
-    )
-    divergence_score(config.f_divergence_type, config.f_alpha_divergence_coef)
-    if config.reference not in ("recorded", "computed"):
-        raise UserError(
-            f"reference is recorded or computed, not {config.reference!r}",
-            where="train.reference",
-        )
-    if config.train_vision:
-        raise UserError("the vision tower learns in sft only", where="train.train_vision", remedy="set false")
-    for name in ("chosen_nll_weight", "conditional_weight", "anchor_weight", "harm_metrics_steps"):
-        value = getattr(config, name)
-        if not (math.isfinite(value) and value >= 0):
-            raise UserError(f"{name} must not be negative: {value}", where=f"train.{name}")
-    if not math.isfinite(config.anchor_delta):
-        raise UserError(f"anchor_delta must be finite, not {config.anchor_delta}", where="train.anchor_delta")
-    if config.ld_alpha is not None:
-        if not 0 <= config.ld_alpha <= 1:
-            raise UserError(f"ld_alpha must lie in [0, 1], not {config.ld_alpha}", where="train.ld_alpha")
-        for name in mixture:
-            if LOSSES[name].reference_free:
-                raise UserError(f"ld_alpha has no meaning for loss {name!r}", where="train.ld_alpha")
-    if config.conditional_image not in CORRUPTIONS:
-        raise UserError(
-            f"conditional_image is blank or swap, not {config.conditional_image!r}", where="train.conditional_image"
-        )
-    swaps = config.conditional_weight > 0 and config.conditional_image == "swap"
-    if swaps and config.batch_size < 2:
-        raise UserError("no other row's image in a batch of one", where="train.conditional_image", remedy="blank")
-    if config.gradient_accumulation_steps > 1:
-        coupled = [f"loss {name!r}" for name in mixture if LOSSES[name].coupled]
-        coupled += ["conditional_image 'swap'"] if swaps else []
-        if coupled:
-            advice = ", or train.chosen_nll_weight in place of 'sft'" if "sft" in mixture else ""
-            raise UserError(
-                f"{coupled[0]} couples the rows of a batch and cannot be accumulated",
-                where="train.gradient_accumulation_steps",
-                remedy=f"set it to 1{advice}",
-            )
-    only_adapters = config.lora.lora_rank > 0 and not config.lora.train_projector
-    if needs_reference_pass(config) and config.reference == "recorded" and not only_adapters:
-        raise UserError(
-            "ld_alpha, conditional_weight and harm_metrics_steps need the reference model, and more than adapters "
-            "is trained",
-            where="train.reference",
-            remedy="set it to computed",
-        )
+def tower_learns(config: TrainConfig) -> bool:
+    """Whether the vision tower's output changes in training: it learns, or carries adapters."""
+    names = config.lora.target_modules if config.lora.lora_rank > 0 else []
+    adapted = any(name.startswith("vision_tower.") for name in names)
+    return config.train_vision or adapted or config.objective == "contrastive"

@@ -42,7 +42,10 @@ def learning_rate_schedule(config: TrainConfig, total_steps: int) -> optax.Sched
         raise UserError(f"learning_rate must be positive, not {config.learning_rate}", where="train.learning_rate")
     if not 0 <= config.warmup_ratio <= 1:
         raise UserError(f"warmup_ratio must lie in [0, 1], not {config.warmup_ratio}", where="train.warmup_ratio")
-    warmup = warmup_steps(config.warmup_ratio, total_steps)
+    if config.warmup_steps is not None and config.warmup_steps < 0:
+        raise UserError(f"warmup_steps must not be negative: {config.warmup_steps}", where="train.warmup_steps")
+    ratio_steps = warmup_steps(config.warmup_ratio, total_steps)
+    warmup = ratio_steps if config.warmup_steps is None else config.warmup_steps
     shape = SCHEDULES[config.lr_schedule]
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:

@@ -20,16 +20,20 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from m3po_jax.config import LoRAConfig, TrainConfig
+from m3po_jax.config import LoRAConfig, RLConfig, TrainConfig
 from m3po_jax.data.batches import ContrastiveBatch, TreeBatch
-from m3po_jax.errors import UserError
+from m3po_jax.errors import UserError, nearest
+from m3po_jax.models import lora
+from m3po_jax.models.heads import HEAD
 from m3po_jax.models.layers import LoRAParam
 from m3po_jax.sharding import AXES, Axes, sharding_for, state_shardings, use_mesh
-from m3po_jax.training.losses import LossOutput, check_objective
+from m3po_jax.training.losses import LossOutput
+from m3po_jax.training.objectives import check_objective
 from m3po_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from m3po_jax.training.rl_losses import RolloutBatch
 
 Parameters = dict[str, jax.Array]
-Batch = TreeBatch | ContrastiveBatch
+Batch = TreeBatch | ContrastiveBatch | RolloutBatch
 
 
 class TrainState(NamedTuple):
@@ -38,6 +42,7 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     trainable: Parameters
     optimizer: optax.OptState
+    ema: Parameters  # a moving average of `trainable`; empty where none is kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,31 +63,37 @@ class Partition:
     def axes_by_name(self) -> dict[str, Axes]:
         return dict(zip(self.names, self.axes, strict=True))
 
+    @property
+    def adapters_by_name(self) -> dict[str, bool]:
+        return dict(zip(self.names, self.adapters, strict=True))
+
     def base_weights(self, trainable: Parameters) -> Parameters:
-        """The trainable leaves that are no adapters: at the start, they belong to the reference."""
+        """The trainable leaves that are no adapters: at the start, they belong to the reference model."""
         return {name: trainable[name] for name, adapter in zip(self.names, self.adapters, strict=True) if not adapter}
 
 
-def trainable_filter(config: TrainConfig, objective: str | None = None) -> Callable[[Any, Any], bool]:
+def trainable_filter(config: TrainConfig) -> Callable[[Any, Any], bool]:
     """An nnx filter of what learns under `config`.
 
     - contrastive: every parameter of the dual encoder;
-    - `lora_rank` > 0: the adapters, plus the projector with `train_projector`;
-    - `lora_rank` 0: decoder and projector (full fine-tuning);
-    - `train_vision` adds the vision tower, which is frozen otherwise.
+    - `lora_rank` > 0: the adapters, wherever they are, plus the projector with `train_projector`;
+    - `lora_rank` 0: everything but the parts in `freeze` (full fine-tuning; the projector alone with
+      ``freeze: [decoder]``);
+    - `train_vision` adds the vision tower, which is frozen otherwise;
+    - a scalar head (reward or value) always.
     """
-    objective = objective or config.objective
+    whole_model = check_objective(config).whole_model
 
     def trains(path: Any, value: Any) -> bool:
         if not isinstance(value, nnx.Variable) or not issubclass(value.type, nnx.Param):
             return False
-        if objective == "contrastive":
+        if whole_model or issubclass(value.type, LoRAParam) or path[0] == HEAD:
             return True
         if path[0] == "vision_tower":
             return config.train_vision
         if config.lora.lora_rank == 0:
-            return True
-        return issubclass(value.type, LoRAParam) or (path[0] == "projector" and config.lora.train_projector)
+            return path[0] not in config.freeze
+        return path[0] == "projector" and config.lora.train_projector
 
     return trains
 
@@ -93,6 +104,10 @@ def split_model(model: nnx.Module, config: TrainConfig) -> tuple[Partition, Para
     Raises:
         UserError: nothing would be trained.
     """
+    parts = sorted({str(path[0]) for path, _ in nnx.to_flat_state(nnx.state(model))})
+    for name in config.freeze:
+        if name not in parts:
+            raise UserError(f"the model has no part {name!r}{nearest(name, parts)}", where="train.freeze")
     graphdef, trainable, frozen = nnx.split(model, trainable_filter(config), ...)
     flat = nnx.to_flat_state(trainable)
     if not flat:
@@ -113,9 +128,21 @@ def split_model(model: nnx.Module, config: TrainConfig) -> tuple[Partition, Para
     return Partition(graphdef, tuple(names), tuple(paths), tuple(axes), tuple(adapters)), arrays, frozen
 
 
-def _micro_batches(batch: Batch, count: int) -> tuple[Batch, Callable[[Batch], Batch]]:
+def reference_model(partition: Partition, trainable: Parameters, frozen: nnx.State, base: Parameters | None) -> Any:
+    """The model that the policy is compared with, without gradient: `base` in place of the same leaves.
+
+    Its adapters are switched off, unless `base` has adapters of its own (the policy of an earlier round).
+    """
+    base = base or {}
+    model = partition.merge(jax.lax.stop_gradient({**trainable, **base}), frozen)
+    if not any(adapter and name in base for name, adapter in zip(partition.names, partition.adapters, strict=True)):
+        lora.set_scale(model, 0.0)
+    return model
+
+
+def micro_batches(batch: Any, count: int, shared: tuple[str, ...]) -> tuple[Any, Callable[[Any], Any]]:
     """The batch with its rows in `count` groups [count, rows / count, …], and a function that completes a
-    group.
+    group with the fields `shared`, which belong to all rows.
 
     Group a holds rows a, a + count, …: each device then keeps its own rows.
     """
@@ -128,12 +155,9 @@ def _micro_batches(batch: Batch, count: int) -> tuple[Batch, Callable[[Batch], B
         rows = AXES[:2] if groups.shape[1] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
         return jax.lax.with_sharding_constraint(groups, P(None, rows))
 
-    if isinstance(batch, ContrastiveBatch):
-        # Every image is compared with every text, in whichever group it is.
-        texts = {"text_ids": batch.text_ids, "text_mask": batch.text_mask}
-        rows = batch._replace(text_ids=None, text_mask=None)
-        return jax.tree.map(split, rows), lambda group: group._replace(**texts)
-    return jax.tree.map(split, batch), lambda group: group
+    common = {name: getattr(batch, name) for name in shared}
+    rows = batch._replace(**dict.fromkeys(shared))
+    return jax.tree.map(split, rows), lambda group: group._replace(**common)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,18 +168,23 @@ class TrainStep:
     optimizer: optax.GradientTransformation
     shardings: Any  # a TrainState of shardings
     jitted: Any
+    keeps_ema: bool = False
 
     def init(self, trainable: Parameters) -> TrainState:
         """Step 0, placed on the mesh; `trainable` is consumed."""
         placed = jax.device_put(trainable, self.shardings.trainable)
         optimizer = jax.jit(self.optimizer.init, out_shardings=self.shardings.optimizer)(placed)
         step = jax.device_put(jnp.zeros((), jnp.int32), self.shardings.step)
-        return TrainState(step, placed, optimizer)
+        ema = jax.tree.map(jnp.copy, placed) if self.keeps_ema else {}
+        return TrainState(step, placed, optimizer, ema)
 
     def __call__(
         self, state: TrainState, frozen: nnx.State, base: Parameters | None, batch: Batch
     ) -> tuple[TrainState, dict[str, Float[Array, ""]], Float[Array, " b"]]:
-        """(next state, metrics, loss per row). `state` is donated: do not touch it afterwards."""
+        """(next state, metrics, loss per row). `state` is donated: do not touch it afterwards.
+
+        Where the loss or a gradient is not finite, the next state is the one given: nothing is poisoned.
+        """
         with use_mesh(self.mesh):
             return self.jitted(state, frozen, base, batch)
 
@@ -182,8 +211,8 @@ def make_step(
 
     Args:
         trainable: Only shapes are read.
-        compute_reference: Preference objective: run the reference model too. It consists of the frozen leaves
-            and of the `base` leaves given to each call (`Partition.base_weights` at the start), adapters off.
+        compute_reference: Run the reference model too: the frozen leaves and the `base` leaves given to each
+            call, see `reference_model`.
     """
     shapes = tuple(trainable[name].shape for name in partition.names)
     settings = json.dumps(dataclasses.asdict(config), sort_keys=True)
@@ -210,20 +239,18 @@ def _make_step(
     compute_reference: bool,
 ) -> TrainStep:
     raw = json.loads(settings)
-    config = TrainConfig(**{**raw, "lora": LoRAConfig(**raw["lora"])})
+    config = TrainConfig(**{**raw, "lora": LoRAConfig(**raw["lora"]), "rl": RLConfig(**raw["rl"])})
     objective = check_objective(config)
     optimizer = make_optimizer(config, total_steps, partition.axes_by_name)
     schedule = learning_rate_schedule(config, total_steps)
-    groups = config.gradient_accumulation_steps
+    groups, decay = config.gradient_accumulation_steps, config.ema_decay
 
     def loss_of(
         trainable: Parameters, frozen: nnx.State, base: Parameters | None, batch: Batch, tokens: Any
     ) -> tuple[jax.Array, LossOutput]:
         model = partition.merge(trainable, frozen)
-        reference = None
-        if compute_reference:
-            reference = partition.merge(jax.lax.stop_gradient({**trainable, **(base or {})}), frozen)
-        out = objective(model, batch, config, tokens=tokens, reference_model=reference, remat=remat)
+        reference = reference_model(partition, trainable, frozen, base) if compute_reference else None
+        out = objective.loss(model, batch, config, tokens=tokens, reference_model=reference, remat=remat)
         return out.loss, out
 
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
@@ -234,10 +261,8 @@ def _make_step(
         if groups == 1:
             (_, out), grads = value_and_grad(trainable, frozen, base, batch, None)
             return out, grads
-        tokens = None
-        if isinstance(batch, TreeBatch):
-            tokens = jnp.sum(batch.branch_mask[:, 0], dtype=jnp.float32) / groups
-        rows, complete = _micro_batches(batch, groups)
+        tokens = None if objective.answer_tokens is None else objective.answer_tokens(batch) / groups
+        rows, complete = micro_batches(batch, groups, objective.shared_fields)
 
         def accumulate(total: Parameters, group: Any) -> tuple[Parameters, LossOutput]:
             (_, out), grads = value_and_grad(trainable, frozen, base, complete(group), tokens)
@@ -254,18 +279,23 @@ def _make_step(
         out, grads = gradients(state.trainable, frozen, base, batch)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
+        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, trainable) if decay else {}
+        grad_norm = optax.tree.norm(grads)
         metrics = {
             "loss": out.loss,
             **out.metrics,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
             "learning_rate": schedule(state.step),
         }
-        return TrainState(state.step + 1, trainable, optimizer_state), metrics, out.row_losses
+        finite = jnp.isfinite(out.loss) & jnp.isfinite(grad_norm)
+        updated = TrainState(state.step + 1, trainable, optimizer_state, ema)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        return kept, metrics, out.row_losses
 
-    shardings = _shardings(partition, shapes, optimizer, mesh)
+    shardings = _shardings(partition, shapes, optimizer, mesh, keeps_ema=decay > 0)
     whole = NamedSharding(mesh, P())
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole, whole))
-    return TrainStep(mesh, optimizer, shardings, jitted)
+    return TrainStep(mesh, optimizer, shardings, jitted, keeps_ema=decay > 0)
 
 
 def _shardings(
@@ -273,8 +303,10 @@ def _shardings(
     shapes: tuple[tuple[int, ...], ...],
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
+    *,
+    keeps_ema: bool,
 ) -> Any:
-    """Shardings of a `TrainState`: moments like their parameters, counters on every device."""
+    """Shardings of a `TrainState`: moments and averages like their parameters, counters on every device."""
     whole = NamedSharding(mesh, P())
     parameters = {
         name: sharding_for(axes, shape, mesh)
@@ -290,7 +322,7 @@ def _shardings(
         parameters,
         transform_non_params=lambda _: whole,
     )
-    leaves: tuple[Any, ...] = (whole, parameters, moments)
+    leaves: tuple[Any, ...] = (whole, parameters, moments, parameters if keeps_ema else {})
     return TrainState(*leaves)
 
 

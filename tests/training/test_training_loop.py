@@ -153,7 +153,10 @@ def test_foreign_reference_is_refused(tmp_path: Path, one_device: Any) -> None:
         for row in pair_rows(7)
     ]
     pairs = pair_batches(rows, TinyProcessor(), batch_size=config.batch_size, seed=3)
+    unchecked = replace(config, reference_check_rows=0)
     with pytest.raises(UserError, match="not ln 2"):
+        train(tiny_model(config), pairs, unchecked, output_dir=tmp_path, mesh=one_device)
+    with pytest.raises(UserError, match=r"row-2.*recorded log-prob of its rejected answer is -2\.000"):
         train(tiny_model(config), pairs, config, output_dir=tmp_path, mesh=one_device)
 
 

@@ -24,9 +24,10 @@ from m3po_jax.models import dual_encoder
 from m3po_jax.models.encoder import EncoderConfig
 from m3po_jax.models.vit import ViTConfig
 from m3po_jax.objectives.contrastive import sigmoid_contrastive_loss
-from m3po_jax.training.losses import check_objective, contrastive, reference_sums
+from m3po_jax.training.losses import adapters_off, contrastive, reference_sums
 from m3po_jax.training.losses import preference as preference_of
 from m3po_jax.training.losses import sft as sft_of
+from m3po_jax.training.objectives import check_objective
 from m3po_jax.training.step import split_model
 
 
@@ -148,12 +149,12 @@ def test_reference_is_the_model_without_adapters() -> None:
     expected = plain_sums(partition.merge(trainable, frozen), batch)
 
     graph, weights = nnx.split(partition.merge(active, frozen))
-    computed = jax.jit(lambda w, b: reference_sums(nnx.merge(graph, w), b))(weights, batch)
+    computed = jax.jit(lambda w, b: reference_sums(adapters_off(nnx.merge(graph, w)), b))(weights, batch)
     np.testing.assert_allclose(computed, expected, rtol=1e-4)
 
     def loss(reference: str, given: TreeBatch, with_model: bool = True) -> float:
         settings = replace(config, reference=reference)
-        reference_model = partition.merge(active, frozen) if with_model else None
+        reference_model = adapters_off(partition.merge(active, frozen)) if with_model else None
         out = preference(partition.merge(active, frozen), given, settings, reference_model=reference_model)
         return float(out.loss)
 

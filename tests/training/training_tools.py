@@ -13,6 +13,7 @@ from flax import nnx
 from m3po_jax.config import LoRAConfig, TrainConfig
 from m3po_jax.data.batches import BatchSource, pair_batches
 from m3po_jax.data.schema import Prompt, message
+from m3po_jax.data.tables import content_hash
 from m3po_jax.models import lora
 from m3po_jax.models.encoder import EncoderConfig
 from m3po_jax.models.llama import LlamaConfig
@@ -37,6 +38,9 @@ class TinyProcessor:
 
     def encode_answer(self, text: str) -> list[int]:
         return [3 + ord(letter) % 60 for letter in text] + [EOS_ID]
+
+    def image_keys(self, prompt: Prompt) -> list[str]:
+        return [content_hash(image.path) for image in prompt.images]
 
     def pixel_values(self, prompt: Prompt) -> np.ndarray:
         seeds = [int(image.path or 0) for image in prompt.images]

@@ -1,0 +1,129 @@
+"""A trained reward model as a scorer of answers, and as an alignment backend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Bool, Float, Float32, Int
+
+from m3po_jax.data.batches import TreeRow, collate_tree
+from m3po_jax.data.processing import Processor
+from m3po_jax.data.schema import Prompt
+from m3po_jax.generation.engine import PromptBatch
+from m3po_jax.models.forward import branch_hidden
+from m3po_jax.models.heads import answer_rewards
+from m3po_jax.scoring.alignment import Scores
+from m3po_jax.scoring.engine import Scorer
+
+
+class HeadScorer(Scorer):
+    """A `Scorer` of a model with a scalar head: what the head says of answers or of every state in them."""
+
+    def __init__(self, model: Any, mesh: Mesh, *, batch_size: int = 16):
+        self._rewards = jax.jit(self._rewards_program, static_argnums=(0, 3))
+        self._values = jax.jit(self._values_program, static_argnums=(0, 3))
+        super().__init__(model, mesh, batch_size=batch_size)
+
+    def rewards(
+        self, batch: PromptBatch, branch_ids: Int[np.ndarray, "b k t"], branch_mask: Bool[np.ndarray, "b k t"]
+    ) -> Float32[np.ndarray, "b k"]:
+        """The reward of each answer, read after its last token; end tokens belong to answers that have ended.
+
+        Raises:
+            UserError: a reward is not finite; names the prompt.
+        """
+        arrays = self._branches(branch_ids, branch_mask)
+        found = self._run(self._rewards, self.graph, batch, arrays, {}, blank_images=False)
+        return found[:, : branch_ids.shape[1]]
+
+    def values(
+        self, batch: PromptBatch, branch_ids: Int[np.ndarray, "b k t"], branch_mask: Bool[np.ndarray, "b k t"]
+    ) -> Float32[np.ndarray, "b k t"]:
+        """The value of the state before each token; 0 where masked."""
+        arrays = self._branches(branch_ids, branch_mask)
+        found = self._run(self._values, self.graph, batch, arrays, {}, blank_images=False)
+        return found[:, : branch_ids.shape[1], : branch_ids.shape[2]]
+
+    def _branches(self, branch_ids: np.ndarray, branch_mask: np.ndarray) -> dict[str, np.ndarray]:
+        width = -(-branch_ids.shape[2] // self.branch_bucket) * self.branch_bucket
+        return {
+            "branch_ids": self._pad_branches(branch_ids.astype(np.int32), width),
+            "branch_mask": self._pad_branches(branch_mask.astype(bool), width),
+        }
+
+    def _inputs(self, graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], blank: bool) -> Any:
+        model = nnx.merge(graph, state)
+        features = self._features(model, arrays, blank)
+        names = ("prefix_ids", "prefix_mask", "branch_ids", "branch_mask")
+        prefix_ids, prefix_mask, branch_ids, branch_mask = (arrays[name] for name in names)
+        return model, prefix_ids, prefix_mask, features, branch_ids, branch_mask
+
+    def _rewards_program(
+        self, graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], blank: bool
+    ) -> Float[jax.Array, "b k"]:
+        self.compilations += 1
+        return answer_rewards(*self._inputs(graph, state, arrays, blank))
+
+    def _values_program(
+        self, graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], blank: bool
+    ) -> Float[jax.Array, "b k t"]:
+        self.compilations += 1
+        inputs = self._inputs(graph, state, arrays, blank)
+        return jnp.where(arrays["branch_mask"], inputs[0].scalar_head(branch_hidden(*inputs)), 0.0)
+
+
+class Reward:
+    """A reward model as MAS: σ(reward), so that 0.5 is the reward that centring holds in the middle.
+
+    Args:
+        scorer: Runs the reward model.
+        processor: The reward model's own.
+    """
+
+    name = "reward"
+
+    def __init__(self, scorer: HeadScorer, processor: Processor):
+        self.scorer, self.processor = scorer, processor
+
+    def __call__(self, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Scores:
+        answers = [[self.processor.encode_answer(text) for text in pool] for pool in pools]
+        return [squash(rewards) for rewards in self.of_tokens(prompts, answers)]
+
+    def of_tokens(
+        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[Sequence[int] | np.ndarray]]
+    ) -> list[np.ndarray]:
+        """Rewards (not squashed) of answers given as token ids, one array a prompt."""
+        most = max(map(len, answers), default=0)
+        found: list[np.ndarray] = []
+        size = self.scorer.batch_size
+        for start in range(0, len(prompts), size):
+            block = list(zip(prompts[start : start + size], answers[start : start + size], strict=True))
+            rows = [
+                TreeRow(
+                    np.asarray(self.processor.encode_prompt(prompt), np.int32),
+                    self.processor.pixel_values(prompt) if prompt.images else None,
+                    tuple(np.asarray(ids, np.int32) for ids in pool) + (np.zeros(0, np.int32),) * (most - len(pool)),
+                    (math.nan,) * most,
+                    index,
+                )
+                for index, (prompt, pool) in enumerate(block)
+            ]
+            tree = collate_tree(rows)
+            batch = PromptBatch(
+                [prompt.id for prompt, _ in block], tree.prefix_ids, tree.prefix_mask, tree.pixel_values
+            )
+            rewards = self.scorer.rewards(batch, tree.branch_ids, tree.branch_mask)
+            found += [rewards[i, : len(pool)].astype(np.float64) for i, (_, pool) in enumerate(block)]
+        return found
+
+
+def squash(rewards: np.ndarray) -> np.ndarray:
+    """Rewards to [0, 1] by the logistic function, which keeps their order."""
+    return 0.5 * (1.0 + np.tanh(0.5 * rewards))

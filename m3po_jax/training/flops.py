@@ -1,0 +1,149 @@
+"""Analytic FLOPs of a training step, and the share of the chip's peak that they are (MFU).
+
+Counted is the arithmetic that the mathematics needs: two FLOPs a multiply-add in matrix products and attention,
+for tokens that are not padding. What rematerialisation computes again, and the rest (norms, softmax, optimizer),
+is not counted, as in PaLM's definition of MFU (Chowdhery et al., arXiv:2204.02311, appendix B).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from m3po_jax.models.layers import Linear, LoRAParam
+
+# Dense bfloat16 peak in FLOP/s of one jax device, by `device_kind`; makers' data sheets, without sparsity.
+# Chips with two devices each (TPU v2, v3, 7x) and unknown ones are left out: no figure beats a wrong one.
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989.4e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """Multiply-adds per token of each part of a vision-language model, forward and of weight gradients.
+
+    Attributes:
+        decoder, head, vision, projector: Forward multiply-adds per token of the part's linear layers (adapters
+            included).
+        decoder_learns, …: Those of layers whose weights learn.
+        attention: Multiply-adds per (query, key) pair, all decoder layers.
+        vision_attention: The same in the tower.
+        positions, image_tokens: An image's positions in the tower, and its tokens in the prompt.
+    """
+
+    decoder: float
+    decoder_learns: float
+    head: float
+    head_learns: float
+    vision: float
+    vision_learns: float
+    projector: float
+    projector_learns: float
+    attention: float
+    vision_attention: float
+    positions: int
+    image_tokens: int
+
+    def flops(
+        self,
+        prefixes: np.ndarray,
+        answers: np.ndarray,
+        *,
+        images: int,
+        cached_images: bool,
+        reference: bool,
+    ) -> float:
+        """FLOPs of one optimizer step.
+
+        Args:
+            prefixes: [b] prompt tokens of each row, image tokens included.
+            answers: [b, k] answer tokens.
+            images: Images of the batch; their tokens are in the prefix already.
+            cached_images: The tower does not run.
+            reference: The reference runs the same rows too, without gradient.
+        """
+        p, a = prefixes.astype(float), answers.astype(float)
+        tokens, predicted = p.sum() + a.sum(), a.sum()
+        pairs = (p * (p + 1) / 2).sum() + (a * p[:, None] + a * (a + 1) / 2).sum()
+        seen = 0 if cached_images else images * self.positions
+        vision = seen * (self.vision + self.positions * self.vision_attention)
+        text = tokens * self.decoder + pairs * self.attention + predicted * self.head
+        projected = images * self.image_tokens * self.projector
+        forward = vision + projected + text
+        # Gradients of activations cost one more forward each, from the loss down to the lowest part that learns.
+        vision_learns, projector_learns = self.vision_learns > 0, self.projector_learns > 0
+        backward = text if self.decoder_learns or self.head_learns or vision_learns or projector_learns else 0.0
+        backward += projected if vision_learns else 0.0
+        backward += vision if vision_learns else 0.0
+        weights = (
+            tokens * self.decoder_learns
+            + predicted * self.head_learns
+            + seen * self.vision_learns
+            + images * self.image_tokens * self.projector_learns
+        )
+        return 2.0 * (forward * (2 if reference else 1) - (vision if reference else 0.0) + backward + weights)
+
+
+def step_cost(model: Any, trainable: set[str]) -> StepCost | None:
+    """The cost of a vision-language model whose leaves `trainable` learn; None for other models.
+
+    Args:
+        trainable: Dotted names of the leaves that learn.
+    """
+    if not all(hasattr(model, part) for part in ("decoder", "vision_tower", "projector")):
+        return None
+    sums = {f"{part}{kind}": 0.0 for part in ("decoder", "head", "vision", "projector") for kind in ("", "_learns")}
+    names = {"decoder": "decoder", "vision_tower": "vision", "projector": "projector"}
+    for path, linear in nnx.iter_modules(model):
+        if not isinstance(linear, Linear):
+            continue
+        dotted = ".".join(map(str, path))
+        part = "head" if str(path[-1]) == "lm_head" else names[str(path[0])]
+        for leaf, variable in nnx.to_flat_state(nnx.state(linear, nnx.Param)):
+            if str(leaf[-1]) == "bias":
+                continue
+            size = float(math.prod(variable.shape))
+            active = not issubclass(variable.type, LoRAParam) or linear.lora_scale != 0
+            sums[part] += size if active else 0.0
+            if f"{dotted}.{'.'.join(map(str, leaf))}" in trainable:
+                sums[f"{part}_learns"] += size
+    text, vision = model.config.text, model.config.vision
+    tower = vision.encoder
+    used = max(layer if layer >= 0 else tower.num_layers + 1 + layer for layer in model.config.vision_feature_layers)
+    # Layers above the one that is read do not run.
+    share = used / tower.num_layers
+    sums["vision"] *= share
+    sums["vision_learns"] *= share
+    if sums["head"] == 0.0:  # tied to the embedding
+        sums["head"] = float(text.vocab_size * text.hidden_size)
+    return StepCost(
+        **sums,
+        attention=2.0 * text.num_layers * text.num_heads * text.head_dim,
+        vision_attention=2.0 * used * tower.hidden_size,
+        positions=vision.num_patches + (vision.kind == "clip"),
+        image_tokens=model.config.tokens_per_image,
+    )
+
+
+def peak_flops(devices: list[jax.Device]) -> float | None:
+    """Peak FLOP/s of all `devices` together; None where a kind is unknown."""
+    peaks = [PEAK_FLOPS.get(device.device_kind) for device in devices]
+    return None if None in peaks else float(sum(peak for peak in peaks if peak is not None))

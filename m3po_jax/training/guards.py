@@ -1,0 +1,209 @@
+"""Checks that end a training run before it wastes hours, and the warning of a collapse.
+
+All of them read what a step has returned anyway; only the sample of recorded log-probs is computed for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from m3po_jax.config import TrainConfig
+from m3po_jax.data.batches import BatchSource
+from m3po_jax.errors import UserError
+from m3po_jax.training.objectives import check_objective
+
+# Logged lines that the collapse warning looks back on.
+COLLAPSE_WINDOW = 5
+
+
+def sum_tolerance(model: Any) -> float:
+    """Nats by which an answer's log-prob sum may differ between two programs; coarse below float32."""
+    return 0.02 if getattr(getattr(model, "decoder", None), "dtype", None) == jnp.float32 else 1.0
+
+
+def token_tolerance(model: Any) -> float:
+    """Nats per token by which a recorded answer may differ from the same model's own pass over it."""
+    return 1e-3 if getattr(getattr(model, "decoder", None), "dtype", None) == jnp.float32 else 5e-2
+
+
+def check_settings(config: TrainConfig, batches: BatchSource) -> None:
+    """Raises UserError for settings of the loop that make no sense."""
+    for name in ("save_steps", "log_steps"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} must be positive, not {getattr(config, name)}", where=f"train.{name}")
+    if config.max_steps is not None and config.max_steps < 1:
+        raise UserError(f"max_steps must be positive, not {config.max_steps}", where="train.max_steps")
+    if config.max_steps is None and not config.epochs > 0:
+        raise UserError(f"epochs must be positive, not {config.epochs}", where="train.epochs")
+    if not 0 <= config.ema_decay < 1:
+        raise UserError(f"ema_decay must lie in [0, 1), not {config.ema_decay}", where="train.ema_decay")
+    if config.weights not in ("last", "ema", "best"):
+        raise UserError(f"weights are last, ema or best, not {config.weights!r}", where="train.weights")
+    if config.weights == "ema" and not config.ema_decay:
+        raise UserError("no moving average is kept", where="train.weights", remedy="set train.ema_decay, e.g. 0.99")
+    if config.weights == "best" and not config.keep_best:
+        raise UserError("no best checkpoint is kept", where="train.weights", remedy="set train.keep_best=1")
+    if config.keep_best and config.log_steps > config.save_steps:
+        raise UserError(
+            "best checkpoints are chosen by logged metrics, and not every checkpoint has one",
+            where="train.keep_best",
+            remedy="set train.log_steps to at most train.save_steps",
+        )
+    for name in ("reference_check_rows", "keep_best", "collapse_warning"):
+        if not (math.isfinite(getattr(config, name)) and getattr(config, name) >= 0):
+            raise UserError(f"{name} must not be negative: {getattr(config, name)}", where=f"train.{name}")
+    if batches.batch_size != config.batch_size:
+        raise ValueError(f"batches of {batches.batch_size} rows for train.batch_size {config.batch_size}")
+
+
+def check_image_tokens(batch: Any, ids: Sequence[str], image_token_id: int, tokens_per_image: int) -> None:
+    """Every image of a row has its place in the prompt, and every place an image.
+
+    Args:
+        batch: A batch with `prefix_ids` [b, p] and images (or features) [b, m, …], or without images.
+
+    Raises:
+        UserError: names the row; a wrong count would silently shift images into each other's places.
+    """
+    features = getattr(batch, "features", None)
+    images = batch.pixel_values if features is None else features
+    most = 0 if images is None else images.shape[1]
+    counts = np.sum((batch.prefix_ids == image_token_id) & batch.prefix_mask, axis=1)
+    wrong = (counts % tokens_per_image != 0) | (counts > most * tokens_per_image)
+    # Images are padded to the most that a row of the batch has, so some row must use them all.
+    if not wrong.any() and counts.max(initial=0) != most * tokens_per_image:
+        wrong = counts == counts.max()
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise UserError(
+            f"{counts[row]} image tokens in the prompt, {tokens_per_image} for each of up to {most} images expected",
+            where=f"row {ids[int(batch.row_index[row])]!r}",
+            remedy="the processor does not belong to this model: take both from one directory",
+        )
+
+
+class Guards:
+    """What must hold at each step of one run; see `check`.
+
+    Args:
+        agrees: The policy is its reference at step 0, so that the closed forms hold.
+    """
+
+    def __init__(self, config: TrainConfig, batches: BatchSource, where: str, *, agrees: bool, tolerance: float):
+        self.batches, self.where = batches, where
+        self.objective = check_objective(config)
+        self.expected = self.objective.first_values(config, tolerance) if agrees else {}
+
+    def finite(self, step: int, metrics: Mapping[str, float], row_losses: np.ndarray, rows: np.ndarray) -> str | None:
+        """None, or the error text for a loss or gradient that is not finite at `step` (0: the first)."""
+        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+            return None
+        guilty = rows[~np.isfinite(row_losses)] if not np.isfinite(row_losses).all() else rows
+        what = "loss" if not math.isfinite(metrics["loss"]) else "gradient"
+        names = ", ".join(repr(name) for name in self.batches.row_ids(np.unique(guilty)))
+        return f"the {what} is not finite at step {step + 1}, rows {names}"
+
+    def first_step(self, metrics: Mapping[str, float], idle: Sequence[str]) -> None:
+        """Checks of the first step of a run.
+
+        Args:
+            idle: Leaves without any gradient, see `idle_leaves`.
+
+        Raises:
+            UserError: nothing has a gradient, or a loss is not what its closed form says.
+        """
+        if metrics["grad_norm"] == 0.0 and not self.objective.on_policy:
+            names = f" ({', '.join(idle[:4])}{', …' if len(idle) > 4 else ''})" if idle else ""
+            raise UserError(
+                f"the gradient of the first step is zero: nothing would be learned{names}",
+                where=self.where,
+                remedy="look at the pairs, at train.lora and at train.freeze",
+            )
+        for name, (value, tolerance) in self.expected.items():
+            if not abs(metrics[name] - value) <= tolerance:
+                shown = "ln 2 = 0.693147" if math.isclose(value, math.log(2), abs_tol=1e-6) else f"{value:.6g}"
+                raise UserError(
+                    f"the first {name} is {metrics[name]:.6f}, not {shown}: the reference log-probs do not "
+                    "belong to this model",
+                    where=self.where,
+                    remedy="set train.reference=computed, or make the candidates with this model",
+                )
+
+
+def idle_leaves(optimizer: optax.OptState, adapters: Mapping[str, bool]) -> list[str]:
+    """Leaves that had no gradient in the first step, by their first moments: they learn nothing.
+
+    A LoRA factor A has none while B is zero, so A does not count.
+
+    Args:
+        adapters: Leaf name -> whether it is a LoRA factor.
+    """
+    is_adam = lambda x: isinstance(x, optax.ScaleByAdamState)  # noqa: E731
+    found: list[str] = []
+    for state in jax.tree.leaves(optimizer, is_leaf=is_adam):
+        if is_adam(state):
+            largest = jax.device_get(jax.tree.map(lambda x: jnp.max(jnp.abs(x)), state.mu))
+            found += [
+                name
+                for name, value in largest.items()
+                if value == 0 and not (adapters.get(name) and name.endswith("lora_a"))
+            ]
+    return sorted(found)
+
+
+class CollapseWatch:
+    """Warns once when the chosen answers' likelihood falls away while the margins still grow."""
+
+    def __init__(self, threshold: float, lines: Sequence[Mapping[str, Any]], *, warned: bool):
+        """`lines`: those of `metrics.jsonl` so far, so that a continued run warns at the same step."""
+        self.threshold, self.warned = threshold, warned
+        self.lines = list(lines)[-COLLAPSE_WINDOW:]
+
+    def see(self, line: Mapping[str, Any]) -> str | None:
+        """The warning that this logged line calls for, if any."""
+        self.lines = [*self.lines, line][-COLLAPSE_WINDOW:]
+        if self.warned or not self.threshold or len(self.lines) < COLLAPSE_WINDOW:
+            return None
+        values = [(row.get("delta_logps/chosen"), row.get("rewards/margins")) for row in self.lines]
+        if any(None in pair for pair in values):
+            return None
+        chosen, margins = np.array(values, np.float64).T
+        half = COLLAPSE_WINDOW // 2
+        if not (chosen.mean() < -self.threshold and margins[-half:].mean() > margins[:half].mean()):
+            return None
+        self.warned = True
+        return (
+            f"the chosen answers have lost {-chosen.mean():.2f} nats per token against the reference while the "
+            "margins still grow: the policy gets its margin by making both answers unlikely (likelihood "
+            "displacement), and forgets what it knew; raise train.chosen_nll_weight, lower train.learning_rate, or "
+            "keep near-duplicates out of the pairs (select.max_similarity)"
+        )
+
+
+def check_recorded(
+    recorded: np.ndarray, computed: np.ndarray, lengths: np.ndarray, ids: Sequence[str], limit: float
+) -> None:
+    """The spot check: recorded reference sums [rows, k] are those of the model that is trained from.
+
+    Raises:
+        UserError: names the row that is furthest off.
+    """
+    gap = np.abs(recorded - computed) / np.maximum(lengths, 1)
+    gap = np.where(np.isfinite(recorded), gap, 0.0)
+    if gap.max(initial=0.0) <= limit:
+        return
+    row, branch = map(int, np.unravel_index(int(np.argmax(gap)), gap.shape))
+    answer = ("chosen", "rejected")[branch] if gap.shape[1] == 2 else f"number {branch}"
+    raise UserError(
+        f"the recorded log-prob of its {answer} answer is {recorded[row, branch]:.3f}, the reference model gives "
+        f"{computed[row, branch]:.3f} ({gap[row, branch]:.4f} nats per token apart, {limit:g} allowed)",
+        where=f"row {ids[row]!r}",
+        remedy="the candidates come from another model: make them again, or set train.reference=computed",
+    )

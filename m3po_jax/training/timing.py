@@ -1,0 +1,72 @@
+"""What a step took: seconds, throughput, MFU, memory. In a file of its own, since times never repeat."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from m3po_jax.training.flops import StepCost, peak_flops
+
+
+def batch_tokens(batch: Any) -> int:
+    """Tokens of a batch that are not padding: prompts once, and every answer."""
+    masks = [getattr(batch, name, None) for name in ("prefix_mask", "branch_mask", "text_mask")]
+    return int(sum(int(np.sum(mask)) for mask in masks if mask is not None))
+
+
+def batch_flops(
+    cost: StepCost | None, batch: Any, *, images: tuple[int, int] | None, reference: bool
+) -> float | None:
+    """Analytic FLOPs of a step on `batch`; None where the model's cost is unknown.
+
+    Args:
+        images: (image token id, tokens per image), which tell the images of a batch from padding.
+    """
+    if cost is None or images is None or not hasattr(batch, "branch_mask"):
+        return None
+    image_token_id, tokens_per_image = images
+    placed = np.sum((batch.prefix_ids == image_token_id) & batch.prefix_mask)
+    return cost.flops(
+        np.sum(batch.prefix_mask, axis=-1),
+        np.sum(batch.branch_mask, axis=-1),
+        images=int(placed) // tokens_per_image,
+        cached_images=getattr(batch, "features", None) is not None,
+        reference=reference,
+    )
+
+
+def memory_peak(mesh: Mesh) -> float | None:
+    """The most bytes in use so far on this process's fullest device; None where the backend does not say."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in mesh.local_devices]
+    known = [peak for peak in peaks if peak is not None]
+    return float(max(known)) if known else None
+
+
+class StepTimer:
+    """Seconds between calls of `lap`, and what follows from them."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh, self.peak = mesh, peak_flops(list(mesh.devices.flat))
+        self.started = time.perf_counter()
+
+    def lap(self, *, rows: int, tokens: int, flops: float | None, compiled: bool) -> dict[str, Any]:
+        """Numbers of the step that ended now.
+
+        Args:
+            compiled: A program was compiled in it: its time is no step time.
+        """
+        now = time.perf_counter()
+        seconds, self.started = now - self.started, now
+        known = flops is not None and self.peak is not None
+        return {
+            "step_time": seconds,
+            "compiled": float(compiled),
+            "tokens_per_second": tokens / seconds,
+            "rows_per_second": rows / seconds,
+            "flops": flops,
+            "mfu": flops / seconds / self.peak if known and flops is not None and self.peak else None,
+            "peak_memory_bytes": memory_peak(self.mesh),
+        }

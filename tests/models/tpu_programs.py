@@ -1,0 +1,136 @@
+"""Run by test_tpu_programs.py: compiles for absent TPUs and prints one JSON line a program.
+
+A process of its own, because libtpu reads its settings once, when it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is used, so other processes may do the same meanwhile
+}
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import topologies
+
+from m3po_jax.config import LoRAConfig, MeshConfig, TrainConfig
+from m3po_jax.data.batches import TreeBatch
+from m3po_jax.models import lora
+from m3po_jax.models.encoder import EncoderConfig
+from m3po_jax.models.kernels.choice import decode_kernel, self_attention, with_attention
+from m3po_jax.models.llama import LlamaConfig
+from m3po_jax.models.llava.config import LlavaConfig
+from m3po_jax.models.llava.model import build
+from m3po_jax.models.vit import ViTConfig
+from m3po_jax.sharding import make_mesh, sharding_for, state_shardings, use_mesh
+from m3po_jax.training.step import make_step, split_model
+
+LAYERS = 2
+LLAVA_7B = LlavaConfig(
+    text=LlamaConfig(32064, 4096, 11008, num_layers=LAYERS, num_heads=32, num_kv_heads=32, head_dim=128),
+    vision=ViTConfig(
+        "clip", EncoderConfig(1024, 4096, num_layers=LAYERS, num_heads=16), image_size=336, patch_size=14
+    ),
+    image_token_id=32000,
+)
+PROMPT, ANSWER = 640, 256
+
+
+def report(name: str, compiled: Any) -> None:
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    print(
+        json.dumps(
+            {
+                "program": name,
+                "kernels": text.count('custom_call_target="tpu_custom_call"'),
+                "temp_mb": memory.temp_size_in_bytes / 1e6,
+                "argument_mb": memory.argument_size_in_bytes / 1e6,
+                "scores": text.count(f"{PROMPT},{PROMPT}]"),
+                "all_gathers": text.count(" all-gather("),
+            }
+        ),
+        flush=True,
+    )
+
+
+def placed(shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...], mesh: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding_for(axes, shape, mesh))
+
+
+def prefix_kernels(mesh: Any) -> None:
+    """Both directions of the prefix's self-attention, and the grouped decode kernel, on every device's share."""
+    rows, heads = ("batch", None, "heads", None), ("batch", "kv_heads", None, None)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        for kv_heads, width, tokens in ((32, 128, 640), (8, 64, 577)):
+            q = placed((16, tokens, 32, width), dtype, rows, mesh)
+            k = placed((16, tokens, kv_heads, width), dtype, rows, mesh)
+            mask = placed((16, tokens), jnp.bool_, ("batch", None), mesh)
+
+            def loss(q: Any, k: Any, v: Any, mask: Any) -> Any:
+                return self_attention(q, k, v, mask, causal=True, kind="pallas").astype(jnp.float32).sum()
+
+            with use_mesh(mesh):
+                report("self_attention", jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, mask).compile())
+            for candidates, prefix in ((1, 640), (8, 648), (16, 1536)):
+                q = placed((16, kv_heads, candidates * 32 // kv_heads, width), dtype, heads, mesh)
+                k = placed((16, kv_heads, prefix, width), dtype, heads, mesh)
+                length = placed((16,), jnp.int32, ("batch",), mesh)
+                with use_mesh(mesh):
+                    lowered = jax.jit(decode_kernel("pallas")).lower(q, k, k, length)
+                    report(f"prefix_attention_{width}", lowered.compile())
+
+
+def preference_step(mesh: Any, attention: str, pairs: int = 16) -> None:
+    """A LoRA-DPO step of LLaVA-1.5-7B's widths."""
+    config = TrainConfig(batch_size=pairs, lora=LoRAConfig(), reference="recorded")
+    kept = {}
+
+    def make() -> Any:
+        model = build(with_attention(LLAVA_7B, attention), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+        lora.attach(model, config.lora, scope="decoder", rngs=nnx.Rngs(0))
+        kept["partition"], trainable, frozen = split_model(model, config)
+        return trainable, frozen
+
+    trainable, frozen = jax.eval_shape(make)
+    step = make_step(kept["partition"], trainable, config, total_steps=10, mesh=mesh, remat="full")
+    with_sharding = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    state = jax.eval_shape(
+        lambda t: type(step.shardings)(jnp.zeros((), jnp.int32), t, step.optimizer.init(t)), trainable
+    )
+    state = jax.tree.map(with_sharding, state, step.shardings)
+    frozen = jax.tree.map(with_sharding, frozen, state_shardings(frozen, mesh))
+    rows = lambda shape, dtype: placed(shape, dtype, ("batch", *(None,) * (len(shape) - 1)), mesh)  # noqa: E731
+    batch = TreeBatch(
+        rows((pairs, PROMPT), jnp.int32),
+        rows((pairs, PROMPT), jnp.bool_),
+        rows((pairs, 1, 336, 336, 3), jnp.float32),
+        rows((pairs, 2, ANSWER), jnp.int32),
+        rows((pairs, 2, ANSWER), jnp.bool_),
+        rows((pairs, 2), jnp.float32),
+        rows((pairs,), jnp.int32),
+    )
+    with use_mesh(mesh):
+        report(f"preference_step_{attention}", step.jitted.lower(state, frozen, None, batch).compile())
+
+
+def main(name: str, *programs: str) -> None:
+    devices = topologies.get_topology_desc(name, platform="tpu").devices
+    mesh = make_mesh(MeshConfig(data=1, fsdp=len(devices) // 2, tensor=2), devices)
+    if "kernels" in programs:
+        prefix_kernels(mesh)
+    for attention in ("xla", "pallas"):
+        if f"step_{attention}" in programs:
+            preference_step(mesh, attention)
+
+
+main(*sys.argv[1:])
