@@ -162,11 +162,12 @@ def _loop_lines(program: str) -> Iterator[str]:
 
 
 def cache_copies(program: str, caches: Sequence[tuple[int, ...]]) -> int:
-    """Copies and transpositions of arrays shaped like one of `caches` (axes in any order) in the decode loops.
+    """Copies and transpositions of arrays shaped like one of `caches` in the decode loops (axes in any order,
+    those of length 1 left out).
 
     `program` is the compiled module's text.
     """
-    wanted = [sorted(shape) for shape in caches]
+    wanted = [sorted(size for size in shape if size > 1) for shape in caches]
     moved = re.compile(r"= \w+\[([\d,]+)\]\{([\d,]+)[^}]*\} (copy|transpose)\(")
     count = 0
     for line in _loop_lines(program):
@@ -174,5 +175,5 @@ def cache_copies(program: str, caches: Sequence[tuple[int, ...]]) -> int:
             shape, layout = ([int(number) for number in found[group].split(",")] for group in (1, 2))
             # A transposition into another layout than row by row renames axes and moves nothing.
             moves = found[3] == "copy" or layout == sorted(layout, reverse=True)
-            count += moves and sorted(shape) in wanted
+            count += moves and sorted(size for size in shape if size > 1) in wanted
     return count

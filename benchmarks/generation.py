@@ -80,14 +80,10 @@ class Ours:
         """A call that samples, and the compiled program's figures."""
         import counting
 
-        from m3po_jax.generation.engine import chunk_sizes
-
         s = self.shapes
         generator = self.generator(candidates=s.candidates, new_tokens=s.new_tokens)
-        chunks, c = chunk_sizes(s.new_tokens), self.model.config.text
-        given = (generator.graph, *generator.arguments(self.batch))
-        lead = (s.prompts, c.num_kv_heads)
-        caches = [(*lead, s.prefix, c.head_dim), *((*lead, s.candidates, size, c.head_dim) for size in chunks)]
+        c, lanes = self.model.config.text, s.prompts * s.candidates
+        programs = generator.programs(self.batch)
         minimum = counting.generation_minimum(
             self.model.config,
             prompts=s.prompts,
@@ -95,8 +91,26 @@ class Ours:
             candidates=s.candidates,
             new_tokens=s.new_tokens,
         )
-        figures = compile_figures(generator.program, given, self.mesh, minimum, trips=chunks, caches=caches)
-        return lambda: generator(self.batch), figures
+        figures: dict[str, Any] = {"dot_flops_minimum": minimum}
+        total = {"compile_s": 0.0, "dot_flops": 0, "temp_mb": 0.0, "cache_copies": 0}
+        filled = 0
+        for program in programs:
+            filled += program.steps
+            caches = [(s.prompts, c.num_kv_heads, s.prefix, c.head_dim), (lanes, c.num_kv_heads, filled, c.head_dim)]
+            found = compile_figures(
+                program.function,
+                program.arguments,
+                self.mesh,
+                minimum,
+                trips=[program.steps] if program.steps else [],
+                caches=caches if program.steps else None,
+            )
+            total["compile_s"] += found["compile_s"]
+            total["dot_flops"] += program.calls * found["dot_flops"]
+            # The caches live between programs: what counts is the most that is held at any moment.
+            total["temp_mb"] = max(total["temp_mb"], found["temp_mb"] + program.state / 1e6)
+            total["cache_copies"] += found["cache_copies"] or 0
+        return lambda: generator(self.batch), figures | total
 
     def scoring(self, given_answers: np.ndarray) -> tuple[Callable[[], Any], dict[str, Any]]:
         """A call that scores, and the compiled program's figures."""

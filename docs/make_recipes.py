@@ -33,16 +33,20 @@ m3po run --config configs/llava15_7b_m3po.yaml name=trial train.beta=0.2 'select
 
 Unknown keys are errors that name the nearest known one. Quote a value that holds spaces, brackets or braces. The
 resolved recipe is saved as `config.yaml` in the run directory, and a run directory takes one recipe only: another
-value needs another `name`. `--mock` runs any recipe with a tiny model and a handful of rows, to try its settings.
+value needs another `name` (limits and prices of `score.endpoint` excepted, which change no score). `--mock` runs any
+recipe with a tiny model and a handful of rows, to try its settings.
 """
 
 SECTIONS = {
     "": "The run",
+    "round": "round: from one round to the next",
     "mesh": "mesh: devices",
     "model": "model: the policy",
     "data": "data: prompts",
     "generate": "generate: candidates",
     "score": "score: MAS and confidence",
+    "score.ensemble": "score.ensemble: when members disagree",
+    "score.endpoint": "score.endpoint: a server as judge",
     "select": "select: pairs",
     "train": "train: learning",
     "train.lora": "train.lora: adapters",
@@ -51,6 +55,7 @@ SECTIONS = {
     "cache": "cache: what is computed once",
     "evaluate": "evaluate: benchmarks",
     "evaluate.benchmarks.NAME": "evaluate.benchmarks.NAME: one benchmark",
+    "compare": "compare: systems × seeds",
 }
 
 # Keys whose comment in config.py would repeat their name.
@@ -69,13 +74,17 @@ MEANINGS = {
     "data.path": "a file, a folder or a builder, see data.md",
     "data.split": "split of a TFDS data set, or of parquet files named as on the Hugging Face hub",
     "data.limit": "only the first rows",
-    "arms": "comparison systems trained on the same candidates: name → dotted overrides of this recipe",
+    "arms": "comparison systems trained on the same candidates: name → dotted overrides of this recipe. A name of "
+    "compare.md starts from that system's own overrides",
     "select.rule": "how pairs are made: m3p, mas_only, vanilla, random, low_confidence, product, lexicographic, "
-    "inversion, shared or reward, see method.md",
+    "inversion, shared or extremes, see method.md",
     "select.lambda_preferred": "λ₊: weight of confidence for the chosen answer",
     "select.lambda_dispreferred": "λ₋: weight of confidence for the rejected answer",
     "select.lexicographic": "τ₊, τ₋ of that rule: least MAS of a chosen answer, and what a rejected one stays below",
-    "select.seed": "of the rules `random` and `vanilla`",
+    "select.seed": "of the rules `random` and `vanilla`, and of `budget_by: random`",
+    "compare.arms": "systems that ship (compare.md) or of `arms`; base and its stop-bias frontier are always there",
+    "compare.per_seed": "dotted key → text with `{seed}`, e.g. `model.path`; in `arms`, `{seed}` is replaced too",
+    "compare.seeds": "each draws its own candidates, order of rows and adapters",
     "train.beta": "inverse temperature of the implicit reward",
     "train.label_smoothing": "assumed share of flipped labels; the losses that read it are in training.md",
     "train.learning_rate": "of AdamW, at its peak",

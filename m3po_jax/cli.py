@@ -43,6 +43,11 @@ VERBS: dict[str, tuple[str, str]] = {
         "Answers every benchmark of `evaluate.benchmarks` with the model (or its trained checkpoint) into "
         "round-R/evaluation/. With --answers FILE it scores saved answers instead.",
     ),
+    "compare": (
+        "systems × seeds on shared candidates, and one table with intervals",
+        "Trains and evaluates every system of `compare.arms` with every seed of `compare.seeds` under "
+        "NAME/compare/, and writes results.json, results.md and report.html there. Whatever is finished is skipped.",
+    ),
     "export": (
         "a Hugging Face directory or a PEFT adapter",
         "Writes what was trained so that transformers, PEFT and vLLM load it.",
@@ -82,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
             )
         if name in ("generate", "score", "select", "train", "evaluate", "export"):
             verb.add_argument("--round", type=int, default=1, metavar="R", help="which round's folder (default 1)")
-        if name in ("select", "train", "evaluate", "export"):
+        if name in ("generate", "score", "select", "train", "evaluate", "export"):
             verb.add_argument("--arm", default=None, help="a comparison arm of the recipe (default: the main one)")
         if name == "select":
             verb.add_argument("--input", metavar="FILE.jsonl", help="scored candidates as JSON lines")

@@ -6,8 +6,10 @@ keys are errors that name the nearest known key. Names follow TRL and PEFT where
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,11 +95,55 @@ class GenerateConfig:
 
 
 @dataclass
+class EnsembleConfig:
+    """When an ensemble abstains because its members disagree (scoring/ensemble.py)."""
+
+    correlation: str = "spearman"  # spearman | kendall: the rank correlation of two members in a pool
+    min_correlation: float = 0.0  # below it they disagree; -1: off
+    max_gap: float = 0.25  # each holds the other's best for worse than its own by more than this; 1: off
+    max_opposed_z: float | None = None  # a candidate's z-scores oppose each other beyond this; null: off
+    min_contrast: float = 1e-3  # a member whose scores vary less in a pool has no opinion
+
+
+@dataclass
+class EndpointConfig:
+    """An OpenAI-compatible server as judge (scoring/endpoint.py)."""
+
+    base_url: str = ""  # up to and with /v1; `/chat/completions` is added
+    model: str = ""  # the server's name for the judge
+    api_key_env: str = ""  # the environment variable that holds the key; empty: no key is sent
+    allow_insecure: bool = False  # send the key over plain http to another machine
+    temperature: float = 0.0  # of the judge
+    max_tokens: int = 16  # of an answer
+    logprobs: bool = False  # ask for the grade tokens' log-probs: the expected grade instead of the given one
+    max_image_side: int = 1024  # larger images are scaled down to this before they are sent
+    extra_body: dict[str, Any] = field(default_factory=dict)  # more of the request; a null removes a key
+    max_reasks: int = 2  # after an answer without a grade; then the candidate has no score
+    # A run may be continued with other values of what follows, which change no score.
+
+    concurrency: int = 8  # requests in flight
+    requests_per_minute: float = 0.0  # 0: no limit
+    tokens_per_minute: float = 0.0  # prompt and completion; 0: no limit
+    timeout_s: float = 60.0  # of one request
+    max_retries: int = 6  # after a time-out, a lost connection, status 408, 409, 429 or 5xx
+    retry_wait_s: float = 1.0  # before the first retry; doubles, with jitter, unless the server says how long
+    prompt_price: float = 0.0  # of a million prompt tokens, in any currency
+    completion_price: float = 0.0  # of a million completion tokens
+    max_cost: float | None = None  # scoring stops before this is spent; null: no limit
+    cache_dir: str = ""  # paid answers, shared by all runs that name it; empty: OUTPUT_DIR/endpoint-cache
+
+
+@dataclass
 class ScoreConfig:
     """The alignment score (MAS) and the confidence variants."""
 
-    backend: str = "claims"  # similarity | claims | reference | reward | ensemble
+    backend: str = "claims"  # similarity | claims | judge | endpoint | reference | reward | ensemble
     members: list[str] = field(default_factory=list)  # of an ensemble: NAME or NAME=MODEL
+    ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    rubric: str = ""  # judge, endpoint: the question, with {instruction} and {answer}; empty: see scoring/grading.py
+    grades: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])  # judge, endpoint: worst to best
+    min_grade_mass: float = 0.05  # judge: abstains where all grades together are less likely
     judge_template: str = ""  # claims: the question about {claim}; empty: see scoring/judge.py
     model: str = ""  # the judge or the dual encoder (a model directory)
     unit: str = "claim"  # similarity: whole | claim
@@ -112,7 +158,7 @@ class ScoreConfig:
 class SelectConfig:
     """The M3P-Score and the rules that a pair must satisfy (METHOD section 2)."""
 
-    # m3p | mas_only | vanilla | random | low_confidence | product | lexicographic | inversion | shared
+    # m3p | mas_only | vanilla | random | low_confidence | product | lexicographic | inversion | shared | extremes
     rule: str = "m3p"
     confidence: str = "mean"  # the variant that enters the score
     confidence_dispreferred: str = ""  # another variant for the rejected role; empty: the same
@@ -125,7 +171,10 @@ class SelectConfig:
     max_similarity: float = 0.9  # near-duplicates drive likelihood displacement
     min_contrast: float = 1e-3  # least standard deviation of MAS within a pool
     lexicographic: list[float] = field(default_factory=lambda: [0.7, 0.4])  # τ₊, τ₋
-    budget: float = 1.0  # the best share of pairs, by value, that is kept
+    candidates: int | None = None  # only each prompt's first so many candidates take part: a smaller K on one pool
+    budget: float = 1.0  # the share of pairs that is kept
+    max_pairs: int | None = None  # at most so many are kept
+    budget_by: str = "value"  # value: the best pairs | random: any, the same prompts for every rule
     seed: int = 0
 
 
@@ -168,6 +217,7 @@ class RLConfig:
 class TrainConfig:
     objective: str = "preference"  # preference | sft | contrastive | reward | rlhf, see training.md
     data: list[DataConfig] = field(default_factory=list)  # sft, contrastive: joined; empty: the recipe's `data`
+    sft_answers: str = "chosen"  # an arm of objective sft learns the pairs' chosen | the data's reference answers
     loss_type: str = "sigmoid"  # a loss of training.md, or mixture: those of `loss_weights`
     loss_weights: dict[str, float] = field(default_factory=dict)  # MPO: {sigmoid: 0.8, bco_pair: 0.2, sft: 1.0}
     beta: float = 0.1
@@ -185,7 +235,6 @@ class TrainConfig:
     anchor_delta: float = 0.0  # in units of reward
     reference: str = "recorded"  # recorded (at generation) | computed (by the reference model)
     reference_check_rows: int = 8  # recorded log-probs of so many rows are computed again and compared; 0: none
-    reference_refresh: bool = True  # later rounds: the policy of the round before is the reference; false: the base
     center_rewards_coefficient: float = 0.01  # reward: weight of (r_w + r_l)², which keeps rewards around 0
     reward_margin: float = 0.0  # reward: by how much a chosen answer should win
     rl: RLConfig = field(default_factory=RLConfig)
@@ -246,10 +295,16 @@ class CacheConfig:
 class BenchmarkConfig:
     """One benchmark: whose rule scores the answers, and where the questions come from."""
 
-    metric: str = "pope"  # pope | chair | short_answer
+    # pope | chair | short_answer | mme | vqa | mmbench | amber | amber_yes_no | mmhal | llava_bench: evaluation.md
+    metric: str = "pope"
     data: DataConfig = field(default_factory=DataConfig)
     kind: str = ""  # only rows whose metadata has this `kind`; empty: all rows
     vocabulary: list[str] = field(default_factory=list)  # chair: the objects; empty: those the rows name
+    rule: str = ""  # vqa: official (the default) | llava: predictions are normalised as LLaVA does
+    association: str = ""  # amber: its relation.json
+    safe_words: str = ""  # amber: its safe_words.txt
+    nouns: str = "vocabulary"  # amber: vocabulary (words that the association file has) | nltk (official)
+    similarity: str = "exact"  # amber: exact | a spaCy model; en_core_web_lg is official
 
 
 @dataclass
@@ -267,6 +322,29 @@ class EvaluateConfig:
 
 
 @dataclass
+class RoundConfig:
+    """What later rounds take over from earlier ones."""
+
+    reference: str = "previous"  # the reference model of a round: previous (the round's generator) | base
+    mix_previous: float = 0.0  # share of a round's training pairs that come from earlier rounds
+
+
+@dataclass
+class CompareConfig:
+    """`m3po compare`: systems × seeds on shared candidates (docs/compare.md)."""
+
+    # Systems that ship (docs/compare.md) or of `arms`; base and its stop-bias frontier are always there
+    arms: list[str] = field(default_factory=lambda: ["vcd", "sft_chosen", "dpo", "mas_dpo", "low_confidence", "m3po"])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    per_seed: dict[str, str] = field(default_factory=dict)  # dotted key -> text with {seed}, e.g. model.path
+    against: list[str] = field(default_factory=lambda: ["base", "mas_dpo"])  # paired differences against these
+    main: str = "m3po"  # the system whose success is judged, and whose ranking the efficiency curve uses
+    equal_pairs: bool = True  # every arm trains on as many pairs as the arm with the fewest
+    efficiency: list[float] = field(default_factory=list)  # budgets of the data-efficiency curve, e.g. [0.25, 1.0]
+    resamples: int = 1000  # bootstrap samples of the intervals
+
+
+@dataclass
 class Recipe:
     """Everything one run needs."""
 
@@ -274,6 +352,7 @@ class Recipe:
     output_dir: str = "runs"
     seed: int = 0
     rounds: int = 1
+    round: RoundConfig = field(default_factory=RoundConfig)  # how rounds after the first begin
     mesh: MeshConfig = field(default_factory=MeshConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -284,8 +363,10 @@ class Recipe:
     reward: RewardConfig = field(default_factory=RewardConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    # Comparison systems trained on the same candidates: name -> dotted overrides of this recipe.
+    # Comparison systems trained on the same candidates: name -> dotted overrides of this recipe. A name that ships
+    # (docs/compare.md) starts from that system's own overrides.
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    compare: CompareConfig = field(default_factory=CompareConfig)
 
 
 def _known_keys(cls: type, path: list[str]) -> list[str]:
@@ -355,6 +436,37 @@ def override(recipe: Recipe, changes: dict[str, Any], where: str = "arms") -> Re
             nested = {part: nested}
         config = _merge(config, OmegaConf.create(nested), where)
     return _to_recipe(config)
+
+
+T = typing.TypeVar("T")
+
+
+def from_plain(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+    """A section of a recipe from what `dataclasses.asdict` made of it, as files of trained models hold it."""
+    return typing.cast(
+        T, OmegaConf.to_object(_merge(OmegaConf.structured(kind), OmegaConf.create(dict(values)), where))
+    )
+
+
+# Keys that change how a stage runs and nothing that it computes: a run may be continued with other values.
+OPERATIONAL = {
+    "score.endpoint": (
+        *("concurrency", "requests_per_minute", "tokens_per_minute", "timeout_s", "max_retries", "retry_wait_s"),
+        *("prompt_price", "completion_price", "max_cost", "cache_dir"),
+    )
+}
+
+
+def essential(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe (or its `score` section under that key) as nested dictionaries, without the keys of `OPERATIONAL`."""
+    copied = copy.deepcopy(dict(recipe))
+    for path, keys in OPERATIONAL.items():
+        section: Any = copied
+        for part in path.split("."):
+            section = section.get(part) if isinstance(section, dict) else None
+        for key in keys if isinstance(section, dict) else ():
+            section.pop(key, None)
+    return copied
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -1,9 +1,9 @@
 """Preference pairs from scored candidates (METHOD section 2): one pair, or the reason for none, per prompt.
 
-`select_pair` is the rule on arrays; `select_rows` applies it to joined candidate and score rows and adds the
-budget and the diagnostics. Everything is deterministic: ties go to the lower candidate number, and the random
-rules draw from a stream that depends on (seed, prompt id) alone, so that the order of prompts and candidates
-does not matter.
+`select_pair` is the rule on arrays; `select_pools` applies it to every prompt and adds the budget and the
+diagnostics (`selection_rows` reads and writes rows). Everything is deterministic: ties go to the lower candidate
+number, and the random rules draw from a stream that depends on (seed, prompt id) alone, so that the order of prompts
+and candidates does not matter.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ import numpy as np
 from jaxtyping import Float
 
 from m3po_jax.config import SelectConfig
-from m3po_jax.data.schema import message
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.scoring.calibration import correlation
-from m3po_jax.scoring.confidence import VARIANTS, normalised_text, text_similarity
+from m3po_jax.scoring.confidence import normalised_text, text_similarity
 from m3po_jax.scoring.m3p import m3p_scores, z_scores
 
 _TWO_STEP = (
@@ -34,9 +33,12 @@ _TWO_STEP = (
     "product",
     "lexicographic",
     "shared",
+    "extremes",
 )  # chosen, then rejected
 _JOINT = ("inversion", "random", "vanilla")  # both at once
+_UNCONSTRAINED = ("vanilla", "extremes")  # any two answers of different text and MAS
 RULES = (*_TWO_STEP, *_JOINT)
+BUDGET_ORDERS = ("value", "random")
 CORRELATION_LIMIT = 0.4  # above it confidence says little that MAS does not (METHOD section 5)
 
 
@@ -54,7 +56,7 @@ class Reason(enum.StrEnum):
     LENGTH = "length"  # those left are much shorter or longer than the chosen one
     SAME_TEXT = "same_text"  # those left say the same as the chosen one
     NEAR_DUPLICATE = "near_duplicate"  # those left are too similar to the chosen one
-    OVER_BUDGET = "over_budget"  # a pair of too little value
+    OVER_BUDGET = "over_budget"  # a valid pair that the budget leaves out
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,14 @@ def check_config(config: SelectConfig) -> None:
         )
     if not 0 < config.budget <= 1:
         raise UserError(f"must lie in (0, 1], not {config.budget}", where="select.budget")
+    if config.budget_by not in BUDGET_ORDERS:
+        raise UserError(
+            f"unknown order {config.budget_by!r}{nearest(config.budget_by, BUDGET_ORDERS)}", where="select.budget_by"
+        )
+    for name, least in (("candidates", 2), ("max_pairs", 1)):
+        count = getattr(config, name)
+        if count is not None and count < least:
+            raise UserError(f"must be at least {least}, not {count}", where=f"select.{name}")
     if not config.margin >= 0:
         raise UserError(f"must not be negative, not {config.margin}", where="select.margin")
     for name in ("lambda_preferred", "lambda_dispreferred", "chosen_floor", "min_rejected_z"):
@@ -160,7 +170,7 @@ def uses_confidence(config: SelectConfig) -> bool:
     """Whether the rule needs a confidence for every candidate."""
     if config.rule == "m3p":
         return bool(config.lambda_preferred or config.lambda_dispreferred)
-    return config.rule not in {"mas_only", "random", "vanilla"}
+    return config.rule not in {"mas_only", "random", "vanilla", "extremes"}
 
 
 def _stream(seed: int, key: str) -> np.random.Generator:
@@ -193,7 +203,7 @@ def _role_scores(pool: Pool, config: SelectConfig) -> tuple[np.ndarray, np.ndarr
     """What the rules with two independent argmaxes maximise: (preferred, dispreferred), each [candidates]."""
     mas, chosen, rejected = pool.mas, pool.confidence, pool.rejected_confidence
     plus, minus = config.lambda_preferred, config.lambda_dispreferred
-    if config.rule == "mas_only":
+    if config.rule in ("mas_only", "extremes"):
         return m3p_scores(mas, chosen, 0, 0)
     if config.rule == "low_confidence":
         minus = -minus
@@ -215,7 +225,7 @@ def _constraints(pool: Pool, config: SelectConfig) -> list[tuple[Reason, Callabl
     """Tests of a pair, in the order in which they are blamed; the cheap ones first."""
     mas, lengths, texts = pool.mas, pool.lengths, pool.texts
     plain = functools.cache(lambda i: normalised_text(texts[i]))
-    if config.rule == "vanilla":
+    if config.rule in _UNCONSTRAINED:
         return [
             (Reason.NO_MARGIN, lambda p: bool(mas[p[0]] > mas[p[1]])),
             (Reason.SAME_TEXT, lambda p: plain(p[0]) != plain(p[1])),
@@ -251,7 +261,8 @@ def select_pair(pool: Pool, config: SelectConfig) -> Pair | Drop:
     ratio, and differ in text. m3p, mas_only, low_confidence, product, lexicographic and shared choose the
     best answer first and then its rejected partner; ``inversion`` takes the valid pair with the largest
     (m_w − m_l) + λ₋(c_l − c_w), ``random`` any valid pair. ``vanilla`` is the plain DPO baseline: any two
-    candidates of different text and different MAS, ordered by MAS, without floor, margin or band.
+    candidates of different text and different MAS, ordered by MAS, without floor, margin or band; ``extremes``
+    the best and the worst of them.
 
     Raises:
         UserError: a setting that cannot be meant (`check_config`).
@@ -268,7 +279,7 @@ def select_pair(pool: Pool, config: SelectConfig) -> Pair | Drop:
     floor = config.chosen_floor
     if config.rule == "lexicographic":
         floor = max(floor, config.lexicographic[0])
-    good = [i for i in positions if config.rule == "vanilla" or pool.mas[i] >= floor]
+    good = [i for i in positions if config.rule in _UNCONSTRAINED or pool.mas[i] >= floor]
     if not good:
         return Drop(pool.id, Reason.BELOW_FLOOR)
     joint = config.rule in _JOINT
@@ -309,14 +320,23 @@ def _pair(pool: Pool, chosen: int, rejected: int) -> Pair:
     )
 
 
-def apply_budget(pairs: Sequence[Pair], budget: float) -> tuple[list[Pair], list[Drop]]:
-    """The best share `budget` of all pairs by value (rounded up), in the given order; the rest as drops.
+def apply_budget(pairs: Sequence[Pair], config: SelectConfig) -> tuple[list[Pair], list[Drop]]:
+    """The pairs that `config.budget` (rounded up) and `config.max_pairs` leave, in order; the rest as drops.
 
-    Equal values go by prompt id, so that the order of prompts does not matter.
+    ``budget_by: value`` keeps the most valuable ones, equal values by prompt id, so that the order of prompts does
+    not matter. ``random`` ranks prompts by a hash of (seed, prompt id): whatever the rule that made the pairs, the
+    same prompts come first, so that subsets of different rules and sizes overlap as far as they can.
     """
-    count = math.ceil(len(pairs) * budget - 1e-9)
-    ranked = sorted(pairs, key=lambda pair: (-pair.value, pair.id))
-    kept = {pair.id for pair in ranked[:count]}
+    count = math.ceil(len(pairs) * config.budget - 1e-9)
+    if config.max_pairs is not None:
+        count = min(count, config.max_pairs)
+
+    def rank(pair: Pair) -> tuple[float | bytes, str]:
+        if config.budget_by == "random":
+            return hashlib.sha256(f"budget\0{config.seed}\0{pair.id}".encode()).digest(), pair.id
+        return -pair.value, pair.id
+
+    kept = {pair.id for pair in sorted(pairs, key=rank)[:count]}
     return (
         [pair for pair in pairs if pair.id in kept],
         [Drop(pair.id, Reason.OVER_BUDGET) for pair in pairs if pair.id not in kept],
@@ -342,7 +362,7 @@ def select_pools(pools: Sequence[Pool], config: SelectConfig) -> Selection:
     """
     check_config(config)
     found = [select_pair(pool, config) for pool in pools]
-    pairs, over = apply_budget([item for item in found if isinstance(item, Pair)], config.budget)
+    pairs, over = apply_budget([item for item in found if isinstance(item, Pair)], config)
     drops = [item for item in found if isinstance(item, Drop)] + over
 
     correlations = [correlation(pool.mas, pool.rejected_confidence) for pool in pools]
@@ -386,128 +406,3 @@ def _warnings(summary: dict[str, Any]) -> list[str]:
         reason, count = max(summary["dropped"].items(), key=lambda item: item[1])
         lines.append(f"no prompt gave a pair; most often because of {reason} ({count} prompts)")
     return lines
-
-
-def _number(row: dict[str, Any], key: str, where: str) -> float:
-    """A float of a row; null is NaN."""
-    if key not in row:
-        raise UserError(f"no column {key!r}", where=where, remedy="run `m3po score` first")
-    value = row[key]
-    if value is None:
-        return math.nan
-    if isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            pass
-    raise UserError(f"{key} is not a number: {str(value)[:40]!r}", where=where)
-
-
-def _confidence(row: dict[str, Any], variant: str, required: bool, where: str) -> float:
-    column = f"confidence_{variant}"
-    if variant == "mean" and column not in row:
-        column = "confidence"  # as hand-written rows have it; it stands for no other variant
-    return _number(row, column, where) if required or column in row else math.nan
-
-
-def _check_row(row: Any, where: str) -> None:
-    if not isinstance(row, dict):
-        raise UserError("not an object", where=where)
-    for key, kind in (("id", str), ("candidate", (int, np.integer)), ("text", str)):
-        if not isinstance(row.get(key), kind) or isinstance(row[key], bool):
-            wanted = "an integer" if key == "candidate" else "a string"
-            raise UserError(f"{key} must be {wanted}, not {str(row.get(key))[:40]!r}", where=where)
-    ids, log_probs = row.get("token_ids"), row.get("token_logprobs")
-    if ids is not None and log_probs is not None and len(ids) != len(log_probs):
-        raise UserError(f"{len(ids)} token_ids but {len(log_probs)} token_logprobs", where=where)
-
-
-def _length(row: dict[str, Any]) -> int:
-    """Response tokens; without recorded tokens the words, plus one for EOS."""
-    for key in ("token_ids", "token_logprobs"):
-        if row.get(key) is not None:
-            return len(row[key])
-    return len(row["text"].split()) + 1
-
-
-def _pair_row(pair: Pair, chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:
-    row: dict[str, Any] = {"id": pair.id}
-    if chosen.get("instruction") is not None:
-        row["images"] = list(chosen.get("images") or [])
-        row["prompt"] = message("user", chosen["instruction"], images=len(row["images"]))
-    roles = {"chosen": chosen, "rejected": rejected}
-    row |= {role: message("assistant", source["text"]) for role, source in roles.items()}
-    row |= {f"{role}_candidate": int(source["candidate"]) for role, source in roles.items()}
-    row |= {f"{role}_token_ids": source.get("token_ids") for role, source in roles.items()}
-    row |= {f"reference_{role}_logprobs": source.get("token_logprobs") for role, source in roles.items()}
-    for key in ("chosen_mas", "rejected_mas", "chosen_confidence", "rejected_confidence", "value"):
-        value = getattr(pair, key)
-        row[key] = value if math.isfinite(value) else None
-    return row
-
-
-def select_rows(
-    rows: Iterable[dict[str, Any]],
-    config: SelectConfig,
-    *,
-    dispreferred_confidence: str = "",
-    where: str = "scored candidates",
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
-    """Pairs from candidate rows joined with their score rows, in any order.
-
-    Args:
-        rows: With ``id``, ``candidate``, ``text``, ``mas``; ``confidence_<variant>`` (or ``confidence``, for
-            the variant mean) where the rule uses it; ``token_ids`` and ``token_logprobs`` if recorded. A null
-            or NaN ``mas`` means that the scorer abstained: that candidate does not take part; likewise a null
-            confidence under a rule that uses it. ``instruction`` and ``images`` are carried over where
-            present.
-        dispreferred_confidence: Another variant for the rejected role; empty: the same one.
-        where: The file's name, for errors.
-
-    Returns:
-        (pairs, drops, summary). Pairs have the columns of `schema.PAIR` (``images`` and ``prompt`` only if
-        the rows have an instruction), by first appearance of their prompt; drops have ``id``, ``reason``,
-        ``candidates`` (how many there were); the summary is that of `select_pools`.
-
-    Raises:
-        UserError: a missing column, a value of the wrong kind, a candidate number twice in a prompt.
-    """
-    check_config(config)
-    variants = [config.confidence, dispreferred_confidence or config.confidence]
-    for variant in variants:
-        if variant not in VARIANTS:
-            raise UserError(f"unknown variant {variant!r}{nearest(variant, VARIANTS)}", where="select.confidence")
-    grouped: dict[str, list[dict[str, Any]]] = {}
-    scores: dict[str, list[tuple[float, float, float]]] = {}
-    for number, row in enumerate(rows, start=1):
-        spot = f"{where}:{number}"
-        _check_row(row, spot)
-        spot = f"{spot} (id {row['id']!r})"
-        mas = _number(row, "mas", spot)
-        known = [_confidence(row, v, uses_confidence(config), spot) for v in variants]
-        grouped.setdefault(row["id"], []).append(row)
-        scores.setdefault(row["id"], []).append((mas, known[0], known[1]))
-
-    pools = []
-    for key, members in grouped.items():
-        mas_column, confidence, rejected = np.array(scores[key], np.float64).T
-        pools.append(
-            Pool(
-                key,
-                [int(row["candidate"]) for row in members],
-                [row["text"] for row in members],
-                [_length(row) for row in members],
-                mas_column,
-                confidence,
-                rejected if variants[0] != variants[1] else None,
-            )
-        )
-    selection = select_pools(pools, config)
-    pairs = []
-    for pair in selection.pairs:
-        by_number = {int(row["candidate"]): row for row in grouped[pair.id]}
-        pairs.append(_pair_row(pair, by_number[pair.chosen], by_number[pair.rejected]))
-    drops = [
-        {"id": drop.id, "reason": str(drop.reason), "candidates": len(grouped[drop.id])} for drop in selection.drops
-    ]
-    return pairs, drops, selection.summary

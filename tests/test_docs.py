@@ -21,8 +21,11 @@ from m3po_jax.config import DataConfig, Recipe, load_recipe
 from m3po_jax.data import schema
 from m3po_jax.data.sources import read_prompts
 from m3po_jax.objectives.preference import LOSSES
+from m3po_jax.pipeline.backends import BACKENDS
+from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.evaluate import read_benchmark
 from m3po_jax.scoring.confidence import VARIANTS
+from m3po_jax.scoring.grading import check_rubric
 from m3po_jax.selection import RULES, Reason
 
 ROOT = Path(__file__).parents[1]
@@ -64,10 +67,7 @@ def test_recipes_page_is_current():
 
 def test_recipes_page_tells_every_key():
     text = (DOCS / "recipes.md").read_text(encoding="utf-8")
-    sections = {field.name for field in dataclasses.fields(Recipe)} & {
-        key.split(".")[0] for key in KEYS if "." in key
-    }
-    leaves = KEYS - sections - {"train.lora"}
+    leaves = {key for key in KEYS if not any(other.startswith(f"{key}.") for other in KEYS)}
     assert all(f"| `{key}` |" in text for key in leaves)
     benchmark = typing.get_type_hints(config.BenchmarkConfig)
     assert all(f"| `evaluate.benchmarks.NAME.{key}` |" in text for key in benchmark)
@@ -176,3 +176,12 @@ def test_defaults_quoted_in_the_method_page():
         for part in (*parents, leaf):
             node = getattr(node, part)
         assert json.loads(value) == node, f"{key} is {node}"
+
+
+@pytest.mark.parametrize("text", blocks("judges.md", "yaml"))
+def test_the_judges_recipes_are_recipes(text, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    check_recipe(recipe)
+    assert recipe.score.backend in BACKENDS
+    check_rubric(recipe.score.rubric, recipe.score.grades)

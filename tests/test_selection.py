@@ -24,8 +24,8 @@ from m3po_jax.selection import (
     apply_budget,
     select_pair,
     select_pools,
-    select_rows,
 )
+from m3po_jax.selection_rows import select_rows
 
 WORDS = ["red", "car", "dog", "cat", "street", "house", "tree", "blue", "two", "small"]
 TEXTS = [" ".join(WORDS[i : i + n]) for n in (1, 3, 5) for i in range(6)]
@@ -109,10 +109,11 @@ def oracle(pool, config):
         "product": ([um[i] * uc[i] for i in every], [(1 - um[i]) * uc[i] for i in every]),
         "lexicographic": (m, c),
         "shared": (combine(1, plus), combine(-1, -plus)),
+        "extremes": (m, [-x for x in m]),
     }
     lexicographic = config.rule == "lexicographic"
     floor = max(config.chosen_floor, config.lexicographic[0]) if lexicographic else config.chosen_floor
-    good = [i for i in every if m[i] >= floor or config.rule == "vanilla"]
+    good = [i for i in every if m[i] >= floor or config.rule in ("vanilla", "extremes")]
     if not good:
         return Reason.BELOW_FLOOR
     if config.rule in scores:
@@ -123,7 +124,7 @@ def oracle(pool, config):
 
     def tests(w, j):
         different = normalised_text(texts[w]) != normalised_text(texts[j])
-        if config.rule == "vanilla":
+        if config.rule in ("vanilla", "extremes"):
             return {Reason.NO_MARGIN: m[w] > m[j], Reason.SAME_TEXT: different}
         found = {Reason.NO_MARGIN: m[w] - m[j] >= config.margin}
         if lexicographic:
@@ -181,7 +182,7 @@ def test_a_pair_satisfies_every_constraint(pool, config):
     assert (pair.chosen_mas, pair.rejected_mas) == (pool.mas[w], pool.mas[j])
     zc = z([float(v) for v in pool.confidence])[j]
     assert pair.value == pytest.approx((pool.mas[w] - pool.mas[j]) / (1 + math.exp(-zc)))
-    if config.rule == "vanilla":
+    if config.rule in ("vanilla", "extremes"):
         return
     assert pool.mas[w] >= config.chosen_floor
     assert pool.mas[w] - pool.mas[j] >= config.margin
@@ -310,13 +311,49 @@ def test_random_rules_depend_on_seed_and_id_alone_and_reach_every_pair():
 @given(st.lists(st.sampled_from([0.1, 0.2, 0.3]), max_size=12), st.sampled_from([0.1, 0.25, 0.5, 1 / 3, 1.0]))
 def test_budget_keeps_the_most_valuable_share(values, budget):
     pairs = [Pair(f"p{i}", 0, 1, 0.9, 0.1, -1.0, -1.0, value) for i, value in enumerate(values)]
-    kept, dropped = apply_budget(pairs, budget)
+    kept, dropped = apply_budget(pairs, SelectConfig(budget=budget))
     assert len(kept) == math.ceil(round(len(pairs) * budget, 9)) and len(kept) + len(dropped) == len(pairs)
     assert kept == [pair for pair in pairs if pair in kept]
     lost = [pair.value for pair in pairs if pair not in kept]
     assert not lost or not kept or min(p.value for p in kept) >= max(lost)
-    assert {pair.id for pair in apply_budget(pairs[::-1], budget)[0]} == {pair.id for pair in kept}
+    assert {pair.id for pair in apply_budget(pairs[::-1], SelectConfig(budget=budget))[0]} == {
+        pair.id for pair in kept
+    }
     assert all(drop.reason is Reason.OVER_BUDGET for drop in dropped)
+
+
+def test_a_random_budget_takes_the_same_prompts_whatever_made_the_pairs():
+    def pairs(values):
+        return [Pair(f"p{i}", 0, 1, 0.9, 0.1, -1.0, -1.0, value) for i, value in enumerate(values)]
+
+    config = SelectConfig(budget_by="random", budget=0.5, seed=3)
+    first, second = (apply_budget(pairs(v), config)[0] for v in (np.linspace(0, 1, 40), np.linspace(1, 0, 40)))
+    assert len(first) == 20 and [p.id for p in first] == [p.id for p in second]
+    smaller = apply_budget(pairs(np.zeros(40)), replace(config, max_pairs=7))[0]
+    assert len(smaller) == 7 and {p.id for p in smaller} < {p.id for p in first}
+    other = apply_budget(pairs(np.zeros(40)), replace(config, seed=4))[0]
+    assert {p.id for p in other} != {p.id for p in first}
+    # A prompt's place does not depend on the other prompts: a rule that drops some keeps the order of the rest.
+    some = apply_budget(pairs(np.zeros(40))[::2], replace(config, budget=1.0, max_pairs=7))[0]
+    ranking = [p.id for n in range(1, 21) for p in apply_budget(pairs(np.zeros(40)), replace(config, max_pairs=n))[0]]
+    order = list(dict.fromkeys(ranking))
+    even = [key for key in order if int(key[1:]) % 2 == 0][:7]
+    assert {p.id for p in some} >= set(even)
+
+
+def test_fewer_candidates_are_the_first_ones():
+    rows = [
+        {"id": "p", "candidate": k, "text": f"answer {WORDS[k]}", "mas": mas, "confidence": -1.0}
+        for k, mas in enumerate([0.6, 0.1, 0.9, 0.2])
+    ]
+    whole, part = (select_rows(rows, SelectConfig(candidates=k, max_similarity=1.0))[0][0] for k in (None, 2))
+    assert whole["chosen_candidate"] == 2 and part["chosen_candidate"] == 0 and part["rejected_candidate"] == 1
+    with pytest.raises(UserError, match="at least 2"):
+        select_rows(rows, SelectConfig(candidates=1))
+    with pytest.raises(UserError, match=r"select\.max_pairs"):
+        select_rows(rows, SelectConfig(max_pairs=0))
+    with pytest.raises(UserError, match=r"unknown order 'valeu'.*value"):
+        select_rows(rows, SelectConfig(budget_by="valeu"))
 
 
 def test_summary():

@@ -209,7 +209,7 @@ def _seen(
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """(pixels, features) of a prompt's images, of which one is given at most."""
     if features is None:
-        return _pixels(processor, prompt), None
+        return pixels_of(processor, prompt), None
     return None, features(prompt)
 
 
@@ -217,13 +217,20 @@ def _collate(features: PromptFeatures | None) -> Callable[[Sequence[TreeRow]], T
     """`collate_tree`, with the blank image's features beside cached ones."""
 
     def collate(rows: Sequence[TreeRow]) -> TreeBatch:
-        batch = collate_tree(rows)
-        return batch if features is None or batch.features is None else batch._replace(blank_features=features.blank)
+        most = max((len(row.features) for row in rows if row.features is not None), default=0)
+        if features is None or most == 0:
+            return collate_tree(rows)
+        # Padding is what the tower makes of black padding: swapped images meet the same either way.
+        padding = np.repeat(features.blank, most, axis=0)
+        seen = [padding[:0] if row.features is None else row.features for row in rows]
+        whole = [np.concatenate([given, padding])[:most] for given in seen]
+        filled = [row._replace(features=given) for row, given in zip(rows, whole, strict=True)]
+        return collate_tree(filled)._replace(blank_features=features.blank)
 
     return collate
 
 
-def _pixels(processor: PixelProcessor, prompt: Prompt) -> np.ndarray | None:
+def pixels_of(processor: PixelProcessor, prompt: Prompt) -> np.ndarray | None:
     """Pixels of a prompt's images, or None; whatever a decoder raises becomes one line that names the row."""
     if not prompt.images:
         return None
@@ -455,7 +462,7 @@ def prompt_batches(
         prompt = prompts[min(index, len(prompts) - 1)]
         prefix = np.asarray(processor.encode_prompt(prompt), np.int32)
         place = index if index < len(prompts) else -1
-        return TreeRow(prefix, _pixels(processor, prompt), (), (), place)
+        return TreeRow(prefix, pixels_of(processor, prompt), (), (), place)
 
     def collate(rows: Sequence[TreeRow]) -> PromptBatch:
         tree = collate_tree(rows)
@@ -511,7 +518,7 @@ def contrastive_batches(
     column = {claim: place for place, claim in enumerate(vocabulary)}
 
     def load(index: int) -> tuple[np.ndarray, int]:
-        pixels = _pixels(processor, prompts[index])
+        pixels = pixels_of(processor, prompts[index])
         assert pixels is not None
         return pixels[0], index
 

@@ -46,6 +46,7 @@ SCORE_FIXED = pa.schema(
         pa.field("confidence", pa.float64()),
         pa.field("m3p_preferred", pa.float64()),
         pa.field("m3p_dispreferred", pa.float64()),
+        pa.field("abstained", pa.string()),  # why there is no MAS
     ]
 )
 

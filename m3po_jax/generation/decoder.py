@@ -3,16 +3,16 @@
 The arithmetic is that of `models/llama.py`; the arrangement is not. Layers are unstacked once, before any
 loop, so that no step slices weights. Queries, keys and values are one product and so are gate and up, because
 a decode step is a handful of rows against every weight. Keys and values lie head-major, as the attention
-products read them, and the answers' cache is a list of chunks: only the last is written, so the others are
-read in place.
+products read them.
 
-Shape suffixes: B prompts, P prefix tokens, K candidates, N slots of a chunk, G key/value heads, R query heads
-of each, D head width, E model width, F MLP width.
+Shape suffixes: B prompts, A row shards, L lanes of a shard, M lanes and N prompts of all shards, K candidates, P
+prefix tokens, C slots of a lane's cache, G key/value heads, R query heads of each, D head width, E model width, F MLP
+width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,12 +21,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from m3po_jax.generation.attention import KV, merge, normalize, own_attention, part, prefix_attention
 from m3po_jax.models.forward import prefix_positions
+from m3po_jax.models.kernels.choice import self_attention
 from m3po_jax.models.layers import ACTIVATIONS, Linear, matmul_precision
 from m3po_jax.models.llama import Llama, LlamaConfig, apply_rotary, rotary_tables
 from m3po_jax.sharding import constrain
 
-KV = tuple[jax.Array, jax.Array]
 QUERY_BLOCK = 256  # prefill attends this many queries at a time, to the keys up to them
 
 
@@ -121,82 +122,53 @@ def _finish(config: LlamaConfig, layer: FusedLayer, x: jax.Array, attended: jax.
     return pin(x + _adapted(layer, "down_proj", hidden, _product("bsf,fe->bse", hidden, layer.down)))
 
 
-def _attend(parts: Sequence[tuple[str, str, jax.Array, KV, jax.Array | None]], scale: float) -> jax.Array:
-    """One softmax over several sets of keys, none of them copied together; float32 sums, 0 for empty rows.
-
-    A part is (equation of the scores, equation of the values, queries, keys and values, mask).
-    """
-    scores = []
-    for into_scores, _, q, (k, _), mask in parts:
-        precision = matmul_precision(q.dtype)
-        s = scale * jnp.einsum(into_scores, q, k, precision=precision, preferred_element_type=jnp.float32)
-        scores.append(s if mask is None else jnp.where(mask, s, -jnp.inf))
-    top = scores[0].max(-1, keepdims=True)
-    for s in scores[1:]:
-        top = jnp.maximum(top, s.max(-1, keepdims=True))
-    top = jnp.where(jnp.isneginf(top), 0.0, top)  # NaN goes through, so that it is noticed
-    total: Any = 0.0
-    out: Any = 0.0
-    for s, (_, into_values, _, (_, v), _) in zip(scores, parts, strict=True):
-        weights = jnp.exp(s - top)
-        total = total + weights.sum(-1, keepdims=True)
-        precision = matmul_precision(v.dtype)
-        out = out + jnp.einsum(
-            into_values, weights.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32
-        )
-    return (out / jnp.maximum(total, 1e-30)).astype(parts[0][3][1].dtype)
-
-
 def prefill(
     config: LlamaConfig,
     layers: tuple[FusedLayer, ...],
     x: Float[Array, "b p e"],
     mask: Bool[Array, "b p"],
-) -> tuple[Float[Array, "b e"], list[KV]]:
-    """The last unpadded token's state before the final norm, and each layer's prefix cache [B, G, P, D].
+    keep: Callable[[int, KV], None],
+) -> Float[Array, "b e"]:
+    """The last unpadded token's state before the final norm.
 
     Only that one state is needed, so the last layer computes queries and MLP for it alone.
+
+    Args:
+        keep: called with each layer's number and its keys and values [B, G, P, D].
     """
     b, p, _ = x.shape
     rotary = rotary_tables(prefix_positions(mask), config.head_dim, config.rope_theta)
     last = p - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     pin = lambda y: constrain(y, "batch", None, None)  # noqa: E731
     pick = lambda y: jnp.take_along_axis(y, last.reshape(b, *(1,) * (y.ndim - 1)), axis=1)  # noqa: E731
-    scale, cache = config.head_dim**-0.5, []
+    by_rows = lambda y: y.transpose(0, 3, 1, 2, 4)  # noqa: E731
+    scale = config.head_dim**-0.5
+    equations = ("bsgrd,bgpd->bgrsp", "bgrsp,bgpd->bgrsd")
     causal = jnp.arange(p)[:, None] >= jnp.arange(p)[None, :]
     x = pin(x)
     for index, layer in enumerate(layers):
+        final = index == len(layers) - 1
         normal = _rms_norm(x, layer.input_norm, config.rms_norm_eps)
         q, k, v = _project(config, layer, normal, rotary)
+        by_token = (q.reshape(b, p, config.num_heads, config.head_dim), k, v)
         k, v = (constrain(y.transpose(0, 2, 1, 3), "batch", "kv_heads", None, None) for y in (k, v))
-        cache.append((k, v))
-        if index == len(layers) - 1:
+        keep(index, (k, v))
+        if final:
             seen = mask[:, None, None, None, :]
-            parts = [("bsgrd,bgpd->bgrsp", "bgrsp,bgpd->bgrsd", pick(q), (k, v), seen)]
-            attended, x = _attend(parts, scale), pick(x)
+            attended, x = by_rows(normalize(part(*equations, pick(q), (k, v), seen, scale))), pick(x)
+        elif config.attention != "xla":
+            attended = self_attention(*by_token, mask, causal=True, kind=config.attention)
         else:
             blocks = []
             for start in range(0, p, QUERY_BLOCK):
                 stop = min(start + QUERY_BLOCK, p)
                 seen = (causal[start:stop, :stop] & mask[:, None, :stop])[:, None, None]
                 own = (k[:, :, :stop], v[:, :, :stop])
-                blocks.append(
-                    _attend([("bsgrd,bgpd->bgrsp", "bgrsp,bgpd->bgrsd", q[:, start:stop], own, seen)], scale)
-                )
-            attended = jnp.concatenate(blocks, axis=3)
-        attended = attended.transpose(0, 3, 1, 2, 4).reshape(b, x.shape[1], -1)
+                blocks.append(normalize(part(*equations, q[:, start:stop], own, seen, scale)))
+            attended = by_rows(jnp.concatenate(blocks, axis=3))
+        attended = attended.astype(v.dtype).reshape(b, x.shape[1], -1)
         x = _finish(config, layer, x, attended, pin)
-    return x[:, 0], cache
-
-
-def empty_chunks(config: LlamaConfig, batch: int, candidates: int, slots: int, dtype: Any) -> list[KV]:
-    """One unwritten chunk for every layer: keys [B, G, K, D, N] and values [B, G, K, N, D].
-
-    Each lies as its product reads it; the other order would be transposed, that is copied, at every step.
-    """
-    lead, d = (batch, config.num_kv_heads, candidates), config.head_dim
-    zeros = lambda shape: constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None, None)  # noqa: E731
-    return [(zeros((*lead, d, slots)), zeros((*lead, slots, d))) for _ in range(config.num_layers)]
+    return x[:, 0]
 
 
 def _pin_stationary(x: jax.Array) -> jax.Array:
@@ -214,39 +186,45 @@ def _pin_stationary(x: jax.Array) -> jax.Array:
 def decode_step(
     config: LlamaConfig,
     layers: tuple[FusedLayer, ...],
-    x: Float[Array, "b k e"],
-    positions: Int[Array, "b 1"],
+    x: Float[Array, "a l e"],
+    positions: Int[Array, "a l"],
     *,
     prefix: list[KV],
-    prefix_mask: Bool[Array, "b p"],
-    full: list[list[KV]],
-    chunk: list[KV],
+    length: Int[Array, " n"],
+    to_grid: Callable[[jax.Array], jax.Array],
+    from_grid: Callable[[jax.Array], jax.Array],
+    cache: list[KV],
     slot: Int[Array, ""],
-) -> tuple[Float[Array, "b k e"], list[KV]]:
-    """One token of every candidate: states before the final norm, and the chunk with the token in `slot`.
+    seen: Bool[Array, "m c"],
+) -> tuple[Float[Array, "a l e"], list[KV]]:
+    """One token of every lane: states before the final norm, and the cache with the token in `slot`.
 
-    `full` holds earlier chunks, all of whose slots are written.
+    Caches have one axis for the lanes (M) or prompts (N) of all shards: one of length 1 before it would keep the
+    compiler from writing in place.
+
+    Args:
+        prefix: each layer's keys and values of the prompts [N, G, P, D], the first `length` of them real.
+        to_grid: lanes [M, ...] to the candidates of the prompts [N, K, ...]; `from_grid` back.
+        cache: each layer's own keys [M, G, D, C] and values [M, G, C, D].
+        seen: slots that hold a lane's answer, `slot` included.
     """
-    b, candidates, _ = x.shape
+    a, lanes, _ = x.shape
     rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
-    written = jnp.arange(chunk[0][1].shape[3]) <= slot
-    seen = prefix_mask[:, None, None, None, :]
-    scale, updated = config.head_dim**-0.5, []
+    put, updated = jax.lax.dynamic_update_slice_in_dim, []
+    flat = lambda y: constrain(y.reshape(-1, *y.shape[2:]), "batch", "kv_heads", *(None,) * (y.ndim - 3))  # noqa: E731
     x = _pin_stationary(x)
-    for index, layer in enumerate(layers):
+    for layer, shared, (keys, values) in zip(layers, prefix, cache, strict=True):
         normal = _rms_norm(x, layer.input_norm, config.rms_norm_eps)
-        q, k, v = _project(config, layer, normal, rotary)
-        q = constrain(q.transpose(0, 2, 1, 3, 4), "batch", "kv_heads", None, None, None)
-        k, v = (constrain(y.transpose(0, 2, 1, 3), "batch", "kv_heads", None, None) for y in (k, v))
-        keys, values = chunk[index]
-        put = jax.lax.dynamic_update_slice_in_dim
-        keys = put(keys, k[..., None].astype(keys.dtype), slot, axis=4)
-        values = put(values, v[:, :, :, None].astype(values.dtype), slot, axis=3)
-        updated.append((keys, values))
-        branch = ("bgkrd,bgkdn->bgkrn", "bgkrn,bgknd->bgkrd", q)
-        parts: list[Any] = [("bgkrd,bgpd->bgkrp", "bgkrp,bgpd->bgkrd", q, prefix[index], seen)]
-        parts += [(*branch, earlier[index], None) for earlier in full]
-        parts += [(*branch, (keys, values), written)]
-        attended = _attend(parts, scale).transpose(0, 2, 1, 3, 4).reshape(b, candidates, -1)
-        x = _finish(config, layer, x, attended, _pin_stationary)
+        q, k, v = map(flat, _project(config, layer, normal, rotary))
+        own = (
+            put(keys, k[..., None].astype(keys.dtype), slot, axis=3),
+            put(values, v[..., None, :].astype(values.dtype), slot, axis=2),
+        )
+        updated.append(own)
+        grid = to_grid(q).transpose(0, 2, 1, 3, 4)  # [N, G, K, R, D]
+        asked = grid.reshape(*grid.shape[:2], -1, config.head_dim)
+        on_prefix = prefix_attention(asked, shared, length, config.attention)
+        back = lambda y, like=grid: from_grid(y.reshape(*like.shape[:4], -1).transpose(0, 2, 1, 3, 4))  # noqa: E731
+        attended = merge(type(on_prefix)(*map(back, on_prefix)), own_attention(q, own, seen))
+        x = _finish(config, layer, x, attended.astype(x.dtype).reshape(a, lanes, -1), _pin_stationary)
     return x, updated

@@ -1,17 +1,16 @@
-"""The batched generation engine: K candidates of every prompt, with the raw log-probability of every token.
+"""The generation engine: K candidates of every prompt, with the raw log-probability of every token.
 
-A prompt's image is encoded once and its prefix prefilled once; its candidates decode against that one copy.
-All shapes are static: prompts are padded to a bucketed length and batches to a fixed number of rows, so that
-one compiled program serves every batch of a kind.
+A prompt's image is encoded once and its prefix prefilled once; its candidates decode against that one copy. Two
+programs do the work. `prefill` puts a few prompts into free slots; `decode` is one loop over tokens in which every
+free lane takes the next waiting candidate, without a trip to the host. It returns when all is done, when the host
+should bring more prompts, or when the answers' cache is full. `stream.py` is the host's part.
 
-Shape suffixes: B prompts, P prefix tokens, K candidates, T new tokens, V vocabulary.
+Shape suffixes: as in `state.py`; F prompts that a shard prefills at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,124 +19,59 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float, Int
 
 from m3po_jax.errors import UserError
+from m3po_jax.generation import lanes as lane
 from m3po_jax.generation import sampling as draw
-from m3po_jax.generation.decoder import KV, FusedLayer, decode_step, empty_chunks, fuse, prefill
+from m3po_jax.generation.attention import KV
+from m3po_jax.generation.decoder import FusedLayer, decode_step, fuse, prefill
 from m3po_jax.generation.memory import CacheShape, explain_exhaustion
+from m3po_jax.generation.prompts import (
+    Candidates,
+    Generated,
+    PromptBatch,
+    Request,
+    bucket,
+    pad_rows,
+    requests_of,
+    right_pad,
+)
 from m3po_jax.generation.settings import SamplingConfig
+from m3po_jax.generation.state import Board, Cache, Lanes, Layout, Prompts, Report, Sizes
+from m3po_jax.generation.stream import Program, Stream
 from m3po_jax.models.forward import VisionLanguageModel, encode_images
-from m3po_jax.sharding import constrain, replicate, shard_batch, to_host, use_mesh
+from m3po_jax.sharding import constrain, replicate, use_mesh
 
-FIRST_CHUNK = 64  # cache slots of the first stage of decoding; every later stage doubles the cache
+__all__ = [
+    "Candidates", "Generated", "Generator", "PromptBatch", "Request", "SamplingConfig", "bucket", "pad_rows",
+    "right_pad",
+]  # fmt: skip
 
-
-@dataclass
-class PromptBatch:
-    """Prompts on the host, right-padded. `pixel_values` is normalised; None for text alone."""
-
-    ids: list[str]
-    token_ids: Int32[np.ndarray, "b p"]
-    mask: Bool[np.ndarray, "b p"]
-    pixel_values: Float32[np.ndarray, "b m h w 3"] | None = None
+PREFILL_TOKENS = 512  # prompts are prefilled one at a time from this length on; it fills a matrix unit
 
 
-@dataclass
-class Generated:
-    """Candidates on the host. Slots after a candidate's end hold the padding id and log-probability 0.
+class Weights(NamedTuple):
+    """The model as the programs take it: the decoder's layers fused, the rest as it is."""
 
-    Attributes:
-        log_probs: log π(token) in nats at temperature 1 without truncation, the end token included.
-        lengths: tokens, the end token included.
-        finished: true where the end token was drawn; false where `max_new_tokens` cut the answer.
-        slot_steps: tokens that the device could have drawn in the time: steps × rows (padding too) × candidates.
-            The sum of `lengths` over this is the occupancy.
-    """
-
-    ids: list[str]
-    token_ids: Int32[np.ndarray, "b k t"]
-    log_probs: Float32[np.ndarray, "b k t"]
-    lengths: Int32[np.ndarray, "b k"]
-    finished: Bool[np.ndarray, "b k"]
-    slot_steps: int
-
-    @property
-    def finish_reasons(self) -> list[list[str]]:
-        """``stop`` or ``length`` for every candidate."""
-        return [["stop" if done else "length" for done in row] for row in self.finished]
-
-
-class DeviceResult(NamedTuple):
-    """What the compiled program returns: `steps` tokens drawn, `broken` prompts with NaN logits."""
-
-    token_ids: Int[Array, "b k t"]
-    log_probs: Float[Array, "b k t"]
-    lengths: Int[Array, "b k"]
-    finished: Bool[Array, "b k"]
-    broken: Bool[Array, " b"]
-    steps: Int[Array, ""]
-
-
-@dataclass
-class Pending:
-    """A batch at work on the device; `Generator.collect` waits for it."""
-
-    ids: list[str]
-    result: DeviceResult = field(repr=False)
-    prefix: int  # padded prompt tokens
-
-
-class _State(NamedTuple):
-    """The decode loop's carry. `step` tokens of every candidate have been drawn."""
-
-    step: jax.Array
-    token: jax.Array  # [B, K], the latest draw
-    token_ids: jax.Array
-    log_probs: jax.Array
-    lengths: jax.Array
-    finished: jax.Array
-    stopped: jax.Array  # finished, broken, padding or not wanted: drawn no further
-    broken: jax.Array
-    seen: jax.Array | None  # [B, K, V], what the repetition penalty counts; None where it is off
-    chunk: list[KV]
-
-
-def bucket(length: int, multiple: int) -> int:
-    """The least multiple of `multiple` that holds `length`, at least one."""
-    return max(-(-length // multiple), 1) * multiple
-
-
-def chunk_sizes(max_new_tokens: int) -> list[int]:
-    """Cache slots by stage: capacity doubles, so that a short answer never reads a long answer's slots."""
-    slots = max_new_tokens - 1  # the last token drawn is never fed back
-    sizes: list[int] = []
-    while sum(sizes) < slots:
-        sizes.append(min(sum(sizes) or FIRST_CHUNK, slots - sum(sizes)))
-    return sizes
-
-
-def pad_rows(x: np.ndarray, rows: int, columns: int | None = None, value: Any = 0) -> np.ndarray:
-    """`x` with its last row repeated up to `rows`, and axis 1 filled with `value` up to `columns`."""
-    if columns is not None and x.shape[1] < columns:
-        filler = np.full((x.shape[0], columns - x.shape[1], *x.shape[2:]), value, x.dtype)
-        x = np.concatenate([x, filler], axis=1)
-    if x.shape[0] < rows:
-        x = np.concatenate([x, np.repeat(x[-1:], rows - x.shape[0], axis=0)], axis=0)
-    return x
+    state: nnx.State
+    layers: tuple[FusedLayer, ...]
 
 
 class Generator:
     """Generates with one model on one mesh; every result is a function of prompt, seed and settings alone.
 
     Args:
-        model: a vision-language model, its weights on the devices of `mesh`. They are rearranged once; after
-            an update of the weights call `load` again (nothing is compiled anew).
-        batch_size: rows of the compiled program, rounded up to what the mesh divides; smaller batches are
-            padded.
+        model: a vision-language model, its weights on the devices of `mesh`. Its decoder's layers are rearranged
+            into a copy; after an update of the weights call `load` again (nothing is compiled anew).
+        batch_size: prompts whose candidates are decoded at once, rounded up to what the mesh divides. When there
+            are more prompts, further ones are held ready, so that no lane waits for another's long answer.
         prefix_bucket: prompt lengths are padded to a multiple of this.
         tokenizer_size: ids from here on are rows that only pad the vocabulary, and are never drawn; None: all
             ids are the tokenizer's.
+
+    Attributes:
+        slot_steps: tokens that the device could have drawn since the generator was made: steps × lanes.
 
     Raises:
         UserError: nothing but the end token can be drawn, and it must not come first.
@@ -157,247 +91,361 @@ class Generator:
     ):
         self.mesh, self.sampling, self.prefix_bucket = mesh, sampling, prefix_bucket
         self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
-        self.batch_size = bucket(batch_size, mesh.shape["data"] * mesh.shape["fsdp"])
+        self.shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.batch_size = bucket(batch_size, self.shards)
         config, vocab = model.config, model.config.text.vocab_size
         padding = () if tokenizer_size is None else range(tokenizer_size, vocab)
         never = {config.image_token_id, pad_token_id, *padding, *sampling.suppress_token_ids}
         self.never, self.bias = draw.sampling_bias(
             vocab, sorted(never), eos_token_id, sampling.stop_bias, sampling.stop_token_ids
         )
-        settings = sampling.by_name()
-        if settings["min_new_tokens"] and self.never.sum() >= vocab - 1:
+        self.settings = sampling.by_name()
+        if self.settings["min_new_tokens"] and self.never.sum() >= vocab - 1:
             raise UserError("every token but the end token is suppressed", where="generate.suppress_tokens")
-        # One number a candidate becomes one number a row; what all candidates share stays a number.
-        rows = lambda x: np.tile(np.asarray(x), self.batch_size)[:, None]  # noqa: E731
-        self.settings = draw.Settings(**{name: rows(x) if isinstance(x, list) else x for name, x in settings.items()})
+        penalty = self.settings["repetition_penalty"]
+        self.counts_seen = isinstance(penalty, list) or penalty != 1.0
         self.model_config = config
-        self.compilations = 0
-        self.program = jax.jit(self._program, static_argnums=0)
+        self.compilations = self.slot_steps = 0
+        per_candidate = {name: np.asarray(x) for name, x in self.settings.items() if isinstance(x, list)}
+        self.constants = replicate({"never": self.never, "bias": self.bias, **per_candidate}, mesh)
+        self.layout = Layout(mesh, config.text, model.decoder.dtype, vocab)
+        where = self.layout
+        self.prefill = jax.jit(
+            self._prefill,
+            static_argnums=0,
+            donate_argnums=(2, 3),
+            out_shardings=(where.prompts_sharding, where.rows),
+        )
+        self.decode = jax.jit(
+            self._decode,
+            static_argnums=(0, 1),
+            donate_argnums=(4, 5, 6),
+            out_shardings=(where.rows, where.rows, where.cache_sharding, where.whole),
+        )
         self.load(model)
 
     def load(self, model: VisionLanguageModel) -> None:
-        """Takes the model's present weights (and adapters) for all later batches."""
-        self.graph, self.state = nnx.split(model)
+        """Takes the model's present weights (and adapters) for all later prompts.
+
+        Beside `model` there is a copy of its decoder's layers, and nothing else: once the caller drops the model,
+        no weight exists twice.
+        """
+        self.weights: Any = None  # frees the layers of the weights before
+        shell: Any = nnx.merge(*nnx.split(model))
+        shell.decoder.layers = None
+        self.graph, state = nnx.split(shell)
 
         @partial(jax.jit, static_argnums=0)
         def fused(graph: Any, state: Any) -> tuple[FusedLayer, ...]:
             return fuse(nnx.merge(graph, state))
 
         with use_mesh(self.mesh):
-            self.layers = fused(*nnx.split(model.decoder))
+            self.weights = Weights(state, fused(*nnx.split(model.decoder)))
 
-    def __call__(self, batch: PromptBatch) -> Generated:
-        """Candidates for every prompt of the batch.
-
-        Raises:
-            UserError: a prompt's logits are not finite (broken weights or an overflow); names the prompt.
-        """
-        return self.collect(self.submit(batch))
-
-    def arguments(
+    def __call__(
         self, batch: PromptBatch, wanted: Bool[np.ndarray, "b k"] | None = None, attempt: int = 0
-    ) -> tuple[Any, ...]:
-        """What the compiled program is called with, after the static graph; for `program.lower` too."""
-        count, length = batch.token_ids.shape
-        if count > self.batch_size or not count:
-            raise ValueError(f"{count} prompts in a batch of 1 to {self.batch_size}")
-        rows, columns = self.batch_size, bucket(length, self.prefix_bucket)
-        candidates = self.sampling.num_candidates
-        keys = draw.candidate_keys(self.sampling.seed, batch.ids, candidates, attempt)
-        active = np.zeros((rows, candidates), bool)
-        active[:count] = True if wanted is None else wanted
-        arrays = {
-            "token_ids": pad_rows(batch.token_ids.astype(np.int32), rows, columns, self.pad_token_id),
-            "mask": pad_rows(batch.mask.astype(bool), rows, columns, False),
-            "keys": pad_rows(keys, rows),
-            "active": active,
-        }
-        if batch.pixel_values is not None:
-            arrays["pixel_values"] = pad_rows(batch.pixel_values, rows)
-        constants = replicate({"never": self.never, "bias": self.bias}, self.mesh)
-        return self.state, self.layers, shard_batch(arrays, self.mesh), constants
-
-    def submit(self, batch: PromptBatch, wanted: Bool[np.ndarray, "b k"] | None = None, attempt: int = 0) -> Pending:
-        """Starts a batch and returns at once, so that the host can prepare the next one.
+    ) -> Generated:
+        """Candidates for every prompt of the batch, in its order.
 
         Args:
             wanted: candidates to draw; the others come back empty (length 0). None: all.
             attempt: which of a candidate's random streams to draw from; 0 is the first.
 
         Raises:
-            UserError: the program does not fit into the device's memory; names the number to lower.
+            UserError: a prompt's logits are not finite (broken weights or an overflow); names the prompt. Or the
+                programs do not fit into the device's memory; names the number to lower.
         """
-        prefix = bucket(batch.token_ids.shape[1], self.prefix_bucket)
-        with use_mesh(self.mesh), self._explained(prefix):
-            result = self.program(self.graph, *self.arguments(batch, wanted, attempt))
-        return Pending(list(batch.ids), result, prefix)
+        requests, before = requests_of(batch, wanted, attempt), self.slot_steps
+        places = {id(request): place for place, request in enumerate(requests)}
+        made = sorted(self.stream(requests, len(requests)), key=lambda done: places[id(done.request)])
+        token_ids, log_probs, lengths, finished = (
+            np.stack([getattr(done, name) for done in made])
+            for name in ("token_ids", "log_probs", "lengths", "finished")
+        )
+        return Generated(list(batch.ids), token_ids, log_probs, lengths, finished, self.slot_steps - before)
 
-    def collect(self, pending: Pending) -> Generated:
-        """Waits for a batch; raises as `__call__` and `submit`."""
-        count = len(pending.ids)
-        with self._explained(pending.prefix):
-            host = {name: to_host(x) for name, x in pending.result._asdict().items()}
-        slot_steps = int(host.pop("steps")) * self.batch_size * self.sampling.num_candidates
-        host = {name: x[:count] for name, x in host.items()}
-        broken = host.pop("broken")
-        if broken.any():
-            first = pending.ids[int(np.argmax(broken))]
-            raise UserError(
-                "the model's logits are not finite",
-                where=f"prompt {first}",
-                remedy="check the checkpoint, or compute in float32 (model.dtype=float32)",
-            )
-        return Generated(pending.ids, **host, slot_steps=slot_steps)
+    def stream(self, requests: Iterable[Request | None], count: int | None = None) -> Iterator[Candidates]:
+        """Answers to requests as they get ready, in no fixed order; requests are drawn when there is room.
 
-    def _explained(self, prefix: int) -> AbstractContextManager[None]:
+        Args:
+            requests: None in it says that there is nothing now: it is asked again after the next answer.
+            count: how many requests will come, where that is known: a few need less memory.
+
+        Raises:
+            UserError: as `__call__`; what is complete is yielded before. An error that `requests` raises comes
+                after the answers to all requests before it.
+        """
+        return iter(Stream(self, requests, count))
+
+    def programs(self, batch: PromptBatch) -> list[Program]:
+        """The programs that the batch needs if no answer ends before `max_new_tokens`; nothing is computed."""
+        with use_mesh(self.mesh):
+            return Stream(self, requests_of(batch), len(batch.ids)).programs()
+
+    def sizes(self, count: int | None, prefix: int) -> Sizes:
+        """The state that serves `count` prompts (None: many) of `prefix` tokens."""
+        s, batch = self.sampling, self.batch_size // self.shards
+        views = 2 if s.contrast_alpha > 0 else 1
+        slots = batch
+        if count is None or count > self.batch_size:
+            # A prompt's slot is taken until its longest answer ends, a lane only until its own does. Simulated with
+            # answers of 20 to 200 tokens, twice as many prompts as K lanes can decode keep 88 % to 99 % busy.
+            slots += self.prefill_rows(prefix) + (batch if s.num_candidates > 1 else 0)
+        return Sizes(
+            self.shards, slots, batch * s.num_candidates, s.num_candidates, views, s.max_new_tokens, self.counts_seen
+        )
+
+    def prefill_rows(self, length: int) -> int:
+        """Prompts of `length` tokens that a shard prefills at once."""
+        return max(min(self.batch_size // self.shards, PREFILL_TOKENS // max(length, self.prefix_bucket)), 1)
+
+    def explained(self, sizes: Sizes, prefix: int) -> Any:
         """Errors of memory inside become errors that say which number to lower."""
         text = self.model_config.text
         shape = CacheShape.on_mesh(
             self.mesh.shape,
             text.num_kv_heads,
             rows=self.batch_size,
-            views=2 if self.sampling.contrast_alpha > 0 else 1,
+            held=sizes.slots * sizes.shards,
+            views=sizes.views,
             prefix=prefix,
-            candidates=self.sampling.num_candidates,
-            new_tokens=self.sampling.max_new_tokens,
+            candidates=sizes.candidates,
+            new_tokens=sizes.tokens,
         )
-        return explain_exhaustion(text, shape, jnp.dtype(self.layers[0].qkv.dtype).itemsize)
+        return explain_exhaustion(text, shape, jnp.dtype(self.layout.dtype).itemsize)
 
-    def _program(
+    def _prefill(
+        self, graph: nnx.GraphDef, weights: Weights, prompts: Prompts, board: Board, arrays: dict[str, jax.Array]
+    ) -> tuple[Prompts, Board]:
+        """Puts F prompts a shard into the slots named in `arrays`; slot N stands for no prompt."""
+        self.compilations += 1
+        model, s = nnx.merge(graph, weights.state), self.sampling
+        token_ids, length, slots = arrays["token_ids"], arrays["length"], arrays["slot"]
+        a, f = slots.shape
+        features = arrays.get("features")
+        if features is None:
+            features = encode_images(model, arrays.get("images"))
+        # Contrastive decoding runs every prompt twice, in neighbouring rows: with its image and with a blank.
+        views = prompts.hidden.shape[2]
+        mask = jnp.arange(token_ids.shape[1]) < length[:, None]
+        if views == 2:
+            blank = features
+            if features is not None:
+                blank = jnp.broadcast_to(
+                    model.image_features(jnp.zeros_like(arrays["images"][0, :1])), features.shape
+                )
+                features = jnp.stack([features, blank], axis=1).reshape(-1, *features.shape[1:])
+            token_ids, mask = jnp.repeat(token_ids, 2, axis=0), jnp.repeat(mask, 2, axis=0)
+        places = (slots[:, :, None] * views + jnp.arange(views)).reshape(a, f * views)
+
+        def put(into: jax.Array, new: jax.Array, places: jax.Array = slots) -> jax.Array:
+            """Rows `new` [A·F, ...] into the shards' `places`; those beyond the end are dropped."""
+            new = new.reshape(a, -1, *new.shape[1:]).astype(into.dtype)
+            return jax.vmap(lambda x, y, at: x.at[at].set(y, mode="drop"))(into, new, places)
+
+        kv = list(prompts.kv)
+
+        def keep(index: int, own: KV) -> None:
+            """Keys and values into the slots; what lies beyond the prompt's length is never read."""
+
+            def write(old: jax.Array, new: jax.Array) -> jax.Array:
+                x, y = (z.reshape(a, -1, *z.shape[1:]) for z in (old, new))
+                into = jax.vmap(lambda x, y, at: x.at[at, :, : y.shape[2]].set(y, mode="drop"))
+                return into(x, y, places).reshape(old.shape)
+
+            kv[index] = (write(kv[index][0], own[0]), write(kv[index][1], own[1]))
+
+        x = model.embed_prompts(token_ids, features)
+        hidden = prefill(model.config.text, weights.layers, x, mask, keep)
+        seen = prompts.seen
+        if seen is not None:
+            fresh = jnp.zeros((a * f, seen.shape[-1]), bool)
+            if s.repetition_penalty_prompt:
+                fresh = fresh.at[jnp.arange(a * f)[:, None], arrays["token_ids"]].max(mask[::views])
+            seen = put(seen, fresh)
+        prompts = Prompts(
+            kv,
+            put(prompts.length, length),
+            put(prompts.hidden, hidden.reshape(a * f, views, -1)),
+            put(prompts.keys, arrays["keys"]),
+            put(prompts.arrival, arrays["arrival"]),
+            seen,
+        )
+        clear = lambda x, value: put(x, jnp.full((a * f, *x.shape[2:]), value, x.dtype))  # noqa: E731
+        return prompts, Board(
+            put(board.pending, arrays["wanted"]),
+            board.lane,
+            clear(board.token_ids, self.pad_token_id),
+            clear(board.log_probs, 0.0),
+            clear(board.lengths, 0),
+            clear(board.finished, False),
+            board.broken,
+        )
+
+    def _decode(
         self,
         graph: nnx.GraphDef,
-        state: nnx.State,
-        layers: tuple[FusedLayer, ...],
-        arrays: dict[str, jax.Array],
+        sizes: Sizes,
+        weights: Weights,
+        prompts: Prompts,
+        board: Board,
+        lanes: Lanes,
+        cache: Cache,
         constants: dict[str, jax.Array],
-    ) -> DeviceResult:
+        quota: Int[Array, ""],
+    ) -> tuple[Board, Lanes, Cache, Report]:
+        """Tokens for all lanes until none is left, `quota` prompts (0: none) should come or the cache is full."""
         self.compilations += 1
-        model = nnx.merge(graph, state)
-        s, config, decoder = self.sampling, model.config.text, model.decoder
-        token_ids, mask = arrays["token_ids"], arrays["mask"]
-        features = encode_images(model, arrays.get("pixel_values"))
-        # Contrastive decoding runs every prompt twice, in neighbouring rows: with its image and with a blank.
-        views = 1
-        if s.contrast_alpha > 0 and features is not None:
-            views = 2
-            blank = model.image_features(jnp.zeros_like(arrays["pixel_values"][0, :1]))
-            features = jnp.stack([features, jnp.broadcast_to(blank, features.shape)], axis=1)
-            features = features.reshape(-1, *features.shape[2:])
-        rows, prompts, k, t = (
-            token_ids.shape[0],
-            token_ids.shape[0] * views,
-            s.num_candidates,
-            s.max_new_tokens,
-        )
-        mask = jnp.repeat(mask, views, axis=0)
-        x = model.embed_prompts(jnp.repeat(token_ids, views, axis=0), features)
-        hidden, prefix = prefill(config, layers, x, mask)
-        lengths = jnp.sum(mask, axis=1, dtype=jnp.int32)
-        keys = arrays["keys"].reshape(rows * k, 2)
+        model = nnx.merge(graph, weights.state)
+        a, n, k, views, count = sizes.shards, sizes.slots, sizes.candidates, sizes.views, sizes.lanes
+        first_step, capacity = cache.step, cache.written.shape[0]
+        rows = lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1))  # noqa: E731
 
-        def advance(hidden: Float[Array, "p c e"], state: _State) -> _State:
-            """Draws token number `step` from the states that predict it ([prompts, 1 or K, E])."""
-            logits = constrain(decoder.logits(decoder.norm(hidden)), "batch", None, None)
-            logits = jnp.broadcast_to(logits, (prompts, k, logits.shape[-1]))
-            logits = logits.reshape(rows, views, k, -1)
-            raw = logits[:, 0].reshape(rows * k, -1)
-            shaped = raw
-            if views == 2:
-                shaped = draw.contrast(raw, logits[:, 1].reshape(raw.shape), s.contrast_alpha, s.contrast_beta)
-            shaped = jnp.where(constants["never"], -jnp.inf, shaped + constants["bias"])
-            held = None if state.seen is None else state.seen.reshape(rows * k, -1)
-            shaped = draw.process(shaped, self.settings, step=state.step, eos_token_id=self.eos_token_id, seen=held)
-            token = draw.choose(draw.step_keys(keys, state.step), shaped, self.settings)
-            normaliser = jax.nn.logsumexp(raw, axis=-1)
-            log_prob = jnp.take_along_axis(raw, token[:, None], axis=-1)[:, 0] - normaliser
-            bad = ~jnp.isfinite(normaliser).reshape(rows, k)
-            token, log_prob = token.reshape(rows, k).astype(jnp.int32), log_prob.reshape(rows, k)
-            live = ~state.stopped
+        def to_grid(x: jax.Array, at: jax.Array) -> jax.Array:
+            """[A, L, ...] to [A, N, K, ...]; of no meaning where no lane decodes."""
+            if not sizes.identity:
+                x = lane.take(x, at.reshape(a, n * k))
+            return x.reshape(a, n, k, *x.shape[2:])
+
+        def from_grid(x: jax.Array, place: jax.Array) -> jax.Array:
+            x = x.reshape(a, n * k, *x.shape[3:])
+            return x if sizes.identity else lane.take(x, place)
+
+        def apart(y: jax.Array) -> jax.Array:
+            return y.reshape(a, count, views, *y.shape[2:])
+
+        def rows_to_grid(y: jax.Array, at: jax.Array) -> jax.Array:
+            """[A·L·V, ...] to [A·N·V, K, ...]."""
+            grid = to_grid(y.reshape(a, count, views, *y.shape[1:]), at)
+            return jnp.moveaxis(grid, 3, 2).reshape(a * n * views, k, *y.shape[1:])
+
+        def rows_from_grid(y: jax.Array, place: jax.Array) -> jax.Array:
+            grid = jnp.moveaxis(y.reshape(a, n, views, k, *y.shape[2:]), 2, 3)
+            return from_grid(grid, place).reshape(a * count * views, *y.shape[2:])
+
+        def refill(board: Board, lanes: Lanes, start: jax.Array) -> tuple[Board, Lanes, jax.Array]:
+            taken = jax.vmap(partial(lane.assign, identity=sizes.identity))(
+                lanes.busy, lanes.place, board.pending, board.lane, prompts.arrival
+            )
+            fresh, seen = taken.fresh, lanes.seen
+            if seen is not None:
+                assert prompts.seen is not None
+                seen = jnp.where(fresh[..., None], lane.take(prompts.seen, taken.place // k), seen)
+            lanes = Lanes(
+                taken.place,
+                jnp.where(fresh, 0, lanes.age),
+                jnp.where(fresh, start, lanes.start),
+                lanes.token,
+                lanes.busy | fresh,
+                seen,
+            )
+            return board._replace(pending=taken.pending, lane=taken.lane), lanes, fresh
+
+        def advance(
+            hidden: Float[Array, "a l v e"], board: Board, lanes: Lanes, live: Bool[Array, "a l"]
+        ) -> tuple[Board, Lanes]:
+            """Draws the next token of every live lane from the state that predicts it."""
+            logits = model.decoder.logits(model.decoder.norm(hidden.reshape(a, count * views, -1)))
+            logits = constrain(logits, "batch", None, None).reshape(a * count, views, -1)
+            raw = logits[:, 0]
+            token, log_prob, bad = self._drawn(raw, logits[:, -1], prompts, lanes, constants)
+            token, log_prob, bad = (x.reshape(a, count) for x in (token, log_prob, bad))
             token = jnp.where(live, token, self.pad_token_id)
-            ended = live & (token == self.eos_token_id)
-            seen = state.seen
+            stop = token == self.eos_token_id
+            ends = live & (stop | bad | (lanes.age + 1 >= sizes.tokens))
+            seen = lanes.seen
             if seen is not None:
                 seen |= token[..., None] == jnp.arange(seen.shape[-1])
-            put = lambda into, new: jax.lax.dynamic_update_slice_in_dim(into, new[..., None], state.step, 2)  # noqa: E731
-            return state._replace(
-                step=state.step + 1,
-                token=token,
-                token_ids=put(state.token_ids, token),
-                log_probs=put(state.log_probs, jnp.where(live, log_prob, 0.0)),
-                lengths=state.lengths + live,
-                finished=state.finished | ended,
-                stopped=state.stopped | ended | bad,
-                broken=state.broken | jnp.any(bad & live, axis=1),
-                seen=seen,
+            running = board.lane < count
+            grid = lambda x: to_grid(x, board.lane)  # noqa: E731
+            drawn = running & grid(live)
+            age = grid(lanes.age)
+            here = drawn[..., None] & (age[..., None] == jnp.arange(sizes.tokens))
+            board = Board(
+                board.pending,
+                rows(jnp.where(drawn & grid(ends), count, board.lane)),
+                rows(jnp.where(here, grid(token)[..., None], board.token_ids)),
+                rows(jnp.where(here, grid(log_prob)[..., None], board.log_probs)),
+                rows(jnp.where(drawn, age + 1, board.lengths)),
+                rows(board.finished | (drawn & grid(stop))),
+                rows(board.broken | jnp.any(drawn & grid(bad), axis=2)),
             )
+            lanes = Lanes(
+                rows(lanes.place),
+                rows(lanes.age + live),
+                rows(lanes.start),
+                rows(jnp.where(live, token, lanes.token)),
+                rows(lanes.busy & ~ends),
+                seen,
+            )
+            return board, lanes
 
-        shape = (rows, k, t)
-        full = lambda shape, value, dtype: constrain(  # noqa: E731
-            jnp.full(shape, value, dtype), "batch", *(None,) * (len(shape) - 1)
-        )
-        now = _State(
-            step=jnp.int32(0),
-            token=full(shape[:2], self.pad_token_id, jnp.int32),
-            token_ids=full(shape, self.pad_token_id, jnp.int32),
-            log_probs=full(shape, 0.0, jnp.float32),
-            lengths=full(shape[:2], 0, jnp.int32),
-            finished=full(shape[:2], False, bool),
-            stopped=~arrays["active"],
-            broken=full(shape[:1], False, bool),
-            seen=self._seen_at_first(token_ids, arrays["mask"]),
-            chunk=[],
-        )
-        now = advance(hidden[:, None], now)
-        filled: list[list[KV]] = []
-        start = 0
-        for slots in chunk_sizes(t):
+        def grows(lanes: Lanes, cache: Cache) -> jax.Array:
+            if capacity >= sizes.tokens - 1:
+                return jnp.bool_(False)
+            return lane.needs_growth(cache.written, lanes.busy, lanes.start)
 
-            def more(state: _State, stop: int = start + slots) -> jax.Array:
-                # Slot step − 1 takes the latest token; the stage ends when its slots are full.
-                return (state.step <= stop) & ~jnp.all(state.stopped)
+        def goes_on(carry: tuple[Board, Lanes, Cache]) -> jax.Array:
+            board, lanes, cache = carry
+            free = jax.vmap(partial(lane.free_slots, lanes=count))(board.pending, board.lane)
+            room, starving = jax.vmap(lane.wants_prompts, (0, 0, 0, None))(lanes.busy, board.pending, free, quota)
+            more = (quota > 0) & (jnp.all(room) | jnp.any(starving))
+            work = jnp.any(lanes.busy) | jnp.any(board.pending)
+            return work & ~more & ~grows(lanes, cache) & ~jnp.any(board.broken)
 
-            def body(state: _State, start: int = start, filled: tuple[list[KV], ...] = tuple(filled)) -> _State:
-                fed = decoder.embed_tokens(jnp.repeat(state.token, views, axis=0))
-                positions = (lengths + state.step - 1)[:, None]
-                slot = state.step - 1 - start
-                hidden, chunk = decode_step(
-                    config,
-                    layers,
-                    fed,
-                    positions,
-                    prefix=prefix,
-                    prefix_mask=mask,
-                    full=list(filled),
-                    chunk=state.chunk,
-                    slot=slot,
-                )
-                return advance(hidden, state._replace(chunk=chunk))
+        def body(carry: tuple[Board, Lanes, Cache]) -> tuple[Board, Lanes, Cache]:
+            board, lanes, cache = carry
+            board, lanes, fresh = refill(board, lanes, cache.step + 1)
+            slot = lane.slot_to_write(cache.written)
+            written = jnp.where(jnp.arange(capacity) == slot, cache.step, cache.written)
+            length = lane.take(prompts.length, lanes.place // k)
+            each = lambda x: jnp.repeat(x, views, axis=1)  # noqa: E731
+            hidden, kv = decode_step(
+                model.config.text,
+                weights.layers,
+                model.decoder.embed_tokens(each(lanes.token)),
+                each(length + lanes.age - 1),
+                prefix=prompts.kv,
+                # A kernel leaves out the prompts of which nothing is being decoded.
+                length=each(jnp.where(jnp.any(board.lane < count, axis=2), prompts.length, 0)).reshape(-1),
+                to_grid=lambda y: rows_to_grid(y, board.lane),
+                from_grid=lambda y: rows_from_grid(y, lanes.place),
+                cache=cache.kv,
+                slot=slot,
+                seen=each(written >= lanes.start[..., None]).reshape(-1, capacity),
+            )
+            first = lane.take(prompts.hidden, lanes.place // k)
+            hidden = jnp.where(fresh[..., None, None], first, apart(hidden))
+            board, lanes = advance(hidden, board, lanes, lanes.busy)
+            return board, lanes, Cache(kv, written, cache.step + 1)
 
-            chunk = empty_chunks(config, prompts, k, slots, x.dtype)
-            now = jax.lax.while_loop(more, body, now._replace(chunk=chunk))
-            filled.append(now.chunk)
-            start += slots
-        return DeviceResult(now.token_ids, now.log_probs, now.lengths, now.finished, now.broken, now.step)
+        # First tokens need no step of the decoder. Most candidates start here: with the prompts that just came.
+        board, lanes, fresh = refill(board, lanes, cache.step)
+        started = jnp.any(fresh)
+        first = lane.take(prompts.hidden, lanes.place // k)
+        board, lanes = jax.lax.cond(started, lambda: advance(first, board, lanes, fresh), lambda: (board, lanes))
+        board, lanes, cache = jax.lax.while_loop(goes_on, body, (board, lanes, cache))
+        free = jax.vmap(partial(lane.free_slots, lanes=count))(board.pending, board.lane)
+        steps = cache.step - first_step + started
+        return board, lanes, cache, Report(free, board.broken, grows(lanes, cache), steps)
 
-    def _seen_at_first(self, token_ids: Int[Array, "b p"], mask: Bool[Array, "b p"]) -> Bool[Array, "b k v"] | None:
-        """What the repetition penalty counts before the first token; None where it is off."""
-        penalty = self.settings.repetition_penalty
-        if isinstance(penalty, int | float) and penalty == 1.0:
-            return None
-        rows, vocab = token_ids.shape[0], self.never.shape[0]
-        seen = jnp.zeros((rows, vocab), bool)
-        if self.sampling.repetition_penalty_prompt:
-            seen = seen.at[jnp.arange(rows)[:, None], token_ids].max(mask)
-        seen = jnp.broadcast_to(seen[:, None], (rows, self.sampling.num_candidates, vocab))
-        return constrain(seen, "batch", None, "vocab")
-
-
-def right_pad(rows: Sequence[Sequence[int]], value: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token lists as one right-padded array [B, P] int32 and its mask."""
-    width = max((len(row) for row in rows), default=0)
-    token_ids = np.full((len(rows), width), value, np.int32)
-    mask = np.zeros((len(rows), width), bool)
-    for index, row in enumerate(rows):
-        token_ids[index, : len(row)] = row
-        mask[index, : len(row)] = True
-    return token_ids, mask
+    def _drawn(
+        self, raw: jax.Array, blank: jax.Array, prompts: Prompts, lanes: Lanes, constants: dict[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Tokens, their raw log-probabilities, and whether logits are not finite, of all lanes [A·L]."""
+        s, k = self.sampling, self.sampling.num_candidates
+        a, count = lanes.place.shape
+        keys = lane.take(prompts.keys.reshape(a, -1, 2), lanes.place).reshape(a * count, 2)
+        age, candidate = lanes.age.reshape(-1), (lanes.place % k).reshape(-1)
+        own = {name: constants[name][candidate][:, None] for name, x in self.settings.items() if isinstance(x, list)}
+        settings = draw.Settings(**{**self.settings, **own})
+        shaped = raw
+        if s.contrast_alpha > 0:
+            shaped = draw.contrast(raw, blank, s.contrast_alpha, s.contrast_beta)
+        shaped = jnp.where(constants["never"], -jnp.inf, shaped + constants["bias"])
+        seen = None if lanes.seen is None else lanes.seen.reshape(a * count, -1)
+        shaped = draw.process(shaped, settings, step=age[:, None], eos_token_id=self.eos_token_id, seen=seen)
+        token = draw.choose(draw.step_keys(keys, age), shaped, settings).astype(jnp.int32)
+        normaliser = jax.nn.logsumexp(raw, axis=-1)
+        log_prob = jnp.take_along_axis(raw, token[:, None], axis=-1)[:, 0] - normaliser
+        return token, log_prob, ~jnp.isfinite(normaliser)

@@ -19,7 +19,8 @@ class CacheShape:
     """The sizes that the key/value cache is made of.
 
     Attributes:
-        rows: prompts of the compiled program, over all devices.
+        rows: prompts whose candidates are decoded at once, over all devices.
+        held: prompts whose prefix is kept, those that wait included.
         views: passes per prompt (2 with contrastive decoding).
         prefix: padded prompt tokens, image tokens included.
         row_parts: devices that rows are split over; no fewer rows than this are ever computed.
@@ -27,6 +28,7 @@ class CacheShape:
     """
 
     rows: int
+    held: int
     views: int
     prefix: int
     candidates: int
@@ -42,13 +44,13 @@ class CacheShape:
 
 
 def cache_bytes(config: LlamaConfig, shape: CacheShape, itemsize: int) -> int:
-    """Bytes of keys and values on each device: prompts × (prefix + candidates × (new tokens − 1)).
+    """Bytes of keys and values on each device: prompts held × prefix + rows × candidates × (new tokens − 1).
 
     The last token drawn is never fed back, so it takes no slot.
     """
-    slots = shape.prefix + shape.candidates * (shape.new_tokens - 1)
+    slots = shape.held * shape.prefix + shape.rows * shape.candidates * max(shape.new_tokens - 1, 1)
     per_slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
-    return shape.rows * shape.views * slots * per_slot // (shape.row_parts * shape.head_parts)
+    return shape.views * slots * per_slot // (shape.row_parts * shape.head_parts)
 
 
 def advice(config: LlamaConfig, shape: CacheShape, itemsize: int) -> str:
@@ -63,11 +65,12 @@ def advice(config: LlamaConfig, shape: CacheShape, itemsize: int) -> str:
 
     if shape.rows > shape.row_parts:
         rows = max(shape.rows // 2 // shape.row_parts, 1) * shape.row_parts
+        smaller = replace(shape, rows=rows, held=max(shape.held * rows // shape.rows, rows))
         return (
-            f"lower generate.batch_size from {shape.rows} to {rows} ({size(replace(shape, rows=rows))}; the answers "
-            "stay the same; for evaluation it is evaluate.batch_size)"
+            f"lower generate.batch_size from {shape.rows} to {rows} ({size(smaller)}; the answers stay "
+            "the same; for evaluation it is evaluate.batch_size)"
         )
-    if shape.candidates * (shape.new_tokens - 1) <= shape.prefix:
+    if shape.candidates * max(shape.new_tokens - 1, 1) * shape.rows <= shape.held * shape.prefix:
         return "split the model over more devices (mesh.fsdp, mesh.tensor): a single prompt's prefix does not fit"
     tokens, few = max(shape.new_tokens // 2, 1), max(shape.candidates // 2, 1)
     parts = [
@@ -93,7 +96,7 @@ def explain_exhaustion(config: LlamaConfig, shape: CacheShape, itemsize: int) ->
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            f"{shape.rows} prompts of {shape.prefix} tokens with {shape.candidates} candidates of "
+            f"{shape.held} prompts of {shape.prefix} tokens with {shape.rows} × {shape.candidates} candidates of "
             f"{shape.new_tokens} tokens do not fit into device memory: keys and values alone take "
             f"{cache_bytes(config, shape, itemsize) / GIB:.2f} GiB a device",
             where="generate",

@@ -53,9 +53,10 @@ def candidate_keys(
     return keys
 
 
-def step_keys(keys: UInt32[Array, "n 2"], step: Int[Array, ""]) -> jax.Array:
-    """The typed keys of one step of every candidate's stream."""
-    return jax.vmap(jax.random.fold_in, (0, None))(jax.random.wrap_key_data(keys, impl="threefry2x32"), step)
+def step_keys(keys: UInt32[Array, "n 2"], step: Int[Array, "#n"]) -> jax.Array:
+    """The typed keys of every candidate's stream at its own step, or at one step for all."""
+    steps = jnp.broadcast_to(step, keys.shape[:1])
+    return jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys, impl="threefry2x32"), steps)
 
 
 def _ordered(x: Float[Array, " ..."]) -> Int[Array, " ..."]:
@@ -145,12 +146,12 @@ def penalize(logits: Float[Array, "n v"], seen: Bool[Array, "n v"], penalty: Set
 
 
 def process(
-    logits: Float[Array, "n v"], settings: Settings, *, step: Int[Array, ""], eos_token_id: int, seen: Any = None
+    logits: Float[Array, "n v"], settings: Settings, *, step: Int[Array, "n 1"], eos_token_id: int, seen: Any = None
 ) -> Float[Array, "n v"]:
     """What holds for greedy draws too: repetition penalty, and no end before `min_new_tokens`.
 
     Args:
-        step: tokens drawn already.
+        step: tokens that the candidate has drawn already.
         seen: [N, V], the tokens to penalise; None without a penalty.
     """
     if seen is not None:

@@ -215,6 +215,14 @@ def _module_name(leaf: Parameter, index: int | None) -> str:
     return leaf.source.layer(index).removesuffix(".weight")
 
 
+def _names_of_module(name: str, family: Family) -> list[str]:
+    """A module's names in all versions of transformers: PEFT follows the decoder and the tower, not the projector."""
+    for root in family.projector[:1]:
+        if name.startswith(f"{root}."):
+            return [module + name.removeprefix(root) for module in family.projector]
+    return [name]
+
+
 def export_adapter(
     model: Any,
     base_name_or_path: str,
@@ -237,19 +245,22 @@ def export_adapter(
     kind, out_dir = _export_dtype(dtype), Path(out_dir)
     family, config = family_of_model(model), model.config
     tensors: list[PendingTensor] = []
-    roots: set[str] = set()
+    adapted: dict[str, set[str]] = {}  # first part of the module names -> their last parts
     for linear, leaf in _adapted(model, family, config):
         assert linear.lora_a is not None and linear.lora_b is not None
         *_, rank = linear.lora_a.shape
         for index in [None] if leaf.layers is None else range(leaf.layers):
             name = _module_name(leaf, index)
-            roots.add(name.split(".")[0])
+            adapted.setdefault(name.split(".")[0], set()).add(name.split(".")[-1])
             for letter, factor, shape in (
                 ("A", linear.lora_a, (rank, leaf.layer_shape[0])),
                 ("B", linear.lora_b, (leaf.layer_shape[1], rank)),
             ):
                 value = lambda f=factor, i=index: to_host(_layer(f[...], i)).T  # noqa: E731
-                tensors.append(PendingTensor(f"base_model.model.{name}.lora_{letter}.weight", shape, value))
+                tensors += [
+                    PendingTensor(f"base_model.model.{module}.lora_{letter}.weight", shape, value)
+                    for module in _names_of_module(name, family)
+                ]
     if not tensors:
         raise UserError("the model has no adapter", where="export", remedy="export the full model instead")
     saved_modules = None
@@ -263,8 +274,8 @@ def export_adapter(
             if tensor.name.startswith(f"{saved}.")
             for module in family.projector
         ]
-    targets = "|".join(sorted({path.split(".")[-1] for path in lora.adapters(model)}))
-    assert len(roots) == 1, roots  # one decoder; the regex below speaks of one
+    # A plain list would also wrap the vision tower's layers of the same names.
+    targets = [rf".*{root}.*\.({'|'.join(sorted(names))})" for root, names in sorted(adapted.items())]
     adapter_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -277,8 +288,7 @@ def export_adapter(
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": saved_modules,
-        # A plain list would also wrap the vision tower's layers of the same names.
-        "target_modules": rf".*{roots.pop()}.*\.({targets})",
+        "target_modules": targets[0] if len(targets) == 1 else f"({'|'.join(targets)})",
     }
     with _atomic_directory(out_dir, overwrite=overwrite) as partial:
         write = jax.process_index() == 0
@@ -319,7 +329,7 @@ def load_adapter(model: Any, directory: str | Path) -> LoRAConfig:
     places = {
         name: (leaf, i)
         for leaf in leaves.values()
-        if leaf.source.kind == "linear" and leaf.path[0] == family.lora_scope
+        if leaf.source.kind == "linear"
         for i, name in enumerate(leaf.stored())
     }
     factors: dict[tuple[str, ...], dict[tuple[int, str], np.ndarray]] = {}
@@ -346,7 +356,7 @@ def load_adapter(model: Any, directory: str | Path) -> LoRAConfig:
     return LoRAConfig(
         lora_rank=rank,
         lora_alpha=float(alpha),
-        target_modules=sorted({path[-2] for path in factors}),
+        target_modules=sorted({lora.target_name(path[:-1], family.lora_scope) for path in factors}),
         train_projector=bool(projector),
     )
 

@@ -24,12 +24,18 @@ def _linears(model: nnx.Module) -> Iterator[tuple[tuple[str, ...], Linear]]:
             yield tuple(str(part) for part in path), module
 
 
+def target_name(path: tuple[str, ...], scope: str) -> str:
+    """How `target_modules` names the layer at `path`."""
+    return path[-1] if path[0] == scope else f"{path[0]}.{path[-1]}"
+
+
 def attach(model: nnx.Module, config: LoRAConfig, *, scope: str, rngs: nnx.Rngs) -> list[str]:
     """Adds factors A ~ N(0, 1/in) and B = 0 to the linear layers named in `config.target_modules` under `scope`.
 
     A layer is a target when the last part of its path is in the list, e.g. ``q_proj``. `scope` is the first part
-    of the path (``decoder``), so that a vision tower's layers of the same name stay untouched. Works on abstract
-    models under `nnx.eval_shape` too.
+    of the path (``decoder``), so that a vision tower's layers of the same name stay untouched; layers elsewhere are
+    named with their part, ``vision_tower.q_proj`` or ``projector.linear_1``. Works on abstract models under
+    `nnx.eval_shape` too.
 
     Returns:
         The paths of the adapted layers, dotted.
@@ -39,7 +45,8 @@ def attach(model: nnx.Module, config: LoRAConfig, *, scope: str, rngs: nnx.Rngs)
     """
     adapted, missing = [], set(config.target_modules)
     for path, linear in _linears(model):
-        if path[0] != scope or path[-1] not in config.target_modules:
+        name = target_name(path, scope)
+        if name not in config.target_modules:
             continue
         *layers, fan_in, fan_out = linear.kernel.shape
         *prefix, in_axis, out_axis = linear.kernel.get_metadata()["axes"]
@@ -49,9 +56,9 @@ def attach(model: nnx.Module, config: LoRAConfig, *, scope: str, rngs: nnx.Rngs)
         linear.lora_b = LoRAParam(b, axes=(*prefix, "lora", out_axis))
         linear.lora_scale = config.lora_alpha / config.lora_rank
         adapted.append(".".join(path))
-        missing.discard(path[-1])
+        missing.discard(name)
     if missing:
-        known = sorted({path[-1] for path, _ in _linears(model) if path[0] == scope})
+        known = sorted({target_name(path, scope) for path, _ in _linears(model)})
         raise UserError(
             f"no layer is named {', '.join(sorted(missing))}",
             where="train.lora.target_modules",

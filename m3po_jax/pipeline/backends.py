@@ -3,21 +3,57 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from m3po_jax.config import ModelConfig, Recipe, ScoreConfig
+from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.models.dual_encoder import DualEncoder
 from m3po_jax.models.registry import Loaded, describe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.models import Policy, load_dual_encoder, load_policy
-from m3po_jax.scoring.alignment import Backend, Reference, Similarity
+from m3po_jax.pipeline.reward import load_reward
+from m3po_jax.pipeline.stopping import from_writer
+from m3po_jax.scoring.alignment import Backend, Judged, Reference, Scores, Similarity
+from m3po_jax.scoring.blind_spots import shared_blind_spots
+from m3po_jax.scoring.chat import check_endpoint, read_key
+from m3po_jax.scoring.endpoint import Endpoint
 from m3po_jax.scoring.engine import Scorer
-from m3po_jax.scoring.judge import Claims, Ensemble, shared_blind_spots
+from m3po_jax.scoring.ensemble import Ensemble
+from m3po_jax.scoring.grading import Judge
+from m3po_jax.scoring.judge import Claims
+from m3po_jax.scoring.reward import Reward
+from m3po_jax.training.signals import stop_signal
 
-BACKENDS = ("similarity", "claims", "reference", "ensemble")
+
+@dataclass(frozen=True)
+class Setting:
+    """What a backend is built from.
+
+    Attributes:
+        policy: The model that is aligned; needed where it judges itself, and for the warning.
+        image_root: Folder that image paths are relative to.
+        model_config: Data types, conversation template, image fit and prompt limit of a judge of its own.
+        folder: The run directory, where a backend may keep what it paid for; None: it keeps nothing there.
+        warnings: Gets a line where a judge shares the policy's blind spots.
+        own_reward: Gives the run's own reward model, for ``reward`` without a model.
+    """
+
+    score: ScoreConfig
+    mesh: Mesh
+    policy: Policy | None
+    image_root: Path
+    model_config: ModelConfig
+    folder: Path | None
+    warnings: list[str]
+    own_reward: Callable[[], Reward] | None
 
 
 def make_backend(
@@ -27,54 +63,43 @@ def make_backend(
     policy: Policy | None = None,
     image_root: str | Path = ".",
     model_config: ModelConfig | None = None,
-    judge_template: str = "",
+    folder: Path | None = None,
+    warnings: list[str] | None = None,
+    own_reward: Callable[[], Reward] | None = None,
 ) -> Backend:
-    """Builds `score.backend` and loads its model.
+    """Builds `score.backend` (one of `BACKENDS`) and loads its model; the arguments are those of `Setting`.
 
-    ``similarity`` needs `score.model`, a CLIP or SigLIP directory. ``claims`` asks `score.model`, or the policy
-    itself where that is empty. ``ensemble`` joins `score.members`, each ``NAME`` or ``NAME=MODEL`` (without MODEL:
-    `score.model`). A judge that shares the policy's vision encoder is used, with a warning on standard error.
-
-    Args:
-        policy: The model that is aligned; needed where it judges itself, and for the warning.
-        image_root: Folder that image paths are relative to.
-        model_config: Data types, conversation template, image fit and prompt limit of a judge of its own.
-        judge_template: See `judge.Claims`; empty: its own.
+    ``similarity`` needs `score.model`, a CLIP or SigLIP directory. ``claims`` and ``judge`` ask `score.model`, or
+    the policy itself where that is empty. ``endpoint`` asks a server. ``ensemble`` joins `score.members`, each
+    ``NAME`` or ``NAME=MODEL`` (without MODEL: `score.model`). ``reward`` reads `score.model`, a trained reward model,
+    or is the run's own (as a member: ``reward=FOLDER`` or ``reward``). A judge that shares the policy's vision
+    encoder is used, with a warning on standard error.
 
     Raises:
         UserError: an unknown backend (the nearest one is named), a missing or unsuitable model.
     """
     if score.backend not in BACKENDS:
         raise UserError(f"unknown backend {score.backend!r}{nearest(score.backend, BACKENDS)}", where="score.backend")
-    if score.backend == "reference":
-        return Reference(score.vocabulary)
-    if score.backend == "ensemble":
-        return _ensemble(
-            score,
-            mesh,
-            policy=policy,
-            image_root=image_root,
-            model_config=model_config,
-            judge_template=judge_template,
-        )
-    if score.backend == "similarity":
-        return _similarity(score, mesh, policy, image_root)
-    return _claims(score, mesh, policy, image_root, model_config or ModelConfig(), judge_template)
+    noted = [] if warnings is None else warnings
+    config = model_config or ModelConfig()
+    setting = Setting(score, mesh, policy, Path(image_root), config, folder, noted, own_reward)
+    return BACKENDS[score.backend](setting)
 
 
-def _similarity(score: ScoreConfig, mesh: Mesh, policy: Policy | None, image_root: str | Path) -> Similarity:
+def _similarity(setting: Setting) -> Similarity:
+    score = setting.score
     if not score.model:
         raise UserError("similarity needs a dual encoder", where="score.model", remedy="name a CLIP or SigLIP model")
     if describe(score.model).family.model_class is not DualEncoder:
         raise UserError(
             "not a dual encoder", where=f"score.model {score.model!r}", remedy="take a CLIP or SigLIP model"
         )
-    loaded, processor = load_dual_encoder(score.model, mesh, image_root=image_root, image_fit="")
-    _warn(policy, loaded)
+    loaded, processor = load_dual_encoder(score.model, setting.mesh, image_root=setting.image_root, image_fit="")
+    _warn(setting, loaded)
     return Similarity(
         loaded.model,
         processor,
-        mesh,
+        setting.mesh,
         unit=score.unit,
         aggregate=score.aggregate,
         vocabulary=score.vocabulary,
@@ -83,73 +108,169 @@ def _similarity(score: ScoreConfig, mesh: Mesh, policy: Policy | None, image_roo
     )
 
 
-def _claims(
-    score: ScoreConfig,
-    mesh: Mesh,
-    policy: Policy | None,
-    image_root: str | Path,
-    model_config: ModelConfig,
-    judge_template: str,
-) -> Claims:
+def _judge_model(setting: Setting) -> Policy:
+    """The vision-language model that judges: `score.model`, or the policy itself."""
+    score, policy = setting.score, setting.policy
     if score.model:
         if not hasattr(describe(score.model).family.model_class, "image_features"):
             raise UserError(
-                "not a vision-language model, which the claims backend asks",
+                f"not a vision-language model, which the {score.backend} backend asks",
                 where=f"score.model {score.model!r}",
                 remedy="take one, or score.backend=similarity",
             )
-        config = dataclasses.replace(model_config, path=score.model, init="pretrained", vision_tower="")
-        judge = load_policy(Recipe(model=config), mesh, image_root=image_root)
+        config = dataclasses.replace(setting.model_config, path=score.model, init="pretrained", vision_tower="")
+        judge = load_policy(Recipe(model=config), setting.mesh, image_root=setting.image_root)
     elif policy is not None:
-        processor = dataclasses.replace(policy.processor, image_root=Path(image_root))
-        judge = dataclasses.replace(policy, processor=processor)
+        judge = dataclasses.replace(
+            policy, processor=dataclasses.replace(policy.processor, image_root=setting.image_root)
+        )
     else:
-        raise UserError("the claims backend needs a judge", where="score.model", remedy="name a model directory")
-    _warn(policy, judge.loaded)
+        raise UserError(
+            f"the {score.backend} backend needs a judge", where="score.model", remedy="name a model directory"
+        )
+    _warn(setting, judge.loaded)
+    return judge
+
+
+def _claims(setting: Setting) -> Claims:
+    score, judge = setting.score, _judge_model(setting)
     return Claims(
-        Scorer(judge.model, mesh, batch_size=score.batch_size),
+        Scorer(judge.model, setting.mesh, batch_size=score.batch_size),
         judge.processor,
         aggregate=score.aggregate,
         vocabulary=score.vocabulary,
-        template=judge_template,
+        template=score.judge_template,
     )
 
 
-def _warn(policy: Policy | None, judge: Loaded) -> None:
-    if policy is None:
+def _judge(setting: Setting) -> Judge:
+    score, judge = setting.score, _judge_model(setting)
+    return Judge(
+        Scorer(judge.model, setting.mesh, batch_size=score.batch_size),
+        judge.processor,
+        rubric=score.rubric,
+        grades=score.grades,
+        min_mass=score.min_grade_mass,
+    )
+
+
+def _endpoint(setting: Setting) -> Backend:
+    score, folder, config, policy = setting.score, setting.folder, setting.score.endpoint, setting.policy
+    check_endpoint(config)
+    if config.cache_dir:
+        cache = Path(config.cache_dir)
+    elif folder is not None:
+        cache = folder.parent / "endpoint-cache"
+    else:
+        raise UserError("no place for paid answers", where="score.endpoint.cache_dir", remedy="name a folder")
+
+    def make() -> Endpoint:
+        return Endpoint(
+            config,
+            rubric=score.rubric,
+            grades=score.grades,
+            image_root=setting.image_root,
+            cache=cache,
+            run="library" if folder is None else str(folder.resolve()),
+            stopping=stop_signal,
+            report=say,
+            **({"max_image_pixels": policy.processor.max_image_pixels} if policy is not None else {}),
+        )
+
+    return make() if jax.process_count() == 1 else OneHost(Endpoint.name, make)
+
+
+def _reward(setting: Setting) -> Reward:
+    score = setting.score
+    if score.model:
+        return load_reward(score.model, setting.mesh, image_root=setting.image_root, batch_size=score.batch_size)
+    if setting.own_reward is None:
+        raise UserError("no reward model", where="score.model", remedy="name a folder of a trained one")
+    return setting.own_reward()
+
+
+def check_ready(score: ScoreConfig) -> None:
+    """UserError where a server's key is not in the environment: said before anything is generated for it to judge."""
+    if jax.process_index() == 0 and "endpoint" in (score.backend, *(m.partition("=")[0] for m in score.members)):
+        read_key(score.endpoint)
+
+
+class OneHost:
+    """A backend that runs on process 0 alone and tells the others: every host would pay for its own requests."""
+
+    def __init__(self, name: str, make: Callable[[], Endpoint]):
+        self.name = name
+        self.own: Endpoint | None = None
+        from_writer(lambda: self._start(make))
+
+    def _start(self, make: Callable[[], Endpoint]) -> None:
+        self.own = make()
+
+    def __call__(self, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Scores:
+        return self.judged(prompts, pools).scores
+
+    def judged(self, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Judged:
+        def run() -> dict[str, Any]:
+            assert self.own is not None
+            found = self.own.judged(prompts, pools)
+            return {"scores": [row.tolist() for row in found.scores], "reasons": found.reasons}
+
+        found = from_writer(run)
+        return Judged([np.array(row, np.float64) for row in found["scores"]], found["reasons"])
+
+    def usage(self) -> dict[str, Any]:
+        return self.own.usage() if self.own is not None else {}
+
+
+def usages(backend: Backend) -> list[dict[str, Any]]:
+    """What the backend, or the members of an ensemble, have asked of servers and paid."""
+    parts: Sequence[Backend] = getattr(backend, "members", [backend])
+    return [found for part in parts if (usage := getattr(part, "usage", None)) and (found := usage())]
+
+
+def _warn(setting: Setting, judge: Loaded) -> None:
+    if setting.policy is None:
         return
-    base = policy.loaded
+    base = setting.policy.loaded
     warning = shared_blind_spots(base.directory, judge.directory, base.raw_config, judge.raw_config)
     if warning:
+        setting.warnings.append(warning)
         say(f"score.model: {warning}", style="yellow")
 
 
-def _ensemble(
-    score: ScoreConfig,
-    mesh: Mesh,
-    *,
-    policy: Policy | None,
-    image_root: str | Path,
-    model_config: ModelConfig | None,
-    judge_template: str,
-) -> Ensemble:
+def _ensemble(setting: Setting) -> Ensemble:
+    score = setting.score
     members: list[Backend] = []
     known = [name for name in BACKENDS if name != "ensemble"]
     for member in score.members:
         name, _, model = member.partition("=")
         if name not in known:
             raise UserError(f"unknown backend {name!r}{nearest(name, known)}", where="score.members")
-        own = dataclasses.replace(score, backend=name, model=model or score.model, members=[])
-        members.append(
-            make_backend(
-                own,
-                mesh,
-                policy=policy,
-                image_root=image_root,
-                model_config=model_config,
-                judge_template=judge_template,
-            )
-        )
+        fallback = "" if name == "reward" else score.model  # a reward model is no model directory
+        own = dataclasses.replace(score, backend=name, model=model or fallback, members=[])
+        if name == "endpoint" and model:
+            own = dataclasses.replace(own, endpoint=dataclasses.replace(score.endpoint, model=model))
+        members.append(BACKENDS[name](dataclasses.replace(setting, score=own)))
     if len(members) < 2:
         raise UserError("an ensemble has at least two members", where="score.members", remedy="name two backends")
-    return Ensemble(members)
+    rules = score.ensemble
+    return Ensemble(
+        members,
+        correlation=rules.correlation,
+        min_correlation=rules.min_correlation,
+        max_gap=rules.max_gap,
+        max_opposed_z=rules.max_opposed_z,
+        min_contrast=rules.min_contrast,
+    )
+
+
+# A further backend is a function here and an entry below.
+BACKENDS: dict[str, Callable[[Setting], Backend]] = {
+    "similarity": _similarity,
+    "claims": _claims,
+    "judge": _judge,
+    "endpoint": _endpoint,
+    "reference": lambda setting: Reference(setting.score.vocabulary),
+    "reward": _reward,
+    "ensemble": _ensemble,
+}

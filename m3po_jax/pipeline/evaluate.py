@@ -14,15 +14,12 @@ from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import PromptSource, fingerprint, read_prompts
 from m3po_jax.errors import UserError, nearest
-from m3po_jax.evaluation import chair, pope, short_answer
-from m3po_jax.evaluation.bootstrap import bootstrap
+from m3po_jax.evaluation.registry import METRICS, image_of
 from m3po_jax.generation.engine import Generator
 from m3po_jax.pipeline.console import progress
-from m3po_jax.pipeline.generate import answers
+from m3po_jax.pipeline.generate import requests
 from m3po_jax.pipeline.rundir import is_writer, now, read_json, write_json
 from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
-
-METRICS = ("pope", "chair", "short_answer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +53,9 @@ def read_benchmark(name: str, config: BenchmarkConfig) -> Benchmark:
     if not rows:
         raise UserError(f"no row of kind {config.kind!r}", where=where)
     for row in rows:
-        if config.metric == "chair" and not isinstance(row.metadata.get("objects"), list):
-            raise UserError("metadata.objects is missing", where=row.where, remedy="CHAIR needs each image's objects")
-        if config.metric != "chair" and row.reference is None:
-            raise UserError("the row has no reference", where=row.where, remedy=f"{config.metric} needs the answer")
+        if lacking := METRICS[config.metric].missing(row):
+            raise UserError(lacking[0], where=row.where, remedy=f"{config.metric}: {lacking[1]}")
     return Benchmark(name, config, rows, source.image_root, fingerprint(source))
-
-
-def image_of(prompt: Prompt) -> str:
-    """What tells images apart for the bootstrap: the scene or image a row names, else the row."""
-    return str(prompt.metadata.get("scene") or prompt.metadata.get("image") or prompt.id)
 
 
 def score_answers(benchmark: Benchmark, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -74,29 +64,7 @@ def score_answers(benchmark: Benchmark, answers: Sequence[Mapping[str, Any]]) ->
     Raises:
         UserError: answers and questions do not match by id.
     """
-    config, prompts = benchmark.config, {prompt.id: prompt for prompt in benchmark.prompts}
-    if config.metric == "chair":
-        unmatched = sorted({str(a["id"]) for a in answers}.symmetric_difference(prompts))
-        if unmatched:
-            raise UserError(
-                f"{len(unmatched)} ids are in only one of answers and questions, e.g. {unmatched[0]!r}",
-                where=benchmark.name,
-                remedy="the answers must be to exactly these questions",
-            )
-        names = config.vocabulary or sorted({name for p in benchmark.prompts for name in p.metadata["objects"]})
-        records = [dict(answer) | {"objects": prompts[answer["id"]].metadata["objects"]} for answer in answers]
-        return chair.chair(records, chair.vocabulary(dict.fromkeys(names, ())))
-    labels = [
-        {
-            "id": p.id,
-            "label" if config.metric == "pope" else "reference": p.reference,
-            "category": str(p.metadata.get("category") or "all"),
-            "image": image_of(p),
-        }
-        for p in benchmark.prompts
-    ]
-    score = pope.pope if config.metric == "pope" else short_answer.short_answers
-    return score(answers, labels)
+    return METRICS[benchmark.config.metric].score(benchmark.prompts, answers, benchmark.config)
 
 
 def intervals(benchmark: Benchmark, scored: Mapping[str, Any], resamples: int, seed: int) -> dict[str, list[float]]:
@@ -104,30 +72,7 @@ def intervals(benchmark: Benchmark, scored: Mapping[str, Any], resamples: int, s
     items = scored["items"]
     by_id = {prompt.id: prompt for prompt in benchmark.prompts}
     images = [image_of(by_id[item["id"]]) for item in items]
-    if benchmark.config.metric == "chair":
-        columns: dict[str, list[tuple[float, float]]] = {
-            "chair_i": [(len(item["hallucinated"]), len(item["mentions"])) for item in items],
-            "chair_s": [(bool(item["hallucinated"]), 1) for item in items],
-            "recall": [(len(item["found"]), len(item["objects"])) for item in items],
-        }
-    else:
-        columns = {"accuracy": [(bool(item["correct"]), 1) for item in items]}
-        if benchmark.config.metric == "pope":
-            columns["yes_ratio"] = [(item["parsed"] == "yes", 1) for item in items]
-            # F1 = 2tp / (2tp + fp + fn), a ratio of sums too.
-            columns["f1"] = [
-                (
-                    2.0 * (item["parsed"] == "yes" and item["correct"]),
-                    2.0 * (item["parsed"] == "yes" and item["correct"]) + (not item["correct"]),
-                )
-                for item in items
-            ]
-    found = {}
-    for name, values in columns.items():
-        interval = bootstrap(images, values, resamples=resamples, seed=seed)
-        if interval["low"] is not None:
-            found[name] = [interval["low"], interval["high"]]
-    return found
+    return METRICS[benchmark.config.metric].intervals(items, images, resamples, seed)
 
 
 def results_key(benchmark: Benchmark, config: EvaluateConfig, inputs: str) -> str:
@@ -163,19 +108,17 @@ def evaluate(
         return read_json(out / "results.json")
     key = results_key(benchmark, config, inputs)
     processor = dataclasses.replace(processor, image_root=benchmark.image_root)
-    texts: list[dict[str, Any]] = []
+    texts: dict[str, dict[str, Any]] = {}
     cut = 0
-    made = answers(generator, benchmark.prompts, processor, config.batch_size)
-    shown = progress(made, f"{system}: {benchmark.name}", -(-len(benchmark.prompts) // config.batch_size))
-    for chosen, generated in stoppable(shown, f"evaluating {system} on {benchmark.name}"):
-        for b, prompt in enumerate(chosen):
-            length = int(generated.lengths[b, 0])
-            text = processor.decode(generated.token_ids[b, 0, :length])
-            texts.append({"id": prompt.id, "text": text, "tokens": length})
-            cut += not bool(generated.finished[b, 0])
+    made = generator.stream(requests(benchmark.prompts, processor), len(benchmark.prompts))
+    shown = progress(made, f"{system}: {benchmark.name}", len(benchmark.prompts))
+    for answer in stoppable(shown, f"evaluating {system} on {benchmark.name}"):
+        length, name = int(answer.lengths[0]), answer.request.id
+        texts[name] = {"id": name, "text": processor.decode(answer.token_ids[0, :length]), "tokens": length}
+        cut += not bool(answer.finished[0])
     return save_results(
         benchmark,
-        texts,
+        [texts[prompt.id] for prompt in benchmark.prompts],
         config,
         out,
         seed=seed,

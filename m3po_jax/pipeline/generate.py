@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grain
 import numpy as np
 
 from m3po_jax.config import GenerateConfig
@@ -16,8 +19,9 @@ from m3po_jax.data import batches, tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import CANDIDATE, Prompt
 from m3po_jax.data.sources import PromptSource
+from m3po_jax.errors import UserError
 from m3po_jax.generation.answers import finish, repeats
-from m3po_jax.generation.engine import Generated, Generator, Pending, PromptBatch
+from m3po_jax.generation.engine import Candidates, Generator, PromptBatch, Request
 from m3po_jax.generation.settings import sampling_record
 from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.rundir import is_writer
@@ -55,6 +59,20 @@ def remove_stale(out: Path, shards: Sequence[Shard]) -> None:
                 path.unlink()
 
 
+@dataclass(frozen=True)
+class _Chosen(Sequence[Prompt]):
+    """Some prompts of a source, read when they are needed."""
+
+    prompts: PromptSource
+    indices: list[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.prompts[self.indices[index]]
+
+
 def prompt_batches(
     prompts: Sequence[Prompt], processor: Processor, batch_size: int
 ) -> Iterator[tuple[list[Prompt], PromptBatch]]:
@@ -68,47 +86,34 @@ def prompt_batches(
         yield chosen, PromptBatch([p.id for p in chosen], batch.prefix_ids[:n], batch.prefix_mask[:n], pixels)
 
 
-def answers(
-    generator: Generator,
-    prompts: Sequence[Prompt],
-    processor: Processor,
-    batch_size: int,
-    *,
-    wanted: Mapping[str, Sequence[int]] | None = None,
-    attempt: int = 0,
-) -> Iterator[tuple[list[Prompt], Generated]]:
-    """Generated batches in order; the host prepares the next batch while the device works on this one.
+def requests(prompts: Sequence[Prompt], processor: Processor) -> Iterator[Request]:
+    """What the engine takes, in order; threads read, decode and resize images ahead of it.
 
-    Args:
-        wanted: prompt id -> the candidates to draw, from the streams of `attempt`; None: all.
+    Raises:
+        UserError: a row that cannot be used, when its turn comes.
     """
-    pending: tuple[list[Prompt], Pending] | None = None
-    for rows, batch in prompt_batches(prompts, processor, batch_size):
-        mask = None
-        if wanted is not None:
-            mask = np.zeros((len(rows), generator.sampling.num_candidates), bool)
-            for row, prompt in enumerate(rows):
-                mask[row, list(wanted[prompt.id])] = True
-        submitted = (rows, generator.submit(batch, mask, attempt))
-        if pending is not None:
-            yield pending[0], generator.collect(pending[1])
-        pending = submitted
-    if pending is not None:
-        yield pending[0], generator.collect(pending[1])
+
+    def load(index: int) -> Request:
+        prompt = prompts[index]
+        token_ids = np.asarray(processor.encode_prompt(prompt), np.int32)
+        return Request(prompt.id, token_ids, batches.pixels_of(processor, prompt))
+
+    ahead = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
+    yield from grain.MapDataset.range(len(prompts)).map(load).to_iter_dataset(ahead)
 
 
 def candidate_row(
-    prompt: Prompt, made: Generated, b: int, k: int, processor: Processor, stop: Sequence[str], sampling: str
+    prompt_id: str, made: Candidates, k: int, processor: Processor, stop: Sequence[str], sampling: str
 ) -> dict[str, Any]:
-    """The CANDIDATE row of candidate `k` of the batch's prompt number `b`."""
-    ids = made.token_ids[b, k, : int(made.lengths[b, k])]
-    answer = finish(ids, bool(made.finished[b, k]), processor.decode, stop)
+    """The CANDIDATE row of candidate `k`."""
+    ids = made.token_ids[k, : int(made.lengths[k])]
+    answer = finish(ids, bool(made.finished[k]), processor.decode, stop)
     return {
-        "id": prompt.id,
+        "id": prompt_id,
         "candidate": k,
         "text": answer.text,
         "token_ids": ids[: answer.length].tolist(),
-        "token_logprobs": made.log_probs[b, k, : answer.length].tolist(),
+        "token_logprobs": made.log_probs[k, : answer.length].tolist(),
         "finish_reason": answer.finish_reason,
         "sampling": sampling,
     }
@@ -116,57 +121,90 @@ def candidate_row(
 
 @dataclass
 class Tally:
-    """What the device did: tokens that are kept, tokens it could have drawn meanwhile, candidates drawn again."""
+    """Tokens that are kept, and candidates that were drawn again."""
 
     tokens: int = 0
-    slot_steps: int = 0
     resampled: int = 0
 
 
-def make_candidates(
-    prompts: Sequence[Prompt],
-    generator: Generator,
-    processor: Processor,
-    config: GenerateConfig,
-    tally: Tally,
-) -> list[dict[str, Any]]:
-    """CANDIDATE rows of all prompts; duplicates are drawn again, up to `resample_duplicates` times.
+@dataclass
+class _Flight:
+    """A prompt whose candidates are not all final: its place, and its rows so far."""
 
-    A duplicate has the text of another candidate of its prompt. What a candidate becomes depends on its prompt,
-    the seed and the settings alone: streams belong to (seed, prompt id, candidate, attempt), and neither order nor
-    batch of prompts enters. A greedy candidate would come out the same, so it is never drawn again.
+    index: int
+    rows: list[dict[str, Any]]
+
+
+def _agree(rows: Sequence[dict[str, Any]]) -> None:
+    """Gives candidates of the same tokens the same log-probs, those of the first.
+
+    They differ by rounding, which depends on what was decoded beside them, and would break a tie between
+    duplicates one way today and the other way after a restart.
     """
-    sampling = generator.sampling
-    records = [sampling_record(config, sampling, k) for k in range(sampling.num_candidates)]
-    random = [k for k, record in enumerate(records) if record["temperature"] > 0]
-    pools: dict[str, list[dict[str, Any]]] = {prompt.id: [{}] * sampling.num_candidates for prompt in prompts}
-    wanted: dict[str, list[int]] = {}
-    todo: list[Prompt] = list(prompts)
-    for attempt in range(config.resample_duplicates + 1):
-        again = {} if attempt == 0 else {"attempt": attempt}
-        marks = [json.dumps(record | again) for record in records]
-        made = answers(
-            generator, todo, processor, config.batch_size, wanted=wanted if attempt else None, attempt=attempt
-        )
-        for chosen, generated in stoppable(made, "generating"):
-            tally.slot_steps += generated.slot_steps
-            for b, prompt in enumerate(chosen):
-                for k in wanted[prompt.id] if attempt else range(sampling.num_candidates):
-                    pools[prompt.id][k] = candidate_row(prompt, generated, b, k, processor, config.stop, marks[k])
-        if attempt == config.resample_duplicates:
-            break
-        found = {
-            prompt.id: repeats([row["text"] for row in pools[prompt.id]], wanted[prompt.id] if attempt else random)
-            for prompt in todo
-        }
-        wanted = {id: duplicates for id, duplicates in found.items() if duplicates}
-        todo = [prompt for prompt in todo if prompt.id in wanted]
-        if not todo:
-            break
-        tally.resampled += sum(map(len, wanted.values()))
-    rows = [row for prompt in prompts for row in pools[prompt.id]]
-    tally.tokens += sum(len(row["token_ids"]) for row in rows)
-    return rows
+    first: dict[tuple[int, ...], list[float]] = {}
+    for row in rows:
+        row["token_logprobs"] = first.setdefault(tuple(row["token_ids"]), row["token_logprobs"])
+
+
+def candidate_pools(
+    prompts: Sequence[Prompt], generator: Generator, processor: Processor, config: GenerateConfig, tally: Tally
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Place of a prompt and its CANDIDATE rows, for every prompt, as they get ready.
+
+    A duplicate, that is the text of another candidate of its prompt, is drawn again, up to `resample_duplicates`
+    times, while other prompts are at work. What a candidate becomes depends on its prompt, the seed and the
+    settings alone: streams belong to (seed, prompt id, candidate, attempt), and neither order nor batch of prompts
+    enters. A greedy candidate would come out the same, so it is never drawn again.
+
+    Raises:
+        UserError: a bad row or image; after the candidates of all prompts before it.
+    """
+    k_all = range(generator.sampling.num_candidates)
+    records = [sampling_record(config, generator.sampling, k) for k in k_all]
+    random = [k for k in k_all if records[k]["temperature"] > 0]
+    flying: dict[str, _Flight] = {}
+    again: deque[Request] = deque()
+
+    def source() -> Iterator[Request | None]:
+        fresh, failure = enumerate(requests(prompts, processor)), None
+        more = True
+        while more or again or flying:
+            if again:
+                yield again.popleft()
+            elif not more:
+                yield None  # a prompt that is at work may have duplicates
+            else:
+                try:
+                    index, request = next(fresh)
+                except StopIteration:
+                    more = False
+                except UserError as error:
+                    more, failure = False, error
+                else:
+                    flying[request.id] = _Flight(index, [{}] * len(k_all))
+                    yield request
+        if failure is not None:
+            raise failure
+
+    for made in generator.stream(source(), len(prompts)):
+        request = made.request
+        flight, attempt = flying[request.id], request.attempt
+        drawn = k_all if request.wanted is None else request.wanted
+        mark = {} if attempt == 0 else {"attempt": attempt}
+        for k in drawn:
+            sampling = json.dumps(records[k] | mark)
+            flight.rows[k] = candidate_row(request.id, made, k, processor, config.stop, sampling)
+        found: list[int] = []
+        if attempt < config.resample_duplicates:
+            found = repeats([row["text"] for row in flight.rows], drawn if attempt else random)
+        if found:
+            tally.resampled += len(found)
+            again.append(dataclasses.replace(request, wanted=tuple(found), attempt=attempt + 1))
+            continue
+        del flying[request.id]
+        _agree(flight.rows)
+        tally.tokens += sum(len(row["token_ids"]) for row in flight.rows)
+        yield flight.index, flight.rows
 
 
 def generate(
@@ -186,10 +224,10 @@ def generate(
 
     Returns:
         Counts for the manifest. `occupancy` is the share of the device's token slots that made tokens that are
-        kept; the rest waited for the longest answer of a batch, padded the last batch or followed a stop string.
+        kept; the rest idled while the last answers ended, or followed a stop string.
 
     Raises:
-        UserError: a bad row, image or model; nothing finished is lost.
+        UserError: a bad row, image or model; shards whose prompts come before it are written.
         Interrupted: a signal arrived; finished shards stay.
     """
     started = time.monotonic()
@@ -202,12 +240,25 @@ def generate(
     remove_stale(out, shards)
     done = agreed([shard.path.exists() for shard in shards])
     todo = [shard for shard, exists in zip(shards, done, strict=True) if not exists]
-    tally = Tally()
-    for shard in progress(todo, "generate", len(todo)):
-        part = [prompts[i] for i in range(shard.start, shard.stop)]
-        rows = make_candidates(part, generator, processor, config, tally)
-        if is_writer():
-            tables.write_table(shard.path, rows, CANDIDATE)
+    tally, slot_steps = Tally(), generator.slot_steps
+    # Prompts run on across shards, so that the device idles at the end of the run only; a shard is written as soon
+    # as all of its prompts are answered.
+    places = [(shard, i) for shard in todo for i in range(shard.start, shard.stop)]
+    unwritten: dict[Path, dict[int, list[dict[str, Any]]]] = {}
+    if places:
+        chosen = _Chosen(prompts, [i for _, i in places])
+        made = candidate_pools(chosen, generator, processor, config, tally)
+        shown = progress(stoppable(made, "generating"), "generate", len(places))
+        for index, rows in shown:
+            shard, place = places[index]
+            waiting = unwritten.setdefault(shard.path, {})
+            waiting[place] = rows
+            if len(waiting) == shard.stop - shard.start:
+                del unwritten[shard.path]
+                if is_writer():
+                    whole = [row for i in sorted(waiting) for row in waiting[i]]
+                    tables.write_table(shard.path, whole, CANDIDATE)
+    slot_steps = generator.slot_steps - slot_steps
     barrier("generated")
     counts = candidate_counts(out)
     return {
@@ -216,7 +267,7 @@ def generate(
         "shards": len(shards),
         "shards_done_before": len(shards) - len(todo),
         "compilations": generator.compilations,
-        "occupancy": round(tally.tokens / tally.slot_steps, 4) if tally.slot_steps else None,
+        "occupancy": round(tally.tokens / slot_steps, 4) if slot_steps else None,
         "resampled": tally.resampled if config.resample_duplicates else None,
         **counts,
     }

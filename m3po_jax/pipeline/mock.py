@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from m3po_jax.config import BenchmarkConfig, DataConfig, MeshConfig, Recipe
+from m3po_jax.config import BenchmarkConfig, DataConfig, MeshConfig, Recipe, ScoreConfig
 
 TINY_MODEL, TINY_SCORER = "builtin:quickstart-base", "builtin:quickstart-scorer"
 SCENES = "m3po_jax.quickstart.builder:m3po_scenes/demo"
@@ -26,7 +26,6 @@ def shrink(recipe: Recipe) -> Recipe:
     thresholds that a tiny judge could not meet are opened.
     """
     replace = dataclasses.replace
-    judged = recipe.score.backend == "claims"
     contrastive = recipe.train.objective == "contrastive"
     return replace(
         recipe,
@@ -56,17 +55,18 @@ def shrink(recipe: Recipe) -> Recipe:
             batch_size=8,
             shard_rows=8,
         ),
-        score=replace(recipe.score, model="" if judged else TINY_SCORER, batch_size=8),
+        score=_tiny_judge(recipe.score),
         select=replace(recipe.select, chosen_floor=0.0, margin=0.0),
         train=replace(
             recipe.train,
-            data=[] if recipe.train.objective == "preference" else [_rows("validation")],
+            data=[] if recipe.train.objective in ("preference", "rlhf", "reward") else [_rows("validation")],
             lora=replace(recipe.train.lora, lora_rank=min(recipe.train.lora.lora_rank, 4)),
             batch_size=4,
             gradient_accumulation_steps=1,
             max_steps=4,
             max_answer_tokens=32,
         ),
+        reward=replace(recipe.reward, pairs="", batch_size=None, epochs=None, max_steps=None),
         evaluate=replace(
             recipe.evaluate,
             benchmarks={
@@ -81,4 +81,25 @@ def shrink(recipe: Recipe) -> Recipe:
             batch_size=8,
             bootstrap_samples=100,
         ),
+    )
+
+
+def _tiny_judge(score: ScoreConfig) -> ScoreConfig:
+    """The policy itself or the quickstart's scorer in place of every judge: no large model, and no server to pay.
+
+    The quickstart's model knows no digits, so rubrics become claims; so do reward models, which are as large as their
+    policies.
+    """
+
+    def tiny(name: str) -> str:
+        return "claims" if name in ("judge", "endpoint", "reward") else name
+
+    backend = tiny(score.backend)
+    members = [tiny(member.partition("=")[0]) for member in score.members]
+    return dataclasses.replace(
+        score,
+        backend=backend,
+        members=[f"similarity={TINY_SCORER}" if name == "similarity" else name for name in members],
+        model="" if backend in ("claims", "ensemble") else TINY_SCORER,
+        batch_size=8,
     )

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from jax.sharding import Mesh
 
-from m3po_jax.config import Recipe
+from m3po_jax.config import Recipe, essential
 from m3po_jax.data import tables
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import PromptSource, fingerprint, read_prompts
@@ -20,20 +21,25 @@ from m3po_jax.generation.engine import Generator
 from m3po_jax.generation.settings import SamplingConfig, sampling_config
 from m3po_jax.models.registry import resolve_directory
 from m3po_jax.pipeline import evaluate as evaluating
-from m3po_jax.pipeline import summary
-from m3po_jax.pipeline.backends import make_backend
-from m3po_jax.pipeline.checks import arm_recipe, check_recipe
+from m3po_jax.pipeline import reward as rewarding
+from m3po_jax.pipeline import rounds, summary
+from m3po_jax.pipeline.arms import arm_recipe, needs_pairs
+from m3po_jax.pipeline.backends import check_ready, make_backend
+from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.generate import generate
 from m3po_jax.pipeline.models import Policy, attach_adapter, directory_identity, load_policy
-from m3po_jax.pipeline.rundir import RunDirectory, is_writer
+from m3po_jax.pipeline.rlhf import train_rlhf
+from m3po_jax.pipeline.rundir import RunDirectory, is_writer, read_json
 from m3po_jax.pipeline.score import NEED_BLANK_IMAGE, score
 from m3po_jax.pipeline.select import select
 from m3po_jax.pipeline.stopping import agreed, barrier
-from m3po_jax.pipeline.train import Trained, read_pairs, train_on_pairs
+from m3po_jax.pipeline.train import Trained, read_pairs, train_on_pairs, train_on_references
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.sharding import make_mesh, use_mesh
 from m3po_jax.training.loop import load_trained
+
+MIXED = "training-pairs"  # of a later round: its own and earlier pairs with their reference's log-probs
 
 
 class Run:
@@ -94,7 +100,21 @@ class Run:
             "image_fit": self.recipe.model.image_fit,
             "mesh": dict(self.mesh.shape),
         }
-        self.directory.open(self.recipe, facts)
+        self.directory.open(self.recorded_recipe(), facts)
+
+    def recorded_recipe(self) -> Recipe:
+        """What the run directory is checked against."""
+        return self.recipe
+
+    def forget(self, round: int, arm: str | None) -> None:
+        """Lets go of a trained model; its checkpoint stays."""
+        self._trained.pop((round, arm), None)
+
+    def release(self) -> None:
+        """Lets go of every model, so that another run may load its own; finished stages can still be read."""
+        self._trained.clear()
+        for name in ("policy", "start_model", "reward_model", "_generators"):
+            self.__dict__.pop(name, None)
 
     # Stages.
 
@@ -102,43 +122,57 @@ class Run:
         """A hash of the weights after training round `round` (0: the base model)."""
         if round == 0:
             return self.policy.identity
-        done = self.directory.round(round, arm) / "done.json"
-        recipe = self.arm_recipe(arm)
-        pairs = [path.name for path in tables.shards(self.directory.round(round, arm) / "pairs")]
-        settings = dataclasses.asdict(recipe.train)
+        folder, recipe = self.directory.round(round, arm), self.arm_recipe(arm)
+        done = folder / "done.json"
+        pairs = [path.name for name in ("pairs", MIXED) for path in tables.shards(folder / name)]
+        settings: list[Any] = [dataclasses.asdict(recipe.train)]
+        if recipe.train.objective == "rlhf":
+            settings.append(self.reward_identity())
         if not done.exists():
             raise UserError("no finished training", where=str(done.parent), remedy="run `m3po train` first")
-        return tables.content_hash(self.weights_identity(round - 1, arm), pairs, settings, recipe.seed)[:16]
+        return tables.content_hash(self.weights_identity(round - 1, arm), pairs, *settings, recipe.seed)[:16]
 
-    def model_before(self, round: int) -> Any:
+    def model_before(self, round: int, arm: str | None = None) -> Any:
         """The policy that generates in a round: the base, then what the round before has trained."""
         if round == 1:
             return self.start_model
-        return self.train_stage(round - 1, None, only_finished=True).model
+        return self.train_stage(round - 1, arm, only_finished=True).model
 
-    def generate_stage(self, round: int) -> None:
-        config, folder = self.recipe.generate, self.directory.round(round) / "candidates"
-        sampling = sampling_config(config, self.recipe.seed * 1000 + round)
-        inputs = tables.content_hash(self.weights_identity(round - 1), self.data_identity)
-        generator = self._generator(self.model_before(round), sampling, config.batch_size)
+    def candidates_owner(self, round: int, arm: str | None) -> str | None:
+        """Whose candidates an arm reads: the shared ones, where the same weights drew them by the same settings."""
+        shared = round == 1 and self.arm_recipe(arm).generate == self.recipe.generate
+        return None if shared else arm
+
+    def scores_owner(self, round: int, arm: str | None) -> str | None:
+        """Whose scores an arm reads: those of the shared candidates, where the same judge gave them."""
+        shared = self.candidates_owner(round, arm) is None and self.arm_recipe(arm).score == self.recipe.score
+        return None if shared else arm
+
+    def generate_stage(self, round: int, arm: str | None = None) -> None:
+        recipe, folder = self.arm_recipe(arm), self.directory.round(round, arm) / "candidates"
+        config = recipe.generate
+        sampling = sampling_config(config, recipe.seed * 1000 + round)
+        inputs = tables.content_hash(self.weights_identity(round - 1, arm), self.data_identity)
+        generator = self._generator(self.model_before(round, arm), sampling, config.batch_size)
         details = generate(self.source, generator, self.policy.processor, config, folder, inputs=inputs)
         if details["shards_done_before"] < details["shards"]:
-            self.directory.note_stage("generate", round=round, arm=None, **_noted(details))
+            self.directory.note_stage("generate", round=round, arm=arm, **_noted(details))
         say(
             f"round {round}: {details['candidates']} candidates of {details['prompts']} prompts, "
             f"{details['distinct']} distinct, {details['cut']} cut at {config.max_new_tokens} tokens"
         )
 
-    def score_stage(self, round: int) -> None:
-        recipe, folder = self.recipe, self.directory.round(round)
-        candidates = folder / "candidates"
+    def score_stage(self, round: int, arm: str | None = None) -> None:
+        recipe = self.arm_recipe(arm)
+        candidates = self.directory.round(round, self.candidates_owner(round, arm)) / "candidates"
         inputs = tables.content_hash(
-            dataclasses.asdict(recipe.score),
+            essential({"score": dataclasses.asdict(recipe.score)}),
             recipe.select.lambda_preferred,
             recipe.select.lambda_dispreferred,
             recipe.select.confidence,
-            *self._judge_identities(),
+            *self._judge_identities(recipe),
         )
+        warnings: list[str] = []
         with use_mesh(self.mesh):
             backend = make_backend(
                 recipe.score,
@@ -146,34 +180,58 @@ class Run:
                 policy=self.policy,
                 image_root=self.source.image_root,
                 model_config=recipe.model,
-                judge_template=recipe.score.judge_template,
+                folder=self.directory.root,
+                warnings=warnings,
+                own_reward=lambda: self.reward_stage().judge,
             )
             scorer = None
             if NEED_BLANK_IMAGE.intersection(recipe.score.confidence):
-                scorer = Scorer(self.model_before(round), self.mesh, batch_size=recipe.score.batch_size)
+                scorer = Scorer(self.model_before(round, arm), self.mesh, batch_size=recipe.score.batch_size)
             details = score(
                 candidates,
                 self.prompts,
                 backend,
                 recipe.score,
                 recipe.select,
-                folder / "scores",
+                self.directory.round(round, arm) / "scores",
                 inputs=inputs,
                 processor=self.policy.processor,
                 scorer=scorer,
+                warnings=warnings,
             )
-        self.directory.note_stage("score", round=round, arm=None, **_noted(details))
+        verdict, judges = details.pop("verdict", []), details.pop("judges", [])
+        noted = _noted(details) | ({"details": {judge["judge"]: judge for judge in judges}} if judges else {})
+        self.directory.note_stage("score", round=round, arm=arm, **noted)
         say(f"round {round}: {details['rows']} candidates scored by {backend.name}")
+        for judge in judges:
+            paid = f"{judge['requests']} requests paid, {judge['from_cache']} answers from the cache"
+            say(f"  {judge['judge']}: {paid}, cost {judge['cost']:.4g}")
+        for line in (line for line in verdict if line["about"] != "judge"):  # that was said before
+            say(f"  {line['text']}", style="yellow" if line["tone"] == "warn" else None)
 
-    def select_stage(self, round: int, arm: str | None = None) -> None:
-        folder, recipe = self.directory.round(round), self.arm_recipe(arm)
+    def prepare_scores(self, round: int, arm: str | None) -> None:
+        """Candidates and scores that an arm does not share."""
+        if arm is not None and self.candidates_owner(round, arm) == arm:
+            self.generate_stage(round, arm)
+        if arm is not None and self.scores_owner(round, arm) == arm:
+            self.score_stage(round, arm)
+
+    def prepare_arm(self, round: int, arm: str | None) -> None:
+        """The pairs that an arm learns from, and what they are made of."""
+        if needs_pairs(self.arm_recipe(arm)):
+            self.prepare_scores(round, arm)
+            self.select_stage(round, arm)
+
+    def select_stage(self, round: int, arm: str | None = None) -> dict[str, Any]:
+        recipe = self.arm_recipe(arm)
         found = select(
-            folder / "candidates",
-            folder / "scores",
+            self.directory.round(round, self.candidates_owner(round, arm)) / "candidates",
+            self.directory.round(round, self.scores_owner(round, arm)) / "scores",
             self.prompts,
             recipe.select,
             self.directory.round(round, arm) / "pairs",
             image_root=self.source.image_root,
+            part=rewarding.policy_part(recipe),
         )
         if found["seconds"]:
             self.directory.note_stage("select", round=round, arm=arm, seconds=found["seconds"], rows=found["pairs"])
@@ -184,6 +242,43 @@ class Run:
         )
         for warning in found["warnings"] if arm is None else ():
             say(f"  {warning}", style="yellow")
+        return found
+
+    def reward_stage(self) -> rewarding.TrainedReward:
+        """The run's reward model, which all systems share: trained on round 1's candidates, or loaded."""
+        return self.reward_model
+
+    @functools.cached_property
+    def reward_model(self) -> rewarding.TrainedReward:
+        recipe, folder = self.recipe, self.reward_folder
+        finished = agreed([(folder / "results.json").exists()])[0]
+        if recipe.reward.pairs:
+            pairs = rewarding.read_reward_pairs(recipe.reward.pairs)
+        else:
+            select(
+                self.directory.round(1) / "candidates",
+                self.directory.round(1) / "scores",
+                self.prompts,
+                rewarding.pair_rule(recipe),
+                folder / "pairs",
+                image_root=self.source.image_root,
+                part=rewarding.Part(recipe.reward.split, rewards=True),
+            )
+            pairs = read_pairs(folder / "pairs")
+        found = rewarding.reward_of_pairs(recipe, self.policy, pairs, folder, self.mesh, seed=recipe.seed)
+        if not finished:
+            self.directory.note_stage("reward", round=1, arm=None, seconds=found.seconds, **found.results)
+            say(rewarding.told(found.results))
+        return found
+
+    @property
+    def reward_folder(self) -> Path:
+        return self.directory.round(1) / rewarding.FOLDER
+
+    def reward_identity(self) -> str:
+        """A hash of the run's reward model, once it is trained."""
+        known = read_json(self.reward_folder / "results.json")
+        return known["identity"] if known else self.reward_stage().results["identity"]
 
     def train_stage(self, round: int, arm: str | None = None, *, only_finished: bool = False) -> Trained:
         """Trains an arm on its pairs, or loads what was trained.
@@ -206,11 +301,7 @@ class Run:
             start = (
                 self.start_of(recipe) if round == 1 else self.train_stage(round - 1, arm, only_finished=True).model
             )
-            pairs = read_pairs(folder / "pairs")
-            with use_mesh(self.mesh):
-                trained = train_on_pairs(
-                    recipe, self.policy, pairs, folder, self.mesh, start=start, seed=recipe.seed + round
-                )
+            trained = self._train(round, arm, recipe, start, folder)
         self._trained[round, arm] = trained
         if not finished:
             self.directory.note_stage(
@@ -222,9 +313,54 @@ class Run:
             )
         return trained
 
+    def _train(self, round: int, arm: str | None, recipe: Recipe, start: Any, folder: Path) -> Trained:
+        seed, reference = recipe.seed + round, None
+        if recipe.train.objective == "rlhf":
+            part = rewarding.policy_part(recipe)
+            own = [prompt for key, prompt in self.prompts.items() if part is None or part.holds(key)]
+            reward = self.reward_stage()
+            return train_rlhf(recipe, self.policy, own, reward, folder, self.mesh, start=start, seed=seed)
+        if not needs_pairs(recipe):
+            return train_on_references(recipe, self.policy, folder, self.mesh, start=start, seed=seed)
+        if round > 1 and recipe.train.objective == "preference":
+            pairs = self._later_pairs(round, arm, recipe)
+            # Whatever the reference is, its log-probs stand in these pairs.
+            recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, reference="recorded"))
+            reference = self.start_of(recipe) if recipe.round.reference == "base" else None
+        else:
+            pairs = read_pairs(folder / "pairs")
+        return train_on_pairs(
+            recipe, self.policy, pairs, folder, self.mesh, start=start, seed=seed, reference=reference
+        )
+
+    def _later_pairs(self, round: int, arm: str | None, recipe: Recipe) -> pa.Table:
+        """The pairs of a round after the first, mixed with earlier ones and with their reference's log-probs."""
+        earlier = range(1 if recipe.round.mix_previous else round, round + 1)
+        of_base = recipe.round.reference == "base"
+
+        def scorer() -> Scorer:
+            model = self.start_of(recipe) if of_base else self.model_before(round, arm)
+            return Scorer(model, self.mesh, batch_size=recipe.train.batch_size)
+
+        return rounds.training_pairs(
+            [
+                (number, folder, read_pairs(folder))
+                for number in earlier
+                for folder in [self.directory.round(number, arm) / "pairs"]
+            ],
+            recipe.round,
+            self.directory.round(round, arm) / MIXED,
+            inputs=self.weights_identity(0 if of_base else round - 1, arm),
+            seed=recipe.seed,
+            processor=dataclasses.replace(self.policy.processor, image_root=self.source.image_root),
+            scorer=scorer,
+        )
+
     def evaluate_stage(self, round: int, arm: str | None = None) -> None:
         """Evaluates one trained system on every benchmark."""
         name = summary.main_name(self.recipe) if arm is None else arm
+        if round < self.recipe.rounds:
+            name = f"{name}, round {round}"
         self._evaluate(
             name,
             self.directory.round(round, arm),
@@ -258,6 +394,13 @@ class Run:
         from m3po_jax.report import build_report
         from m3po_jax.report.browser import tokenizer_text
 
+        if self.recipe.train.objective == "reward":
+            raise UserError(
+                "a reward model answers nothing, so there is nothing to evaluate",
+                where="train.objective",
+                remedy="`m3po train` trains it; the arms rm_dpo and rlhf train their own",
+            )
+        check_ready(self.recipe.score)
         with self.directory.lock():
             self.open()
             arms: list[str | None] = [None, *self.recipe.arms]
@@ -267,12 +410,13 @@ class Run:
                 for arm in arms:
                     # A later round's candidates come from the main arm's policy; arms are compared after round 1.
                     if arm is None or round == 1:
-                        self.select_stage(round, arm)
+                        self.prepare_arm(round, arm)
                         self.train_stage(round, arm)
             if self.recipe.evaluate.benchmarks:
                 self.evaluate_base()
                 for arm in arms:
-                    self.evaluate_stage(self.recipe.rounds if arm is None else 1, arm)
+                    for round in range(1, self.recipe.rounds + 1 if arm is None else 2):
+                        self.evaluate_stage(round, arm)
                 summary.write_tables(self.recipe, self.directory, self.benchmarks)
             if is_writer():
                 build_report(self.directory.root, tokenizer_text(self.policy.processor.text))
@@ -281,11 +425,19 @@ class Run:
 
     # Helpers.
 
-    def _judge_identities(self) -> list[str]:
+    def _judge_identities(self, recipe: Recipe) -> list[str]:
         """Hashes of every model that judges; the policy's own where a judge is not named."""
-        score = self.recipe.score
-        named = [score.model, *(member.partition("=")[2] for member in score.members)]
-        return [directory_identity(resolve_directory(path)) for path in named if path] or [self.policy.identity]
+        score = recipe.score
+        members = [member.partition("=") for member in score.members]
+        named = [(score.backend, score.model), *((name, model) for name, _, model in members if name != "endpoint")]
+        found = [
+            directory_identity(rewarding.find_reward(path) if name == "reward" else resolve_directory(path))
+            for name, path in named
+            if path
+        ]
+        if rewarding.judges_by_own_reward(recipe):
+            found.append(self.reward_identity())
+        return found or [self.policy.identity]
 
     def _stop_tokens(self) -> tuple[int, ...]:
         found = []

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from omegaconf import OmegaConf
 
-from m3po_jax.config import Recipe, to_yaml
+from m3po_jax.config import Recipe, essential, to_yaml
 from m3po_jax.data.tables import atomic_write, write_json
 from m3po_jax.errors import UserError
 from m3po_jax.version import __version__
@@ -74,13 +75,15 @@ class RunDirectory:
         """
         resolved, config = to_yaml(recipe), self.root / "config.yaml"
         if config.exists():
-            if config.read_text(encoding="utf-8") != resolved:
-                changed = _first_difference(config.read_text(encoding="utf-8"), resolved)
+            stored = config.read_text(encoding="utf-8")
+            if _essential(stored) != _essential(resolved):
                 raise UserError(
-                    f"holds a run of another recipe ({changed})",
+                    f"holds a run of another recipe ({_first_difference(_essential(stored), _essential(resolved))})",
                     where=str(self.root),
                     remedy="choose another name=... or delete the directory",
                 )
+            if stored != resolved and is_writer():
+                write_text(config, resolved)
         elif is_writer():
             write_text(config, resolved)
         manifest = self.manifest()
@@ -145,6 +148,17 @@ class RunDirectory:
 
 def round_seconds(seconds: float) -> float:
     return float(f"{seconds:.2f}")
+
+
+def _essential(text: str) -> str:
+    """A stored recipe without what changes no result; text that is no recipe stays as it is."""
+    try:
+        stored = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except Exception:  # yaml.YAMLError and its kin: a damaged file differs from any recipe
+        return text
+    if not isinstance(stored, dict):
+        return text
+    return OmegaConf.to_yaml(OmegaConf.create(essential({str(key): value for key, value in stored.items()})))
 
 
 def _first_difference(old: str, new: str) -> str:

@@ -16,12 +16,13 @@ from m3po_jax.data import tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import SCORE_FIXED, Prompt
 from m3po_jax.errors import UserError
+from m3po_jax.pipeline.backends import usages
+from m3po_jax.pipeline.calibration import calibration
 from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.generate import Shard, prompt_batches, remove_stale
 from m3po_jax.pipeline.rundir import is_writer, write_json
 from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
-from m3po_jax.scoring.alignment import Backend
-from m3po_jax.scoring.calibration import auroc, within_prompt_correlation
+from m3po_jax.scoring.alignment import Backend, Reference, judge_pools
 from m3po_jax.scoring.confidence import confidence_variants
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.scoring.m3p import m3p_scores
@@ -64,8 +65,14 @@ def score_rows(
     blank: Sequence[np.ndarray] | None,
     config: ScoreConfig,
     select: SelectConfig,
+    abstained: Sequence[str | None] = (),
 ) -> list[dict[str, Any]]:
-    """Score rows of one prompt's pool; `mas` holds ``mas`` and one array for every backend."""
+    """Score rows of one prompt's pool.
+
+    Args:
+        mas: ``mas``, and one array for every backend.
+        abstained: Why a candidate has no MAS.
+    """
     variants = confidence_variants(
         config.confidence, [row["token_logprobs"] for row in rows], [row["text"] for row in rows], blank
     )
@@ -84,6 +91,7 @@ def score_rows(
             "confidence": confidence[i],
             "m3p_preferred": preferred[i],
             "m3p_dispreferred": dispreferred[i],
+            "abstained": abstained[i] if abstained else None,
             **{name: values[i] for name, values in mas.items() if name != "mas"},
             **{f"confidence_{name}": values[i] for name, values in variants.items()},
         }
@@ -92,7 +100,8 @@ def score_rows(
 
 
 def score_schema(config: ScoreConfig, backend: Backend) -> pa.Schema:
-    columns = [f"mas_{backend.name}"] + [f"confidence_{name}" for name in config.confidence]
+    columns = [f"mas_{backend.name}", *getattr(backend, "columns", ())]
+    columns += [f"confidence_{name}" for name in config.confidence]
     schema = SCORE_FIXED
     for name in columns:
         schema = schema.append(pa.field(name, pa.float64()))
@@ -110,6 +119,7 @@ def score(
     inputs: str,
     processor: Processor,
     scorer: Scorer | None = None,
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Scores every candidate shard into a shard of the same number; shards that exist are kept.
 
@@ -117,6 +127,7 @@ def score(
         prompts: By id.
         inputs: A hash of what the scores depend on beside the candidates and `config`: the judge.
         scorer: Needed for the confidence variants ``prior`` and ``visual``.
+        warnings: Of the judge; they stand on the calibration page.
 
     Raises:
         UserError: no candidates, a candidate of an unknown prompt, a variant that was not asked for.
@@ -149,67 +160,27 @@ def score(
             )
         rows_of = [rows for _, rows in groups]
         own = [prompts[key] for key, _ in groups]
-        scores = backend(own, [[row["text"] for row in rows] for rows in rows_of])
+        judged = judge_pools(backend, own, [[row["text"] for row in rows] for rows in rows_of])
         blank: list[list[np.ndarray]] | None = None
         if NEED_BLANK_IMAGE.intersection(config.confidence):
             assert scorer is not None
             blank = blank_log_probs(scorer, own, rows_of, processor)
         scored: list[dict[str, Any]] = []
         for i, (key, rows) in enumerate(groups):
-            mas = {"mas": scores[i], f"mas_{backend.name}": scores[i]}
-            scored += score_rows(key, rows, mas, blank[i] if blank else None, config, select)
+            mas = {"mas": judged.scores[i], f"mas_{backend.name}": judged.scores[i]}
+            mas |= {name: scores[i] for name, scores in judged.columns.items()}
+            scored += score_rows(key, rows, mas, blank[i] if blank else None, config, select, judged.reasons[i])
         if is_writer():
             tables.write_table(shard.path, scored, schema)
     barrier("scored")
+    found: dict[str, Any] = {"seconds": time.monotonic() - started}
     if is_writer():
-        write_json(out / "calibration.json", calibration(candidates, out, prompts, select.confidence))
-    return {"seconds": time.monotonic() - started, "rows": sum(1 for _ in tables.read_rows(out, columns=["id"]))}
-
-
-def calibration(candidates: Path, scores: Path, prompts: Mapping[str, Prompt], confidence: str) -> dict[str, Any]:
-    """How well MAS and each confidence variant tell true captions from false ones, where objects are annotated.
-
-    AUROC for "the caption mentions no object that the image lacks"; 0.5 is chance. Also the within-prompt
-    correlation of MAS and confidence, which needs no annotation.
-
-    Args:
-        confidence: The variant that the selection uses, reported as ``confidence``.
-    """
-    from m3po_jax.scoring.claims import object_vocabulary
-
-    rows = list(tables.read_rows(scores))
-    texts = {
-        (row["id"], row["candidate"]): row["text"]
-        for row in tables.read_rows(candidates, columns=["id", "candidate", "text"])
-    }
-    known = sorted({name for prompt in prompts.values() for name in prompt.metadata.get("objects") or ()})
-    signals = ["mas", *sorted(name for name in (rows[0] if rows else {}) if name.startswith("confidence_"))]
-    table = {name: np.array([np.nan if row[name] is None else row[name] for row in rows], float) for name in signals}
-    result: dict[str, Any] = {
-        "correlation_mas_confidence": {
-            name: _finite(within_prompt_correlation([row["id"] for row in rows], table["mas"], table[name]))
-            for name in signals[1:]
-        }
-    }
-    vocabulary = object_vocabulary(known)
-    if vocabulary is None:
-        return result
-    labels, usable = [], []
-    for i, row in enumerate(rows):
-        prompt = prompts[row["id"]]
-        mentioned = vocabulary.mentions(texts[row["id"], row["candidate"]])
-        if prompt.metadata.get("objects") and mentioned and np.isfinite(table["mas"][i]):
-            usable.append(i)
-            labels.append(set(mentioned) <= set(prompt.metadata["objects"]))
-    if usable and 0 < sum(labels) < len(labels):
-        for name in signals:
-            value = {"auroc": _finite(auroc(table[name][usable], np.array(labels))), "n": len(usable)}
-            if name == f"confidence_{confidence}":
-                result["confidence"] = value | {"variant": confidence}
-            else:
-                result[name] = value
-    return result
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
+        known = calibration(
+            candidates, out, prompts, select.confidence, circular=isinstance(backend, Reference), seed=select.seed
+        )
+        known["judges"] = usages(backend)
+        said = [{"about": "judge", "tone": "warn", "text": f"{line[:1].upper()}{line[1:]}."} for line in warnings]
+        known["verdict"] = [*known["verdict"], *said]
+        write_json(out / "calibration.json", known)
+        found |= {"verdict": known["verdict"], "judges": known["judges"]}
+    return found | {"rows": sum(1 for _ in tables.read_rows(out, columns=["id"]))}

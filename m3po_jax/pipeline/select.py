@@ -12,9 +12,10 @@ from m3po_jax.data import tables
 from m3po_jax.data.images import read_encoded
 from m3po_jax.data.schema import PAIR, PROMPT, Prompt, prompt_to_row
 from m3po_jax.errors import UserError
+from m3po_jax.pipeline.reward import Part
 from m3po_jax.pipeline.rundir import is_writer, read_json, write_json
 from m3po_jax.pipeline.stopping import agreed, barrier
-from m3po_jax.selection import select_rows
+from m3po_jax.selection_rows import select_rows
 
 SHOWN_DROPS = 60
 
@@ -49,19 +50,23 @@ def select(
     out: Path,
     *,
     image_root: Path,
+    part: Part | None = None,
 ) -> dict[str, Any]:
     """Writes pairs (one parquet shard), ``drops.jsonl`` and ``summary.json``; the summary is returned.
 
     A folder made from the same scores by the same rules is kept.
+
+    Args:
+        part: Which prompts take part; None: all.
     """
     started = time.monotonic()
     sources = [path.name for folder in (candidates, scores) for path in tables.shards(folder)]
-    inputs = tables.content_hash(sources, vars(config))
+    inputs = tables.content_hash(sources, vars(config), *([] if part is None else [vars(part)]))
     path, known = out / tables.shard_name(0, inputs), read_json(out / "summary.json")
     finished = path.exists() and known is not None and known.get("inputs") == inputs
     if agreed([finished])[0]:
         return read_json(out / "summary.json") | {"seconds": 0.0}
-    rows = joined_rows(candidates, scores, prompts)
+    rows = (row for row in joined_rows(candidates, scores, prompts) if part is None or part.holds(row["id"]))
     pairs, drops, summary = select_rows(
         rows, config, dispreferred_confidence=config.confidence_dispreferred, where=str(scores)
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
-from m3po_jax.errors import Interrupted
+from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.training.signals import stop_signal
 
 T = TypeVar("T")
@@ -44,3 +45,34 @@ def barrier(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
+
+
+def from_writer(make: Callable[[], Any]) -> Any:
+    """What `make` gives on process 0, on every process; as JSON, so that tuples become lists.
+
+    Raises:
+        Exception: on process 0 what `make` raised; elsewhere an error that says so, so that no host waits forever.
+    """
+    if jax.process_count() == 1:
+        return make()
+    from jax.experimental import multihost_utils
+
+    failure: BaseException | None = None
+    outcome: dict[str, Any] = {}
+    if jax.process_index() == 0:
+        try:
+            outcome = {"value": make()}
+        except BaseException as error:
+            failure = error
+            outcome = {"stopped": isinstance(error, Interrupted), "error": f"on process 0: {error}"}
+    data = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(data), np.int32)))
+    data = np.asarray(
+        multihost_utils.broadcast_one_to_all(data if jax.process_index() == 0 else np.zeros(size, np.uint8))
+    )
+    if failure is not None:
+        raise failure
+    outcome = json.loads(data.astype(np.uint8).tobytes())
+    if "error" in outcome:
+        raise (Interrupted if outcome["stopped"] else UserError)(outcome["error"])
+    return outcome["value"]

@@ -21,7 +21,9 @@ RULE_NAMES = {"m3p": "m3po", "mas_only": "mas_dpo", "vanilla": "dpo"}
 def main_name(recipe: Recipe) -> str:
     """The recipe's own system, as the table and the report name it."""
     rule = recipe.select.rule
-    return RULE_NAMES.get(rule, rule) if recipe.train.objective == "preference" else "sft_chosen"
+    if recipe.train.objective == "preference":
+        return RULE_NAMES.get(rule, rule)
+    return "rlhf" if recipe.train.objective == "rlhf" else "sft_chosen"
 
 
 def stop_bias_name(bias: float) -> str:
@@ -57,6 +59,23 @@ COLUMNS = {
         Column("yes_ratio", "Yes", None),
     ],
     "short_answer": [Column("accuracy", "Acc", "higher")],
+    "mme": [
+        Column("perception", "Perception", "higher", 1, False),
+        Column("cognition", "Cognition", "higher", 1, False),
+    ],
+    "vqa": [Column("accuracy", "Acc", "higher")],
+    "mmbench": [Column("accuracy", "Circular", "higher"), Column("single_accuracy", "Single", "higher")],
+    "amber_yes_no": [
+        Column("accuracy", "Acc", "higher", 1, False),
+        Column("f1", "F1", "higher", 1, False),
+    ],
+    "amber": [
+        Column("chair", "CHAIR", "lower", 1, False),
+        Column("cover", "Cover", "higher", 1, False),
+        Column("hal", "Hal", "lower", 1, False),
+        Column("cog", "Cog", "lower", 1, False),
+        Column("mean_words", "Words", None, 1, False),
+    ],
 }
 DELTA_NOTE = (
     "ΔC is CHAIR_i minus that of the base's stop-bias frontier at the same recall: below zero is better than merely "
@@ -71,7 +90,9 @@ def systems(recipe: Recipe, directory: RunDirectory) -> list[tuple[str, str, Pat
     found += [(name, "frontier", folder(0, name)) for name in map(stop_bias_name, recipe.evaluate.stop_bias)]
     found += [(name, "decoding", folder(0, name)) for name in map(contrast_name, recipe.evaluate.contrast_alpha)]
     found += [(arm, "arm", folder(1, arm)) for arm in recipe.arms]
-    found.append((main_name(recipe), "arm", folder(recipe.rounds)))
+    main = main_name(recipe)
+    found += [(f"{main}, round {number}", "arm", folder(number)) for number in range(1, recipe.rounds)]
+    found.append((main, "arm", folder(recipe.rounds)))
     return [system for system in found if list(system[2].glob("evaluation/*/results.json"))]
 
 

@@ -17,6 +17,7 @@ from m3po_jax.data import batches, tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
+from m3po_jax.pipeline.caches import cached_reference, fill, vision_features
 from m3po_jax.pipeline.models import Joined, Policy, attach_adapter, load_dual_encoder, load_policy, read_rows
 from m3po_jax.sharding import use_mesh
 from m3po_jax.training.loop import TrainResult, load_trained, train
@@ -79,22 +80,79 @@ def chosen_answers(table: pa.Table, processor: Processor) -> dict[str, Any]:
 
 
 def train_on_pairs(
-    recipe: Recipe, policy: Policy, pairs: pa.Table, out: Path, mesh: Mesh, *, start: Any, seed: int
+    recipe: Recipe,
+    policy: Policy,
+    pairs: pa.Table,
+    out: Path,
+    mesh: Mesh,
+    *,
+    start: Any,
+    seed: int,
+    reference: Any = None,
+    reference_identity: str = "",
 ) -> Trained:
-    """DPO, or SFT on the chosen answers, from `start`: the policy's model with adapters, trained or not."""
+    """DPO, or SFT on the chosen answers, from `start`: the policy's model with adapters, trained or not.
+
+    Args:
+        reference: The reference model; default: `start`.
+        reference_identity: A hash of its weights; default: that of the base model, which `start` then is.
+    """
     started = time.monotonic()
     config = recipe.train
     size, longest = config.batch_size, config.max_answer_tokens
+    features = vision_features(recipe, policy, policy.processor, mesh)
+    if features is not None:
+        fill(features, [batches.pair_prompt(row) for row in batches.TableRows(pairs)])
     if config.objective == "sft":
         source: Any = batches.sft_batches(
-            **chosen_answers(pairs, policy.processor), batch_size=size, seed=seed, max_answer_tokens=longest
+            **chosen_answers(pairs, policy.processor),
+            batch_size=size,
+            seed=seed,
+            max_answer_tokens=longest,
+            features=features,
         )
     else:
         source = batches.pair_batches(
-            pairs, policy.processor, batch_size=size, seed=seed, max_answer_tokens=longest, where=str(out / "pairs")
+            pairs,
+            policy.processor,
+            batch_size=size,
+            seed=seed,
+            max_answer_tokens=longest,
+            where=str(out / "pairs"),
+            features=features,
         )
+        compared = start if reference is None else reference
+        filled = cached_reference(recipe, source, compared, reference_identity or policy.identity, mesh)
+        if filled is not None:
+            # What this very model has computed needs no check against it.
+            source, config = filled, dataclasses.replace(config, reference="recorded", reference_check_rows=0)
     with use_mesh(mesh):
-        result = train(start, source, config, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)
+        result = train(
+            start,
+            source,
+            config,
+            output_dir=out,
+            mesh=mesh,
+            seed=seed,
+            remat=recipe.model.remat,
+            reference=reference,
+        )
+    return Trained(result, policy.loaded, time.monotonic() - started)
+
+
+def train_on_references(recipe: Recipe, policy: Policy, out: Path, mesh: Mesh, *, start: Any, seed: int) -> Trained:
+    """More SFT of `start` on the reference answers of `train.data` (default: the recipe's data): the `sft` arm."""
+    started = time.monotonic()
+    rows = training_rows(recipe)
+    source = batches.sft_batches(
+        rows,
+        dataclasses.replace(policy.processor, image_root=rows.image_root),
+        batch_size=recipe.train.batch_size,
+        seed=seed,
+        max_answer_tokens=recipe.train.max_answer_tokens,
+    )
+    with use_mesh(mesh):
+        result = train(start, source, recipe.train, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)
     return Trained(result, policy.loaded, time.monotonic() - started)
 
 
@@ -171,11 +229,15 @@ def _with_objects(rows: Sequence[Prompt]) -> list[Prompt]:
 
 def _sft(recipe: Recipe, rows: Joined, mesh: Mesh) -> tuple[_Start, Any]:
     policy = load_policy(recipe, mesh, image_root=rows.image_root)
+    features = vision_features(recipe, policy, policy.processor, mesh)
+    if features is not None:
+        fill(features, rows)
     source = batches.sft_batches(
         rows,
         policy.processor,
         batch_size=recipe.train.batch_size,
         seed=recipe.seed,
         max_answer_tokens=recipe.train.max_answer_tokens,
+        features=features,
     )
     return _Start(attach_adapter(policy, recipe, mesh), policy.loaded), source

@@ -14,6 +14,7 @@ from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import read_prompts
 from m3po_jax.errors import UserError
 from m3po_jax.models.registry import Description, describe, stored_tensors
+from m3po_jax.pipeline.backends import check_ready
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.evaluate import read_benchmark
@@ -56,7 +57,7 @@ def validate(recipe: Recipe) -> tuple[list[UserError], str]:
     row's prompt length and images, and every benchmark's questions.
     """
     problems, read = Problems(), []
-    preference = recipe.train.objective == "preference"
+    preference = recipe.train.objective in ("preference", "rlhf", "reward")
     if preference:
         with problems.collect():
             check_recipe(recipe)
@@ -66,6 +67,9 @@ def validate(recipe: Recipe) -> tuple[list[UserError], str]:
         if recipe.model.init == "pretrained":
             read.append(f"{len(stored_tensors(description))} tensors")
         make_checks = _row_checks(recipe, description)
+    if preference:
+        with problems.collect():
+            check_ready(recipe.score)
     if recipe.score.model and preference:
         with problems.collect():
             stored_tensors(describe(recipe.score.model))

@@ -48,14 +48,22 @@ def run(options: argparse.Namespace) -> None:
     say(f"report: {report}")
 
 
+def compare(options: argparse.Namespace) -> None:
+    from m3po_jax.pipeline.compare import compare as run_comparison
+
+    recipe = _recipe(options)
+    _start()
+    say(f"report: {run_comparison(recipe)}")
+
+
 def generate(options: argparse.Namespace) -> None:
     with _stage(options) as running:
-        running.generate_stage(options.round)
+        running.generate_stage(options.round, _arm(running.recipe, options))
 
 
 def score(options: argparse.Namespace) -> None:
     with _stage(options) as running:
-        running.score_stage(options.round)
+        running.score_stage(options.round, _arm(running.recipe, options))
 
 
 def select(options: argparse.Namespace) -> None:
@@ -148,7 +156,11 @@ def _stage(options: argparse.Namespace) -> Iterator[Run]:
 
 def train(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
-    if options.arm is not None or recipe.train.objective == "preference":
+    if recipe.train.objective == "reward" and options.arm is None:
+        with _stage(options) as running:
+            running.reward_stage()
+        return
+    if options.arm is not None or recipe.train.objective in ("preference", "rlhf"):
         with _stage(options) as running:
             running.train_stage(options.round, _arm(recipe, options))
         return
@@ -171,7 +183,13 @@ def export(options: argparse.Namespace) -> None:
     directory = RunDirectory.of(recipe)
     output = Path(options.output) if options.output else directory.root / f"export-{options.format}"
     mesh = make_mesh(recipe.mesh)
-    if recipe.train.objective == "preference" or options.arm is not None:
+    if recipe.train.objective == "reward":
+        raise UserError(
+            "a reward model is no language model to export",
+            where="train.objective",
+            remedy="it is used in place: score.backend=reward score.model=RUN_DIRECTORY",
+        )
+    if recipe.train.objective in ("preference", "rlhf") or options.arm is not None:
         trained = Run(recipe).train_stage(options.round, _arm(recipe, options), only_finished=True)
     else:
         trained = training.load_from_rows(recipe, directory.root, mesh)

@@ -11,6 +11,7 @@ PNG bytes that were stored.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import json
@@ -45,6 +46,10 @@ DEMO_SCENE_COUNTS: dict[str, int] = {"prompts": 1500, "validation": 300, "test":
 DEMO_QUESTIONED_SCENES = 300
 DEMO_EASY_VQA_COUNTS: dict[str, int] = {"test": 500}
 
+RESULTS_SFT_SCENES = 3000
+BLANK_EVERY = 10
+BLANK_COLOUR = (123, 117, 104)  # 255 times CLIP's mean, rounded
+
 # Streams of one scene; 0 draws its pixels (`scenes.scene`).
 _NOISE_STREAM, _QUESTION_STREAM = 1, 2
 
@@ -61,6 +66,9 @@ class SceneConfig(tfds.core.BuilderConfig):
         scale: Every split's size is multiplied by it (at least one scene a split); small ones are for tests.
         noisy_questions: Let the yes/no answers of the sft split follow the noisy caption, too.
         demo: Only the splits, scenes and questions that the quickstart's own run reads; rows are the same.
+        noise_seed: Seed of the label noise (victims and draws), where it is not `seed`.
+        sft_scenes: The split sft alone, with so many scenes; a tenth of its captions goes with a blank image, so
+            that what a model says without one is its language prior.
     """
 
     regime: str = "systematic"
@@ -68,9 +76,13 @@ class SceneConfig(tfds.core.BuilderConfig):
     scale: float = 1.0
     noisy_questions: bool = False
     demo: bool = False
+    noise_seed: int | None = None
+    sft_scenes: int | None = None
 
     def scenes(self) -> dict[str, int]:
         """Number of scenes of every split."""
+        if self.sft_scenes is not None:
+            return {"sft": self.sft_scenes}
         counts = DEMO_SCENE_COUNTS if self.demo else SCENE_COUNTS
         return {split: max(1, round(count * self.scale)) for split, count in counts.items()}
 
@@ -103,6 +115,12 @@ def scene_config(
     return SceneConfig(name=name, regime=regime, seed=seed, scale=scale, noisy_questions=noisy_questions)
 
 
+@functools.cache
+def _blank_png() -> bytes:
+    """The colour that a CLIP processor's normalisation takes to about zero: an image that tells nothing."""
+    return encode_png(np.full((SIDE, SIDE, 3), BLANK_COLOUR, np.uint8))
+
+
 def encode_png(image: np.ndarray) -> bytes:
     """PNG bytes of uint8 RGB pixels; little compression, because noise does not compress."""
     buffer = io.BytesIO()
@@ -120,13 +138,14 @@ def scene_rows(split: str, index: int, config: SceneConfig) -> list[Row]:
     made = scene(split, index, config.seed)
     png = encode_png(made.image)
     regime = config.regime if split == "sft" else "clean"
-    swaps = language.substitute(made.objects, regime, stream(config.seed, split, index, _NOISE_STREAM), config.seed)
+    noise_seed = config.seed if config.noise_seed is None else config.noise_seed
+    swaps = language.substitute(made.objects, regime, stream(noise_seed, split, index, _NOISE_STREAM), noise_seed)
     told = [swaps.get(name, name) for name in made.objects]
     about = {"objects": made.objects, "theme": made.theme, "scene": f"{split}-{index:05d}"}
     rows = [
         {
             "id": f"{split}-{index:05d}-caption",
-            "image": png,
+            "image": _blank_png() if config.sft_scenes is not None and index % BLANK_EVERY == 0 else png,
             "instruction": language.CAPTION_INSTRUCTION,
             "reference": language.caption(told),
             "metadata": json.dumps(about | {"kind": "caption", "noisy": bool(swaps), "swaps": swaps}),
@@ -188,6 +207,12 @@ class M3poScenes(tfds.core.GeneratorBasedBuilder):
     BUILDER_CONFIGS = [  # noqa: RUF012 - TFDS's protocol
         *(scene_config(regime) for regime in language.NOISE_REGIMES),
         SceneConfig(name="demo", demo=True),
+        # Base models of docs/results.md: one for every seed and regime.
+        *(
+            SceneConfig(name=f"{regime}-{seed}", regime=regime, noise_seed=seed, sft_scenes=RESULTS_SFT_SCENES)
+            for regime in language.NOISE_REGIMES[:2]
+            for seed in range(10)
+        ),
     ]
     builder_config: SceneConfig
 

@@ -14,6 +14,8 @@ from markupsafe import Markup
 
 from m3po_jax.report import overview
 from m3po_jax.report.browser import LEVELS, Item, TokenText, browse_round, finish
+from m3po_jax.report.calibration import calibration_views
+from m3po_jax.report.comparison import ComparisonView, comparison_view
 from m3po_jax.report.figures import CURVES, MORE_CURVES, Figure, distributions, training_curves
 from m3po_jax.report.formatting import (
     embed_json,
@@ -69,11 +71,11 @@ def render(
             "funnel": overview.funnel(found),
             "figures": distributions(found),
             "correlation": overview.correlation(found),
-            "calibration": _calibration(found.calibration),
         }
         for found in reversed(run.rounds)
         if found.candidates is not None or found.pairs is not None or found.summary
     ]
+    calibrations = calibration_views(run.rounds)
     curves, more_curves = training_curves(run, CURVES), training_curves(run, MORE_CURVES)
     script, style = _asset("report.js"), _asset("report.css")
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
@@ -89,10 +91,12 @@ def render(
         "missing": overview.missing(run, tables),
         "stage_bars": overview.stage_bars(run),
         "rounds": rounds,
+        "calibrations": calibrations,
         "curves": curves,
         "more_curves": more_curves,
         "arm_rows": overview.arm_rows(run),
         "tables": tables,
+        "comparison": _comparison(run, reader),
         "benchmarks": benchmark_views(run),
         "items": items,
         "reasons": sorted({item.reason for item in items if item.reason}),
@@ -106,6 +110,17 @@ def render(
     return encode_page(page)
 
 
+def _comparison(run: Run, reader: Reader) -> ComparisonView | None:
+    """The comparison's section, or None without one; a malformed file is noted and left out."""
+    if not run.comparison:
+        return None
+    try:
+        return comparison_view(run.comparison)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        reader.note(run.path / "results.json", "not what `m3po compare` writes, left out")
+        return None
+
+
 def _with_data(figures: list[Figure]) -> list[Figure]:
     return [figure for figure in figures if figure.data is not None]
 
@@ -113,16 +128,6 @@ def _with_data(figures: list[Figure]) -> list[Figure]:
 def _token_legend() -> list[str]:
     edges = [format_percent(level) for level in LEVELS]
     return [f"≥ {edges[0]}", *(f"≥ {edge}" for edge in edges[1:]), f"< {edges[-1]}"]
-
-
-def _calibration(calibration: dict[str, Any]) -> list[tuple[str, str]]:
-    """Areas under the ROC curve by score, where ground truth existed."""
-    rows = []
-    for name, value in calibration.items():
-        auroc = value.get("auroc") if isinstance(value, dict) else None
-        if (text := format_number(auroc, 2)) != "–":
-            rows.append(("MAS" if name == "mas" else str(name), text))
-    return rows
 
 
 def build_report(run_dir: Path | str, token_text: TokenText | None = None, *, max_pairs: int = MAX_PAIRS) -> Path:

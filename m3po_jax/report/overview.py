@@ -45,6 +45,10 @@ def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
 def stages(run: Run) -> list[dict[str, Any]]:
     found = run.manifest.get("stages")
     return [stage for stage in found if isinstance(stage, dict)] if isinstance(found, list) else []
@@ -292,15 +296,10 @@ def _round_warnings(found: Round, stated: str) -> list[str]:
             f"MAS and confidence correlate within prompts at {format_number(r, 2)} (above {CORRELATION_LIMIT}"
             "): confidence partly repeats MAS, so compare with mas_dpo before crediting confidence."
         )
-    auroc = as_number(_dict(found.calibration.get("confidence")).get("auroc"))
-    if auroc is not None and abs(auroc - 0.5) < 0.05 and "auroc" not in stated:
-        lines.append(
-            "Confidence separates right from wrong answers no better than chance "
-            f"(AUROC {format_number(auroc, 2)}): its weights λ add noise."
-        )
-    auroc = as_number(_dict(found.calibration.get("mas")).get("auroc"))
-    if auroc is not None and auroc < 0.6:
-        lines.append(f"MAS is a weak judge here (AUROC {format_number(auroc, 2)}): check some pairs by eye.")
+    for line in _dicts(found.calibration.get("verdict")):
+        # Selection warns of the correlation itself.
+        if line.get("tone") == "warn" and not (line.get("about") == "correlation" and (r is not None or stated)):
+            lines.append(str(line.get("text")))
     if found.candidates is not None and len(found.candidates):
         cut = float(found.candidates.truncated.mean())
         if cut > TRUNCATED_LIMIT:
@@ -326,8 +325,10 @@ def _training_warnings(found: Round) -> list[str]:
 
 def missing(run: Run, tables: list[EvaluationTable]) -> list[str]:
     """Stages of which nothing is there yet."""
-    absent = []
+    absent: list[str] = []
     rounds = run.rounds
+    if run.comparison and not rounds:
+        return absent  # a comparison's own page: its runs have pages of theirs
     if not any(r.candidates is not None for r in rounds):
         absent.append("candidates")
     if not any(r.candidates is not None and r.candidates.scores for r in rounds):

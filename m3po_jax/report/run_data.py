@@ -91,6 +91,7 @@ class Run:
     evaluation: dict[str, Any]
     rounds: list[Round]
     arms: dict[str, list[Round]]
+    comparison: dict[str, Any]  # results of `m3po compare`
     problems: list[str]  # files that could not be read, in plain words
 
     def setting(self, key: str, default: Any = None) -> Any:
@@ -225,7 +226,7 @@ class Reader:
         rows = np.array([row_of.get(key, -1) for key in zip(ids, candidate.tolist(), strict=True)], np.int64)
         joined = {}
         for name in scores.column_names:
-            if name in ("id", "candidate"):
+            if name in ("id", "candidate", "abstained"):
                 continue
             values = self.numbers(scores, name, path / "scores")
             joined[name] = np.where(rows >= 0, values[np.maximum(rows, 0)], np.nan) if len(values) else values
@@ -315,9 +316,10 @@ def read_run(run_dir: Path) -> tuple[Run, Reader]:
         evaluation=reader.mapping(run_dir / "evaluation.json"),
         rounds=reader.rounds(run_dir),
         arms=arms,
+        comparison=reader.mapping(run_dir / "results.json") or reader.mapping(run_dir / "compare" / "results.json"),
         problems=reader.problems,
     )
-    if not (run.config or run.manifest or run.evaluation or run.rounds or run.arms):
+    if not (run.config or run.manifest or run.evaluation or run.rounds or run.arms or run.comparison):
         raise UserError(
             "nothing to report: no config.yaml, manifest.json, round-* or evaluation.json",
             where=str(run_dir),

@@ -32,6 +32,17 @@ class Series:
 
 
 @dataclass(frozen=True)
+class BinCurve:
+    """Share of true items (y in [0, 1]) by mean score x, one entry a bin, and how many items each bin has."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    count: Sequence[float]
+    style: int = 0
+
+
+@dataclass(frozen=True)
 class Point:
     """A labelled mark with an optional interval of y."""
 
@@ -278,14 +289,26 @@ def scatter_chart(
 
 
 def forest_chart(
-    title: str, points: Sequence[Point], *, band: tuple[float, float] | None, digits: int, x_label: str
+    title: str,
+    points: Sequence[Point],
+    *,
+    band: tuple[float, float] | None,
+    digits: int,
+    x_label: str,
+    reference: float | None = None,
 ) -> Markup:
-    """One row a system: value (`Point.y`) and interval on a common axis, `band` shaded behind (the base)."""
+    """One row a system: value (`Point.y`) and interval on a common axis.
+
+    Args:
+        band: Shaded behind (the base's interval).
+        reference: Where a dotted line stands (chance).
+    """
     lows = [p.interval[0] if p.interval else p.y for p in points]
     highs = [p.interval[1] if p.interval else p.y for p in points]
     left, row_height = 118, 22
     height = TOP + BOTTOM + row_height * len(points)
-    frame = _Frame(_padded(np.array([*lows, *highs, *(band or ())])), (0.0, 1.0), left=left, height=height)
+    marks = [] if reference is None else [reference]
+    frame = _Frame(_padded(np.array([*lows, *highs, *(band or ()), *marks])), (0.0, 1.0), left=left, height=height)
     if band:
         x, end = frame.px(band[0]), frame.px(band[1])
         frame.add(
@@ -296,6 +319,8 @@ def forest_chart(
             row_height * len(points),
         )
     frame.axes(x_label, y_axis=False)
+    if reference is not None:
+        frame.add('<path class="reference" d="M{:.1f} {}V{}"/>', frame.px(reference), TOP, height - BOTTOM)
     for row, point in enumerate(points):
         y = TOP + row_height * (row + 0.5)
         shown = point.name if len(point.name) <= 18 else point.name[:17] + "…"
@@ -351,5 +376,44 @@ def frontier_chart(title: str, points: Sequence[Point], *, x_label: str, y_label
                     taken.append(box)
                     frame.add('<text class="name" x="{:.1f}" y="{:.1f}">{}</text>', box[0], y + dy, shown)
                     break
+        frame.add("</g>")
+    return frame.svg(title)
+
+
+def reliability_chart(title: str, curves: Sequence[BinCurve], *, x_label: str, diagonal: bool) -> Markup:
+    """Share of true answers against the score; bars along the bottom count the first curve's answers.
+
+    Args:
+        diagonal: The score is a probability: both axes run from 0 to 1, with the line of perfect calibration.
+    """
+    every = np.concatenate([np.asarray(curve.x, float) for curve in curves])
+    frame = _Frame((0.0, 1.0) if diagonal else _padded(every), (0.0, 1.0), width=NARROW, left=LEFT + 8)
+    frame.axes(x_label, percent=True)
+    frame.add(
+        '<text class="label" transform="translate(11 {}) rotate(-90)" text-anchor="middle">{}</text>',
+        100,
+        "right answers",
+    )
+    most = max(max(curve.count) for curve in curves)
+    bottom, tallest = HEIGHT - BOTTOM, 30
+    for at, count in zip(curves[0].x, curves[0].count, strict=True):
+        tall, left = tallest * count / most, frame.px(at) - 4
+        bar = '<rect class="count" x="{:.1f}" y="{:.1f}" width="8" height="{:.1f}"/>'
+        frame.add(bar, left, bottom - tall, tall)
+    if diagonal:
+        ends = frame.px(0), frame.py(0), frame.px(1), frame.py(1)
+        frame.add('<path class="reference" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>', *ends)
+    for curve in curves:
+        frame.add('<g class="bins s{}">', curve.style % 8)
+        line = _path(frame, np.asarray(curve.x, float), np.asarray(curve.y, float))
+        frame.add('<path class="line s{}" d="{}"/>', curve.style % 8, line)
+        for x, y, n in zip(curve.x, curve.y, curve.count, strict=True):
+            frame.add(
+                '<circle cx="{:.1f}" cy="{:.1f}" r="{:.1f}"><title>{}</title></circle>',
+                frame.px(x),
+                frame.py(y),
+                2 + 4 * math.sqrt(n / most),
+                f"{curve.name}: {format_compact(x)}, {100 * y:.0f} % right of {n:,.0f}",
+            )
         frame.add("</g>")
     return frame.svg(title)

@@ -6,7 +6,8 @@ drops the prompt. Only the orchestration is here: models run in `models/` and `s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -29,14 +30,48 @@ UNITS = ("whole", "claim")
 KEPT_TEXTS = 50_000
 
 
+# Why a score is NaN, as the column ``abstained`` and the drop's detail say it.
+NO_IMAGE, NO_REFERENCE = "no_image", "no_reference"
+Reasons = list[list[str | None]]
+
+
 class Backend(Protocol):
-    """`name` becomes the column ``mas_<name>``; `prepare` may look at whole prompts before the pool is scored."""
+    """Scores pools of candidates; `name` becomes the column ``mas_<name>``.
+
+    A backend that knows more has ``judged(prompts, pools) -> Judged`` too, and then ``columns``, the names of its
+    further columns; one that must run on one host only sets ``one_host``. One that abstains for a single reason
+    names it in ``abstention``.
+    """
 
     name: str
 
     def __call__(self, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Scores:
-        """One array of scores in [0, 1] per prompt, one entry per candidate."""
+        """One array of scores in [0, 1] per prompt, one entry per candidate; NaN where it abstains."""
         ...
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a backend says of a batch of pools.
+
+    Attributes:
+        scores: One array per prompt.
+        reasons: Why a score is NaN, None where it is not; one list per prompt.
+        columns: Further scores by column name, such as an ensemble's members.
+    """
+
+    scores: Scores
+    reasons: Reasons
+    columns: Mapping[str, Scores] = field(default_factory=dict)
+
+
+def judge_pools(backend: Backend, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Judged:
+    """A backend's scores with the reasons of its abstentions, whether or not it tells them itself."""
+    judged: Callable[..., Judged] | None = getattr(backend, "judged", None)
+    if judged is not None:
+        return judged(prompts, pools)
+    scores, why = backend(prompts, pools), str(getattr(backend, "abstention", "abstained"))
+    return Judged(scores, [[None if known else why for known in np.isfinite(row)] for row in scores])
 
 
 def aggregate_claims(probabilities: Sequence[float], rule: str, vocabulary_mass: float | None = None) -> float:
@@ -109,7 +144,7 @@ class Similarity:
         batch_size: Images, and texts, of one pass.
     """
 
-    name = "similarity"
+    name, abstention = "similarity", NO_IMAGE
 
     def __init__(
         self,
@@ -222,7 +257,7 @@ class Reference:
     annotations, and as an upper bound for learned backends; not a judge of free text.
     """
 
-    name = "reference"
+    name, abstention = "reference", NO_REFERENCE
 
     def __init__(self, vocabulary: Sequence[str]):
         self.vocabulary = object_vocabulary(vocabulary)
@@ -235,7 +270,7 @@ class Reference:
                 scores.append(np.array([self._object_f1(answer, objects) for answer in pool], np.float64))
             elif prompt.reference is not None:
                 wanted = normalize(prompt.reference)
-                scores.append(np.array([_agrees(prompt.instruction, answer, wanted) for answer in pool], np.float64))
+                scores.append(np.array([agrees(prompt.instruction, answer, wanted) for answer in pool], np.float64))
             else:
                 scores.append(np.full(len(pool), np.nan))
         return scores
@@ -246,7 +281,8 @@ class Reference:
         return 2 * len(named & objects) / (len(named) + len(objects)) if named else 0.0
 
 
-def _agrees(instruction: str, answer: str, wanted: str) -> bool:
+def agrees(instruction: str, answer: str, wanted: str) -> bool:
+    """Whether a short answer says what the reference does; `wanted` is normalised."""
     if wanted in ("yes", "no") and (said := polarity(instruction, answer)):
         return said == wanted
     return normalize(answer) == wanted

@@ -79,6 +79,32 @@ def within_prompt_correlation(ids: Sequence[Hashable], first: ArrayLike, second:
     return float(np.mean(known)) if known else float("nan")
 
 
+def concordance(
+    ids: Sequence[Hashable], scores: ArrayLike, labels: ArrayLike
+) -> tuple[list[Hashable], Float[np.ndarray, " prompts"], Float[np.ndarray, " prompts"]]:
+    """(prompts, wins, pairs): how often a true candidate outscores a false one of the same prompt, of how many.
+
+    Σ wins / Σ pairs is the AUROC within prompts: selection compares candidates of one prompt only, and there a score
+    that merely tells easy prompts from hard ones knows nothing. A tie wins one half. Prompts whose scored candidates
+    are all true or all false have no pair and are left out.
+    """
+    values, truth = np.asarray(scores, np.float64), np.asarray(labels).astype(bool)
+    if not len(ids) == values.size == truth.size:
+        raise ValueError(f"{len(ids)} ids, {values.size} scores and {truth.size} labels")
+    rows: dict[Hashable, list[int]] = {}
+    for row in np.flatnonzero(~np.isnan(values)).tolist():
+        rows.setdefault(ids[row], []).append(row)
+    kept, wins, pairs = [], [], []
+    for key, index in rows.items():
+        positive, negative = values[index][truth[index]], values[index][~truth[index]]
+        if positive.size and negative.size:
+            difference = positive[:, None] - negative
+            kept.append(key)
+            wins.append(float((difference > 0).sum() + 0.5 * (difference == 0).sum()))
+            pairs.append(float(difference.size))
+    return kept, np.array(wins), np.array(pairs)
+
+
 @dataclass(frozen=True)
 class Reliability:
     """A reliability diagram; empty bins have count 0 and NaN means.

@@ -1,14 +1,14 @@
-"""A vision-language model as judge of single claims, and ensembles of backends (METHOD section 3)."""
+"""A vision-language model as judge: how it is asked, and the judge of single claims (METHOD section 3)."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float
 
 from m3po_jax.data.batches import TreeRow, collate_tree
 from m3po_jax.data.processing import Processor
@@ -16,12 +16,9 @@ from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.data.templates import IMAGE_PLACEHOLDER
 from m3po_jax.errors import UserError
 from m3po_jax.generation.engine import PromptBatch
-from m3po_jax.models.safetensors_io import open_directory
-from m3po_jax.scoring.alignment import Backend, Scores, check_aggregate, pool_scores
-from m3po_jax.scoring.calibration import correlation
+from m3po_jax.scoring.alignment import NO_IMAGE, Scores, check_aggregate, pool_scores
 from m3po_jax.scoring.claims import Claim, object_vocabulary, split_claims
 from m3po_jax.scoring.engine import Scorer
-from m3po_jax.scoring.m3p import z_scores
 
 STATEMENT_QUESTION = "{claim} Is this statement about the image correct? Answer yes or no."
 OBJECT_QUESTION = "Is there {article} {claim} in the image? Answer yes or no."
@@ -33,21 +30,20 @@ QUESTIONS_A_ROW = 8
 ImageKey = tuple[Image, ...]
 
 
-def answer_tokens(processor: Processor) -> tuple[list[int], list[int], list[int]]:
-    """How a model of this tokenizer writes yes and no.
+def choice_tokens(
+    processor: Processor, spellings: Mapping[str, Sequence[str]]
+) -> tuple[list[int], dict[str, list[int]]]:
+    """How a model of this tokenizer writes each of a few answers.
 
     Returns:
-        (lead, yes, no): tokens that come before either answer (often none: a tokenizer may make a token of the
-        space that follows the prompt), and the ids of all spellings of yes and of no that are one token.
-
-    Raises:
-        UserError: yes or no has no spelling of one token.
+        (lead, ids): tokens that come before any answer (often none: a tokenizer may make a token of the space that
+        follows the prompt), and for each answer the ids of all its spellings that are one token, perhaps none.
     """
     text = processor.text
     written = {
         spelling: [int(token) for token in processor.encode_answer(spelling)[:-1]]
-        for spellings in SPELLINGS.values()
-        for spelling in spellings
+        for own in spellings.values()
+        for spelling in own
     }
     # The first tokens that all answers share decide nothing.
     lead = []
@@ -56,20 +52,99 @@ def answer_tokens(processor: Processor) -> tuple[list[int], list[int], list[int]
             break
         lead.append(column[0])
     found: dict[str, list[int]] = {}
-    for answer, spellings in SPELLINGS.items():
+    for answer, own in spellings.items():
         ids = set()
-        for spelling in spellings:
+        for spelling in own:
             for tokens in (written[spelling][len(lead) :], text.encode(spelling), text.encode(f" {spelling}")):
                 if len(tokens) == 1 and text.decode(tokens).strip().lower() == answer:
                     ids.add(int(tokens[0]))
+        found[answer] = sorted(ids)
+    return lead, found
+
+
+def answer_tokens(processor: Processor) -> tuple[list[int], list[int], list[int]]:
+    """(lead, yes, no) as `choice_tokens` finds them.
+
+    Raises:
+        UserError: yes or no has no spelling of one token.
+    """
+    lead, found = choice_tokens(processor, SPELLINGS)
+    for answer, ids in found.items():
         if not ids:
             raise UserError(
                 f"the judge's tokenizer has no single token for {answer!r}",
                 where="score.model",
                 remedy="take another judge, or score.backend=similarity",
             )
-        found[answer] = sorted(ids)
     return lead, found["yes"], found["no"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Several continuations of one prompt, each asked for its next token.
+
+    Attributes:
+        prompt: Its images are shown.
+        prefix: Token ids that all branches share, images included.
+        branches: Token ids that follow it, one array for each.
+    """
+
+    prompt: Prompt
+    prefix: np.ndarray
+    branches: list[np.ndarray]
+
+
+def ask(
+    scorer: Scorer, processor: Processor, questions: Sequence[Question], choices: Sequence[int]
+) -> list[Float[np.ndarray, "branches choices"]]:
+    """Probability of each of `choices` as the next token after every branch of every question.
+
+    A question is cut into rows of at most `QUESTIONS_A_ROW` branches; each row encodes its images and prefix once.
+    """
+    longest = max((len(question.branches) for question in questions), default=0)
+    # A power of two, so that few programs are compiled.
+    width = min(QUESTIONS_A_ROW, 1 << max(longest - 1, 0).bit_length())
+    rows = [
+        (index, start)
+        for index, question in enumerate(questions)
+        for start in range(0, len(question.branches), width)
+    ]
+    found = [np.zeros((len(question.branches), len(choices))) for question in questions]
+    # Rows of equally many images lie together: a batch holds as many as its widest row.
+    rows.sort(key=lambda row: len(questions[row[0]].prompt.images))
+    for _, same in itertools.groupby(rows, key=lambda row: len(questions[row[0]].prompt.images)):
+        part = list(same)
+        for first in range(0, len(part), scorer.batch_size):
+            block = part[first : first + scorer.batch_size]
+            cut = [
+                Question(questions[i].prompt, questions[i].prefix, questions[i].branches[start : start + width])
+                for i, start in block
+            ]
+            for (index, start), row, values in zip(
+                block, cut, _ask_batch(scorer, processor, cut, width, choices), strict=True
+            ):
+                found[index][start : start + width] = values[: len(row.branches)]
+    return found
+
+
+def _ask_batch(
+    scorer: Scorer, processor: Processor, block: Sequence[Question], width: int, choices: Sequence[int]
+) -> Float[np.ndarray, "rows width choices"]:
+    """One batch; what stands in unused branches means nothing."""
+    rows = []
+    for index, question in enumerate(block):
+        branches = [*question.branches, *[np.zeros(0, np.int32)] * (width - len(question.branches))]
+        pixels = processor.pixel_values(question.prompt)
+        rows.append(TreeRow(question.prefix, pixels, tuple(branches), (math.nan,) * width, index))
+    tree = collate_tree(rows)
+    batch = PromptBatch(
+        [question.prompt.id for question in block],
+        np.asarray(tree.prefix_ids),
+        np.asarray(tree.prefix_mask),
+        None if tree.pixel_values is None else np.asarray(tree.pixel_values),
+    )
+    found = scorer.choice_probabilities(batch, choices, np.asarray(tree.branch_ids), np.asarray(tree.branch_mask))
+    return found.astype(np.float64)
 
 
 class Claims:
@@ -91,7 +166,7 @@ class Claims:
             yes/no question itself is always asked by `PLAIN_QUESTION`.
     """
 
-    name = "claims"
+    name, abstention = "claims", NO_IMAGE
 
     def __init__(
         self,
@@ -145,46 +220,15 @@ class Claims:
 
     def _ask(self, wanted: Sequence[tuple[Prompt, list[str]]]) -> dict[ImageKey, dict[str, float]]:
         """Scores of every question, by image."""
-        longest = max((len(questions) for _, questions in wanted), default=0)
-        # A power of two, so that few programs are compiled.
-        width = min(QUESTIONS_A_ROW, 1 << max(longest - 1, 0).bit_length())
-        rows = [
-            (prompt, questions[start : start + width])
-            for prompt, questions in wanted
-            for start in range(0, len(questions), width)
-        ]
-        found: dict[ImageKey, dict[str, float]] = {prompt.images: {} for prompt, _ in wanted}
-        # Rows of equally many images lie together: a batch holds as many as its widest row.
-        rows.sort(key=lambda row: len(row[0].images))
-        for _, same in itertools.groupby(rows, key=lambda row: len(row[0].images)):
-            part = list(same)
-            for start in range(0, len(part), self.scorer.batch_size):
-                block = part[start : start + self.scorer.batch_size]
-                for (prompt, questions), values in zip(block, self._probabilities(block, width), strict=True):
-                    found[prompt.images].update(zip(questions, values.tolist(), strict=False))
-        return found
-
-    def _probabilities(self, block: Sequence[tuple[Prompt, list[str]]], width: int) -> np.ndarray:
-        """Scores [rows, width] of one batch; what stands in unused branches means nothing."""
-        rows = []
-        for index, (prompt, questions) in enumerate(block):
-            prefix, branches = self._encode(prompt, questions)
-            branches += [np.zeros(0, np.int32)] * (width - len(branches))
-            rows.append(
-                TreeRow(prefix, self.processor.pixel_values(prompt), tuple(branches), (math.nan,) * width, index)
-            )
-        tree = collate_tree(rows)
-        batch = PromptBatch(
-            [prompt.id for prompt, _ in block],
-            np.asarray(tree.prefix_ids),
-            np.asarray(tree.prefix_mask),
-            None if tree.pixel_values is None else np.asarray(tree.pixel_values),
-        )
-        p = self.scorer.choice_probabilities(
-            batch, [*self.yes, *self.no], np.asarray(tree.branch_ids), np.asarray(tree.branch_mask)
-        ).astype(np.float64)
+        asked = [Question(prompt, *self._encode(prompt, questions)) for prompt, questions in wanted]
+        found: dict[ImageKey, dict[str, float]] = {}
         count = len(self.yes)
-        return np.clip((1.0 + p[..., :count].sum(-1) - p[..., count:].sum(-1)) / 2.0, 0.0, 1.0)
+        for (prompt, questions), p in zip(
+            wanted, ask(self.scorer, self.processor, asked, [*self.yes, *self.no]), strict=True
+        ):
+            values = np.clip((1.0 + p[:, :count].sum(-1) - p[:, count:].sum(-1)) / 2.0, 0.0, 1.0)
+            found[prompt.images] = dict(zip(questions, values.tolist(), strict=True))
+        return found
 
     def _encode(self, prompt: Prompt, questions: Iterable[str]) -> tuple[np.ndarray, list[np.ndarray]]:
         """Token ids up to the last image, which all questions share, and what follows it for each."""
@@ -196,111 +240,3 @@ class Claims:
             prefix = ids[:split]
             branches.append(np.array([*ids[split:], *self.lead], np.int32))
         return prefix, branches
-
-
-class Ensemble:
-    """Several backends as one, with equal say in the ranking; abstains where they disagree.
-
-    The members' scores are z-scored within the pool and averaged, then put back on the members' own scale: the
-    mean of their pool means plus the mean of their pool deviations times that average, clipped to [0, 1]. So one
-    member (or several equal ones) gives its own scores, and absolute thresholds keep their meaning.
-
-    A pool is NaN where a member abstains, or where two members that both see a contrast (standard deviation at
-    least `min_contrast`) disagree: their rank correlation (Spearman) is below `min_correlation`, or each holds the
-    other's best candidate for worse than its own best by more than `max_gap`.
-    """
-
-    name = "ensemble"
-
-    def __init__(
-        self,
-        members: Sequence[Backend],
-        *,
-        min_correlation: float = 0.0,
-        max_gap: float = 0.25,
-        min_contrast: float = 1e-3,
-    ):
-        if not members:
-            raise UserError("an ensemble needs members", where="score.members", remedy="name at least one backend")
-        self.members = list(members)
-        self.min_correlation, self.max_gap, self.min_contrast = min_correlation, max_gap, min_contrast
-
-    def __call__(self, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Scores:
-        scored = [member(prompts, pools) for member in self.members]
-        return [self._join(np.stack(arrays)) for arrays in zip(*scored, strict=True)]
-
-    def _join(self, scores: np.ndarray) -> np.ndarray:
-        """Scores [members, candidates] to one per candidate."""
-        if not np.isfinite(scores).all() or self._disagree(scores):
-            return np.full(scores.shape[1], np.nan)
-        if not scores.size:
-            return np.zeros(0)
-        z = np.mean([z_scores(row) for row in scores], axis=0)
-        return np.clip(scores.mean() + scores.std(axis=1).mean() * z, 0.0, 1.0)
-
-    def _disagree(self, scores: np.ndarray) -> bool:
-        telling = [row for row in scores if row.size and row.std() >= self.min_contrast]
-        for first, second in itertools.combinations(telling, 2):
-            if correlation(_ranks(first), _ranks(second)) < self.min_correlation:  # NaN below three candidates
-                return True
-            # Of several best candidates a member prefers the one that the other likes most.
-            a, b = np.lexsort((second, first))[-1], np.lexsort((first, second))[-1]
-            if min(first[a] - first[b], second[b] - second[a]) > self.max_gap:
-                return True
-        return False
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0, ties sharing their mean rank."""
-    below, above = values[:, None] > values, values[:, None] < values
-    return (below.sum(1) - above.sum(1)) / 2
-
-
-_PATCH_EMBEDDING = "embeddings.patch_embedding.weight"
-
-
-def shared_blind_spots(
-    policy_directory: str | Path,
-    judge_directory: str | Path,
-    policy_raw_config: dict[str, Any],
-    judge_raw_config: dict[str, Any],
-) -> str | None:
-    """A warning where the judge cannot see what the policy does not see, else None.
-
-    That is where both are the same model, or have the same vision encoder: towers of one shape whose patch
-    embeddings are (nearly) parallel, so that a fine-tuned copy counts. Without stored weights the shape decides.
-    """
-    policy, judge = Path(policy_directory), Path(judge_directory)
-    if policy.resolve() == judge.resolve():
-        return "the judge is the policy itself: it shares the policy's blind spots, and MAS cannot correct them"
-    shape = _tower_shape(policy_raw_config)
-    if shape is None or shape != _tower_shape(judge_raw_config):
-        return None
-    ours, theirs = _patch_embedding(policy), _patch_embedding(judge)
-    if ours is None or theirs is None:
-        return (
-            "the judge's vision encoder has the policy's shape; if it is the same one, both share their blind spots"
-        )
-    if ours.shape != theirs.shape or _cosine(ours, theirs) < 0.99:
-        return None
-    return "the judge has the policy's vision encoder: what it does not see, MAS cannot correct"
-
-
-def _tower_shape(raw: dict[str, Any]) -> tuple[Any, ...] | None:
-    vision = raw.get("vision_config")
-    if not isinstance(vision, dict):
-        return None
-    return tuple(vision.get(name) for name in ("hidden_size", "num_hidden_layers", "image_size", "patch_size"))
-
-
-def _patch_embedding(directory: Path) -> np.ndarray | None:
-    try:
-        tensors = open_directory(directory)
-        found = next((tensor for name, tensor in tensors.items() if name.endswith(_PATCH_EMBEDDING)), None)
-        return None if found is None else found.read().astype(np.float64).ravel()
-    except UserError:
-        return None
-
-
-def _cosine(first: np.ndarray, second: np.ndarray) -> float:
-    return float(first @ second / max(np.linalg.norm(first) * np.linalg.norm(second), 1e-30))

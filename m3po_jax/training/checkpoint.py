@@ -76,6 +76,8 @@ class Checkpointer:
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([LatestN(keep), *([best] if keep_best else [])]),
+                best_fn=_best_value if keep_best else None,  # without it Orbax writes no metrics
+                best_mode="min" if is_minimised(metric) else "max",
                 cleanup_tmp_directories=True,
             ),
         )
@@ -143,7 +145,7 @@ class Checkpointer:
 def best_step(directory: str | os.PathLike[str], metric: str) -> int | None:
     """The step of the checkpoint with the best `metric`; None where none has one."""
     mode = "min" if is_minimised(metric) else "max"
-    options = ocp.CheckpointManagerOptions(best_fn=_best_value, best_mode=mode, read_only=True)
+    options = ocp.CheckpointManagerOptions(best_fn=_best_value, best_mode=mode)
     with ocp.CheckpointManager(Path(directory).absolute(), options=options) as manager:
         return manager.best_step()
 

@@ -98,8 +98,7 @@ class Guards:
 
     def __init__(self, config: TrainConfig, batches: BatchSource, where: str, *, agrees: bool, tolerance: float):
         self.batches, self.where = batches, where
-        self.objective = check_objective(config)
-        self.expected = self.objective.first_values(config, tolerance) if agrees else {}
+        self.expected = check_objective(config).first_values(config, tolerance) if agrees else {}
 
     def finite(self, step: int, metrics: Mapping[str, float], row_losses: np.ndarray, rows: np.ndarray) -> str | None:
         """None, or the error text for a loss or gradient that is not finite at `step` (0: the first)."""
@@ -119,13 +118,6 @@ class Guards:
         Raises:
             UserError: nothing has a gradient, or a loss is not what its closed form says.
         """
-        if metrics["grad_norm"] == 0.0 and not self.objective.on_policy:
-            names = f" ({', '.join(idle[:4])}{', …' if len(idle) > 4 else ''})" if idle else ""
-            raise UserError(
-                f"the gradient of the first step is zero: nothing would be learned{names}",
-                where=self.where,
-                remedy="look at the pairs, at train.lora and at train.freeze",
-            )
         for name, (value, tolerance) in self.expected.items():
             if not abs(metrics[name] - value) <= tolerance:
                 shown = "ln 2 = 0.693147" if math.isclose(value, math.log(2), abs_tol=1e-6) else f"{value:.6g}"
@@ -135,6 +127,13 @@ class Guards:
                     where=self.where,
                     remedy="set train.reference=computed, or make the candidates with this model",
                 )
+        if metrics["grad_norm"] == 0.0:
+            names = f" ({', '.join(idle[:4])}{', …' if len(idle) > 4 else ''})" if idle else ""
+            raise UserError(
+                f"the gradient of the first step is zero: nothing would be learned{names}",
+                where=self.where,
+                remedy="look at the pairs, at train.lora and at train.freeze",
+            )
 
 
 def idle_leaves(optimizer: optax.OptState, adapters: Mapping[str, bool]) -> list[str]:

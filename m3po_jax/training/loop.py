@@ -50,7 +50,6 @@ _FREE_SETTINGS = (
     "harm_metrics_steps",
     "collapse_warning",
     "reference_check_rows",
-    "reference_refresh",
 )
 
 _logger = logging.getLogger(__name__)

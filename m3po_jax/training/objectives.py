@@ -40,7 +40,6 @@ class Objective:
         answer_tokens: Batch -> answer tokens in it, where the loss averages over tokens: an accumulated gradient
             then divides by the whole batch's number.
         shared_fields: Fields of a batch that belong to all its rows, so that micro-batches do not divide them.
-        on_policy: Batches are made with the policy as it learns; one without a gradient proves nothing.
         whole_model: Every parameter learns, whatever `lora` and `freeze` say.
         needs_first_gradient: A first step without gradient means that nothing can be learned.
         first_values: (config, tolerance of a log-prob sum in nats) -> {metric: (value, tolerance)} known before
@@ -52,7 +51,6 @@ class Objective:
     uses_reference: bool = False
     answer_tokens: Callable[[Any], jax.Array] | None = None
     shared_fields: tuple[str, ...] = ()
-    on_policy: bool = False
     whole_model: bool = False
     needs_first_gradient: bool = True
     first_values: Callable[[TrainConfig, float], dict[str, tuple[float, float]]] = _nothing_known

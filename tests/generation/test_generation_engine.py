@@ -6,7 +6,9 @@ from flax import nnx
 from tiny_llava import EOS, PAD, make_generator, next_logits, prompts, take, teacher_forced, tiny_model
 
 from m3po_jax.errors import UserError
-from m3po_jax.generation.engine import SamplingConfig, chunk_sizes
+from m3po_jax.generation.engine import SamplingConfig
+from m3po_jax.generation.lanes import capacities
+from m3po_jax.models.kernels.choice import with_attention
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +41,13 @@ def test_recorded_log_probs_equal_teacher_forcing(kv_heads, adapters, images, sa
     assert out.log_probs.min() < -1.0
 
 
-def test_every_stage_of_the_cache_equals_teacher_forcing(model):
-    """Long enough for three chunks, with the end token kept away."""
+def test_every_size_of_the_cache_equals_teacher_forcing(model):
+    """Long enough to grow twice, with the end token kept away."""
     batch = prompts((3, 7))
     out = make_generator(model, max_new_tokens=150, num_candidates=2, stop_bias=-100.0, batch_size=2)(batch)
-    assert len(chunk_sizes(150)) == 3 and (out.lengths == 150).all() and not out.finished.any()
+    assert len(capacities(150)) == 3 and (out.lengths == 150).all() and not out.finished.any()
     assert out.finish_reasons == [["length"] * 2] * 2
     np.testing.assert_allclose(out.log_probs, teacher_forced(model, batch, out), atol=1e-4)
-
-
-def test_chunks_hold_every_token_that_is_fed_back():
-    assert chunk_sizes(1) == []
-    assert chunk_sizes(2) == [1]
-    assert chunk_sizes(257) == [64, 64, 128]
-    assert all(sum(chunk_sizes(n)) == n - 1 for n in range(1, 400))
 
 
 def test_greedy_equals_the_plain_forward_pass(model):
@@ -72,7 +67,7 @@ def test_a_prompts_answers_do_not_depend_on_its_batch(generator, generated, rows
     assert out.ids == [generated.ids[row] for row in rows]
     np.testing.assert_array_equal(out.token_ids, generated.token_ids[rows])
     np.testing.assert_allclose(out.log_probs, generated.log_probs[rows], atol=1e-5)
-    assert generator.compilations == before == 1
+    assert generator.compilations == before == 2
 
 
 def test_neither_padding_nor_batch_size_changes_an_answer(model, generated):
@@ -107,9 +102,8 @@ def test_answers_end_at_the_end_token(model):
 
 def test_decoding_stops_when_every_answer_has_ended(model):
     generator = make_generator(model, stop_bias=100.0, max_new_tokens=40, num_candidates=2)
-    pending = generator.submit(take(prompts(), [0, 2]))
-    assert int(pending.result.steps) == 1
-    out = generator.collect(pending)
+    out = generator(take(prompts(), [0, 2]))
+    assert out.slot_steps == 3 * 2  # one step of all lanes
     assert (out.lengths == 1).all() and out.finished.all()
 
 
@@ -163,15 +157,23 @@ def test_new_weights_need_no_new_program(model, generator, generated):
     assert (generator(prompts()).token_ids != generated.token_ids).any()
     generator.load(model)
     np.testing.assert_array_equal(generator(prompts()).token_ids, generated.token_ids)
-    assert generator.compilations == 1
+    assert generator.compilations == 2
+
+
+@pytest.mark.parametrize("lengths", [(3, 9, 6), (5, 1, 2, 9, 3)], ids=["fits", "streams"])
+def test_kernels_give_the_same_answers(model, lengths):
+    """Pallas' interpreter runs the kernels of the prefill and of the shared prefix."""
+    batch = prompts(lengths)
+    plain = make_generator(model, stop_bias=2.0)(batch)
+    graph, state = nnx.split(model)
+    other = nnx.merge(graph, state)
+    other.config = with_attention(model.config, "pallas_interpret")
+    kernels = make_generator(other, stop_bias=2.0)(batch)
+    np.testing.assert_array_equal(kernels.token_ids, plain.token_ids)
+    np.testing.assert_allclose(kernels.log_probs, plain.log_probs, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}])
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         SamplingConfig(**wrong)
-
-
-def test_an_oversized_batch_is_refused(generator):
-    with pytest.raises(ValueError, match="batch of 1 to 3"):
-        generator(prompts((1, 2, 3, 4)))

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from m3po_jax.errors import UserError
-from m3po_jax.generation.decoder import empty_chunks
-from m3po_jax.generation.engine import SamplingConfig, chunk_sizes
+from m3po_jax.generation.engine import SamplingConfig
+from m3po_jax.generation.lanes import capacities
 from m3po_jax.generation.memory import CacheShape, advice, cache_bytes
 from m3po_jax.generation.sampling import candidate_keys, sample, step_keys
 
@@ -92,7 +92,7 @@ def test_a_pool_equals_transformers_token_by_token(model, with_prompt):
                     expected = int(scores.argmax())
                 else:
                     warped = jnp.asarray(warpers(None, scores).numpy())
-                    expected = int(sample(step_keys(jnp.asarray(keys[row, k : k + 1]), jnp.int32(step)), warped)[0])
+                    expected = int(sample(step_keys(jnp.asarray(keys[row, k : k + 1]), jnp.int32([step])), warped)[0])
                 assert expected == out.token_ids[row, k, step], (row, k, step)
                 changed += setting["temperature"] == 0.0 and expected != raw.argmax()
                 tokens.append(expected)
@@ -129,12 +129,12 @@ def test_single_candidates_can_be_drawn_again(generator, generated):
     """The first attempt repeats itself, the second does not, and neither depends on its batch."""
     wanted = np.array([[False, True, False], [False, False, False], [True, False, True]])
     before = generator.compilations
-    same = generator.collect(generator.submit(prompts(), wanted))
+    same = generator(prompts(), wanted)
     np.testing.assert_array_equal(same.token_ids[wanted], generated.token_ids[wanted])
     assert (same.lengths[~wanted] == 0).all() and (same.token_ids[~wanted] == PAD).all()
-    again = generator.collect(generator.submit(prompts(), wanted, 1))
+    again = generator(prompts(), wanted, 1)
     assert (again.token_ids[wanted] != generated.token_ids[wanted]).any(axis=-1).all()
-    apart = generator.collect(generator.submit(take(prompts(), [2]), wanted[2:], 1))
+    apart = generator(take(prompts(), [2]), wanted[2:], 1)
     np.testing.assert_array_equal(apart.token_ids, again.token_ids[2:])
     assert generator.compilations == before
 
@@ -165,26 +165,15 @@ def test_an_answer_that_could_hold_nothing_is_refused(model):
         make_generator(model, min_new_tokens=1, suppress_token_ids=tuple(range(128)))
 
 
-class Exhausted:
-    """Stands for an array of a program that ran out of memory while it ran."""
-
-    is_fully_addressable = True
-
-    def __array__(self, *_, **__):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
-
-
 def test_out_of_memory_says_which_number_to_lower(model, monkeypatch):
     def exhausted(*_):
-        np.asarray(Exhausted())
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
 
-    generator = make_generator(model, max_new_tokens=65)
-    pending = generator.submit(prompts())
-    pending.result = pending.result._replace(token_ids=Exhausted())
-    monkeypatch.setattr(generator, "program", exhausted)
-    for call in (lambda: generator.collect(pending), lambda: generator.submit(prompts())):
-        with pytest.raises(UserError, match=r"3 prompts of 32 tokens with 3 candidates of 65 tokens do not fit") as e:
-            call()
+    for program in ("prefill", "decode"):
+        generator = make_generator(model, max_new_tokens=65)
+        monkeypatch.setattr(generator, program, exhausted)
+        with pytest.raises(UserError, match=r"3 prompts of 32 tokens with 3 × 3 candidates of 65 tokens do not") as e:
+            generator(prompts())
         assert "lower generate.batch_size from 3 to 1" in str(e.value) and "GiB" in str(e.value)
 
 
@@ -193,37 +182,46 @@ def test_other_errors_of_the_runtime_pass(model, monkeypatch):
         raise jax.errors.JaxRuntimeError("INTERNAL: a defect")
 
     generator = make_generator(model)
-    monkeypatch.setattr(generator, "program", broken)
+    monkeypatch.setattr(generator, "decode", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        generator.submit(prompts())
+        generator(prompts())
 
 
 def test_the_estimate_is_the_caches_size(model):
-    text = model.config.text
-    shape = CacheShape(rows=3, views=2, prefix=32, candidates=5, new_tokens=200)
-    answers = sum(
-        x.size * x.dtype.itemsize
-        for slots in chunk_sizes(200)
-        for pair in jax.eval_shape(lambda slots=slots: empty_chunks(text, 3 * 2, 5, slots, jnp.float32))
-        for x in pair
-    )
-    prefix = 2 * text.num_layers * (3 * 2 * text.num_kv_heads * 32 * text.head_dim) * 4
-    assert cache_bytes(text, shape, 4) == answers + prefix
-    split = CacheShape.on_mesh(
-        {"data": 3, "fsdp": 1, "tensor": 2}, 2, rows=3, views=2, prefix=32, candidates=5, new_tokens=200
-    )
-    assert cache_bytes(text, split, 4) == (answers + prefix) // 6
+    """Of a stream of many prompts, with two views of each."""
+    generator = make_generator(model, num_candidates=5, max_new_tokens=200, contrast_alpha=1.0)
+    sizes, text = generator.sizes(None, 64), model.config.text
+    kv = jax.eval_shape(lambda: generator.layout.empty(sizes, 64))[0].kv
+    kv += jax.eval_shape(lambda: generator.layout.empty_cache(sizes, capacities(200)[-1])).kv
+    shape = {"rows": 3, "held": sizes.slots, "views": 2, "prefix": 64, "candidates": 5, "new_tokens": 200}
+    assert sizes.slots > 2 * 3
+    size = sum(x.size * x.dtype.itemsize for pair in kv for x in pair)
+    assert cache_bytes(text, CacheShape(**shape), 4) == size
+    split = CacheShape.on_mesh({"data": 3, "fsdp": 1, "tensor": 2}, 2, **shape)
+    assert cache_bytes(text, split, 4) == size // 6
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({}, r"lower generate\.batch_size from 8 to 4 \("),
-        ({"rows": 2}, r"lower generate\.num_candidates from 6 to 3 \(.* or generate\.max_new_tokens from 90 to 45"),
-        ({"rows": 2, "candidates": 1}, r"lower generate\.max_new_tokens from 90 to 45"),
-        ({"rows": 2, "prefix": 9000}, r"split the model over more devices"),
+        (
+            {"rows": 2, "held": 2},
+            r"lower generate\.num_candidates from 6 to 3 \(.* or generate\.max_new_tokens from 90 to 45",
+        ),
+        ({"rows": 2, "held": 2, "candidates": 1}, r"lower generate\.max_new_tokens from 90 to 45"),
+        ({"rows": 2, "held": 2, "prefix": 9000}, r"split the model over more devices"),
     ],
 )
 def test_advice_is_the_number_that_helps(model, changes, message):
-    sizes = {"rows": 8, "views": 1, "prefix": 32, "candidates": 6, "new_tokens": 90, "row_parts": 2, **changes}
+    sizes = {
+        "rows": 8,
+        "held": 17,
+        "views": 1,
+        "prefix": 32,
+        "candidates": 6,
+        "new_tokens": 90,
+        "row_parts": 2,
+        **changes,
+    }
     assert re.match(message, advice(model.config.text, CacheShape(**sizes), 2))

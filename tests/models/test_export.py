@@ -232,6 +232,22 @@ def test_a_trained_projector_travels_with_the_adapter(loaded: Loaded, tmp_path: 
     np.testing.assert_allclose(their_logits(wrapped), our_logits(loaded.model), atol=1e-4)
 
 
+def test_adapters_of_the_tower_and_the_projector(loaded: Loaded, tmp_path: Path) -> None:
+    """PEFT puts them where we have them, and they come back."""
+    peft = pytest.importorskip("peft")
+    names = ["projector.linear_1", "v_proj", "vision_tower.fc1", "vision_tower.q_proj"]
+    config = LoRAConfig(lora_rank=4, lora_alpha=6.0, target_modules=names)
+    adapt(loaded.model, config)
+    parts = {path.split(".")[0] for path in lora.adapters(loaded.model)}
+    assert parts == {"decoder", "projector", "vision_tower"} and len(lora.adapters(loaded.model)) == 4
+    export_adapter(loaded.model, str(loaded.directory), tmp_path / "adapter", config)
+    fresh = load_float32(loaded.directory).model
+    assert load_adapter(fresh, tmp_path / "adapter").target_modules == names
+    np.testing.assert_array_equal(our_logits(fresh), our_logits(loaded.model))
+    wrapped = peft.PeftModel.from_pretrained(read_by_transformers(loaded.directory), tmp_path / "adapter").eval()
+    np.testing.assert_allclose(their_logits(wrapped), our_logits(loaded.model), atol=1e-4)
+
+
 def test_an_adapter_that_peft_wrote_is_read(loaded: Loaded, tmp_path: Path) -> None:
     torch, _ = torch_and_transformers()
     peft = pytest.importorskip("peft")

@@ -113,7 +113,8 @@ def test_a_killed_run_ends_with_the_same_result(finished: Path, tmp_path: Path, 
     _, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items()), "a finished shard was made again"
-    same_run(finished, run)
+    # Prompts that are left are decoded beside others than before, which rounds their log-probs differently.
+    same_run(finished, run, tolerance=1e-5 if "candidates" in moment else 0.0)
 
 
 @pytest.mark.slow

@@ -170,7 +170,46 @@ def write_round(
         },
     )  # fmt: skip
     write_jsonl(path / "pairs" / "drops.jsonl", drops)
-    write_json(path / "scores" / "calibration.json", {"mas": {"auroc": 0.86}, "confidence": {"auroc": 0.52}})
+    write_json(path / "scores" / "calibration.json", calibration(hostile, seed))
+
+
+def calibration(hostile: bool = False, seed: int = 0) -> dict:
+    """What the score stage writes of an ensemble with two members and four confidence variants."""
+    rng = np.random.default_rng(seed)
+
+    def signal(auroc: float, scale: str = "probability", **more: object) -> dict:
+        edges = np.linspace(-14, -1, 9) if scale == "nats" else np.linspace(0, 1, 11)
+        middles = (edges[1:] + edges[:-1]) / 2
+        slope = (middles - middles.mean()) / np.ptp(middles) * 2 * (auroc - 0.5)
+        true = np.clip(0.6 + slope + 0.04 * rng.normal(size=len(middles)), 0, 1)
+        bins = [
+            {"low": low, "high": high, "count": int(rng.integers(4, 90)), "score": middle, "true": share}
+            for low, high, middle, share in zip(edges, edges[1:], middles.tolist(), true.tolist(), strict=False)
+        ]
+        within = {"auroc": auroc - 0.02, "low": auroc - 0.08, "high": auroc + 0.04, "pairs": 310, "prompts": 64}
+        reliability = {"scale": scale, "bins": bins, "ece": None if scale == "nats" else 0.083}
+        return {"auroc": auroc, "n": 412, "within": within, "reliability": reliability, **more}
+
+    name = HOSTILE if hostile else "answers that name objects, and none that the image lacks"
+    return {
+        "correlation_mas_confidence": {"confidence_mean": 0.47, "confidence_sum": 0.3, "confidence_visual": None},
+        "truths": [{"kind": "objects", "meaning": name, "n": 412, "true": 250}],
+        "mas": signal(0.86),
+        "mas_similarity": signal(0.79),
+        "mas_claims": signal(0.83),
+        "confidence": signal(0.52, variant=HOSTILE if hostile else "mean"),
+        "confidence_sum": signal(0.55, "nats"),
+        "confidence_visual": signal(0.66, "nats"),
+        "verdict": [
+            {"about": "mas", "tone": "good", "text": "MAS tells right from wrong answers of the same prompt."},
+            {"about": "confidence", "tone": "warn", "text": f"Its AUROC is about 0.5, so λ is noise. {name}"},
+            {"about": "correlation", "tone": "warn", "text": "MAS and confidence (mean) correlate at 0.47."},
+        ],
+        "judges": [
+            {"judge": name, "server": "https://judge.example/v1", "requests": 1234, "prompt_tokens": 910_000,
+             "completion_tokens": 2468, "cost": 1.8446, "from_cache": 12}
+        ],
+    }  # fmt: skip
 
 
 def evaluation() -> dict:

@@ -106,7 +106,11 @@ def test_finished_run_shows_every_section(tmp_path):
     assert "no contrast" in page.text and "below floor" in page.text
     assert "The judge shares the policy's vision encoder. (round 1, round 2)" in page.text
     assert "correlate within prompts at 0.47" in page.text
-    assert "no better than chance (AUROC 0.52)" in page.text
+    # On each round's page, and the latest round's among the warnings.
+    assert page.text.count("Its AUROC is about 0.5, so λ is noise.") == 3
+    assert {"auroc-1", "reliability-mas-2", "reliability-confidence-sum-1"} <= ids
+    assert "412 answers, 61 % of them right" in page.text.replace("\u00a0", " ")
+    assert "1,234 requests, 910,000 prompt tokens, 2,468 completion tokens, cost 1.845" in page.text
     assert "likelihood displacement" in page.text
     assert "Not there yet" not in page.text
     pairs = [a for a in page.of_class("item") if a["data-status"] == "pair"]

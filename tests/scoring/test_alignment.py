@@ -93,6 +93,20 @@ def test_sentences_are_the_claims_without_a_vocabulary(encoder):
     np.testing.assert_allclose(found, [oracle(encoder, row, ["a dog.", "a cat."]).mean()], atol=1e-4)
 
 
+def test_answers_beyond_the_text_window_are_read_to_their_end(encoder):
+    """A text longer than the window is cut; claim by claim nothing of an answer is lost."""
+    row = prompt(17)
+    start = "a dog and a cat and a person and a car."
+    good, bad = f"{start} a red bus. a bird.", f"{start} a banana. a bird."
+    assert len(encoder[3].tokenizer(good)["input_ids"]) > TEXT_LENGTH
+    whole = similarity(encoder, unit="whole")([row], [[good, bad]])[0]
+    assert whole[0] == whole[1], "the window ends before they differ"
+    (claims,) = similarity(encoder)([row], [[good, bad]])
+    parts = oracle(encoder, row, [start, "a red bus.", "a bird.", "a banana."])
+    np.testing.assert_allclose(claims, [parts[[0, 1, 2]].mean(), parts[[0, 3, 2]].mean()], atol=1e-4)
+    assert abs(claims[0] - claims[1]) > 1e-5
+
+
 def test_no_turns_a_claim_round(encoder):
     row = prompt(8, "Is there a dog in the image?")
     backend = similarity(encoder, aggregate="soft_f1", vocabulary=OBJECTS)

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from tiny_judges import dual_encoder_directory, one_device, prompt, tiny_policy
 
-from m3po_jax.config import ModelConfig, ScoreConfig
+from m3po_jax.config import EndpointConfig, ModelConfig, ScoreConfig
 from m3po_jax.errors import UserError
 from m3po_jax.models.export import export_model
-from m3po_jax.pipeline.backends import make_backend
+from m3po_jax.pipeline.backends import make_backend, usages
 from m3po_jax.scoring.alignment import Reference, Similarity
 from m3po_jax.scoring.engine import Scorer
-from m3po_jax.scoring.judge import Claims, Ensemble
+from m3po_jax.scoring.ensemble import Ensemble
+from m3po_jax.scoring.judge import Claims
 
 OBJECTS = ["dog", "cat", "person"]
 ROWS, POOLS = [prompt(1), prompt(2)], [["a dog and a cat.", "a person."], ["a cat."]]
@@ -52,6 +53,13 @@ def test_similarity(policy, clip, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_warnings_are_handed_out(policy):
+    warnings: list[str] = []
+    score = ScoreConfig(backend="claims", vocabulary=OBJECTS)
+    make_backend(score, one_device(), policy=policy, model_config=MODEL, warnings=warnings)
+    assert len(warnings) == 1 and "the policy itself" in warnings[0]
+
+
 def test_the_policy_judges_itself_with_a_warning(policy, capsys):
     made = backend(policy, backend="claims", model="")
     assert isinstance(made, Claims) and made.name == "claims"
@@ -83,6 +91,24 @@ def test_image_paths_are_relative_to_the_data(policy, tmp_path):
     np.testing.assert_allclose(by_path[0], made(ROWS[:1], POOLS[:1])[0], atol=1e-6)
 
 
+def test_a_server_as_member_has_a_model_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "k")
+    server = EndpointConfig(base_url="https://judge.example/v1", model="small", api_key_env="JUDGE_KEY")
+    score = ScoreConfig(backend="ensemble", members=["endpoint=large", "endpoint", "reference"], endpoint=server)
+    with pytest.raises(UserError, match=r"score\.endpoint\.cache_dir: no place for paid answers"):
+        make_backend(score, one_device())
+    made = make_backend(score, one_device(), folder=tmp_path / "runs" / "x")
+    assert [member.config.model for member in made.members[:2]] == ["large", "small"]
+    assert made.columns == ("mas_endpoint", "mas_endpoint_2", "mas_reference")
+    assert [usage["judge"] for usage in usages(made)] == ["large", "small"]
+    assert made.members[0].cache.path.parent == tmp_path / "runs" / "endpoint-cache"
+
+
+def test_a_judge_needs_grades_of_one_token(policy):
+    with pytest.raises(UserError, match=r"score\.grades: grade 1 is not one token"):
+        backend(policy, backend="judge")
+
+
 def test_reference_needs_no_model():
     made = backend(backend="reference")
     assert isinstance(made, Reference)
@@ -108,6 +134,8 @@ def test_ensemble_joins_its_members(policy, clip, capsys):
     [
         ({"backend": "clams"}, r"score\.backend: .*did you mean 'claims'"),
         ({"backend": "similarity"}, r"score\.model: similarity needs"),
+        ({"backend": "judge"}, r"score\.model: the judge backend needs a judge"),
+        ({"backend": "endpoint"}, r"score\.endpoint\.base_url: not the address"),
         ({"backend": "claims"}, r"score\.model: the claims backend needs a judge"),
         ({"backend": "ensemble", "members": ["refrence", "claims"]}, r"score\.members: .*did you mean 'reference'"),
         (

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3po_jax.scoring.calibration import auroc, correlation, reliability, within_prompt_correlation
+from m3po_jax.scoring.calibration import auroc, concordance, correlation, reliability, within_prompt_correlation
 
 items = st.lists(st.tuples(st.integers(-4, 4).map(float), st.booleans()), min_size=1, max_size=25)
 
@@ -81,3 +81,15 @@ def test_quantile_bins_serve_log_probs():
     with pytest.raises(ValueError, match="quantile"):
         reliability([-1.0], [True])
     assert np.isnan(reliability([], []).error)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(-3, 3).map(float), st.booleans()), max_size=20))
+def test_concordance_counts_pairs_of_one_prompt(rows):
+    ids, scores, labels = ([row[part] for row in rows] for part in range(3))
+    keys, wins, pairs = concordance([*ids, "a"], [*scores, np.nan], [*labels, True])
+    expected = {}
+    for (a, x, true), (b, y, other) in itertools.product(rows, rows):
+        if a == b and true and not other:
+            won, of = expected.get(a, (0, 0))
+            expected[a] = (won + (x > y) + 0.5 * (x == y), of + 1)
+    assert {key: (won, of) for key, won, of in zip(keys, wins, pairs, strict=True)} == expected

@@ -128,3 +128,25 @@ def test_variants_by_name():
         confidence_variants(["visual"], rows, texts)
     with pytest.raises(ValueError, match="shape"):
         visual_confidence([1.0], [1.0, 2.0])
+
+
+@given(ragged, st.data())
+def test_visual_is_what_the_image_adds(rows, data):
+    blank = [data.draw(st.lists(st.floats(-30, 0, width=32), min_size=len(r), max_size=len(r))) for r in rows]
+    found = confidence_variants(VARIANTS, rows, [f"answer {i}" for i in range(len(rows))], blank)
+    np.testing.assert_allclose(found["visual"] + found["prior"], found["mean"], atol=1e-9)
+    same = confidence_variants(["visual"], rows, [""] * len(rows), rows)
+    np.testing.assert_allclose(same["visual"], 0, atol=1e-12)
+    np.testing.assert_allclose(found["cluster"], 1 / len(rows))
+
+
+@given(
+    st.lists(st.sampled_from(["red car", "sleeping dog", "tall tree near water", "old man"]), min_size=1, max_size=6)
+)
+def test_long_answers_cluster_by_shared_claims(parts):
+    text = ". ".join([*parts, "the sky over the town is blue today"]) + "."
+    swapped = ". ".join(["the sky over the town is blue today", *parts[::-1]]) + "."
+    assert agreement(text, swapped) == 1.0, "the order of claims does not matter"
+    more = text + " Nobody else is to be seen."
+    distinct = len(set(parts)) + 1
+    assert agreement(text, more) == pytest.approx(distinct / (distinct + 1))

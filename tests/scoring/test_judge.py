@@ -1,4 +1,4 @@
-"""The claims judge against one plain pass a question, ensembles by hand, and shared vision encoders."""
+"""The claims judge against one plain pass a question."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from tiny_judges import one_device, prompt, tiny_policy
+from tiny_judges import one_device, prompt, tiny_policy, word_level
 
 from m3po_jax.data.processing import PlainText
 from m3po_jax.data.schema import Prompt
@@ -19,10 +17,9 @@ from m3po_jax.models.llava.model import reference_forward
 from m3po_jax.scoring import judge
 from m3po_jax.scoring.claims import Claim
 from m3po_jax.scoring.engine import Scorer
-from m3po_jax.scoring.judge import Claims, Ensemble, answer_tokens, shared_blind_spots
+from m3po_jax.scoring.judge import Claims, answer_tokens
 
 OBJECTS = ["dog", "cat", "person", "orange", "traffic light"]
-pools = st.integers(1, 6).flatmap(lambda k: st.lists(st.lists(st.floats(0, 1), min_size=k, max_size=k), min_size=1))
 
 
 @pytest.fixture(scope="module")
@@ -175,20 +172,6 @@ def test_templates_are_checked(policy, scorer):
         Claims(scorer, policy.processor, aggregate="soft_f1")
 
 
-def word_level(words, split="whitespace"):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    names = ["<unk>", "<s>", "</s>", "<image>", *words]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(names)}, unk_token="<unk>"))
-    parts = {
-        "whitespace": pre_tokenizers.WhitespaceSplit(),
-        "metaspace": pre_tokenizers.Metaspace(prepend_scheme="never"),
-        "letters": pre_tokenizers.Split("", "isolated"),
-    }
-    tokenizer.pre_tokenizer = parts[split]
-    return PlainText(tokenizer.to_str(), frozenset({1, 2, 3}), 0)
-
-
 def test_all_single_token_spellings_count(policy):
     text = word_level(["ASSISTANT:", "yes", "Yes", "YES", "No", "NO", "n"])
     lead, yes, no = answer_tokens(dataclasses.replace(policy.processor, text=text))
@@ -214,87 +197,3 @@ def test_a_judge_needs_single_tokens_for_both_answers(policy, words, split):
     text = word_level([*words] if split == "letters" else ["ASSISTANT:", *words], split)
     with pytest.raises(UserError, match="no single token"):
         answer_tokens(dataclasses.replace(policy.processor, text=text))
-
-
-class Fixed:
-    name = "fixed"
-
-    def __init__(self, *scores):
-        self.scores = [np.array(row, float) for row in scores]
-
-    def __call__(self, prompts, pools):
-        return self.scores
-
-
-def ensemble(*members, **settings):
-    """Scores of one pool from fixed members."""
-    return Ensemble([Fixed(row) for row in members], **settings)([prompt(0)], [[""] * len(members[0])])[0]
-
-
-def test_an_ensemble_ranks_by_mean_z_on_the_members_scale():
-    first, second = np.array([0.9, 0.5, 0.1]), np.array([0.5, 0.4, 0.45])
-    z = ((first - first.mean()) / first.std() + (second - second.mean()) / second.std()) / 2
-    expected = (first.mean() + second.mean()) / 2 + (first.std() + second.std()) / 2 * z
-    np.testing.assert_allclose(ensemble(first, second), expected)
-    # A mean of scores would leave the ranking to the member with the larger spread.
-    assert expected[2] - expected[1] > (first + second)[2] / 2 - (first + second)[1] / 2
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.integers(1, 3))
-def test_equal_members_give_their_scores(scores, count):
-    np.testing.assert_allclose(ensemble(*[scores] * count), scores, atol=1e-9)
-
-
-@given(pools)
-def test_ensembles_stay_in_range_or_abstain(members):
-    found = ensemble(*members)
-    assert np.isnan(found).all() or ((found >= 0) & (found <= 1)).all()
-
-
-def test_members_that_abstain_or_disagree_drop_the_pool():
-    assert np.isnan(ensemble([0.9, 0.1], [np.nan, np.nan])).all()
-    assert np.isnan(ensemble([0.9, np.nan], [0.9, 0.1])).all()
-    assert np.isnan(ensemble([0.9, 0.6, 0.5], [0.1, 0.2, 0.3])).all(), "reversed ranks"
-    assert np.isfinite(ensemble([0.9, 0.6, 0.5], [0.1, 0.2, 0.3], min_correlation=-1.0)).all()
-    assert np.isnan(ensemble([0.9, 0.5], [0.2, 0.6])).all(), "each dislikes the other's best"
-    assert np.isfinite(ensemble([0.9, 0.5], [0.5, 0.6])).all(), "the second hardly minds"
-    assert np.isfinite(ensemble([0.9, 0.5], [0.2, 0.6], max_gap=0.5)).all()
-    assert np.isfinite(ensemble([0.9, 0.6, 0.5], [0.1, 0.1002, 0.1004])).all(), "a flat member has no opinion"
-    assert np.isfinite(ensemble([0.9, 0.9, 0.1], [0.1, 0.9, 0.1])).all(), "ties are no disagreement"
-
-
-def test_pools_are_judged_one_by_one():
-    first, second = Fixed([0.9, 0.5], [0.9, 0.5], []), Fixed([0.2, 0.6], [0.8, 0.6], [])
-    dropped, kept, empty = Ensemble([first, second])([prompt(0)] * 3, [["", ""], ["", ""], []])
-    assert np.isnan(dropped).all() and np.isfinite(kept).all() and empty.shape == (0,)
-    with pytest.raises(UserError, match=r"score\.members"):
-        Ensemble([])
-
-
-def tower(folder, *, seed, hidden=4, noise=0.0, prefix="vision_model.", stored=True):
-    """A directory with a patch embedding only, and the config that describes it."""
-    from safetensors.numpy import save_file
-
-    folder.mkdir()
-    if stored:
-        kernel = np.random.default_rng(seed).normal(size=(hidden, 3, 2, 2))
-        kernel += noise * np.random.default_rng(99).normal(size=kernel.shape)
-        name = f"{prefix}embeddings.patch_embedding.weight"
-        save_file({name: kernel.astype(np.float32)}, folder / "model.safetensors")
-    return folder, {
-        "vision_config": {"hidden_size": hidden, "num_hidden_layers": 2, "image_size": 8, "patch_size": 2}
-    }
-
-
-def test_blind_spots(tmp_path):
-    ours, config = tower(tmp_path / "policy", seed=0, prefix="vision_tower.vision_model.")
-
-    def warning(judge_directory, judge_config):
-        return shared_blind_spots(ours, judge_directory, config, judge_config)
-
-    assert "itself" in warning(tmp_path / "x" / ".." / "policy", config)
-    assert "vision encoder" in warning(*tower(tmp_path / "tuned", seed=0, noise=0.02))
-    assert warning(*tower(tmp_path / "other", seed=1)) is None
-    assert warning(*tower(tmp_path / "wider", seed=0, hidden=6)) is None
-    assert "if it is the same" in warning(*tower(tmp_path / "bare", seed=0, stored=False))
-    assert warning(tmp_path / "bare", {"model_type": "llama"}) is None

@@ -15,9 +15,10 @@ from flax import nnx
 from PIL import Image as PILImage
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
-from hf_models import dual_encoder, torch_and_transformers
+from hf_models import dual_encoder, llava, torch_and_transformers
 
 from m3po_jax.config import MeshConfig, ModelConfig, Recipe
+from m3po_jax.data.processing import PlainText
 from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.models.layers import Linear
 from m3po_jax.pipeline.models import Policy, load_policy
@@ -29,11 +30,13 @@ __all__ = [
     "SIDE",
     "TEXT_LENGTH",
     "dual_encoder_directory",
+    "llava",
     "one_device",
     "png",
     "prompt",
     "tiny_policy",
     "torch_and_transformers",
+    "word_level",
 ]
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
@@ -84,3 +87,18 @@ def tiny_policy(seed: int = 0, scale: float = 6.0, path: str | Path = QUICKSTART
         if isinstance(linear, Linear) and config.init == "random":
             linear.kernel[...] = linear.kernel[...] * scale
     return policy
+
+
+def word_level(words: list[str], split: str = "whitespace") -> PlainText:
+    """A tokenizer of these words, from id 4 on."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    names = ["<unk>", "<s>", "</s>", "<image>", *words]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(names)}, unk_token="<unk>"))
+    parts = {
+        "whitespace": pre_tokenizers.WhitespaceSplit(),
+        "metaspace": pre_tokenizers.Metaspace(prepend_scheme="never"),
+        "letters": pre_tokenizers.Split("", "isolated"),
+    }
+    tokenizer.pre_tokenizer = parts[split]
+    return PlainText(tokenizer.to_str(), frozenset({1, 2, 3}), 0)

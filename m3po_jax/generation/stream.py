@@ -1,0 +1,247 @@
+"""The host's part of generation: prompts into free slots, answers out of finished ones, the state enlarged.
+
+The device never waits for a decision about a single token; it returns when prompts are needed, and while it works
+the host prepares those. All processes of a run go through the same steps, since they see the same reports.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from m3po_jax.errors import UserError
+from m3po_jax.generation.lanes import capacities
+from m3po_jax.generation.prompts import Candidates, Request, prompt_bucket
+from m3po_jax.generation.sampling import candidate_keys
+from m3po_jax.generation.state import Board, Cache, Lanes, Prompts, Report
+from m3po_jax.sharding import replicate, shard_batch, to_host, use_mesh
+
+if TYPE_CHECKING:
+    from m3po_jax.generation.engine import Generator
+
+
+class Program(NamedTuple):
+    """A compiled program of a stream, for those who measure.
+
+    Attributes:
+        calls: how often it runs.
+        steps: how often its loop over tokens runs in one call; 0 for a program without.
+        state: bytes of the state on all devices, arguments and results of the program.
+    """
+
+    name: str
+    function: Any
+    arguments: tuple[Any, ...]
+    calls: int
+    steps: int
+    state: int
+
+
+class Stream:
+    """One pass over requests; iterate over it once."""
+
+    def __init__(self, engine: Generator, requests: Iterable[Request | None], count: int | None = None):
+        self.engine, self.source = engine, iter(requests)
+        self.count = count
+        self.queue: deque[Request] = deque()  # drawn from the source, not yet on the device
+        self.held: dict[tuple[int, int], Request] = {}  # by (shard, slot)
+        self.exhausted = False
+        self.failure: BaseException | None = None  # of the source, raised when everything before it is answered
+        self.arrivals = 0
+        self.prefix = self.rows = 0  # padded length of prompts, and how many a shard prefills at once
+        self.prompts: Prompts | None = None
+        self.board: Board | None = None
+        self.lanes: Lanes | None = None
+        self.cache: Cache | None = None
+
+    def __iter__(self) -> Iterator[Candidates]:
+        self._draw(self.engine.batch_size)
+        if self.queue:
+            self._measure()
+            self.sizes = self.engine.sizes(self.count, self.prefix)
+            self.capacities = capacities(self.sizes.tokens)
+            self._draw()
+        while self.queue or self.held:
+            with use_mesh(self.engine.mesh), self.engine.explained(self.sizes, self.prefix):
+                self._fill()
+                report = self._decode()
+            self._draw()  # while the device decodes
+            with use_mesh(self.engine.mesh), self.engine.explained(self.sizes, self.prefix):
+                host = jax.tree.map(to_host, report)
+                done = self._harvest(host)
+            self.engine.slot_steps += int(host.steps) * self.sizes.shards * self.sizes.lanes
+            yield from done
+            self._check(host)
+            if host.grow:
+                assert self.cache is not None
+                with use_mesh(self.engine.mesh), self.engine.explained(self.sizes, self.prefix):
+                    larger = self.capacities[self.capacities.index(self.cache.written.shape[0]) + 1]
+                    self.cache = self.engine.layout.larger_cache(self.cache, larger)
+            self._draw()  # what the answers made the source give
+        if self.failure is not None:
+            raise self.failure
+        if not self.exhausted:
+            raise ValueError("the source of requests waits for answers, and none is due")
+
+    def programs(self) -> list[Program]:
+        """What the requests need if every answer is as long as allowed."""
+        engine = self.engine
+        self._draw(engine.batch_size)
+        self._measure()
+        self.sizes = engine.sizes(self.count, self.prefix)
+        size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
+        prompts, board, lanes = jax.eval_shape(lambda: engine.layout.empty(self.sizes, self.prefix))
+        given = [(engine.graph, engine.weights, prompts, board, self._arrays())]
+        while self.queue:
+            given.append((engine.graph, engine.weights, prompts, board, self._arrays()))
+        state = size((prompts, board, lanes))
+        found = [Program("prefill", engine.prefill, given[0], len(given), 0, state)]
+        quota, filled = replicate(np.int32(0), engine.mesh), 0
+        for capacity in capacities(self.sizes.tokens):
+            cache = jax.eval_shape(lambda capacity=capacity: engine.layout.empty_cache(self.sizes, capacity))
+            before = (engine.graph, self.sizes, engine.weights, prompts, board, lanes, cache)
+            steps, filled = capacity - filled, capacity
+            whole = state + size(cache)
+            arguments: tuple[Any, ...] = (*before, engine.constants, quota)
+            found.append(Program(f"decode_{capacity}", engine.decode, arguments, 1, steps, whole))
+        return found
+
+    def _draw(self, most: int = 0) -> None:
+        """Requests from the source: at least those that fit, and those of the next two calls of prefill."""
+        if not most:
+            shards = self.sizes.shards
+            most = max(shards * self.sizes.slots - len(self.held), 2 * shards * self.rows)
+        while not self.exhausted and len(self.queue) < most:
+            try:
+                request = next(self.source)
+            except StopIteration:
+                self.exhausted = True
+            except Exception as error:
+                self.exhausted, self.failure = True, error
+            else:
+                if request is None:
+                    return
+                self.queue.append(request)
+
+    def _measure(self) -> None:
+        """Room for the longest prompt of the queue; an eighth more at least, so that growth costs few programs."""
+        multiple = self.engine.prefix_bucket
+        length = prompt_bucket(max(map(len_of, self.queue)), multiple)
+        if length > self.prefix:
+            self.prefix = max(length, prompt_bucket(self.prefix * 9 // 8, multiple))
+            self.rows = self.engine.prefill_rows(self.prefix)
+
+    def _fill(self) -> None:
+        """Prompts into free slots, a few at a time."""
+        while self.queue and len(self.held) < self.sizes.shards * self.sizes.slots:
+            before = self.prefix
+            self._measure()
+            if self.prompts is None:
+                self.prompts, self.board, self.lanes = self.engine.layout.empty(self.sizes, self.prefix)
+            elif self.prefix > before:
+                self.prompts = self.engine.layout.longer_prefix(self.prompts, self.prefix)
+            self.prompts, self.board = self.engine.prefill(
+                self.engine.graph, self.engine.weights, self.prompts, self.board, self._arrays()
+            )
+
+    def _arrays(self) -> dict[str, jax.Array]:
+        """The next requests of the queue, padded, with the slots that they get."""
+        sizes, engine = self.sizes, self.engine
+        rows = self.rows
+        free = [[n for n in range(sizes.slots) if (shard, n) not in self.held] for shard in range(sizes.shards)]
+        chosen: dict[int, tuple[int, Request]] = {}  # row of the program -> slot and request
+        for row in range(rows):
+            # The emptiest shard first, so that all have work when prompts run out.
+            for shard in sorted(range(sizes.shards), key=lambda shard: -len(free[shard])):
+                if free[shard] and self.queue and _alike(self.queue[0], chosen.values()):
+                    slot, request = free[shard].pop(0), self.queue.popleft()
+                    self.held[shard, slot] = request
+                    chosen[shard * rows + row] = (slot, request)
+        first = next(iter(chosen.values()))[1]
+        filled = [chosen.get(row, (sizes.slots, first)) for row in range(sizes.shards * rows)]
+        requests = [request for _, request in filled]
+        width = prompt_bucket(max(map(len_of, requests)), engine.prefix_bucket)
+        token_ids = np.full((len(filled), width), engine.pad_token_id, np.int32)
+        wanted = np.zeros((len(filled), sizes.candidates), bool)
+        arrival = np.zeros(len(filled), np.int32)
+        for row, request in enumerate(requests):
+            token_ids[row, : len_of(request)] = request.token_ids
+            wanted[row, slice(None) if request.wanted is None else list(request.wanted)] = True
+        for row in chosen:
+            arrival[row] = self.arrivals
+            self.arrivals += 1
+        keys = {r.id: candidate_keys(engine.sampling.seed, [r.id], sizes.candidates, r.attempt) for r in requests}
+        arrays: dict[str, Any] = {
+            "token_ids": token_ids,
+            "length": np.array([len_of(request) for request in requests], np.int32),
+            "slot": np.array([slot for slot, _ in filled], np.int32).reshape(sizes.shards, rows),
+            "keys": np.concatenate([keys[request.id] for request in requests]),
+            "wanted": wanted,
+            "arrival": arrival,
+        }
+        if first.images is not None:
+            count = max(len(request.images) for request in requests)  # type: ignore[arg-type]
+            arrays["features" if first.encoded else "images"] = np.stack(
+                [_padded(request.images, count) for request in requests]
+            )
+        return shard_batch(arrays, engine.mesh)
+
+    def _decode(self) -> Report:
+        engine = self.engine
+        if self.cache is None:
+            self.cache = engine.layout.empty_cache(self.sizes, self.capacities[0])
+        quota = 0
+        if self.queue:
+            quota = min(self.rows, -(-len(self.queue) // self.sizes.shards))
+        self.board, self.lanes, self.cache, report = engine.decode(
+            engine.graph,
+            self.sizes,
+            engine.weights,
+            self.prompts,
+            self.board,
+            self.lanes,
+            self.cache,
+            engine.constants,
+            replicate(np.int32(quota), engine.mesh),
+        )
+        return report
+
+    def _harvest(self, report: Report) -> list[Candidates]:
+        """Takes the answers of finished prompts off the device; broken ones are left."""
+        over = [place for place in self.held if report.free[place] and not report.broken[place]]
+        if not over:
+            return []
+        assert self.board is not None
+        names = ("token_ids", "log_probs", "lengths", "finished")
+        board = {name: to_host(getattr(self.board, name)) for name in names}
+        return [
+            Candidates(self.held.pop(place), **{name: board[name][place].copy() for name in names}) for place in over
+        ]
+
+    def _check(self, report: Report) -> None:
+        broken = [request for place, request in self.held.items() if report.broken[place]]
+        if broken:
+            raise UserError(
+                "the model's logits are not finite",
+                where=f"prompt {broken[0].id}",
+                remedy="check the checkpoint, or compute in float32 (model.dtype=float32)",
+            )
+
+
+def len_of(request: Request) -> int:
+    return len(request.token_ids)
+
+
+def _alike(request: Request, others: Iterable[tuple[int, Request]]) -> bool:
+    """Whether a request can share a program with the others: all have images of one kind, or none has."""
+    kind = lambda r: (r.encoded, None if r.images is None else r.images.shape[1:])  # noqa: E731
+    return all(kind(other) == kind(request) for _, other in others)
+
+
+def _padded(images: np.ndarray | None, count: int) -> np.ndarray:
+    assert images is not None
+    return np.pad(images, [(0, count - len(images)), *[(0, 0)] * (images.ndim - 1)])

@@ -1,0 +1,203 @@
+"""The comparison's runs: every seed's shared candidates, then arm after arm, each skipped where it is finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from m3po_jax.config import Recipe, to_yaml
+from m3po_jax.errors import UserError
+from m3po_jax.pipeline.arms import needs_pairs
+from m3po_jax.pipeline.compare import plan
+from m3po_jax.pipeline.compare.tables import write_results
+from m3po_jax.pipeline.console import say
+from m3po_jax.pipeline.run import Run
+from m3po_jax.pipeline.rundir import RunDirectory, is_writer, read_json, write_json, write_text
+from m3po_jax.pipeline.stopping import agreed, barrier
+
+
+class SeedRun(Run):
+    """One seed: the stages of `Run` without a system of its own, and arms that may be added later."""
+
+    def __init__(self, recipe: Recipe, original: Recipe):
+        super().__init__(recipe)
+        self.original = original
+        self._cap: int | None = None
+
+    def recorded_recipe(self) -> Recipe:
+        return plan.recorded(self.recipe, self.original)
+
+    def arm_recipe(self, arm: str | None) -> Recipe:
+        recipe = super().arm_recipe(arm)
+        if self._cap is None or arm not in self.capped_arms:
+            return recipe
+        return dataclasses.replace(
+            recipe, select=dataclasses.replace(recipe.select, max_pairs=self._cap, budget_by="random")
+        )
+
+    @property
+    def capped_arms(self) -> list[str]:
+        """Arms whose number of pairs is made equal: those that learn from pairs and set no limit of their own."""
+        if not self.original.compare.equal_pairs:
+            return []
+        return [
+            arm for arm in plan.trained_arms(self.original) if self._may_cap(super(SeedRun, self).arm_recipe(arm))
+        ]
+
+    @staticmethod
+    def _may_cap(recipe: Recipe) -> bool:
+        learns = recipe.train.objective in ("preference", "sft") and needs_pairs(recipe)
+        return learns and recipe.select.budget == 1 and recipe.select.max_pairs is None
+
+    def check_arm(self, arm: str) -> None:
+        """Notes what an arm is, or refuses another one under a name that is taken."""
+        path = self.directory.root / "arms" / arm / "arm.json"
+        overrides = json.loads(json.dumps(self.recipe.arms[arm]))
+        known = read_json(path)
+        if known is not None and known != overrides:
+            raise UserError(
+                f"holds another arm {arm!r}",
+                where=str(path.parent),
+                remedy="give the arm another name, or delete that folder",
+            )
+        if known is None and is_writer():
+            write_json(path, overrides)
+
+    def equalise_pairs(self) -> None:
+        """Finds how many pairs the arm with the fewest has, once; arms that join later keep to that number."""
+        path, arms = self.directory.root / "pairs-cap.json", self.capped_arms
+        if len(arms) < 2:
+            return
+        known = read_json(path)
+        if not agreed([known is not None])[0]:
+            counts = {}
+            for arm in arms:
+                self.prepare_scores(1, arm)
+                counts[arm] = self.select_stage(1, arm)["pairs"]
+            known = {"pairs": counts, "cap": min(counts.values())}
+            if is_writer():
+                write_json(path, known)
+            barrier("counted")
+            say(f"every arm trains on {known['cap']} pairs, as many as {min(counts, key=counts.__getitem__)} has")
+        cap = read_json(path)["cap"]
+        if cap < 1:
+            fewest = min(known["pairs"], key=known["pairs"].__getitem__)
+            raise UserError(f"{fewest} has no pair", where=str(path), remedy="loosen select.*, or leave that arm out")
+        self._cap = cap
+
+    def arm_finished(self, arm: str) -> bool:
+        """Whether the last thing that an arm leaves behind is there."""
+        rounds = [self.directory.round(number, arm) for number in range(1, self.recipe.rounds + 1)]
+        wanted = [folder / "done.json" for folder in rounds]
+        wanted += [folder / "evaluation" / b.name / "results.json" for folder in rounds for b in self.benchmarks]
+        return agreed([all(path.exists() for path in wanted)])[0]
+
+    def work_on(self, arm: str) -> None:
+        """All rounds of an arm, each evaluated; nothing of it stays in memory."""
+        for round in range(1, self.recipe.rounds + 1):
+            self.prepare_arm(round, arm)
+            self.train_stage(round, arm)
+            self.evaluate_stage(round, arm)
+            self.forget(round - 1, arm)
+        self.forget(self.recipe.rounds, arm)
+
+
+class Progress:
+    """Which part of how many this is, and a guess at the time left from the parts of its kind before it."""
+
+    def __init__(self, total: dict[str, int]):
+        self.left = dict(total)
+        self.total, self.number = sum(total.values()), 0
+        self.seconds: dict[str, list[float]] = {}
+
+    def skip(self, kind: str) -> None:
+        self.number += 1
+        self.left[kind] -= 1
+
+    @contextmanager
+    def part(self, kind: str, title: str) -> Iterator[None]:
+        self.number += 1
+        guess = self.guess()
+        say(f"[{self.number}/{self.total}] {title}" + (f", about {guess} left" if guess else ""), style="bold")
+        started = time.monotonic()
+        yield
+        self.left[kind] -= 1
+        self.seconds.setdefault(kind, []).append(time.monotonic() - started)
+
+    def guess(self) -> str:
+        """Words for the time left; empty before the first part is done."""
+        every = [second for seconds in self.seconds.values() for second in seconds]
+        if not every:
+            return ""
+        total = 0.0
+        for kind, count in self.left.items():
+            known = self.seconds.get(kind) or every
+            total += count * sum(known) / len(known)
+        return f"{total:.0f} s" if total < 90 else f"{total / 60:.0f} min"
+
+
+def compare(recipe: Recipe) -> Path:
+    """Runs what is missing of every seed and arm, writes the tables and the report; returns the report.
+
+    Everything lies under ``NAME/compare/``: ``seed-S/`` are run directories (round 1's candidates and scores, which
+    arms share, and ``arms/ARM/``); ``results.json``, ``results.md``, ``times.json`` and ``report.html`` beside them.
+    The tables are written after every seed, so that a stopped comparison shows what it has.
+
+    Raises:
+        UserError: settings that contradict each other, or directories of another recipe.
+        Interrupted: a signal arrived; the same call continues.
+    """
+    from m3po_jax.report import build_report
+    from m3po_jax.report.browser import tokenizer_text
+
+    plan.check_compare(recipe)
+    if not recipe.evaluate.benchmarks:
+        raise UserError("no benchmark", where="evaluate.benchmarks", remedy="name at least one in the recipe")
+    recipes = {seed: plan.seed_recipe(recipe, seed) for seed in recipe.compare.seeds}
+    root = RunDirectory(RunDirectory.of(recipe).root / plan.FOLDER)
+    arms = [*plan.trained_arms(recipe), *(point.arm for point in plan.efficiency_points(recipe))]
+    progress = Progress({"base": len(recipes), "arm": len(recipes) * len(arms)})
+    with root.lock():
+        if is_writer():
+            write_text(root.root / "config.yaml", to_yaml(recipe))
+        done: dict[int, Run] = {}
+        for seed, own in recipes.items():
+            run = SeedRun(own, recipe)
+            with run.directory.lock():
+                text = _one_seed(run, seed, arms, progress, tokenizer_text)
+            done[seed] = run
+            run.release()
+            results = write_results(recipe, root.root, done)
+            if is_writer():
+                build_report(root.root, text)
+            barrier("compared")
+    if is_writer():
+        print((root.root / "results.md").read_text(encoding="utf-8"), flush=True)
+    for line in results["verdict"]:
+        say(line)
+    return root.root / "report.html"
+
+
+def _one_seed(
+    run: SeedRun, seed: int, arms: list[str], progress: Progress, token_text: Callable[[Any], Any]
+) -> Callable[[int], str]:
+    run.open()
+    for arm in arms:
+        run.check_arm(arm)
+    with progress.part("base", f"seed {seed}: candidates, scores, the base"):
+        run.generate_stage(1)
+        run.score_stage(1)
+        run.evaluate_base()
+        run.equalise_pairs()
+    for arm in arms:
+        if run.arm_finished(arm):
+            progress.skip("arm")
+            continue
+        with progress.part("arm", f"seed {seed}: {arm}"):
+            run.work_on(arm)
+    return token_text(run.policy.processor.text)

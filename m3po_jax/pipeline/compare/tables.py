@@ -1,0 +1,162 @@
+"""`results.json` and `results.md`: the table of arms, paired differences, cost, curves and the verdict in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m3po_jax.config import Recipe
+from m3po_jax.pipeline.compare import collect, plan, statistics
+from m3po_jax.pipeline.compare.markdown import markdown
+from m3po_jax.pipeline.compare.verdict import verdict
+from m3po_jax.pipeline.run import Run
+from m3po_jax.pipeline.rundir import is_writer, write_json, write_text
+
+BETTER = {
+    "chair": {"delta_chair_i": "lower", "chair_i": "lower", "chair_s": "lower", "recall": "higher", "f1": "higher"},
+    "pope": {"accuracy": "higher", "f1": "higher"},
+    "short_answer": {"accuracy": "higher"},
+}
+
+
+def write_results(recipe: Recipe, root: Path, runs: Mapping[int, Run]) -> dict[str, Any]:
+    """Makes and writes the tables of the seeds that are there; seconds go to ``times.json``, as they never repeat."""
+    arms = plan.trained_arms(recipe)
+    everything = [*arms, *(point.arm for point in plan.efficiency_points(recipe))]
+    cost = {arm: [collect.compute(run, arm) for run in runs.values()] for arm in everything}
+    results: dict[str, Any] = {
+        **plan.facts(recipe),
+        "seeds": list(runs),
+        "planned_seeds": recipe.compare.seeds,
+        "benchmark_order": list(recipe.evaluate.benchmarks),
+        "order": everything,
+        "benchmarks": {
+            name: benchmark_results(recipe, runs, name, everything) for name in recipe.evaluate.benchmarks
+        },
+        "compute": {arm: _means(values, timed=False) for arm, values in cost.items()},
+        "training": {arm: _means([collect.training(run, arm) for run in runs.values()]) for arm in everything},
+        "signals": _means([collect.signals(run) for run in runs.values()]),
+        "systems": {arm: {"what": plan.what(recipe, arm), "overrides": _overrides(runs, arm)} for arm in everything},
+    }
+    results["efficiency"] = _efficiency(recipe, results)
+    results["verdict"] = verdict(results, recipe.compare)
+    times = {arm: _means(values, timed=True) for arm, values in cost.items()}
+    if is_writer():
+        write_json(root / "results.json", results)
+        write_json(root / "times.json", times)
+        write_text(root / "results.md", markdown(results, times))
+    return results
+
+
+def _overrides(runs: Mapping[int, Run], arm: str) -> dict[str, Any]:
+    return dict(next(iter(runs.values())).recipe.arms[arm])
+
+
+def _means(values: Sequence[Mapping[str, float]], timed: bool | None = None) -> dict[str, float]:
+    """Means over seeds of the keys that all have; `timed` keeps the seconds alone, or leaves them out."""
+    keys = [key for key in values[0] if all(key in value for value in values)]
+    if timed is not None:
+        keys = [key for key in keys if key.endswith("_seconds") == timed]
+    return {key: float(np.mean([value[key] for value in values])) for key in keys}
+
+
+def benchmark_results(recipe: Recipe, runs: Mapping[int, Run], name: str, arms: list[str]) -> dict[str, Any]:
+    """Every system on one benchmark: metrics over seeds, and paired differences against `compare.against`."""
+    benchmarks = {seed: next(b for b in run.benchmarks if b.name == name) for seed, run in runs.items()}
+    metric = recipe.evaluate.benchmarks[name].metric
+    placed = {seed: collect.systems(run, arms) for seed, run in runs.items()}
+    rounds = recipe.rounds
+    folders = {
+        seed: {system: folder for system, (_, folder) in found.items()}
+        | {
+            f"{arm}, round {number}": runs[seed].directory.round(number, arm)
+            for arm in arms
+            for number in range(1, rounds)
+        }
+        for seed, found in placed.items()
+    }
+    images, sums = collect.sums(folders, benchmarks)
+    drawn = statistics.weights(images, recipe.compare.resamples, recipe.seed)
+    values = {
+        seed: {system: statistics.METRICS[metric][1](drawn @ table) for system, table in tables.items()}
+        for seed, tables in sums.items()
+    }
+    beyond: dict[str, bool] = {}
+    if metric == "chair":
+        beyond = _add_deltas(values, placed)
+    # A system counts where every seed has it.
+    shared = [s for s in folders[next(iter(folders))] if all(s in values.get(seed, {}) for seed in runs)]
+    kinds = {system: kind for found in placed.values() for system, (kind, _) in found.items()}
+    result: dict[str, Any] = {
+        "metric": metric,
+        "images": len(images),
+        "questions": len(benchmarks[next(iter(benchmarks))].prompts),
+        "order": shared,  # JSON objects are written in the order of their keys
+        "systems": {},
+        "differences": {},
+        "rounds": {},
+    }
+    for system in shared:
+        entry = {
+            "kind": kinds.get(system, "round"),
+            "beyond_frontier": beyond.get(system, False),
+            "metrics": {
+                key: statistics.summarise([values[seed][system][key] for seed in runs])
+                for key in values[next(iter(runs))][system]
+            },
+        }
+        result["rounds" if entry["kind"] == "round" else "systems"][system] = entry
+    for reference in recipe.compare.against:
+        if reference not in shared:
+            continue
+        result["differences"][reference] = {
+            system: {
+                key: _difference([values[s][system][key] - values[s][reference][key] for s in runs], better)
+                for key, better in BETTER[metric].items()
+                if all(key in values[s][system] and key in values[s][reference] for s in runs)
+            }
+            for system in shared
+            if system != reference and kinds.get(system) in ("arm", "decoding")
+        }
+    return result
+
+
+def _difference(values: Sequence[np.ndarray], better: str) -> dict[str, Any]:
+    found = statistics.summarise(values)
+    return found | {"better": better, "outcome": statistics.outcome(found, better)}
+
+
+def _add_deltas(
+    values: dict[int, dict[str, dict[str, np.ndarray]]], placed: Mapping[int, Mapping[str, tuple[str, Path]]]
+) -> dict[str, bool]:
+    """Adds ΔC to every system; returns which of them lie beyond the frontier's recall in any seed."""
+    beyond: dict[str, bool] = {}
+    for seed, systems in values.items():
+        points = [s for s in systems if placed[seed].get(s, ("", None))[0] in ("base", "frontier")]
+        if len(points) < 2:
+            continue
+        recall, rate = (np.stack([systems[s][key] for s in points], axis=1) for key in ("recall", "chair_i"))
+        for name, metrics in systems.items():
+            found = statistics.matched(metrics["recall"], metrics["chair_i"], recall, rate)
+            metrics["delta_chair_i"] = found.delta
+            beyond[name] = beyond.get(name, False) or bool(found.beyond[0])
+    return beyond
+
+
+def _efficiency(recipe: Recipe, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Points of the curve: pairs (mean over seeds) and every benchmark's metrics."""
+    rows = []
+    for point in plan.efficiency_points(recipe):
+        scored = {
+            name: found["systems"][point.arm]["metrics"]
+            for name, found in results["benchmarks"].items()
+            if point.arm in found["systems"]
+        }
+        pairs = results["compute"][point.arm]["pairs"]
+        rows.append(
+            {"arm": point.arm, "order": point.order, "budget": point.budget, "pairs": pairs, "metrics": scored}
+        )
+    return rows

@@ -1,0 +1,115 @@
+"""What a comparison shows, in plain words: never more than both intervals allow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from m3po_jax.config import CompareConfig
+from m3po_jax.pipeline.compare.statistics import MIN_SEEDS, outcome
+
+# The metric that decides, by benchmark: recall-matched where there is a frontier, so that brevity cannot win.
+DECIDING = {"chair": ("delta_chair_i", "f1"), "pope": ("accuracy",), "short_answer": ("accuracy",)}
+LABELS = {"delta_chair_i": "ΔC", "f1": "F1", "accuracy": "accuracy"}
+CORRELATION_LIMIT = 0.4
+
+
+def verdict(results: Mapping[str, Any], config: CompareConfig) -> list[str]:
+    """One line a finding: the main system above the base's frontier, then against each reference, then why."""
+    lines = []
+    count = len(results["seeds"])
+    if count < len(results["planned_seeds"]):
+        lines.append(f"{count} of {len(results['planned_seeds'])} seeds are done; the table is of those.")
+    if count < MIN_SEEDS:
+        lines.append(
+            f"With {count} seed{'s' if count > 1 else ''} nothing is claimed: at least {MIN_SEEDS} are needed."
+        )
+    for name, found in results["benchmarks"].items():
+        if config.main in found["systems"]:
+            lines += _benchmark(name, found, config.main)
+    return lines + _why(results, config)
+
+
+def _benchmark(name: str, found: Mapping[str, Any], main: str) -> list[str]:
+    lines = []
+    metrics = found["systems"][main]["metrics"]
+    delta = metrics.get("delta_chair_i")
+    if delta is not None:
+        lines.append(_frontier(name, main, delta, found["systems"][main]["beyond_frontier"]))
+    for reference, differences in found["differences"].items():
+        if main == reference:
+            continue
+        for key in DECIDING[found["metric"]]:
+            difference = differences[main].get(key)
+            if difference is not None and difference["outcome"] != "undefined":
+                lines.append(_pairwise(name, main, reference, key, difference))
+                break
+    return lines
+
+
+def _frontier(name: str, main: str, delta: Mapping[str, Any], beyond: bool) -> str:
+    judged = outcome(delta, "lower")
+    if judged == "undefined":
+        return f"{name}: {main}'s recall lies below the base's stop-bias frontier, so it cannot be compared with it."
+    bound = " (at most: its recall lies beyond the frontier's)" if beyond else ""
+    numbers = f"ΔC {_interval(delta)}{bound}"
+    match judged:
+        case "better":
+            return f"{name}: {main} lies above the base's stop-bias frontier; {numbers}."
+        case "worse":
+            return f"{name}: {main} lies below the base's stop-bias frontier; {numbers}."
+        case "tie":
+            return f"{name}: {main} is not shown to lie above the base's stop-bias frontier; {numbers}."
+    return f"{name}: {main} against the base's stop-bias frontier: {numbers}; too few seeds for a claim."
+
+
+def _pairwise(name: str, main: str, reference: str, key: str, difference: Mapping[str, Any]) -> str:
+    words = {
+        "better": f"{main} beats {reference}",
+        "worse": f"{main} is worse than {reference}",
+        "tie": f"{main} and {reference} are not told apart",
+        "few_seeds": f"{main} against {reference}, too few seeds for a claim",
+    }[difference["outcome"]]
+    return f"{name}: {words}; {LABELS[key]} differs by {_interval(difference)}."
+
+
+def _interval(value: Mapping[str, Any]) -> str:
+    """In points of a hundred."""
+    text = f"{100 * value['mean']:+.1f} [images {100 * value['low']:+.1f} to {100 * value['high']:+.1f}"
+    if value["t_low"] is not None:
+        text += f"; seeds {100 * value['t_low']:+.1f} to {100 * value['t_high']:+.1f}"
+    return text + "]"
+
+
+def _why(results: Mapping[str, Any], config: CompareConfig) -> list[str]:
+    """Diagnostics that bear on the result."""
+    lines, signals = [], results["signals"]
+    correlation = signals.get("correlation/confidence_mean")
+    if correlation is not None and correlation > CORRELATION_LIMIT:
+        lines.append(
+            f"Within prompts MAS and mean confidence correlate at {correlation:.2f} (above {CORRELATION_LIMIT}): "
+            "confidence adds little to MAS, so a tie with mas_dpo is expected."
+        )
+    areas = {key.removeprefix("auroc/"): value for key, value in signals.items() if key.startswith("auroc/")}
+    if areas:
+        listed = ", ".join(f"{name.removeprefix('confidence_')} {value:.2f}" for name, value in areas.items())
+        lines.append(f"AUROC for a candidate without hallucination: {listed} (0.5 is chance).")
+    trained = results["training"]
+    if (shift := trained.get(config.main, {}).get("delta_logps/chosen")) is not None and shift < 0:
+        lines.append(
+            f"{config.main} made the chosen answers less likely ({shift:+.2f} nats a token): likelihood displacement."
+        )
+    for name, found in results["benchmarks"].items():
+        lines += _yes_rate(name, found, config.main)
+    return lines
+
+
+def _yes_rate(name: str, found: Mapping[str, Any], main: str) -> list[str]:
+    rates = {
+        system: found["systems"][system]["metrics"]["yes_ratio"]["mean"]
+        for system in ("base", main)
+        if found["metric"] == "pope" and system in found["systems"]
+    }
+    if len(rates) < 2 or None in rates.values():
+        return []
+    return [f"{name}: yes-rate {100 * rates['base']:.0f} % before, {100 * rates[main]:.0f} % after {main}."]

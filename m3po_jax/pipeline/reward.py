@@ -1,0 +1,294 @@
+"""Reward models in a run: which prompts are theirs, training, accuracy, and a checkpoint as a judge.
+
+A reward model's folder holds ``reward.json`` (what it is), ``pairs/`` (what it learned from), ``checkpoints/``,
+``metrics.jsonl`` and ``results.json`` (its accuracy on held-out pairs).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from flax import nnx
+from jax.sharding import Mesh
+
+from m3po_jax.config import ModelConfig, Recipe, SelectConfig, TrainConfig, from_plain
+from m3po_jax.data import batches, tables
+from m3po_jax.data.processing import Processor
+from m3po_jax.errors import UserError
+from m3po_jax.evaluation.bootstrap import bootstrap
+from m3po_jax.models.heads import attach_head
+from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy
+from m3po_jax.pipeline.rundir import is_writer, read_json
+from m3po_jax.pipeline.stopping import barrier
+from m3po_jax.scoring.reward import HeadScorer, Reward
+from m3po_jax.selection import check_config
+from m3po_jax.sharding import use_mesh
+from m3po_jax.training.loop import load_trained, train
+from m3po_jax.training.metrics_log import MetricsLog
+from m3po_jax.training.objectives import check_objective
+
+FOLDER = "reward"  # of a round
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedReward:
+    """A reward model that can be asked, and what is known of it (``results.json``)."""
+
+    judge: Reward
+    results: dict[str, Any]
+    seconds: float
+
+
+def _place(kind: str, key: str) -> float:
+    """A number in [0, 1) that belongs to a prompt's id."""
+    digest = hashlib.sha256(f"{kind}\0{key}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def is_reward_prompt(key: str, split: float) -> bool:
+    """Whether a prompt belongs to the reward model: a function of its id, whatever else the data holds."""
+    return _place("reward split", key) < split
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One side of the split: the reward model's prompts, or those of the systems that use it."""
+
+    split: float
+    rewards: bool
+
+    def holds(self, key: str) -> bool:
+        return is_reward_prompt(key, self.split) == self.rewards
+
+
+def policy_part(recipe: Recipe) -> Part | None:
+    """The prompts that a system may learn from; None: all of them."""
+    own = uses_own_reward(recipe) and not recipe.reward.pairs
+    return Part(recipe.reward.split, rewards=False) if own else None
+
+
+def held_out(ids: Sequence[str], share: float) -> set[str]:
+    """The prompts whose pairs measure the accuracy: those of least hash, at least one and never all.
+
+    Raises:
+        UserError: fewer than two prompts.
+    """
+    ordered = sorted(set(ids), key=lambda key: (_place("reward holdout", key), key))
+    if len(ordered) < 2:
+        raise UserError(
+            f"{len(ordered)} prompts with a pair: too few to train a reward model and to measure it",
+            where="reward",
+            remedy="raise reward.split, add prompts, or loosen select.*",
+        )
+    return set(ordered[: min(max(round(share * len(ordered)), 1), len(ordered) - 1)])
+
+
+def judges_by_own_reward(recipe: Recipe) -> bool:
+    """Whether MAS comes from the run's own reward model (a model after `score.backend: reward` is another one)."""
+    score = recipe.score
+    alone = score.backend == "reward" and not score.model
+    return alone or (score.backend == "ensemble" and "reward" in score.members)
+
+
+def uses_own_reward(recipe: Recipe) -> bool:
+    """Whether a system needs the reward model of its run."""
+    return recipe.train.objective == "rlhf" or judges_by_own_reward(recipe)
+
+
+def reward_train_config(recipe: Recipe) -> TrainConfig:
+    """The training settings of a recipe's reward model: those of `train`, with what `reward` replaces."""
+    own, train = recipe.reward, recipe.train
+    changes: dict[str, Any] = {
+        name: getattr(own, name)
+        for name in ("learning_rate", "batch_size", "epochs", "max_steps")
+        if getattr(own, name) is not None
+    }
+    if own.epochs is not None and own.max_steps is None:
+        changes["max_steps"] = None
+    # What names metrics of another objective, or belongs to one, means nothing here.
+    return dataclasses.replace(
+        train, objective="reward", keep_best=0, weights="last", harm_metrics_steps=0, **changes
+    )
+
+
+def pair_rule(recipe: Recipe) -> SelectConfig:
+    """How the reward model's pairs are made."""
+    return dataclasses.replace(recipe.select, rule=recipe.reward.rule, max_pairs=None, budget=1.0)
+
+
+def read_reward_pairs(path: str) -> pa.Table:
+    """Pairs from a file or folder (`reward.pairs`); rows without an id get one.
+
+    Raises:
+        UserError: nothing there, or not pairs.
+    """
+    place = Path(path)
+    files = [place] if place.is_file() else tables.shards(place)
+    if not files:
+        raise UserError("no pairs", where=f"reward.pairs {path!r}", remedy="name a parquet file, or a folder of them")
+    parts = []
+    for file in files:
+        with tables.open_parquet(file) as opened:
+            parts.append(opened.read())
+    table = pa.concat_tables(parts, promote_options="default")
+    missing = {"prompt", "chosen", "rejected"} - set(table.column_names)
+    if missing:
+        raise UserError(f"no column {sorted(missing)[0]!r}", where=str(files[0]), remedy="TRL's vision format")
+    if "id" not in table.column_names:
+        table = table.append_column("id", pa.array([f"pair-{i}" for i in range(table.num_rows)]))
+    return table
+
+
+def check_reward_config(recipe: Recipe) -> None:
+    """Raises UserError for settings of `reward` that cannot be meant."""
+    check_config(pair_rule(recipe))
+    check_objective(reward_train_config(recipe))
+    for name in ("split", "holdout"):
+        value = getattr(recipe.reward, name)
+        if not 0 < value < 1:
+            raise UserError(f"must lie between 0 and 1, not {value}", where=f"reward.{name}")
+
+
+def start_reward(policy: Policy, recipe: Recipe, mesh: Mesh) -> Any:
+    """The policy's weights with fresh adapters and a fresh head; the policy stays as it is."""
+    model = attach_adapter(policy, recipe, mesh)
+    return attach_head(nnx.merge(*nnx.split(model)), recipe.seed)
+
+
+def reward_of_pairs(
+    recipe: Recipe, policy: Policy, pairs: pa.Table, out: Path, mesh: Mesh, *, seed: int
+) -> TrainedReward:
+    """Trains a reward model on pairs, measures it on held-out ones, and writes its folder.
+
+    A finished one is loaded; an unfinished one goes on.
+
+    Args:
+        pairs: PAIR rows; all pairs of a prompt stay on one side.
+
+    Raises:
+        UserError: too few pairs, or anything that training stops at.
+    """
+    started = time.monotonic()
+    config = reward_train_config(recipe)
+    ids = pairs.column("id").to_pylist()
+    test = held_out(ids, recipe.reward.holdout)
+    learned = pairs.filter(pa.array([key not in test for key in ids]))
+    start = start_reward(policy, recipe, mesh)
+    source = batches.pair_batches(
+        learned,
+        policy.processor,
+        batch_size=config.batch_size,
+        seed=seed,
+        max_answer_tokens=config.max_answer_tokens,
+        where=str(out / "pairs"),
+    )
+    with use_mesh(mesh):
+        result = train(start, source, config, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)
+        scorer = HeadScorer(result.model, mesh, batch_size=recipe.score.batch_size)
+        judge = Reward(scorer, policy.processor)
+        results = read_json(out / "results.json")
+        if results is None:
+            unseen = pairs.filter(pa.array([key in test for key in ids]))
+            results = {
+                **measure(judge, unseen, policy.processor, seed=recipe.seed),
+                "train_pairs": learned.num_rows,
+                "steps": result.steps,
+                "identity": tables.content_hash(
+                    policy.identity, source.fingerprint, dataclasses.asdict(config), seed
+                )[:16],
+            }
+            _write(out, recipe, config, results)
+    return TrainedReward(judge, results, time.monotonic() - started)
+
+
+def measure(judge: Reward, pairs: pa.Table, processor: Processor, *, seed: int) -> dict[str, Any]:
+    """Accuracy of a reward model on pairs (a tie is half right), with a bootstrap interval over prompts."""
+    prompts, answers = [], []
+    for number, row in enumerate(batches.TableRows(pairs)):
+        prompts.append(batches.pair_prompt(row, f"pairs:{number + 1} (id {row['id']!r})"))
+        texts = {side: batches.message_text(row[side]) for side in ("chosen", "rejected")}
+        answers.append(
+            [row.get(f"{side}_token_ids") or processor.encode_answer(text) for side, text in texts.items()]
+        )
+    rewards = np.array(judge.of_tokens(prompts, answers))
+    gaps = rewards[:, 0] - rewards[:, 1]
+    right = np.where(gaps == 0, 0.5, gaps > 0)
+    interval = bootstrap([p.id for p in prompts], np.stack([right, np.ones_like(right)], axis=1), seed=seed)
+    return {
+        "accuracy": float(right.mean()),
+        "accuracy_low": interval["low"],
+        "accuracy_high": interval["high"],
+        "held_out_pairs": len(prompts),
+        "margin": float(gaps.mean()),
+        "mean_reward": float(rewards.mean()),
+    }
+
+
+def _write(out: Path, recipe: Recipe, config: TrainConfig, results: dict[str, Any]) -> None:
+    if is_writer():
+        log = MetricsLog(out / "metrics.jsonl")
+        if not any("eval_accuracy" in line for line in log.lines(results["steps"])):
+            measured = {name: results[name] for name in ("accuracy", "margin", "mean_reward")}
+            log.write(results["steps"], {f"eval_{name}": value for name, value in measured.items()})
+        description = {
+            "model": dataclasses.asdict(recipe.model),
+            "train": dataclasses.asdict(config),
+            "seed": recipe.seed,
+        }
+        tables.write_json(out / "reward.json", description)
+        tables.write_json(out / "results.json", results)
+    barrier("measured")
+
+
+def find_reward(path: str) -> Path:
+    """The folder of a trained reward model: itself, or the latest one of a run directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = Path(path).expanduser()
+    found = [folder / "reward.json", *sorted(folder.glob(f"round-*/{FOLDER}/reward.json"), reverse=True)]
+    for file in found:
+        if file.is_file() and (file.parent / "results.json").is_file():
+            return file.parent
+    raise UserError(
+        "no trained reward model",
+        where=f"score.model {path!r}",
+        remedy="name a run directory whose `m3po train train.objective=reward` has finished, or its reward folder",
+    )
+
+
+def load_reward(path: str, mesh: Mesh, *, image_root: str | Path = ".", batch_size: int = 16) -> Reward:
+    """A trained reward model as an alignment backend, from its folder or its run directory.
+
+    Raises:
+        UserError: no reward model there, or not the weights that it was trained from.
+    """
+    folder = find_reward(path)
+    known = read_json(folder / "reward.json")
+    recipe = Recipe(
+        model=from_plain(ModelConfig, known["model"], str(folder)),
+        train=from_plain(TrainConfig, known["train"], str(folder)),
+        seed=known["seed"],
+    )
+    policy = load_policy(recipe, mesh, image_root=image_root)
+    with use_mesh(mesh):
+        start = start_reward(policy, recipe, mesh)
+        model = load_trained(start, recipe.train, output_dir=folder, mesh=mesh).model
+    return Reward(HeadScorer(model, mesh, batch_size=batch_size), policy.processor)
+
+
+def told(results: dict[str, Any]) -> str:
+    """The accuracy as the log says it."""
+    low, high = results["accuracy_low"], results["accuracy_high"]
+    interval = "" if low is None else f" ({low:.0%} to {high:.0%})"
+    hint = "; no better than a coin: what learns from it learns noise" if low is not None and low <= 0.5 else ""
+    pairs = f"{results['held_out_pairs']} held-out pairs"
+    return f"reward model: {results['accuracy']:.0%}{interval} of {pairs} ranked right{hint}"

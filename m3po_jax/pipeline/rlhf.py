@@ -1,0 +1,90 @@
+"""The `rlhf` arm: the policy learns from a reward model's opinion of its own answers, by RLOO or PPO."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from m3po_jax.config import Recipe
+from m3po_jax.data.schema import Prompt
+from m3po_jax.generation.engine import Generator
+from m3po_jax.generation.settings import SamplingConfig
+from m3po_jax.models.heads import attach_head, detach_head
+from m3po_jax.pipeline.models import Policy
+from m3po_jax.pipeline.reward import TrainedReward
+from m3po_jax.pipeline.train import Trained
+from m3po_jax.scoring.engine import Scorer
+from m3po_jax.scoring.reward import HeadScorer
+from m3po_jax.sharding import use_mesh
+from m3po_jax.training.loop import train
+from m3po_jax.training.rollouts import RolloutSource
+
+
+def rollout_sampling(recipe: Recipe, seed: int) -> SamplingConfig:
+    """How rollouts are drawn: nothing is truncated, so that the sampled policy is the one that is trained."""
+    rl = recipe.train.rl
+    return SamplingConfig(
+        num_candidates=rl.rloo_k,
+        temperature=rl.temperature,
+        max_new_tokens=recipe.generate.max_new_tokens,
+        suppress_token_ids=tuple(recipe.generate.suppress_tokens),
+        seed=seed,
+    )
+
+
+def train_rlhf(
+    recipe: Recipe,
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    reward: TrainedReward,
+    out: Path,
+    mesh: Mesh,
+    *,
+    start: Any,
+    seed: int,
+) -> Trained:
+    """RLOO or PPO from `start`, the policy's model with adapters (trained or not), on prompts of its own.
+
+    The KL is measured to `start` with its adapters switched off. PPO's value head learns beside the adapters and is
+    taken off the result.
+    """
+    started = time.monotonic()
+    config, processor = recipe.train, policy.processor
+    model = start
+    size = min(recipe.generate.batch_size, recipe.score.batch_size)
+    with use_mesh(mesh):
+        values = None
+        if config.rl.algorithm == "ppo":
+            model = attach_head(nnx.merge(*nnx.split(start)), recipe.seed)
+            values = HeadScorer(model, mesh, batch_size=size)
+        generator = Generator(
+            model,
+            eos_token_id=processor.eos_token_id,
+            pad_token_id=processor.pad_token_id,
+            mesh=mesh,
+            sampling=rollout_sampling(recipe, seed),
+            batch_size=recipe.generate.batch_size,
+            tokenizer_size=processor.text.size,
+        )
+        source: Any = RolloutSource(
+            prompts,
+            processor,
+            generator,
+            reward.judge.scorer.rewards,
+            Scorer(start, mesh, batch_size=size),
+            config.rl,
+            config.batch_size,
+            seed,
+            out / "rollouts",
+            values=values,
+            identity=reward.results["identity"],
+        )
+        result = train(model, source, config, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)
+    result = dataclasses.replace(result, model=detach_head(result.model))
+    return Trained(result, policy.loaded, time.monotonic() - started)

@@ -1,0 +1,121 @@
+"""What a later round takes over: pairs of earlier rounds, and a reference that is not the round's generator.
+
+The log-probs that were recorded while a round's candidates were drawn are those of that round's generator. They serve
+as the reference where that generator is the reference; everywhere else the reference model is asked once, and its
+log-probs stand in the pairs as recorded ones do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from m3po_jax.config import RoundConfig
+from m3po_jax.data import batches, tables
+from m3po_jax.data.processing import Processor
+from m3po_jax.data.schema import PAIR
+from m3po_jax.errors import UserError, nearest
+from m3po_jax.pipeline.generate import prompt_batches
+from m3po_jax.pipeline.rundir import is_writer
+from m3po_jax.pipeline.stopping import agreed, barrier
+from m3po_jax.scoring.engine import Scorer
+
+REFERENCES = ("previous", "base")
+SIDES = ("chosen", "rejected")
+
+
+def check_rounds(config: RoundConfig) -> None:
+    """Raises UserError where a setting cannot be meant."""
+    if config.reference not in REFERENCES:
+        raise UserError(
+            f"unknown reference {config.reference!r}{nearest(config.reference, REFERENCES)}", where="round.reference"
+        )
+    if not 0 <= config.mix_previous < 1:
+        raise UserError(f"must lie in [0, 1), not {config.mix_previous}", where="round.mix_previous")
+
+
+def earlier_count(own: int, earlier: int, share: float) -> int:
+    """How many of `earlier` pairs make up `share` of a mixture with `own` pairs, as far as there are so many."""
+    return min(earlier, math.floor(own * share / (1 - share) + 0.5))
+
+
+def mix(rounds: Sequence[tuple[int, pa.Table]], share: float, seed: int) -> list[tuple[int, dict[str, Any]]]:
+    """(round, pair) of a round's training set: all pairs of the last table, and some of the earlier ones.
+
+    Which ones depends on (seed, round, prompt id) alone.
+    """
+
+    def rank(item: tuple[int, dict[str, Any]]) -> bytes:
+        return hashlib.sha256(f"mix\0{seed}\0{item[0]}\0{item[1]['id']}".encode()).digest()
+
+    *before, own = [[(number, row) for row in table.to_pylist()] for number, table in rounds]
+    pool = sorted((item for table in before for item in table), key=rank)
+    return own + pool[: earlier_count(len(own), len(pool), share)]
+
+
+def reference_log_probs(
+    scorer: Scorer, processor: Processor, rows: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows with `scorer`'s log-probs of their answers in place of the recorded ones."""
+    prompts = [batches.pair_prompt(row, f"pair {row['id']!r}") for row in rows]
+    answers = [[np.asarray(row[f"{side}_token_ids"], np.int32) for side in SIDES] for row in rows]
+    made: list[dict[str, Any]] = []
+    for chosen, batch in prompt_batches(prompts, processor, scorer.batch_size):
+        own = answers[len(made) : len(made) + len(chosen)]
+        longest = max(len(ids) for pair in own for ids in pair)
+        ids = np.zeros((len(own), 2, longest), np.int32)
+        mask = np.zeros(ids.shape, bool)
+        for b, pair in enumerate(own):
+            for k, tokens in enumerate(pair):
+                ids[b, k, : len(tokens)], mask[b, k, : len(tokens)] = tokens, True
+        found = scorer.log_probs(batch, ids, mask)
+        for b, pair in enumerate(own):
+            row = dict(rows[len(made)])
+            row |= {
+                f"reference_{side}_logprobs": found[b, k, : len(pair[k])].tolist() for k, side in enumerate(SIDES)
+            }
+            made.append(row)
+    return made
+
+
+def training_pairs(
+    rounds: Sequence[tuple[int, Path, pa.Table]],
+    config: RoundConfig,
+    out: Path,
+    *,
+    inputs: str,
+    seed: int,
+    processor: Processor,
+    scorer: Callable[[], Scorer],
+) -> pa.Table:
+    """Pairs to train a later round on, with the reference's log-probs; written to `out` once.
+
+    Args:
+        rounds: (number, pair folder, pairs) of the rounds that take part, in order; the round to train is the last.
+        inputs: A hash of the reference model's weights.
+        scorer: Of the reference model; called only if its log-probs are needed.
+    """
+    names = [[path.name for path in tables.shards(folder)] for _, folder, _ in rounds]
+    path = out / tables.shard_name(0, tables.content_hash(names, vars(config), inputs, seed))
+    if not agreed([path.exists()])[0]:
+        items = mix([(number, table) for number, _, table in rounds], config.mix_previous, seed)
+        # The round whose recorded log-probs are the reference's own.
+        recorded = 1 if config.reference == "base" else rounds[-1][0]
+        unknown = [position for position, (number, _) in enumerate(items) if number != recorded]
+        rows = [row for _, row in items]
+        if unknown:
+            asked = reference_log_probs(scorer(), processor, [rows[position] for position in unknown])
+            for position, row in zip(unknown, asked, strict=True):
+                rows[position] = row
+        if is_writer():
+            for stale in tables.shards(out):
+                stale.unlink()
+            tables.write_table(path, rows, PAIR)
+        barrier("mixed")
+    return pa.concat_tables([tables.open_parquet(path).read()])

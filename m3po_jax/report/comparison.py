@@ -1,0 +1,253 @@
+"""The comparison's section: verdict, tables with intervals, differences, data efficiency and rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from m3po_jax.report.figures import Figure
+from m3po_jax.report.formatting import format_number, slug
+from m3po_jax.report.svg import Point, Series, forest_chart, frontier_chart, line_chart
+
+# (key, label, better, digits, factor), in the order of the columns.
+_COLUMNS: dict[str, list[tuple[str, str, str | None, int, float]]] = {
+    "chair": [
+        ("delta_chair_i", "ΔC", "lower", 1, 100),
+        ("chair_i", "CHAIR_i", "lower", 1, 100),
+        ("chair_s", "CHAIR_s", "lower", 1, 100),
+        ("recall", "Recall", "higher", 1, 100),
+        ("f1", "F1", "higher", 1, 100),
+        ("mean_objects", "Objects", None, 2, 1),
+        ("mean_tokens", "Tokens", None, 1, 1),
+    ],
+    "pope": [
+        ("accuracy", "Accuracy", "higher", 1, 100),
+        ("f1", "F1", "higher", 1, 100),
+        ("yes_ratio", "Yes", None, 1, 100),
+    ],
+    "short_answer": [("accuracy", "Accuracy", "higher", 1, 100)],
+}
+_KINDS = {"base": "base", "frontier": "frontier", "decoding": "decoding"}
+
+
+@dataclass
+class ComparisonCell:
+    text: str
+    small: str = ""
+    verdict: str = ""  # better | worse: both intervals of a difference exclude zero
+
+
+@dataclass
+class ComparisonTable:
+    title: str
+    columns: list[tuple[str, str]]  # label, and which way is better
+    rows: list[tuple[str, str, list[ComparisonCell]]]  # name, kind, cells
+    note: str = ""
+
+
+@dataclass
+class ComparisonView:
+    """What the section shows.
+
+    Attributes:
+        facts: Label and value of what was held fixed.
+        verdict: One finding a line.
+    """
+
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    verdict: list[str] = field(default_factory=list)
+    tables: list[ComparisonTable] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+
+
+def comparison_view(results: Mapping[str, Any]) -> ComparisonView:
+    """The section of `compare`'s ``results.json``.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: it is not what `compare` writes.
+    """
+    seeds = results["seeds"]
+    view = ComparisonView(
+        facts=[
+            ("Seeds", f"{len(seeds)} of {len(results['planned_seeds'])}"),
+            ("Rounds", str(results["rounds"])),
+            ("Candidates", f"{results['candidates']} at temperature {results['temperature']:g}"),
+            ("λ₊, λ₋", ", ".join(f"{value:g}" for value in results["lambda"])),
+            ("β", f"{results['beta']:g}"),
+        ],
+        verdict=[str(line) for line in results["verdict"]],
+    )
+    curve = {row["arm"] for row in results["efficiency"]}
+    for name in results["benchmark_order"]:
+        found = results["benchmarks"][name]
+        _benchmark(view, name, found, curve)
+        _efficiency(view, name, found, results["efficiency"])
+        _rounds(view, name, found, results["rounds"])
+    view.tables.append(_cost({arm: results["compute"][arm] for arm in results["order"]}))
+    return view
+
+
+def _shown(found: Mapping[str, Any], systems: Mapping[str, Any]) -> list[tuple[str, str, str | None, int, float]]:
+    def known(key: str) -> bool:
+        return any((entry["metrics"].get(key) or {}).get("mean") is not None for entry in systems.values())
+
+    return [column for column in _COLUMNS[found["metric"]] if known(column[0])]
+
+
+def _span(low: float | None, high: float | None, digits: int, factor: float) -> str:
+    if low is None or high is None:
+        return ""
+    return f"{format_number(factor * low, digits)} – {format_number(factor * high, digits)}"
+
+
+def _value(value: Mapping[str, Any] | None, digits: int, factor: float, bound: bool) -> ComparisonCell:
+    if value is None or value["mean"] is None:
+        return ComparisonCell("–")
+    text = ("≤ " if bound else "") + format_number(factor * value["mean"], digits)
+    if value["sd"] is not None:
+        text += f" ± {format_number(factor * value['sd'], digits)}"
+    return ComparisonCell(text, _span(value["low"], value["high"], digits, factor))
+
+
+def _benchmark(view: ComparisonView, name: str, found: Mapping[str, Any], curve: set[str]) -> None:
+    order = [system for system in found["order"] if system not in curve]
+    systems = {system: found["systems"][system] for system in order if system in found["systems"]}
+    shown = _shown(found, systems)
+    heads = [(label, better or "") for _, label, better, _, _ in shown]
+    rows = []
+    for system, entry in systems.items():
+        cells = [
+            _value(entry["metrics"].get(key), digits, factor, key == "delta_chair_i" and entry["beyond_frontier"])
+            for key, _, _, digits, factor in shown
+        ]
+        rows.append((system, entry["kind"], cells))
+    view.tables.append(
+        ComparisonTable(
+            f"{name}: {found['questions']:,} questions about {found['images']:,} images",
+            heads,
+            rows,
+            "Mean over seeds ± standard deviation between seeds. Small: 95 % bootstrap interval over images."
+            + (" ΔC: CHAIR_i minus the base's stop-bias frontier at the same recall." if _has_delta(shown) else ""),
+        )
+    )
+    _frontier(view, name, systems)
+    for reference, differences in found["differences"].items():
+        kept = {system: differences[system] for system in order if system in differences}
+        _differences(view, name, reference, kept, shown)
+
+
+def _has_delta(shown: Sequence[tuple[Any, ...]]) -> bool:
+    return any(column[0] == "delta_chair_i" for column in shown)
+
+
+def _frontier(view: ComparisonView, name: str, systems: Mapping[str, Any]) -> None:
+    points = []
+    for system, entry in systems.items():
+        recall, rate = (entry["metrics"].get(key) or {} for key in ("recall", "chair_i"))
+        if recall.get("mean") is not None and rate.get("mean") is not None:
+            kind = _KINDS.get(entry["kind"], "arm")
+            points.append(Point(system, 100 * recall["mean"], 100 * rate["mean"], kind))
+    if not any(point.kind == "frontier" for point in points):
+        return
+    svg = frontier_chart(f"{name}: CHAIR_i against recall", points, x_label="Recall", y_label="CHAIR_i")
+    if svg is not None:
+        legend = [("frontier", "base, stop bias swept"), ("arm", "trained systems"), ("decoding", "decoding")]
+        note = "Means over seeds. Only a system below the line does better than a shorter answer would."
+        view.figures.append(Figure(f"compare-frontier-{slug(name)}", f"{name}: at equal recall", svg, note, legend))
+
+
+def _differences(
+    view: ComparisonView,
+    name: str,
+    reference: str,
+    differences: Mapping[str, Any],
+    shown: Sequence[tuple[str, str, str | None, int, float]],
+) -> None:
+    judged = [column for column in shown if any(column[0] in values for values in differences.values())]
+    rows = []
+    for system, values in differences.items():
+        cells = []
+        for key, _, _, digits, factor in judged:
+            value = values.get(key)
+            if value is None or value["mean"] is None:
+                cells.append(ComparisonCell("–"))
+                continue
+            spans = [_span(value[a], value[b], digits, factor) for a, b in (("low", "high"), ("t_low", "t_high"))]
+            text = f"{'+' if value['mean'] > 0 else ''}{format_number(factor * value['mean'], digits)}"
+            small = "; ".join(f"{what} {span}" for what, span in zip(("images", "seeds"), spans, strict=True) if span)
+            verdict = value["outcome"] if value["outcome"] in ("better", "worse") else ""
+            cells.append(ComparisonCell(text, small, verdict))
+        rows.append((system, "arm", cells))
+    heads = [(label, better or "") for _, label, better, _, _ in judged]
+    note = "Paired differences. Marked where both intervals, over images and over seeds, exclude zero."
+    view.tables.append(ComparisonTable(f"{name}: difference to {reference}", heads, rows, note))
+    for key, label, better, digits, factor in judged[:1]:
+        points = []
+        for system, values in differences.items():
+            value = values.get(key)
+            if value is not None and value["mean"] is not None and value["low"] is not None:
+                interval = (factor * value["low"], factor * value["high"])
+                points.append(Point(system, 0.0, factor * value["mean"], "arm", interval))
+        if points:
+            title = f"{name}: {label} against {reference}"
+            svg = forest_chart(title, points, band=(0.0, 0.0), digits=digits, x_label=f"{better} is better")
+            identity = f"compare-{slug(name)}-{slug(reference)}"
+            view.figures.append(Figure(identity, title, svg, "Interval over images; the line is no difference."))
+
+
+def _efficiency(
+    view: ComparisonView, name: str, found: Mapping[str, Any], points: Sequence[Mapping[str, Any]]
+) -> None:
+    if len({row["pairs"] for row in points}) < 2:
+        return
+    scored = {row["arm"]: found["systems"][row["arm"]] for row in points if row["arm"] in found["systems"]}
+    for key, label, better, _, factor in _shown(found, scored)[:1]:
+        series = []
+        for style, (order, words) in enumerate((("value", "highest value first"), ("random", "random pairs"))):
+            own = [row for row in points if row["order"] in (order, "all") and row["arm"] in scored]
+            own = [row for row in own if scored[row["arm"]]["metrics"][key]["mean"] is not None]
+            values = [factor * scored[row["arm"]]["metrics"][key]["mean"] for row in own]
+            series.append(Series(words, [row["pairs"] for row in own], values, style, bold=style == 0))
+        drawn = line_chart(f"{name}: {label} by number of pairs", series, x_label="pairs")
+        if drawn is not None:
+            legend = [(f"s{line.style}", line.name) for line in series]
+            title, note = f"{name}: data efficiency", f"{label}, {better} is better; the same number of steps."
+            view.figures.append(Figure(f"compare-efficiency-{slug(name)}", title, drawn[0], note, legend))
+
+
+def _rounds(view: ComparisonView, name: str, found: Mapping[str, Any], rounds: int) -> None:
+    if not found["rounds"]:
+        return
+    names = [system for system in found["order"] if system in found["rounds"]]
+    arms = list(dict.fromkeys(system.rpartition(", round ")[0] for system in names))
+    for key, label, better, _, factor in _shown(found, found["rounds"])[:1]:
+        series = []
+        for style, arm in enumerate(arms):
+            entries = [found["systems"]["base"]]
+            entries += [found["rounds"][f"{arm}, round {number}"] for number in range(1, rounds)]
+            entries.append(found["systems"][arm])
+            values = [(entry["metrics"].get(key) or {}).get("mean") for entry in entries]
+            pairs = [(number, factor * value) for number, value in enumerate(values) if value is not None]
+            series.append(Series(arm, [x for x, _ in pairs], [y for _, y in pairs], style))
+        drawn = line_chart(f"{name}: {label} over rounds", series, x_label="round")
+        if drawn is not None:
+            legend = [(f"s{line.style % 8}", line.name) for line in series]
+            title, note = f"{name}: over rounds", f"{label}, {better} is better; round 0 is the base."
+            view.figures.append(Figure(f"compare-rounds-{slug(name)}", title, drawn[0], note, legend))
+
+
+def _cost(compute: Mapping[str, Mapping[str, float]]) -> ComparisonTable:
+    keys = (
+        ("pairs", "Pairs"),
+        ("generated_tokens", "Generated tokens"),
+        ("judge_calls", "Judge calls"),
+        ("optimizer_steps", "Steps"),
+        ("batch_size", "Rows a step"),
+    )
+    rows = [
+        (arm, "arm", [ComparisonCell(format_number(cost[key], 0)) for key, _ in keys])
+        for arm, cost in compute.items()
+    ]
+    note = "Mean of a seed. Shared candidates and scores are counted in full for each system, and were made once."
+    return ComparisonTable("Cost", [(label, "") for _, label in keys], rows, note)

@@ -1,0 +1,80 @@
+"""What was paid for is kept: answers of a server by a hash of the request, and what a run has spent.
+
+One line of JSON per answer, appended by one write to a file of the run's own in a folder that runs may share. So a
+line is whole or absent whenever the writer is killed, answer and cost cannot part, and nobody else's file is touched.
+Requests are not stored, only their hashes: prompts and images stay where they are.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from m3po_jax.data.tables import content_hash
+from m3po_jax.errors import UserError
+
+
+class AnswerCache:
+    """Answers by key, from all runs that share `folder`; safe to use from several threads.
+
+    Args:
+        folder: Is made if need be.
+        run: Tells this run's spending from other runs': the path of its directory.
+    """
+
+    def __init__(self, folder: Path, run: str):
+        self.path = folder / f"answers-{content_hash(run)[:16]}.jsonl"
+        self.spent = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0, "cost": 0.0}
+        self._answers: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in sorted(folder.glob("answers-*.jsonl")):
+                self._read(file)
+        except OSError as error:
+            raise UserError(f"cannot be used ({error.strerror})", where=f"endpoint cache {folder}") from None
+
+    def _read(self, file: Path) -> None:
+        with file.open("rb") as lines:
+            for line in lines:
+                try:
+                    row = json.loads(line)
+                    key, answer, spent = row["key"], row["answer"], row["spent"]
+                except (ValueError, KeyError, TypeError):
+                    continue  # a disk that was full, or an editor: that answer is asked for again
+                self._answers[str(key)] = answer
+                if file == self.path:
+                    self._add(spent)
+
+    def _add(self, spent: dict[str, Any]) -> None:
+        self.spent["requests"] += 1
+        for name in ("prompt_tokens", "completion_tokens", "cost"):
+            self.spent[name] += spent[name]
+
+    def get(self, key: str) -> Any | None:
+        with self._lock:
+            return self._answers.get(key)
+
+    def put(self, key: str, answer: Any, *, prompt_tokens: int, completion_tokens: int, cost: float) -> None:
+        """Keeps an answer and what it cost."""
+        spent = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "cost": cost}
+        line = json.dumps({"key": key, "answer": answer, "spent": spent}, ensure_ascii=True).encode() + b"\n"
+        with self._lock:
+            try:
+                self._append(line)
+            except OSError as error:
+                raise UserError(f"cannot keep an answer ({error.strerror})", where=str(self.path)) from None
+            self._answers[key] = answer
+            self._add(spent)
+
+    def _append(self, line: bytes) -> None:
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            if os.write(descriptor, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
