@@ -36,6 +36,7 @@ class ModelConfig:
     path: str = ""  # a local directory or a hub id; `builtin:NAME` for the checkpoints that ship with the package
     dtype: str = "bfloat16"  # computation
     param_dtype: str = "bfloat16"  # frozen weights; trained ones are float32
+    quantization: str = "none"  # none | int8 | nf4: the language model's frozen linear layers
     init: str = "pretrained"  # pretrained | random: a directory with config.json alone starts from seed
     vision_tower: str = ""  # a CLIP directory whose tower replaces the model's own (original LLaVA releases lack one)
     template: str = "vicuna_v1"  # vicuna_v1 | hf | plain, see data/templates.py

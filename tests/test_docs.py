@@ -21,6 +21,7 @@ from m3po_jax.config import DataConfig, Recipe, load_recipe
 from m3po_jax.data import schema
 from m3po_jax.data.sources import read_prompts
 from m3po_jax.objectives.preference import LOSSES
+from m3po_jax.pipeline.arms import SYSTEMS
 from m3po_jax.pipeline.backends import BACKENDS
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.evaluate import read_benchmark
@@ -185,3 +186,12 @@ def test_the_judges_recipes_are_recipes(text, tmp_path):
     check_recipe(recipe)
     assert recipe.score.backend in BACKENDS
     check_rubric(recipe.score.rubric, recipe.score.grades)
+
+
+def test_the_comparison_page_lists_every_system():
+    text = (DOCS / "compare.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \| (.+?) \| (.*) \|$", text, re.M)
+    assert {name: what for name, what, _ in listed} == {name: system.what for name, system in SYSTEMS.items()}
+    for name, _, overrides in listed:
+        shown = re.findall(r"`([\w.]+)=([^`]*)`", overrides)
+        assert shown == [(key, str(value)) for key, value in SYSTEMS[name].overrides.items()]

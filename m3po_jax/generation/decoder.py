@@ -26,20 +26,21 @@ from m3po_jax.models.forward import prefix_positions
 from m3po_jax.models.kernels.choice import self_attention
 from m3po_jax.models.layers import ACTIVATIONS, Linear, matmul_precision
 from m3po_jax.models.llama import Llama, LlamaConfig, apply_rotary, rotary_tables
+from m3po_jax.models.quantization import Codes, Weight, product
 from m3po_jax.sharding import constrain
 
 QUERY_BLOCK = 256  # prefill attends this many queries at a time, to the keys up to them
 
 
 class FusedLayer(NamedTuple):
-    """One layer's weights in the computation's dtype; adapters are (A, α/r · B) beside their kernel."""
+    """One layer's weights in the computation's dtype or as codes; adapters are (A, α/r · B) beside their kernel."""
 
     input_norm: Float[Array, " e"]
-    qkv: Float[Array, "e g r+2 d"]
-    out: Float[Array, "gd e"]
+    qkv: Weight  # (e, g, r + 2, d)
+    out: Weight  # (gd, e)
     mlp_norm: Float[Array, " e"]
-    gate_up: Float[Array, "e 2 f"]
-    down: Float[Array, "f e"]
+    gate_up: Weight  # (e, 2, f)
+    down: Weight  # (f, e)
     adapters: dict[str, KV]
 
 
@@ -50,6 +51,14 @@ def _adapter(linear: Linear) -> KV | None:
     return linear.lora_a[...].astype(linear.dtype), b.astype(linear.dtype)
 
 
+def _placed(weight: Weight, dtype: Any, *axes: str | None) -> Weight:
+    """A weight in the computation's dtype, or its codes as they are, on the devices that its axes say."""
+    if not isinstance(weight, Codes):
+        return constrain(weight.astype(dtype), *axes)
+    # int8's scale lacks the first axis.
+    return Codes(*(constrain(x, *axes[len(axes) - x.ndim :]) for x in weight))
+
+
 def fuse(decoder: Llama) -> tuple[FusedLayer, ...]:
     """Every layer's weights, unstacked and fused; meant for `jax.jit` under the mesh of the model."""
     c, dtype = decoder.config, decoder.dtype
@@ -58,9 +67,15 @@ def fuse(decoder: Llama) -> tuple[FusedLayer, ...]:
     def one(index: int) -> FusedLayer:
         layer = nnx.merge(graph, jax.tree.map(lambda x: x[index], state))
         attention, mlp = layer.attention, layer.mlp
-        heads = lambda linear: linear.kernel[...].reshape(c.hidden_size, c.num_kv_heads, -1, c.head_dim)  # noqa: E731
-        qkv = jnp.concatenate([heads(attention.q_proj), heads(attention.k_proj), heads(attention.v_proj)], axis=2)
-        gate_up = jnp.stack([mlp.gate_proj.kernel[...], mlp.up_proj.kernel[...]], axis=1)
+        # Codes and their scales are arranged alike, by their last axes.
+        heads = lambda x: x.reshape(*x.shape[:-1], c.num_kv_heads, -1, c.head_dim)  # noqa: E731
+        qkv = jax.tree.map(
+            lambda *parts: jnp.concatenate([heads(x) for x in parts], axis=-2),
+            attention.q_proj.weight,
+            attention.k_proj.weight,
+            attention.v_proj.weight,
+        )
+        gate_up = jax.tree.map(lambda *parts: jnp.stack(parts, axis=-2), mlp.gate_proj.weight, mlp.up_proj.weight)
         linears = {
             name: getattr(part, name)
             for part, names in (
@@ -71,11 +86,11 @@ def fuse(decoder: Llama) -> tuple[FusedLayer, ...]:
         }
         return FusedLayer(
             layer.input_norm.scale[...].astype(dtype),
-            constrain(qkv.astype(dtype), "embed", "kv_heads", None, None),
-            constrain(attention.o_proj.kernel[...].astype(dtype), "heads", "embed"),
+            _placed(qkv, dtype, "embed", "kv_heads", None, None),
+            _placed(attention.o_proj.weight, dtype, "heads", "embed"),
             layer.post_attention_norm.scale[...].astype(dtype),
-            constrain(gate_up.astype(dtype), "embed", None, "mlp"),
-            constrain(mlp.down_proj.kernel[...].astype(dtype), "mlp", "embed"),
+            _placed(gate_up, dtype, "embed", None, "mlp"),
+            _placed(mlp.down_proj.weight, dtype, "mlp", "embed"),
             {name: pair for name, linear in linears.items() if (pair := _adapter(linear)) is not None},
         )
 
@@ -88,8 +103,8 @@ def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return scale * y.astype(scale.dtype)
 
 
-def _product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, x, w, precision=matmul_precision(w.dtype))
+def _product(equation: str, x: jax.Array, w: Weight) -> jax.Array:
+    return product(equation, x, w, precision=matmul_precision(x.dtype))
 
 
 def _adapted(layer: FusedLayer, name: str, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -58,6 +58,12 @@ class Weights(NamedTuple):
     layers: tuple[FusedLayer, ...]
 
 
+@partial(jax.jit, static_argnums=0)
+def _fused(graph: Any, state: Any) -> tuple[FusedLayer, ...]:
+    """Compiled once for all generators and all updates of the weights of one kind of model."""
+    return fuse(nnx.merge(graph, state))
+
+
 class Generator:
     """Generates with one model on one mesh; every result is a function of prompt, seed and settings alone.
 
@@ -135,12 +141,8 @@ class Generator:
         shell.decoder.layers = None
         self.graph, state = nnx.split(shell)
 
-        @partial(jax.jit, static_argnums=0)
-        def fused(graph: Any, state: Any) -> tuple[FusedLayer, ...]:
-            return fuse(nnx.merge(graph, state))
-
         with use_mesh(self.mesh):
-            self.weights = Weights(state, fused(*nnx.split(model.decoder)))
+            self.weights = Weights(state, _fused(*nnx.split(model.decoder)))
 
     def __call__(
         self, batch: PromptBatch, wanted: Bool[np.ndarray, "b k"] | None = None, attempt: int = 0

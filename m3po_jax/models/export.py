@@ -25,10 +25,14 @@ from m3po_jax.config import LoRAConfig
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.models import lora
 from m3po_jax.models.layers import Linear, LoRAParam
-from m3po_jax.models.registry import Family, Loaded, describe, family_of_model
+from m3po_jax.models.quantization import Quantized
+from m3po_jax.models.quantized_base import is_quantized
+from m3po_jax.models.registry import Description, Family, Loaded, describe, family_of_model
 from m3po_jax.models.safetensors_io import (
     DTYPES,
     PendingTensor,
+    StoredTensor,
+    open_directory,
     read_header,
     read_json,
     write_directory,
@@ -110,9 +114,22 @@ def _layer(x: jax.Array, index: int | None) -> jax.Array:
     return x if index is None else jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
 
 
-def _value(variable: nnx.Variable, owner: Any, leaf: Parameter, index: int | None) -> np.ndarray:
-    """One parameter (of one layer) on the host in stored orientation, its adapter merged in."""
-    x = _layer(variable[...], index)
+def _value(
+    variable: nnx.Variable,
+    owner: Any,
+    leaf: Parameter,
+    index: int | None,
+    originals: Mapping[str, StoredTensor],
+) -> np.ndarray:
+    """One parameter (of one layer) on the host in stored orientation, its adapter merged in.
+
+    A quantised kernel is read again from the tensor that it was made of.
+    """
+    if isinstance(variable, Quantized):
+        everything = (slice(None),) * len(leaf.layer_shape)
+        x = jnp.asarray(leaf.source.read(originals[leaf.source.layer(index)], everything, leaf.layer_shape))
+    else:
+        x = _layer(variable[...], index)
     if leaf.path[-1] == "kernel" and isinstance(owner, Linear) and owner.lora_a is not None and owner.lora_scale:
         a, b = _layer(owner.lora_a[...], index), _layer(owner.lora_b[...], index)
         x = _merged(x, a, b, jnp.float32(owner.lora_scale))
@@ -123,12 +140,18 @@ def _modules(model: nnx.Module) -> dict[tuple[str, ...], Any]:
     return {tuple(str(part) for part in path): module for path, module in nnx.iter_modules(model)}
 
 
-def pending_tensors(model: nnx.Module, family: Family, config: Any) -> list[PendingTensor]:
-    """Every tensor of the exported checkpoint, in the order of names; values are computed on demand."""
+def pending_tensors(
+    model: nnx.Module, family: Family, config: Any, originals: Mapping[str, StoredTensor] | None = None
+) -> list[PendingTensor]:
+    """Every tensor of the exported checkpoint, in the order of names; values are computed on demand.
+
+    Args:
+        originals: What quantised kernels were made of, by canonical name.
+    """
     leaves = parameters(model, family.tensor_map(config))
     variables = {
         tuple(str(part) for part in path): variable
-        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+        for path, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, Quantized)))
     }
     owners = _modules(model)
     pieces: dict[str, list[tuple[int, Parameter, int | None]]] = {}
@@ -148,12 +171,31 @@ def pending_tensors(model: nnx.Module, family: Family, config: Any) -> list[Pend
         parts = sorted(pieces[name], key=lambda piece: piece[0])
 
         def value() -> np.ndarray:
-            found = [_value(variables[leaf.path], owners.get(leaf.path[:-1]), leaf, i) for _, leaf, i in parts]
+            found = [
+                _value(variables[leaf.path], owners.get(leaf.path[:-1]), leaf, i, originals or {})
+                for _, leaf, i in parts
+            ]
             return found[0] if len(found) == 1 else np.concatenate(found)
 
         return PendingTensor(name, shapes[name], value)
 
     return [tensor(name) for name in sorted(pieces)]
+
+
+def _originals(base: Loaded | Description) -> dict[str, StoredTensor]:
+    """The base directory's own tensors by canonical name.
+
+    Raises:
+        UserError: the quantised weights never were in a directory.
+    """
+    if isinstance(base, Loaded) and not base.pretrained:
+        raise UserError(
+            "the weights were drawn at random and quantised, so that no exact ones are left to export",
+            where="model.quantization",
+            remedy="export the adapter (--format peft), or run with model.quantization=none",
+        )
+    named = ((base.family.canonical_name(name), tensor) for name, tensor in open_directory(base.directory).items())
+    return {name: tensor for name, tensor in named if name is not None}
 
 
 def export_model(
@@ -167,8 +209,9 @@ def export_model(
 ) -> Path:
     """A Hugging Face directory of `model`: weights in the 4.x layout and the base's other files unchanged.
 
-    Adapters are merged in float32 before the cast to `dtype`; the caller's model keeps them. Every process of a
-    multi-host run must call this; process 0 writes.
+    Adapters are merged in float32 before the cast to `dtype`; the caller's model keeps them. Where the model's base
+    is quantised, they are merged into the base directory's own weights instead of what the codes stand for. Every
+    process of a multi-host run must call this; process 0 writes.
 
     Args:
         model: A LLaVA, LLaMA or dual encoder, trained or not.
@@ -182,7 +225,8 @@ def export_model(
     description = base if isinstance(base, Loaded) else describe(base)
     if out_dir.resolve() == description.directory.resolve():
         raise UserError("is the base model's own directory", where=str(out_dir), remedy="choose another one")
-    tensors = pending_tensors(model, description.family, description.config)
+    originals = _originals(description) if is_quantized(model) else None
+    tensors = pending_tensors(model, description.family, description.config, originals)
     with _atomic_directory(out_dir, overwrite=overwrite) as partial:
         write = jax.process_index() == 0
         if write:

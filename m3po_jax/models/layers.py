@@ -15,6 +15,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from m3po_jax.models.quantization import Codes, Weight, product
+
 M = TypeVar("M", bound=nnx.Module)
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -61,19 +63,30 @@ class Linear(nnx.Module):
     ):
         # 1/sqrt(fan-in): 0.016 at LLaMA-7B's width, and still a signal at the widths of tiny models.
         kernel = in_features**-0.5 * jax.random.normal(rngs.params(), (in_features, out_features), jnp.float32)
-        self.kernel = nnx.Param(kernel.astype(param_dtype), axes=axes)
+        self.kernel: Any = nnx.Param(kernel.astype(param_dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype), axes=axes[1:]) if use_bias else None
+        self.kernel_scale: Any = nnx.data(None)  # where `quantized_base` has made codes of the kernel
         # A `LoRAParam` each, once `lora.attach` has been here; both or none.
         self.lora_a: Any = nnx.data(None)
         self.lora_b: Any = nnx.data(None)
         self.lora_scale = 0.0
-        self.dtype = dtype
+        self.in_features, self.dtype = in_features, dtype
+
+    @property
+    def weight(self) -> Weight:
+        """The base kernel (in, out), or the codes that stand for it."""
+        if self.kernel_scale is None:
+            return self.kernel[...]
+        return Codes(self.kernel[...], self.kernel_scale[...])
 
     def __call__(self, x: Float[Array, "... in"], columns: Columns = lambda w, axis: w) -> Float[Array, "... out"]:
         """`columns` takes some of the outputs from an array, given its output axis."""
         precision = matmul_precision(self.dtype)
         x = x.astype(self.dtype)
-        y = jnp.matmul(x, columns(self.kernel[...], -1).astype(self.dtype), precision=precision)
+        weight = jax.tree.map(lambda w: columns(w, -1), self.weight)  # of codes, their scales too
+        if not isinstance(weight, Codes):
+            weight = weight.astype(self.dtype)
+        y = product("...i,io->...o", x, weight, precision=precision)
         if self.bias is not None:
             y = y + columns(self.bias[...], -1).astype(self.dtype)
         if self.lora_a is not None and self.lora_scale != 0.0:

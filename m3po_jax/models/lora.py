@@ -48,7 +48,8 @@ def attach(model: nnx.Module, config: LoRAConfig, *, scope: str, rngs: nnx.Rngs)
         name = target_name(path, scope)
         if name not in config.target_modules:
             continue
-        *layers, fan_in, fan_out = linear.kernel.shape
+        *layers, _, fan_out = linear.kernel.shape
+        fan_in = linear.in_features
         *prefix, in_axis, out_axis = linear.kernel.get_metadata()["axes"]
         a = jax.random.normal(rngs.params(), (*layers, fan_in, config.lora_rank), jnp.float32) * fan_in**-0.5
         b = jnp.zeros((*layers, config.lora_rank, fan_out), jnp.float32)
@@ -74,10 +75,20 @@ def set_scale(model: nnx.Module, scale: float) -> None:
 
 
 def merge(model: nnx.Module) -> None:
-    """Folds every adapter into its kernel, W + (α/r) A B computed in float32, and removes the factors."""
-    for _, linear in _linears(model):
+    """Folds every adapter into its kernel, W + (α/r) A B computed in float32, and removes the factors.
+
+    Raises:
+        UserError: a kernel is quantised; the sum has no place among its codes.
+    """
+    for path, linear in _linears(model):
         if linear.lora_a is None:
             continue
+        if linear.kernel_scale is not None:
+            raise UserError(
+                f"{'.'.join(path)} is quantised, and an adapter cannot be merged into it",
+                where="model.quantization",
+                remedy="export the model: that merges into the original weights",
+            )
         product = jnp.matmul(linear.lora_a[...], linear.lora_b[...], precision=jax.lax.Precision.HIGHEST)
         kernel = linear.kernel[...]
         linear.kernel[...] = (kernel.astype(jnp.float32) + linear.lora_scale * product).astype(kernel.dtype)

@@ -24,6 +24,8 @@ from m3po_jax.models.kernels.choice import check_attention, with_attention
 from m3po_jax.models.llava import config as llava_config
 from m3po_jax.models.llava import model as llava
 from m3po_jax.models.llava import weights as llava_weights
+from m3po_jax.models.quantization import check_quantization
+from m3po_jax.models.quantized_base import quantize_base
 from m3po_jax.models.safetensors_io import StoredTensor, open_directory, read_json
 from m3po_jax.models.weights import (
     TensorMap,
@@ -228,13 +230,14 @@ def describe(directory: str | Path, *, vision_tower: str | Path = "") -> Descrip
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model and what its directory says."""
+    """A model and what its directory says; `pretrained` if its weights are that directory's."""
 
     model: Any
     config: Any
     raw_config: dict[str, Any]
     directory: Path
     family: Family
+    pretrained: bool = True
 
 
 def stored_tensors(description: Description) -> dict[str, StoredTensor]:
@@ -288,6 +291,7 @@ def load_model(
     seed: int = 0,
     vision_tower: str | Path = "",
     attention: str = "xla",
+    quantization: str = "none",
 ) -> Loaded:
     """A model from a directory, ``builtin:NAME`` or hub id, its weights streamed into their device shards.
 
@@ -299,6 +303,8 @@ def load_model(
             `vision_tower`, where it is given).
         vision_tower: A CLIP directory whose tower replaces the model's own.
         attention: ``xla``, or the kernels that attention runs on, see `models/kernels`.
+        quantization: ``int8`` or ``nf4``: how the language model's stacked kernels lie in memory, frozen. They are
+            quantised from the stored values while these stream in.
 
     Raises:
         UserError: anything missing, unreadable, unknown or of another shape, in one line each.
@@ -313,8 +319,15 @@ def load_model(
     platform = (jax.devices() if mesh is None else mesh.devices.flat)[0].platform
     head_dim = getattr(getattr(description.config, "text", None), "head_dim", None)
     check_attention(attention, platform=platform, dtype=dtype, head_dim=head_dim)
+    check_quantization(quantization)
     config = with_attention(description.config, attention)
-    build = partial(family.build, config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), seed=seed)
+
+    def build() -> Any:
+        model = family.build(config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), seed=seed)
+        if quantization != "none":
+            quantize_base(model, quantization, scope=family.lora_scope)
+        return model
+
     if init == "random":
         model = initialise_parameters(build, mesh)
         if description.tower is not None:
@@ -324,4 +337,4 @@ def load_model(
     else:
         tensors = stored_tensors(description)
         model = load_parameters(nnx.eval_shape(build), family.tensor_map(config), tensors, mesh)
-    return Loaded(model, config, description.raw_config, description.directory, family)
+    return Loaded(model, config, description.raw_config, description.directory, family, init == "pretrained")

@@ -18,6 +18,8 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from m3po_jax.errors import UserError
+from m3po_jax.models.quantization import Quantized, kind_of
+from m3po_jax.models.quantized_base import kernel_shape, load_quantized
 from m3po_jax.models.safetensors_io import StoredTensor
 from m3po_jax.sharding import sharding_for
 
@@ -136,18 +138,21 @@ class Parameter:
 def parameters(abstract: nnx.Module, tensor_map: TensorMap) -> dict[Path, Parameter]:
     """The leaves of an abstract (or concrete) model with their sources; adapters are left out.
 
+    A quantised kernel is one leaf of the kernel's shape; its scales are none.
+
     The map must cover the tree and name nothing else: a mismatch is a defect of the family, not of its user.
     """
     from m3po_jax.models.layers import LoRAParam
 
     found = {}
-    for path, variable in nnx.to_flat_state(nnx.state(abstract, nnx.Param)):
-        if isinstance(variable, LoRAParam):
-            continue
+    for path, variable in nnx.to_flat_state(nnx.state(abstract, (nnx.Param, Quantized))):
         key = tuple(str(part) for part in path)
+        if isinstance(variable, LoRAParam) or key[-1] == "kernel_scale":
+            continue
         assert key in tensor_map, f"{key} has no source"
         axes = variable.get_metadata()["axes"]
-        found[key] = Parameter(key, tuple(variable.shape), variable.dtype, axes, tensor_map[key])
+        shape = kernel_shape(variable) if isinstance(variable, Quantized) else tuple(variable.shape)
+        found[key] = Parameter(key, shape, variable.dtype, axes, tensor_map[key])
     assert set(found) == set(tensor_map), f"no parameter for {set(tensor_map) - set(found)}"
     return found
 
@@ -237,9 +242,15 @@ def load_parameters(
     """A model from stored tensors (canonical names, checked by `check_tensors`), sharded by `RULES`."""
     leaves = parameters(abstract, tensor_map)
     graph, state = nnx.split(abstract)
-    loaded = []
+    loaded, codes = [], {}
     for path, variable in nnx.to_flat_state(state):
-        leaf = leaves[tuple(str(part) for part in path)]
+        *owner, name = (str(part) for part in path)
+        leaf = leaves[(*owner, "kernel" if name == "kernel_scale" else name)]
+        if isinstance(variable, Quantized):
+            if leaf.path not in codes:  # the codes come first, their scales next
+                codes[leaf.path] = load_quantized(leaf, kind_of(variable), tensors, mesh)
+            loaded.append((path, variable.replace(codes[leaf.path][name == "kernel_scale"])))
+            continue
         sharding = (
             SingleDeviceSharding(jax.devices()[0]) if mesh is None else sharding_for(leaf.axes, leaf.shape, mesh)
         )

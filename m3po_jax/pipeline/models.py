@@ -17,7 +17,9 @@ from m3po_jax.data.dual_inputs import DualEncoderProcessor
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.tables import content_hash
+from m3po_jax.errors import UserError
 from m3po_jax.models import lora
+from m3po_jax.models.quantization import check_quantization
 from m3po_jax.models.registry import Loaded, load_model, resolve_directory
 
 
@@ -73,6 +75,7 @@ def load_policy(recipe: Recipe, mesh: Mesh, *, image_root: str | Path = ".") -> 
         seed=recipe.seed,
         vision_tower=config.vision_tower,
         attention=config.attention,
+        quantization=config.quantization,
     )
     processor = Processor.from_pretrained(
         loaded.directory,
@@ -91,13 +94,29 @@ def load_policy(recipe: Recipe, mesh: Mesh, *, image_root: str | Path = ".") -> 
         config.template,
         config.image_fit,
         config.dtype,
+        *([config.quantization] if config.quantization != "none" else []),
     )[:16]
     return Policy(loaded, processor, identity)
+
+
+def check_trainable(recipe: Recipe) -> None:
+    """
+    Raises:
+        UserError: full fine-tuning of a quantised model.
+    """
+    check_quantization(recipe.model.quantization)
+    if recipe.model.quantization != "none" and recipe.train.lora.lora_rank == 0:
+        raise UserError(
+            f"{recipe.model.quantization} weights are frozen, and train.lora.lora_rank = 0 would train them",
+            where="model.quantization",
+            remedy="set train.lora.lora_rank, or model.quantization=none",
+        )
 
 
 def attach_adapter(policy: Policy, recipe: Recipe, mesh: Mesh) -> Any:
     """A copy of the policy's model with fresh adapters (the base weights are shared), or the model itself."""
     if recipe.train.lora.lora_rank == 0:
+        check_trainable(recipe)
         return policy.model
     model = nnx.merge(*nnx.split(policy.model))
     with_scope = policy.loaded.family.lora_scope

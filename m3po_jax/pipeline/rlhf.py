@@ -23,6 +23,7 @@ from m3po_jax.scoring.engine import Scorer
 from m3po_jax.scoring.reward import HeadScorer
 from m3po_jax.sharding import use_mesh
 from m3po_jax.training.loop import train
+from m3po_jax.training.metrics_log import read_metrics
 from m3po_jax.training.rollouts import RolloutSource
 
 
@@ -36,6 +37,16 @@ def rollout_sampling(recipe: Recipe, seed: int) -> SamplingConfig:
         suppress_token_ids=tuple(recipe.generate.suppress_tokens),
         seed=seed,
     )
+
+
+def rollout_costs(metrics: Path) -> dict[str, int]:
+    """Answers that the reward model was asked about, and their tokens, of a finished run's metrics.
+
+    Rollouts without a line of their own (`train.log_steps`) count with the mean length of the others.
+    """
+    lengths = {line["episode"]: line["completions/mean_length"] for line in read_metrics(metrics)}
+    answers = max(lengths)
+    return {"judge_calls": int(answers), "generated_tokens": round(answers * sum(lengths.values()) / len(lengths))}
 
 
 def train_rlhf(

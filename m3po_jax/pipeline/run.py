@@ -29,7 +29,7 @@ from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.generate import generate
 from m3po_jax.pipeline.models import Policy, attach_adapter, directory_identity, load_policy
-from m3po_jax.pipeline.rlhf import train_rlhf
+from m3po_jax.pipeline.rlhf import rollout_costs, train_rlhf
 from m3po_jax.pipeline.rundir import RunDirectory, is_writer, read_json
 from m3po_jax.pipeline.score import NEED_BLANK_IMAGE, score
 from m3po_jax.pipeline.select import select
@@ -173,6 +173,7 @@ class Run:
             *self._judge_identities(recipe),
         )
         warnings: list[str] = []
+        before = tables.shards(self.directory.round(round, arm) / "scores")
         with use_mesh(self.mesh):
             backend = make_backend(
                 recipe.score,
@@ -201,7 +202,8 @@ class Run:
             )
         verdict, judges = details.pop("verdict", []), details.pop("judges", [])
         noted = _noted(details) | ({"details": {judge["judge"]: judge for judge in judges}} if judges else {})
-        self.directory.note_stage("score", round=round, arm=arm, **noted)
+        if tables.shards(self.directory.round(round, arm) / "scores") != before:
+            self.directory.note_stage("score", round=round, arm=arm, **noted)
         say(f"round {round}: {details['rows']} candidates scored by {backend.name}")
         for judge in judges:
             paid = f"{judge['requests']} requests paid, {judge['from_cache']} answers from the cache"
@@ -304,8 +306,9 @@ class Run:
             trained = self._train(round, arm, recipe, start, folder)
         self._trained[round, arm] = trained
         if not finished:
+            sampled = rollout_costs(folder / "metrics.jsonl") if recipe.train.objective == "rlhf" else {}
             self.directory.note_stage(
-                "train", round=round, arm=arm, seconds=trained.seconds, steps=trained.result.steps
+                "train", round=round, arm=arm, seconds=trained.seconds, steps=trained.result.steps, **sampled
             )
             say(
                 f"round {round}, {arm or summary.main_name(recipe)}: trained {trained.result.steps} steps "

@@ -144,12 +144,17 @@ def train_on_references(recipe: Recipe, policy: Policy, out: Path, mesh: Mesh, *
     """More SFT of `start` on the reference answers of `train.data` (default: the recipe's data): the `sft` arm."""
     started = time.monotonic()
     rows = training_rows(recipe)
+    processor = dataclasses.replace(policy.processor, image_root=rows.image_root)
+    features = vision_features(recipe, policy, processor, mesh)
+    if features is not None:
+        fill(features, rows)
     source = batches.sft_batches(
         rows,
-        dataclasses.replace(policy.processor, image_root=rows.image_root),
+        processor,
         batch_size=recipe.train.batch_size,
         seed=seed,
         max_answer_tokens=recipe.train.max_answer_tokens,
+        features=features,
     )
     with use_mesh(mesh):
         result = train(start, source, recipe.train, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)

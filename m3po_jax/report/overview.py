@@ -311,7 +311,7 @@ def _round_warnings(found: Round, stated: str) -> list[str]:
 
 
 def _training_warnings(found: Round) -> list[str]:
-    lines = []
+    lines = [f"step {row.get('step')}: {row['message']}." for row in found.training_warnings if row.get("message")]
     if any(isinstance(v := row.get("loss"), float) and not np.isfinite(v) for row in found.metrics):
         lines.append("the loss was not finite at some steps; those are left out of the chart.")
     ratio = _late(found, "delta_logps/chosen")

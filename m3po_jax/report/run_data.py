@@ -72,6 +72,7 @@ class Round:
     drops: list[tuple[str, str]] = field(default_factory=list)  # (prompt id, reason)
     calibration: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    training_warnings: list[dict[str, Any]] = field(default_factory=list)
     prompt_count: int | None = None
     benchmarks: dict[str, Benchmark] = field(default_factory=dict)
 
@@ -271,6 +272,7 @@ class Reader:
             drops=[(str(row.get("id")), str(row.get("reason"))) for row in drops],
             calibration=self.mapping(path / "scores" / "calibration.json"),
             metrics=self.metrics(path / "metrics.jsonl"),
+            training_warnings=self.lines(path / "warnings.jsonl"),
             prompt_count=None if prompts is None else len(prompts),
             benchmarks=benchmarks,
         )

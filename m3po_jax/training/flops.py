@@ -16,6 +16,8 @@ import numpy as np
 from flax import nnx
 
 from m3po_jax.models.layers import Linear, LoRAParam
+from m3po_jax.models.quantization import Quantized
+from m3po_jax.models.quantized_base import kernel_shape
 
 # Dense bfloat16 peak in FLOP/s of one jax device, by `device_kind`; makers' data sheets, without sparsity.
 # Chips with two devices each (TPU v2, v3, 7x) and unknown ones are left out: no figure beats a wrong one.
@@ -117,10 +119,11 @@ def step_cost(model: Any, trainable: set[str]) -> StepCost | None:
             continue
         dotted = ".".join(map(str, path))
         part = "head" if str(path[-1]) == "lm_head" else names[str(path[0])]
-        for leaf, variable in nnx.to_flat_state(nnx.state(linear, nnx.Param)):
-            if str(leaf[-1]) == "bias":
+        for leaf, variable in nnx.to_flat_state(nnx.state(linear, (nnx.Param, Quantized))):
+            if str(leaf[-1]) in ("bias", "kernel_scale"):
                 continue
-            size = float(math.prod(variable.shape))
+            coded = isinstance(variable, Quantized)
+            size = float(math.prod(kernel_shape(variable) if coded else variable.shape))
             active = not issubclass(variable.type, LoRAParam) or linear.lora_scale != 0
             sums[part] += size if active else 0.0
             if f"{dotted}.{'.'.join(map(str, leaf))}" in trainable:

@@ -39,8 +39,6 @@ RewardFunction = Callable[[PromptBatch, np.ndarray, np.ndarray], np.ndarray]
 class Sampler(Protocol):
     """What a rollout needs of `generation.engine.Generator`."""
 
-    batch_size: int
-
     def load(self, model: Any) -> None: ...
 
     def __call__(self, batch: PromptBatch) -> Generated: ...
@@ -199,8 +197,7 @@ class RolloutSource:
         if self.values is not None:
             self.values.load(model)
         chosen = self.chosen_prompts(number)
-        parts = [self._answered(number, chosen, start) for start in range(0, len(chosen), self.sampler.batch_size)]
-        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        columns = self._answered(number, chosen)
         advantages, returns, metrics = score_rollout(
             self.rl,
             kl_coef,
@@ -222,13 +219,12 @@ class RolloutSource:
             metrics,
         )
 
-    def _answered(self, number: int, chosen: np.ndarray, start: int) -> dict[str, np.ndarray]:
-        """Answers of as many prompts as the engine takes at once, and what the models say of them."""
-        part = chosen[start : start + self.sampler.batch_size]
-        tree = batches.collate_tree([self._row(int(place), ()) for place in part])
+    def _answered(self, number: int, chosen: np.ndarray) -> dict[str, np.ndarray]:
+        """The answers to a rollout's prompts, and what the models say of them."""
+        tree = batches.collate_tree([self._row(int(place), ()) for place in chosen])
         batch = PromptBatch(
             # A candidate's random stream belongs to its id: no two places of a run share one.
-            [f"{self.prompts[place].id} (rollout {number}, {start + i})" for i, place in enumerate(part)],
+            [f"{self.prompts[place].id} (rollout {number}, {i})" for i, place in enumerate(chosen)],
             tree.prefix_ids,
             tree.prefix_mask,
             tree.pixel_values,
@@ -238,7 +234,7 @@ class RolloutSource:
         scores = np.asarray(self.reward(batch, made.token_ids, mask), np.float32)
         broken = ~np.isfinite(scores).all(axis=1)
         if broken.any():
-            names = ", ".join(repr(name) for name in self.row_ids(part[broken]))
+            names = ", ".join(repr(name) for name in self.row_ids(chosen[broken]))
             raise UserError(f"the reward is not finite, rows {names}", where=f"rollout {number}")
         values = np.zeros(mask.shape, np.float32)
         if self.values is not None:

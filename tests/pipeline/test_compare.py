@@ -173,12 +173,13 @@ def test_arms_and_seeds_may_join_later_but_not_change(
         ("compare.efficiency=[0]", "compare.efficiency"),
         ("compare.per_seed={model.path: 'x{sed}'}", "compare.per_seed.model.path: cannot fill 'x{sed}'"),
         ("train.objective=sft", "train.objective"),
+        ("evaluate.benchmarks.questions.metric=mme", "evaluate.benchmarks.questions: no paired statistics for mme"),
         ("evaluate.benchmarks={}", "evaluate.benchmarks: no benchmark"),
     ],
 )
 def test_what_cannot_be_meant_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, line: str):
     recipe = recipe_in(tmp_path, tmp_path / "none.jsonl")
-    if change.startswith("evaluate.benchmarks"):
+    if change.startswith("evaluate.benchmarks={"):
         text = recipe.read_text().split("  benchmarks:")[0] + "  benchmarks: {}\n"
         recipe.write_text(text + "compare: " + json.dumps(COMPARE))
         change = "seed=0"

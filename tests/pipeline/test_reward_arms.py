@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from mini_run import rows, write_data, write_recipe
+from mini_run import ROOT, rows, write_data, write_recipe
 
 from m3po_jax.cli import main
-from m3po_jax.config import Recipe, load_recipe
+from m3po_jax.config import load_recipe
 from m3po_jax.data import tables
 from m3po_jax.errors import UserError
+from m3po_jax.pipeline.arms import arm_recipe
 from m3po_jax.pipeline.checks import check_recipe
-from m3po_jax.pipeline.reward import held_out, is_reward_prompt
+from m3po_jax.pipeline.reward import held_out, is_reward_prompt, uses_own_reward
 
 ARMS = {
     "rm_dpo": {},
@@ -95,6 +96,12 @@ def test_rlhf_trains_and_is_evaluated(finished: Path, arm: str) -> None:
     assert abs(lines[0]["objective/kl"]) < 1e-3 and lines[0]["val/ratio"] == pytest.approx(1, abs=1e-3)
     assert ("loss/value_avg" in lines[0]) == (arm == "rlhf_ppo")
     assert not tables.shards(folder / "pairs")
+    # What the comparison charges the arm with: 2 prompts × 4 answers of each of its rollouts.
+    stages = json.loads((finished / "manifest.json").read_text())["stages"]
+    noted = next(stage for stage in stages if stage["stage"] == "train" and stage["arm"] == arm)
+    rollouts = {line["episode"]: line["completions/mean_length"] for line in lines}
+    assert noted["judge_calls"] == 8 * len(rollouts) and len(rollouts) == (1 if arm == "rlhf" else 2)
+    assert noted["generated_tokens"] == pytest.approx(8 * sum(rollouts.values()), abs=0.51)
     assert (folder / "evaluation/scenes/results.json").exists()
     names = [row["name"] for row in json.loads((finished / "evaluation.json").read_text())["tables"][0]["rows"]]
     assert names == ["base", *ARMS, "m3po"]
@@ -175,10 +182,14 @@ def test_settings_that_cannot_be_meant(overrides: list[str], message: str) -> No
         check_recipe(load_recipe(None, ["arms={rlhf: {}}", *overrides]))
 
 
-def test_every_recipe_may_have_the_arms() -> None:
-    recipe = load_recipe(None, ["arms={rlhf: {}, rm_dpo: {}}"])
-    assert isinstance(recipe, Recipe)
-    check_recipe(recipe)
+@pytest.mark.parametrize("name", ["quickstart", "llava15_7b_m3po", "llava15_7b_single_gpu", "llava15_13b_m3po_pod"])
+def test_every_recipe_may_have_the_arms(name: str) -> None:
+    from m3po_jax.pipeline.mock import shrink
+
+    recipe = load_recipe(ROOT / "configs" / f"{name}.yaml", ["arms={rlhf: {train.rl.algorithm: ppo}, rm_dpo: {}}"])
+    for made in (recipe, shrink(recipe)):
+        check_recipe(made)
+        assert uses_own_reward(arm_recipe(made, "rm_dpo")) and not uses_own_reward(made)
 
 
 def test_a_missing_reward_model_is_one_line(finished: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from m3po_jax.config import CompareConfig, Recipe, override
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.pipeline.arms import BASE, CONTRAST_ALPHA, SYSTEMS, VCD, arm_recipe, overrides_of
+from m3po_jax.pipeline.compare.statistics import METRICS
 from m3po_jax.pipeline.rundir import RunDirectory
 
 FOLDER = "compare"
@@ -132,6 +133,13 @@ def check_compare(recipe: Recipe) -> None:
             continue  # a default that this comparison leaves out
         if name not in known:
             raise UserError(f"unknown system {name!r}{nearest(name, known)}", where="compare.against")
+    for name, benchmark in recipe.evaluate.benchmarks.items():
+        if benchmark.metric not in METRICS:
+            raise UserError(
+                f"no paired statistics for {benchmark.metric}",
+                where=f"evaluate.benchmarks.{name}",
+                remedy=f"compare on {', '.join(METRICS)}; evaluate the others with `m3po evaluate --arm`",
+            )
     if not all(0 < budget <= 1 for budget in config.efficiency):
         raise UserError(f"{config.efficiency}", where="compare.efficiency", remedy="shares in (0, 1]")
     if config.resamples < 1:

@@ -12,6 +12,8 @@ from m3po_jax.pipeline.compare.statistics import MIN_SEEDS, outcome
 DECIDING = {"chair": ("delta_chair_i", "f1"), "pope": ("accuracy",), "short_answer": ("accuracy",)}
 LABELS = {"delta_chair_i": "ΔC", "f1": "F1", "accuracy": "accuracy"}
 CORRELATION_LIMIT = 0.4
+DISPLACED = -0.01  # nats a token: clearly more than rounding
+NEAR_CHANCE = 0.6  # accuracy of the base on yes/no questions below which differences between systems mean little
 
 
 def verdict(results: Mapping[str, Any], config: CompareConfig) -> list[str]:
@@ -32,6 +34,12 @@ def verdict(results: Mapping[str, Any], config: CompareConfig) -> list[str]:
 
 def _benchmark(name: str, found: Mapping[str, Any], main: str) -> list[str]:
     lines = []
+    accuracy = found["systems"].get("base", {"metrics": {}})["metrics"].get("accuracy", {}).get("mean")
+    if found["metric"] == "pope" and accuracy is not None and accuracy < NEAR_CHANCE:
+        share = f"{100 * accuracy:.0f} %"
+        return [
+            f"{name}: the base answers {share} right, near chance; differences between systems mean little there."
+        ]
     metrics = found["systems"][main]["metrics"]
     delta = metrics.get("delta_chair_i")
     if delta is not None:
@@ -55,11 +63,11 @@ def _frontier(name: str, main: str, delta: Mapping[str, Any], beyond: bool) -> s
     numbers = f"ΔC {_interval(delta)}{bound}"
     match judged:
         case "better":
-            return f"{name}: {main} lies above the base's stop-bias frontier; {numbers}."
+            return f"{name}: {main} does better than the base's stop-bias frontier; {numbers}."
         case "worse":
-            return f"{name}: {main} lies below the base's stop-bias frontier; {numbers}."
+            return f"{name}: {main} does worse than the base's stop-bias frontier; {numbers}."
         case "tie":
-            return f"{name}: {main} is not shown to lie above the base's stop-bias frontier; {numbers}."
+            return f"{name}: {main} is not shown to do better than the base's stop-bias frontier; {numbers}."
     return f"{name}: {main} against the base's stop-bias frontier: {numbers}; too few seeds for a claim."
 
 
@@ -95,7 +103,7 @@ def _why(results: Mapping[str, Any], config: CompareConfig) -> list[str]:
         listed = ", ".join(f"{name.removeprefix('confidence_')} {value:.2f}" for name, value in areas.items())
         lines.append(f"AUROC for a candidate without hallucination: {listed} (0.5 is chance).")
     trained = results["training"]
-    if (shift := trained.get(config.main, {}).get("delta_logps/chosen")) is not None and shift < 0:
+    if (shift := trained.get(config.main, {}).get("delta_logps/chosen")) is not None and shift < DISPLACED:
         lines.append(
             f"{config.main} made the chosen answers less likely ({shift:+.2f} nats a token): likelihood displacement."
         )

@@ -1,0 +1,70 @@
+"""The verdict claims what both intervals allow, and no more."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from m3po_jax.config import CompareConfig
+from m3po_jax.pipeline.compare import statistics
+from m3po_jax.pipeline.compare.verdict import verdict
+
+
+def over_seeds(values, width=0.001):
+    return statistics.summarise([np.array([v, v - width, v + width]) for v in values])
+
+
+def results(delta, against, *, accuracy=(0.8, 0.8, 0.8), beyond=False, seeds=3, correlation=0.2, shift=0.1):
+    difference = over_seeds(against[:seeds])
+    difference |= {"better": "lower", "outcome": statistics.outcome(difference, "lower")}
+    question = over_seeds([0.0] * seeds)
+    question |= {"better": "higher", "outcome": statistics.outcome(question, "higher")}
+    answered = {"accuracy": over_seeds(accuracy[:seeds]), "yes_ratio": over_seeds([0.5] * seeds)}
+    return {
+        "seeds": list(range(seeds)),
+        "planned_seeds": [0, 1, 2],
+        "signals": {"correlation/confidence_mean": correlation, "auroc/mas": 0.9},
+        "training": {"m3po": {"delta_logps/chosen": shift}},
+        "benchmarks": {
+            "scenes": {
+                "metric": "chair",
+                "systems": {
+                    "base": {"metrics": {}},
+                    "m3po": {"metrics": {"delta_chair_i": over_seeds(delta[:seeds])}, "beyond_frontier": beyond},
+                },
+                "differences": {"mas_dpo": {"m3po": {"delta_chair_i": difference}}},
+            },
+            "questions": {
+                "metric": "pope",
+                "systems": {name: {"metrics": answered, "beyond_frontier": False} for name in ("base", "m3po")},
+                "differences": {"mas_dpo": {"m3po": {"accuracy": question}}},
+            },
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("made", "lines"),
+    [
+        (results([-0.1, -0.11, -0.1], [-0.02, -0.021, -0.02]), ["does better than the base's", "m3po beats mas_dpo"]),
+        (
+            results([0.1, 0.11, 0.1], [0.02, 0.021, 0.02]),
+            ["does worse than", "m3po is worse than mas_dpo"],
+        ),
+        (results([-0.1, 0.2, -0.1], [-0.02, 0.03, 0.0]), ["not shown to do better", "are not told apart"]),
+        (results([-0.1, -0.1, -0.1], [-0.02] * 3, beyond=True), ["at most: its recall lies beyond"]),
+        (results([np.nan] * 3, [-0.02] * 3), ["recall lies below the base's stop-bias frontier"]),
+        (results([-0.1] * 3, [-0.02] * 3, seeds=2), ["2 of 3 seeds are done", "nothing is claimed", "too few seeds"]),
+        (results([-0.1] * 3, [-0.02] * 3, accuracy=(0.5,) * 3), ["the base answers 50 % right, near chance"]),
+        (results([-0.1] * 3, [-0.02] * 3, correlation=0.5), ["correlate at 0.50 (above 0.4)"]),
+        (results([-0.1] * 3, [-0.02] * 3, shift=-0.2), ["likelihood displacement"]),
+    ],
+)
+def test_lines(made, lines):
+    text = "\n".join(verdict(made, CompareConfig()))
+    for line in lines:
+        assert line in text
+    claims = ("does better than", "beats mas_dpo")
+    if made["seeds"] != [0, 1, 2]:
+        assert not any(claim in text for claim in claims)
+    assert ("displacement" in text) == (made["training"]["m3po"]["delta_logps/chosen"] < 0)

@@ -1,0 +1,84 @@
+"""Later rounds: pairs of earlier ones, and whose log-probs are the reference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mini_run import rows, write_data, write_recipe
+
+from m3po_jax.cli import main
+from m3po_jax.config import RoundConfig
+from m3po_jax.data import tables
+from m3po_jax.errors import UserError
+from m3po_jax.pipeline.rounds import check_rounds, earlier_count, mix
+
+
+@given(st.integers(1, 500), st.integers(0, 500), st.floats(0, 0.9))
+def test_the_share_of_earlier_pairs_is_what_was_asked_for(own, earlier, share):
+    count = earlier_count(own, earlier, share)
+    assert 0 <= count <= earlier
+    if count < earlier:
+        assert abs(count - share * (own + count)) <= 1
+    assert earlier_count(own, earlier, 0.0) == 0
+
+
+def test_a_mixture_has_all_own_pairs_and_the_same_earlier_ones_whatever_their_order():
+    def table(round, order):
+        return round, pa.table({"id": [f"p{n}" for n in order], "round": [round] * len(order)})
+
+    found = mix([table(1, range(20)), table(2, range(10)), table(3, range(12))], 0.5, seed=0)
+    assert [row["id"] for number, row in found if number == 3] == [f"p{n}" for n in range(12)]
+    earlier = {(number, row["id"]) for number, row in found if number < 3}
+    assert len(earlier) == 12 and {number for number, _ in earlier} == {1, 2}
+    again = mix([table(1, range(19, -1, -1)), table(2, range(10)), table(3, range(12))], 0.5, seed=0)
+    assert {(number, row["id"]) for number, row in again if number < 3} == earlier
+    other = mix([table(1, range(20)), table(2, range(10)), table(3, range(12))], 0.5, seed=1)
+    assert {(number, row["id"]) for number, row in other if number < 3} != earlier
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [(RoundConfig(reference="bsae"), "round.reference: unknown reference"), (RoundConfig(mix_previous=1.0), "mix_")],
+)
+def test_what_cannot_be_meant(config: RoundConfig, line: str):
+    with pytest.raises(UserError, match=line):
+        check_rounds(config)
+
+
+def test_two_rounds_against_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    recipe = write_recipe(
+        tmp_path,
+        write_data(tmp_path / "data"),
+        rounds=2,
+        round={"reference": "base", "mix_previous": 0.4},
+        train={"max_steps": 3},
+        evaluate={"stop_bias": [], "contrast_alpha": []},
+    )
+    # The training loop computes recorded log-probs of some rows again, with the base, and refuses others.
+    assert main(["run", "--config", str(recipe)]) == 0
+    run = tmp_path / "runs" / "mini"
+    first, second = (rows(run / f"round-{number}" / "pairs") for number in (1, 2))
+    trained = list(tables.read_rows(run / "round-2" / "training-pairs"))
+    assert len(trained) == len(second) + earlier_count(len(second), len(first), 0.4)
+    own, earlier = trained[: len(second)], trained[len(second) :]
+    recorded = {row["id"]: row for row in first}
+    for row in earlier:
+        # What round 1's generator, the base, recorded.
+        assert row["reference_chosen_logprobs"] == recorded[row["id"]]["reference_chosen_logprobs"]
+    generated = {row["id"]: row for row in second}
+    changed = [
+        not np.allclose(
+            row["reference_chosen_logprobs"], generated[row["id"]]["reference_chosen_logprobs"], atol=1e-5
+        )
+        for row in own
+    ]
+    assert earlier and any(changed), "the second round's generator is the trained policy, not the base"
+    table = json.loads((run / "evaluation.json").read_text())["tables"][0]
+    assert [row["name"] for row in table["rows"]] == ["base", "mas_dpo", "m3po, round 1", "m3po"]
+    assert (run / "round-1" / "evaluation" / "scenes" / "results.json").exists()
