@@ -16,6 +16,7 @@ import numpy as np
 
 from m3po_jax.config import GenerateConfig
 from m3po_jax.data import batches, tables
+from m3po_jax.data.feature_cache import PromptFeatures
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import CANDIDATE, Prompt
 from m3po_jax.data.sources import PromptSource
@@ -23,6 +24,7 @@ from m3po_jax.errors import UserError
 from m3po_jax.generation.answers import finish, repeats
 from m3po_jax.generation.engine import Candidates, Generator, PromptBatch, Request
 from m3po_jax.generation.settings import sampling_record
+from m3po_jax.pipeline.caches import fill
 from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.rundir import is_writer
 from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
@@ -86,8 +88,13 @@ def prompt_batches(
         yield chosen, PromptBatch([p.id for p in chosen], batch.prefix_ids[:n], batch.prefix_mask[:n], pixels)
 
 
-def requests(prompts: Sequence[Prompt], processor: Processor) -> Iterator[Request]:
+def requests(
+    prompts: Sequence[Prompt], processor: Processor, features: PromptFeatures | None = None
+) -> Iterator[Request]:
     """What the engine takes, in order; threads read, decode and resize images ahead of it.
+
+    Args:
+        features: Cached features of the vision tower, which then stand for the images.
 
     Raises:
         UserError: a row that cannot be used, when its turn comes.
@@ -96,6 +103,8 @@ def requests(prompts: Sequence[Prompt], processor: Processor) -> Iterator[Reques
     def load(index: int) -> Request:
         prompt = prompts[index]
         token_ids = np.asarray(processor.encode_prompt(prompt), np.int32)
+        if features is not None and prompt.images:
+            return Request(prompt.id, token_ids, features(prompt), encoded=True)
         return Request(prompt.id, token_ids, batches.pixels_of(processor, prompt))
 
     ahead = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
@@ -147,7 +156,12 @@ def _agree(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def candidate_pools(
-    prompts: Sequence[Prompt], generator: Generator, processor: Processor, config: GenerateConfig, tally: Tally
+    prompts: Sequence[Prompt],
+    generator: Generator,
+    processor: Processor,
+    config: GenerateConfig,
+    tally: Tally,
+    features: PromptFeatures | None = None,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Place of a prompt and its CANDIDATE rows, for every prompt, as they get ready.
 
@@ -166,7 +180,7 @@ def candidate_pools(
     again: deque[Request] = deque()
 
     def source() -> Iterator[Request | None]:
-        fresh, failure = enumerate(requests(prompts, processor)), None
+        fresh, failure = enumerate(requests(prompts, processor, features)), None
         more = True
         while more or again or flying:
             if again:
@@ -215,12 +229,14 @@ def generate(
     out: Path,
     *,
     inputs: str,
+    features: PromptFeatures | None = None,
 ) -> dict[str, Any]:
     """Writes the candidates of every prompt; shards that exist are kept.
 
     Args:
         generator: Made with `generation.settings.sampling_config(config, seed)`.
         inputs: A hash of what the candidates depend on beside `config`: model, template, data, seed.
+        features: Cached features of the generator's vision tower; what is missing is computed and stored first.
 
     Returns:
         Counts for the manifest. `occupancy` is the share of the device's token slots that made tokens that are
@@ -247,7 +263,9 @@ def generate(
     unwritten: dict[Path, dict[int, list[dict[str, Any]]]] = {}
     if places:
         chosen = _Chosen(prompts, [i for _, i in places])
-        made = candidate_pools(chosen, generator, processor, config, tally)
+        if features is not None:
+            fill(features, chosen)
+        made = candidate_pools(chosen, generator, processor, config, tally, features)
         shown = progress(stoppable(made, "generating"), "generate", len(places))
         for index, rows in shown:
             shard, place = places[index]

@@ -25,6 +25,7 @@ from m3po_jax.pipeline import reward as rewarding
 from m3po_jax.pipeline import rounds, summary
 from m3po_jax.pipeline.arms import arm_recipe, needs_pairs
 from m3po_jax.pipeline.backends import check_ready, make_backend
+from m3po_jax.pipeline.caches import vision_features
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.generate import generate
@@ -154,7 +155,10 @@ class Run:
         sampling = sampling_config(config, recipe.seed * 1000 + round)
         inputs = tables.content_hash(self.weights_identity(round - 1, arm), self.data_identity)
         generator = self._generator(self.model_before(round, arm), sampling, config.batch_size)
-        details = generate(self.source, generator, self.policy.processor, config, folder, inputs=inputs)
+        features = vision_features(recipe, self.policy, self.policy.processor, self.mesh)
+        details = generate(
+            self.source, generator, self.policy.processor, config, folder, inputs=inputs, features=features
+        )
         if details["shards_done_before"] < details["shards"]:
             self.directory.note_stage("generate", round=round, arm=arm, **_noted(details))
         say(
