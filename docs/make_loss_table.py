@@ -3,7 +3,7 @@
     pip install -e '.[test]' && python docs/make_loss_table.py
 
 Both sides get the same random log-probs: ours through `preference_loss`, TRL's through the loss code of its own
-trainers on stand-in models (tests/objectives/trl_tools.py). An error is the largest of |ours − TRL's| / max(1, |TRL's|)
+trainers on stand-in models (tests/objectives/trl_tools.py). An error is the largest |ours − TRL's| / max(1, |TRL's|)
 over `SEEDS` batches of six pairs and `BETAS`: of the batch's loss, and of its gradient by the sum of each answer.
 """
 
@@ -34,16 +34,17 @@ SIMPO_GAMMA = 0.7
 SMOOTHINGS = {"robust": (0.0, 0.1), "exo_pair": (1e-3, 0.1), "aot": (0.0, 0.1), "aot_unpaired": (0.0, 0.1)}
 SMOOTHINGS |= {"sigmoid_trl": (0.0, 0.1), "simpo": (0.0, 0.1), "cpo": (0.0, 0.1)}
 
+Arrays = dict[str, np.ndarray]
 Result = tuple[float, list[np.ndarray]]  # the batch's loss; its gradient by the sums of the roles in `ORDER`
 
 
-def of_dpo_trainer(name: str, arrays: dict[str, np.ndarray], lengths: Sequence[np.ndarray], **options: Any) -> Result:
+def of_dpo_trainer(name: str, arrays: Arrays, lengths: Sequence[np.ndarray], **options: Any) -> Result:
     """TRL's `DPOTrainer`; its gradient by a sum is that by any one of the sum's tokens."""
     loss, gradients, _ = trl_dpo(arrays, *lengths, loss_type=name, **options)
     return loss, [gradient[:, 0] for gradient in gradients]
 
 
-def of_odds_trainers(name: str, arrays: dict[str, np.ndarray], lengths: Sequence[np.ndarray], **options: Any) -> Result:
+def of_odds_trainers(name: str, arrays: Arrays, lengths: Sequence[np.ndarray], **options: Any) -> Result:
     """TRL's `CPOTrainer` (for SimPO, too) and `ORPOTrainer`, as their `get_batch_loss_metrics` call them."""
     from trl.experimental.cpo.cpo_trainer import CPOTrainer
     from trl.experimental.orpo.orpo_trainer import ORPOTrainer
@@ -78,7 +79,8 @@ def measure(name: str, dtype: str, seeds: Iterable[int] = SEEDS) -> tuple[float,
     for seed in seeds:
         exact, *lengths = token_log_probs(seed)
         if name == "ipo_sum":  # TRL's `ipo` divides by lengths: answers of one token leave the sums as they are
-            exact = {role: np.pad(x.sum(1, keepdims=True), ((0, 0), (0, x.shape[1] - 1))) for role, x in exact.items()}
+            more = ((0, 0), (0, exact[ORDER[0]].shape[1] - 1))
+            exact = {role: np.pad(x.sum(1, keepdims=True), more) for role, x in exact.items()}
             lengths = [np.ones_like(n) for n in lengths]
         arrays = {role: x.astype(dtype) for role, x in exact.items()}
         for beta in BETAS:
