@@ -33,13 +33,12 @@ from measuring import (
     alternate,
     arguments,
     chosen_workloads,
-    gemm_gflops,
+    measure_all,
     peak_in_child,
     peak_memory,
     pin,
     row,
     use_compilation_cache,
-    write_report,
 )
 
 KINDS = ("generate_with_confidence", "score")
@@ -340,17 +339,14 @@ def main(argv: list[str]) -> None:
         use_compilation_cache(directory / "xla")
         base = shapes_of(KINDS[0], tiny=options.tiny)
         save_checkpoint(base, directory)
-        rows = [entry for name in names for entry in run_workload(name, directory, options)]
         width, mlp = base.text[1], base.text[2]
         tokens, candidates = base.prompts * base.prefix, base.prompts * base.candidates
-        gemm = gemm_gflops(
-            {
-                "prefill_mlp": (tokens, width, mlp),
-                "decode_mlp": (candidates, width, 2 * mlp),
-                "decode_head": (candidates, width, base.vocabulary),
-            }
-        )
-    write_report(options.json, rows, gemm, tiny=options.tiny)
+        gemm_shapes = {
+            "prefill_mlp": (tokens, width, mlp),
+            "decode_mlp": (candidates, width, 2 * mlp),
+            "decode_head": (candidates, width, base.vocabulary),
+        }
+        measure_all(options, names, lambda name: run_workload(name, directory, options), gemm_shapes)
 
 
 if __name__ == "__main__":

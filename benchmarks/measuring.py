@@ -206,8 +206,44 @@ def row(
     }
 
 
+def measure_all(
+    options: argparse.Namespace,
+    names: Sequence[str],
+    run: Callable[[str], list[dict[str, Any]]],
+    gemm_shapes: Mapping[str, tuple[int, int, int]],
+) -> None:
+    """Runs the workloads one after another and writes the report after each, so that a failure loses no other's rows.
+
+    Raises:
+        SystemExit: a workload failed; the others are in the report.
+    """
+    gemm, rows, failures = gemm_gflops(gemm_shapes), [], []
+    for name in names:
+        try:
+            found = run(name)
+        except (Exception, SystemExit) as error:
+            failures.append(f"{name}: {error or type(error).__name__}")
+            print(f"{name:32} failed: {error}", flush=True)
+            continue
+        rows += found
+        write_report(options.json, rows, gemm, tiny=options.tiny)
+        for entry in found:
+            print(line(entry), flush=True)
+    if failures:
+        raise SystemExit("\n".join(failures))
+
+
+def line(entry: Mapping[str, Any]) -> str:
+    """A row of the report for a terminal."""
+    note = "  NOT CLEAN" if entry["warnings"] else ""
+    return (
+        f"{entry['name']:32} {entry['peer']:32} ours {entry['ours_s']:8.3f} s  "
+        f"peer {entry['peer_s']:8.3f} s  ratio {entry['ratio']:5.2f}{note}"
+    )
+
+
 def write_report(path: Path, workloads: list[dict[str, Any]], gemm: Mapping[str, Any], *, tiny: bool) -> None:
-    """The report as JSON, and a line for each row on standard output."""
+    """The report as JSON."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -223,9 +259,3 @@ def write_report(path: Path, workloads: list[dict[str, Any]], gemm: Mapping[str,
         "workloads": workloads,
     }
     path.write_text(json.dumps(report, indent=1) + "\n")
-    for entry in workloads:
-        note = "  NOT CLEAN" if entry["warnings"] else ""
-        print(
-            f"{entry['name']:32} {entry['peer']:32} ours {entry['ours_s']:8.3f} s  "
-            f"peer {entry['peer_s']:8.3f} s  ratio {entry['ratio']:5.2f}{note}"
-        )

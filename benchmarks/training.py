@@ -32,13 +32,12 @@ from measuring import (
     alternate,
     arguments,
     chosen_workloads,
-    gemm_gflops,
+    measure_all,
     peak_in_child,
     peak_memory,
     pin,
     row,
     use_compilation_cache,
-    write_report,
 )
 
 WORKLOADS = ("dpo_step", "dpo_step_new16", "dpo_step_new256", "dpo_step_reference")
@@ -341,18 +340,15 @@ def main(argv: list[str]) -> None:
         use_compilation_cache(directory / "xla")
         base = workload_shapes(WORKLOADS[0], tiny=options.tiny)
         save_checkpoint(base, directory)
-        rows = [entry for name in names for entry in run_workload(name, directory, options)]
         width, mlp = base.text[1], base.text[2]
         tokens = base.prompts * (base.prefix + 2 * base.new_tokens)
-        gemm = gemm_gflops(
-            {
-                "layer_mlp_up": (tokens, width, mlp),
-                "layer_mlp_down": (tokens, mlp, width),
-                "adapter": (tokens, width, options.rank),
-                "answer_head": (base.prompts * 2 * base.new_tokens, width, base.vocabulary),
-            }
-        )
-    write_report(options.json, rows, gemm, tiny=options.tiny)
+        gemm_shapes = {
+            "layer_mlp_up": (tokens, width, mlp),
+            "layer_mlp_down": (tokens, mlp, width),
+            "adapter": (tokens, width, options.rank),
+            "answer_head": (base.prompts * 2 * base.new_tokens, width, base.vocabulary),
+        }
+        measure_all(options, names, lambda name: run_workload(name, directory, options), gemm_shapes)
 
 
 if __name__ == "__main__":

@@ -420,14 +420,17 @@ class Generator:
             board, lanes = advance(hidden, board, lanes, lanes.busy)
             return board, lanes, Cache(kv, written, cache.step + 1)
 
-        # First tokens need no step of the decoder. Most candidates start here: with the prompts that just came.
-        board, lanes, fresh = refill(board, lanes, cache.step)
-        started = jnp.any(fresh)
-        first = lane.take(prompts.hidden, lanes.place // k)
-        board, lanes = jax.lax.cond(started, lambda: advance(first, board, lanes, fresh), lambda: (board, lanes))
+        # First tokens need no step of the decoder. Where every lane is free that step is left out; later, lanes that
+        # take a candidate draw its first token while the others decode.
+        def begin() -> tuple[Board, Lanes]:
+            taken, begun, fresh = refill(board, lanes, cache.step)
+            return advance(lane.take(prompts.hidden, begun.place // k), taken, begun, fresh)
+
+        begins = ~jnp.any(lanes.busy) & jnp.any(board.pending)
+        board, lanes = jax.lax.cond(begins, begin, lambda: (board, lanes))
         board, lanes, cache = jax.lax.while_loop(goes_on, body, (board, lanes, cache))
         free = jax.vmap(partial(lane.free_slots, lanes=count))(board.pending, board.lane)
-        steps = cache.step - first_step + started
+        steps = cache.step - first_step + begins
         return board, lanes, cache, Report(free, board.broken, grows(lanes, cache), steps)
 
     def _drawn(

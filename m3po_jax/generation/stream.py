@@ -111,10 +111,11 @@ class Stream:
         return found
 
     def _draw(self, most: int = 0) -> None:
-        """Requests from the source: at least those that fit, and those of the next two calls of prefill."""
+        """Requests from the source: those that fit, and those of the next two calls of prefill."""
         if not most:
             shards = self.sizes.shards
-            most = max(shards * self.sizes.slots - len(self.held), 2 * shards * self.rows)
+            # More than fit, or the device would be told that none is left and run until all answers have ended.
+            most = shards * self.sizes.slots - len(self.held) + 2 * shards * self.rows
         while not self.exhausted and len(self.queue) < most:
             try:
                 request = next(self.source)
@@ -184,6 +185,10 @@ class Stream:
             "arrival": arrival,
         }
         if first.images is not None:
+            if first.encoded and sizes.views == 2:
+                raise UserError(
+                    "contrastive decoding needs the images themselves, to blank them", where=f"prompt {first.id}"
+                )
             count = max(len(request.images) for request in requests)  # type: ignore[arg-type]
             arrays["features" if first.encoded else "images"] = np.stack(
                 [_padded(request.images, count) for request in requests]

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from m3po_jax.models.attention import Layout
-from m3po_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, scan_layers, stack_layers, take_layers
+from m3po_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, scan_layers, stack_layers
 from m3po_jax.sharding import constrain
 
 
@@ -76,10 +76,10 @@ class Encoder(nnx.Module):
     ) -> tuple[Float[Array, "b s d"], Float[Array, "layers b s d"]]:
         """The output of layer `num_layers` (default: all) and of every layer up to it; later layers do not run."""
         count = self.num_layers if num_layers is None else num_layers
-        layers = self.layers if count == self.num_layers else take_layers(self.layers, 0, count)
+        partial = None if count == self.num_layers else count
 
         def apply(layer: EncoderLayer, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
             x = layer(x, layout)
             return x, x
 
-        return scan_layers(layers, apply, x, remat=remat)
+        return scan_layers(self.layers, apply, x, remat=remat, count=partial)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from m3po_jax.models.attention import Causal, Tree
+from m3po_jax.models.attention import Causal, Tree, last_valid
 from m3po_jax.models.llama import Llama
 
 
@@ -43,18 +43,6 @@ def prefix_positions(prefix_mask: Bool[Array, "b p"]) -> Int[Array, "b p"]:
     return jnp.maximum(jnp.cumsum(prefix_mask, axis=1) - 1, 0)
 
 
-def last_valid(hidden: Float[Array, "b p d"], prefix_mask: Bool[Array, "b p"]) -> Float[Array, "b d"]:
-    """The hidden state of each row's last unpadded token."""
-    last = prefix_mask.shape[1] - 1 - jnp.argmax(prefix_mask[:, ::-1], axis=1)
-    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-
-
-def token_log_probs(logits: Float[Array, "... vocab"], token_ids: Int[Array, ...]) -> Float[Array, ...]:
-    """log softmax(logits)[token] in float32, without the full softmax."""
-    chosen = jnp.take_along_axis(logits, token_ids[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
-
-
 def branch_hidden(
     model: VisionLanguageModel,
     prefix_ids: Int[Array, "b p"],
@@ -64,26 +52,30 @@ def branch_hidden(
     branch_mask: Bool[Array, "b k t"],
     *,
     remat: str = "none",
+    base_learns: bool = False,
 ) -> Float[Array, "b k t d"]:
     """Hidden states from which each branch token is predicted.
 
-    Token 0 of a branch is predicted from the prompt's last token, token t from the branch's token t − 1.
+    Token 0 of a branch is predicted from the prompt's last token, token t from the branch's token t − 1; nothing is
+    predicted from a branch's last token, which is therefore not computed. `base_learns` says that weights other than
+    adapters get gradients (see `Llama.needed_states`).
     """
-    b, p = prefix_ids.shape
-    _, k, t = branch_ids.shape
+    b, k, t = branch_ids.shape
+    t -= 1
     prefix = model.embed_prompts(prefix_ids, features)
-    branches = model.decoder.embed_tokens(branch_ids.reshape(b, k * t)).astype(prefix.dtype)
+    branches = model.decoder.embed_tokens(branch_ids[:, :, :t].reshape(b, k * t)).astype(prefix.dtype)
     lengths = jnp.sum(prefix_mask, axis=1)
     branch_positions = lengths[:, None, None] + jnp.arange(t)[None, None, :]
     positions = jnp.concatenate(
         [prefix_positions(prefix_mask), jnp.broadcast_to(branch_positions, (b, k, t)).reshape(b, k * t)],
         axis=1,
     )
-    layout = Tree(prefix_mask, branch_mask, model.decoder.config.attention)
-    hidden, _ = model.decoder(jnp.concatenate([prefix, branches], axis=1), positions, layout, remat=remat)
-    first = jnp.broadcast_to(last_valid(hidden[:, :p], prefix_mask)[:, None, None], (b, k, 1, hidden.shape[-1]))
-    rest = hidden[:, p:].reshape(b, k, t, -1)[:, :, :-1]
-    return jnp.concatenate([first, rest], axis=2)
+    tree = Tree(prefix_mask, branch_mask[:, :, :t], model.decoder.config.attention)
+    hidden = model.decoder.needed_states(
+        jnp.concatenate([prefix, branches], axis=1), positions, tree, tree.last, remat=remat, base_learns=base_learns
+    )
+    first = jnp.broadcast_to(hidden[:, None, :1], (b, k, 1, hidden.shape[-1]))
+    return jnp.concatenate([first, hidden[:, 1:].reshape(b, k, t, hidden.shape[-1])], axis=2)
 
 
 def branch_log_probs(
@@ -95,14 +87,24 @@ def branch_log_probs(
     branch_mask: Bool[Array, "b k t"],
     *,
     remat: str = "none",
+    base_learns: bool = False,
 ) -> Float[Array, "b k t"]:
     """log π(token | image, prompt, earlier tokens of the branch) in nats, temperature 1; 0 where masked.
 
     The prompt is encoded once for its k branches, and logits exist at branch positions only.
     """
-    hidden = branch_hidden(model, prefix_ids, prefix_mask, features, branch_ids, branch_mask, remat=remat)
-    log_probs = token_log_probs(model.decoder.logits(hidden), branch_ids)
-    return jnp.where(branch_mask, log_probs, 0.0)
+    hidden = branch_hidden(
+        model, prefix_ids, prefix_mask, features, branch_ids, branch_mask, remat=remat, base_learns=base_learns
+    )
+    return jnp.where(branch_mask, states_log_probs(model, hidden, branch_ids), 0.0)
+
+
+def states_log_probs(
+    model: VisionLanguageModel, hidden: Float[Array, "b k t d"], branch_ids: Int[Array, "b k t"]
+) -> Float[Array, "b k t"]:
+    """log π of each token given the state that predicts it (see `branch_hidden`), nats, float32."""
+    flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])  # noqa: E731
+    return model.decoder.token_log_probs(flat(hidden), flat(branch_ids)).reshape(branch_ids.shape)
 
 
 def prefill(
@@ -115,4 +117,4 @@ def prefill(
     x = model.embed_prompts(prefix_ids, features)
     layout = Causal(prefix_mask, model.decoder.config.attention)
     hidden, cache = model.decoder(x, prefix_positions(prefix_mask), layout, keep_cache=True)
-    return model.decoder.logits(last_valid(hidden, prefix_mask)), cache
+    return model.decoder.logits(last_valid(hidden, prefix_mask)[:, 0]), cache

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from m3po_jax.models.quantization import Codes, Weight, product
@@ -25,6 +26,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
 }
+
+
+Columns = Callable[[jax.Array, int], jax.Array]
+
+# The name of what the ``dots`` rematerialisation keeps.
+KEPT = "kept"
 
 
 def matmul_precision(dtype: Any) -> jax.lax.Precision | None:
@@ -72,19 +79,21 @@ class Linear(nnx.Module):
             return self.kernel[...]
         return Codes(self.kernel[...], self.kernel_scale[...])
 
-    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+    def __call__(self, x: Float[Array, "... in"], columns: Columns = lambda w, axis: w) -> Float[Array, "... out"]:
+        """`columns` takes some of the outputs from an array, given its output axis."""
         precision = matmul_precision(self.dtype)
         x = x.astype(self.dtype)
-        weight = self.weight
+        weight = jax.tree.map(lambda w: columns(w, -1), self.weight)  # of codes, their scales too
         if not isinstance(weight, Codes):
             weight = weight.astype(self.dtype)
         y = product("...i,io->...o", x, weight, precision=precision)
         if self.bias is not None:
-            y = y + self.bias[...].astype(self.dtype)
+            y = y + columns(self.bias[...], -1).astype(self.dtype)
         if self.lora_a is not None and self.lora_scale != 0.0:
-            low = jnp.matmul(x, self.lora_a[...].astype(self.dtype), precision=precision)
-            y = y + self.lora_scale * jnp.matmul(low, self.lora_b[...].astype(self.dtype), precision=precision)
-        return y
+            low = checkpoint_name(jnp.matmul(x, self.lora_a[...].astype(self.dtype), precision=precision), KEPT)
+            b = columns(self.lora_b[...], -1).astype(self.dtype)
+            y = y + self.lora_scale * jnp.matmul(low, b, precision=precision)
+        return checkpoint_name(y, KEPT)
 
 
 class Embedding(nnx.Module):
@@ -147,10 +156,15 @@ def stack_layers(make_layer: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs
     return stacked
 
 
-REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
-    "none": None,
+def _no_weights(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Everything may be kept but a layer's slice of the stacked weights, which can be sliced again."""
+    return primitive.name != "dynamic_slice"
+
+
+REMAT_POLICIES: dict[str, Callable[..., Any]] = {
+    "none": _no_weights,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(KEPT),
 }
 
 
@@ -161,32 +175,41 @@ def scan_layers(
     xs: Any = None,
     *,
     remat: str = "none",
+    count: int | None = None,
 ) -> tuple[Any, Any]:
     """Runs `apply(layer, carry, x) -> (carry, y)` over the layers of `stacked`, compiled once.
 
     `xs` and the returned ys have a leading layer axis. `remat` names what the backward pass keeps: everything
-    (``none``), nothing but each layer's input (``full``), or the results of matrix products (``dots``).
+    (``none``), nothing but each layer's input (``full``), or the results of matrix products (``dots``: of linear
+    layers and of attention, whose weights are made again). `count` runs the first layers only, without a copy of
+    their base weights; gradients then should be asked for adapters alone, since those of base weights would be
+    added up in arrays of all layers, once for each layer.
     """
-    graph, state = nnx.split(stacked)
+    if count is None:
+        graph, state = nnx.split(stacked)
+        given: Any = (state, xs)
+        layer_of = lambda x: x  # noqa: E731
+    else:
+        graph, adapters, base = nnx.split(stacked, LoRAParam, ...)
+        first = jax.tree.map(lambda x: x[:count], adapters)
+        given = ((jnp.arange(count), first), xs)
+
+        def layer_of(x: Any) -> Any:
+            index, adapter = x
+            at = lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False)  # noqa: E731
+            return nnx.merge_state(adapter, jax.tree.map(at, base))
 
     def body(carry: Any, inputs: Any) -> tuple[Any, Any]:
-        layer_state, x = inputs
-        return apply(nnx.merge(graph, layer_state), carry, x)
+        layer, x = inputs
+        return apply(nnx.merge(graph, layer_of(layer)), carry, x)
 
-    policy = REMAT_POLICIES[remat]
-    if policy is not None:
+    if remat != "none" or count is not None:
         # Under a scan the loop itself prevents the common-subexpression merging that `prevent_cse` guards against.
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    return jax.lax.scan(body, carry, (state, xs))
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(body, carry, given)
 
 
-def unstack_layers(stacked: M, count: int) -> list[M]:
-    """The layers of a stacked module one by one, for loops that must not slice weights at every step."""
+def layer_at(stacked: M, index: int) -> M:
+    """One layer of a stacked module."""
     graph, state = nnx.split(stacked)
-    return [nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], state)) for i in range(count)]
-
-
-def take_layers(stacked: M, start: int, stop: int) -> M:
-    """A stacked module of the layers ``start:stop``."""
-    graph, state = nnx.split(stacked)
-    return nnx.merge(graph, jax.tree.map(lambda x: x[start:stop], state))
+    return nnx.merge(graph, jax.tree.map(lambda x: x[index], state))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +12,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from m3po_jax.models.attention import Layout
+from m3po_jax.models.attention import LastLayout, Layout
 from m3po_jax.models.layers import (
     ACTIVATIONS,
+    REMAT_POLICIES,
+    Columns,
     Embedding,
     Linear,
     RMSNorm,
+    layer_at,
     matmul_precision,
     scan_layers,
     stack_layers,
 )
 from m3po_jax.sharding import constrain
+
+MAX_LOGITS = 2**26  # that may exist at once on a device when log-probabilities are computed: 256 MiB
 
 
 @dataclass(frozen=True)
@@ -68,9 +75,12 @@ class LlamaAttention(nnx.Module):
         self.o_proj = Linear(q_width, c.hidden_size, axes=("heads", "embed"), **kinds)
         self.head_dim = c.head_dim
 
-    def __call__(self, x: jax.Array, rotary: Any, layout: Layout, cache: Any) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, rotary: Any, layout: Layout, cache: Any, pick: Callable[[jax.Array], jax.Array]
+    ) -> tuple[jax.Array, Any]:
+        """`pick` takes the tokens that have queries out of a row."""
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)  # noqa: E731
-        q = apply_rotary(heads(self.q_proj(x)), rotary)
+        q = apply_rotary(heads(self.q_proj(pick(x))), jax.tree.map(pick, rotary))
         k = apply_rotary(heads(self.k_proj(x)), rotary)
         out, cache = layout(q, k, heads(self.v_proj(x)), cache)
         return self.o_proj(out.reshape(*out.shape[:2], -1)), cache
@@ -97,9 +107,17 @@ class LlamaLayer(nnx.Module):
         self.post_attention_norm = RMSNorm(config.hidden_size, **norm)
         self.mlp = LlamaMLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, rotary: Any, layout: Layout, cache: Any) -> tuple[jax.Array, Any]:
-        attended, cache = self.attention(self.input_norm(x), rotary, layout, cache)
-        x = constrain(x + attended, "batch", None, None)
+    def __call__(
+        self,
+        x: jax.Array,
+        rotary: Any,
+        layout: Layout,
+        cache: Any,
+        pick: Callable[[jax.Array], jax.Array] = lambda x: x,
+    ) -> tuple[jax.Array, Any]:
+        """States of the tokens that `pick` takes (default: all) after the layer, and its cache."""
+        attended, cache = self.attention(self.input_norm(x), rotary, layout, cache, pick)
+        x = constrain(pick(x) + attended, "batch", None, None)
         x = constrain(x + self.mlp(self.post_attention_norm(x)), "batch", None, None)
         return x, cache
 
@@ -143,10 +161,95 @@ class Llama(nnx.Module):
         x, cache = scan_layers(self.layers, apply, constrain(x, "batch", None, None), remat=remat)
         return self.norm(x), cache
 
-    def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
-        """Next-token logits in float32."""
+    def needed_states(
+        self,
+        x: Float[Array, "b s d"],
+        positions: Int[Array, "b s"],
+        layout: Layout,
+        last: LastLayout,
+        *,
+        remat: str = "none",
+        base_learns: bool = False,
+    ) -> Float[Array, "b n d"]:
+        """States after the final norm of the tokens that `last.pick` takes: the last layer computes no others.
+
+        Args:
+            layout: Of all layers but the last.
+            base_learns: The stacked base weights have gradients. The last layer is then scanned with the others and
+                computes every token: set apart, it would cost a copy of the weights or of their gradients.
+        """
+        if base_learns:
+            hidden, _ = self(x, positions, layout, remat=remat)
+            return last.pick(hidden)
+        rotary = self.rotary(positions)
+
+        def apply(layer: LlamaLayer, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return layer(x, rotary, layout, None)[0], None
+
+        count = self.config.num_layers - 1
+        x, _ = scan_layers(self.layers, apply, constrain(x, "batch", None, None), remat=remat, count=count)
+
+        def end(layer: nnx.State, x: jax.Array) -> jax.Array:
+            return nnx.merge(graph, layer)(x, rotary, last, None, last.pick)[0]
+
+        graph, layer = nnx.split(layer_at(self.layers, count))
+        return self.norm(jax.checkpoint(end, policy=REMAT_POLICIES[remat])(layer, x))
+
+    def token_log_probs(self, hidden: Float[Array, "b n d"], token_ids: Int[Array, "b n"]) -> Float[Array, "b n"]:
+        """log softmax(logits)[token] in float32, without the full softmax.
+
+        More than `MAX_LOGITS` logits never exist at once: a large vocabulary is taken in chunks with a running
+        log-sum-exp, and the backward pass computes a chunk's logits again.
+        """
+        vocabulary = self.config.vocab_size
+        mesh = jax.sharding.get_abstract_mesh()
+        shards = 1 if mesh.empty else mesh.size
+        chunks = -(-token_ids.size * vocabulary // (MAX_LOGITS * shards))
+        if chunks <= 1:
+            logits = self.logits(hidden)
+            chosen = jnp.take_along_axis(logits, token_ids[..., None], axis=-1)[..., 0]
+            return chosen - jax.nn.logsumexp(logits, axis=-1)
+        return self._chunked_log_probs(hidden, token_ids, chunks)
+
+    def _chunked_log_probs(self, hidden: jax.Array, token_ids: jax.Array, chunks: int) -> jax.Array:
+        vocabulary = self.config.vocab_size
+        mesh = jax.sharding.get_abstract_mesh()
+        # A chunk takes its share of every device's part of the vocabulary, so that no weights travel.
+        parts = 1 if mesh.empty or vocabulary % mesh.shape["tensor"] else mesh.shape["tensor"]
+        rows = vocabulary // parts
+        width = -(-rows // chunks)
+        graph, state = nnx.split(self)
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def chunk(carry: tuple[jax.Array, ...], index: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+            top, total, chosen = carry
+            start = jnp.minimum(index * width, rows - width)  # the last chunk overlaps the one before
+
+            def columns(w: jax.Array, axis: int) -> jax.Array:
+                axis %= w.ndim
+                split = w.reshape(*w.shape[:axis], parts, rows, *w.shape[axis + 1 :])
+                taken = jax.lax.dynamic_slice_in_dim(split, start, width, axis=axis + 1)
+                return taken.reshape(*w.shape[:axis], parts * width, *w.shape[axis + 1 :])
+
+            ids = (jnp.arange(parts)[:, None] * rows + start + jnp.arange(width)).reshape(-1)
+            new = jnp.tile(start + jnp.arange(width) >= index * width, parts)
+            logits = jnp.where(new, nnx.merge(graph, state).logits(hidden, columns), -jnp.inf)
+            highest = jax.lax.stop_gradient(jnp.maximum(top, jnp.max(logits, axis=-1)))
+            total = total * jnp.exp(top - highest) + jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1)
+            here = (ids == token_ids[..., None]) & new
+            return (highest, total, chosen + jnp.sum(jnp.where(here, logits, 0.0), axis=-1)), None
+
+        zeros = jnp.zeros(token_ids.shape, jnp.float32)
+        start = (jnp.full(token_ids.shape, -jnp.inf), zeros, zeros)
+        (top, total, chosen), _ = jax.lax.scan(chunk, start, jnp.arange(chunks))
+        return chosen - top - jnp.log(total)
+
+    def logits(
+        self, hidden: Float[Array, "... d"], columns: Columns = lambda w, axis: w
+    ) -> Float[Array, "... vocab"]:
+        """Next-token logits in float32; of the tokens that `columns` takes from an axis of the vocabulary."""
         if self.lm_head is not None:
-            return self.lm_head(hidden).astype(jnp.float32)
-        table = self.embed_tokens.table[...].astype(self.dtype)
+            return self.lm_head(hidden, columns).astype(jnp.float32)
+        table = columns(self.embed_tokens.table[...], 0).astype(self.dtype)
         logits = jnp.einsum("...d,vd->...v", hidden.astype(self.dtype), table, precision=matmul_precision(self.dtype))
         return logits.astype(jnp.float32)

@@ -237,8 +237,9 @@ def train(
                     raise UserError(
                         broken,
                         where=str(output),
-                        remedy=f"the checkpoint of step {done} is from before; drop the rows or lower "
-                        "train.learning_rate",
+                        remedy=f"the checkpoint of step {done} is from before, and the same command goes on from it "
+                        "once what these rows hold is mended; without them, or with a lower train.learning_rate, it "
+                        "is another training: give it another name=..., or remove its folder to start it anew",
                     )
                 progress = Progress(iterator.get_state(), progress.num_tokens + tokens)
                 last = {**numbers, "num_tokens": float(progress.num_tokens), "padding": padding_share(batch)}

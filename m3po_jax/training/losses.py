@@ -41,7 +41,14 @@ def image_features(model: Any, batch: Any, *, remat: str = "none") -> Float[Arra
     return encode_images(model, batch.pixel_values, remat=remat)
 
 
-def _answer_log_probs(model: Any, batch: TreeBatch, features: Any, remat: str) -> Float[Array, "b k t"]:
+def base_learns(config: TrainConfig) -> bool:
+    """Whether more of the decoder than its adapters has gradients; see `Llama.needed_states`."""
+    return config.lora.lora_rank == 0
+
+
+def _answer_log_probs(
+    model: Any, batch: TreeBatch, features: Any, remat: str, *, base_learns: bool = False
+) -> Float[Array, "b k t"]:
     log_probs = branch_log_probs(
         model,
         batch.prefix_ids,
@@ -50,6 +57,7 @@ def _answer_log_probs(model: Any, batch: TreeBatch, features: Any, remat: str) -
         batch.branch_ids,
         batch.branch_mask,
         remat=remat,
+        base_learns=base_learns,
     )
     return log_probs.astype(jnp.float32)
 
@@ -112,7 +120,8 @@ def _conditional(
         return jnp.zeros_like(policy)
     corrupted = corrupted_features(model, batch, features, config.conditional_image)
     chosen = batch._replace(branch_ids=batch.branch_ids[:, :1], branch_mask=batch.branch_mask[:, :1])
-    policy_corrupted = jnp.sum(_answer_log_probs(model, chosen, corrupted, remat), axis=-1)[:, 0]
+    policy_corrupted = _answer_log_probs(model, chosen, corrupted, remat, base_learns=base_learns(config))
+    policy_corrupted = jnp.sum(policy_corrupted, axis=-1)[:, 0]
     reference_corrupted = reference_sums(reference_model, chosen, corrupted, remat=remat)[:, 0]
     return conditional_logits(policy, policy_corrupted, reference, reference_corrupted)
 
@@ -142,7 +151,7 @@ def preference(
             (see `needs_reference_pass`) is computed by the policy without its adapters.
     """
     features = image_features(model, batch, remat=remat)
-    log_probs = _answer_log_probs(model, batch, features, remat)
+    log_probs = _answer_log_probs(model, batch, features, remat, base_learns=base_learns(config))
     policy, reference = jnp.sum(log_probs, axis=-1), batch.reference
     computed: Any = None
     desensitise_reference = config.ld_alpha is not None and config.ld_alpha_reference
@@ -248,7 +257,7 @@ def sft(
 ) -> LossOutput:
     """Token-mean negative log-likelihood of the answers (K = 1), nats."""
     features = image_features(model, batch, remat=remat)
-    log_probs = _answer_log_probs(model, batch, features, remat)
+    log_probs = _answer_log_probs(model, batch, features, remat, base_learns=base_learns(config))
     nll, count = token_nll(log_probs[:, 0], batch.branch_mask[:, 0])
     loss = nll / jnp.maximum(count if tokens is None else tokens, 1)
     lengths = jnp.maximum(jnp.sum(batch.branch_mask[:, 0], axis=-1), 1)

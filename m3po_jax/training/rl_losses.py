@@ -15,11 +15,11 @@ from jaxtyping import Bool, Float, Int
 from m3po_jax.config import RLConfig, TrainConfig
 from m3po_jax.data.batches import TreeBatch
 from m3po_jax.errors import UserError, nearest
-from m3po_jax.models.forward import branch_hidden, branch_log_probs, token_log_probs
+from m3po_jax.models.forward import branch_hidden, branch_log_probs, states_log_probs
 from m3po_jax.models.heads import answer_rewards
 from m3po_jax.objectives.policy_gradient import ALGORITHMS, KL_ESTIMATORS, policy_loss, value_loss
 from m3po_jax.objectives.reward import reward_loss
-from m3po_jax.training.losses import LossOutput, image_features
+from m3po_jax.training.losses import LossOutput, base_learns, image_features
 
 
 class RolloutBatch(NamedTuple):
@@ -99,11 +99,10 @@ def policy_gradient(
     features = image_features(model, batch, remat=remat)
     inputs = (model, batch.prefix_ids, batch.prefix_mask, features, batch.branch_ids, mask)
     if rl.algorithm == "ppo":
-        hidden = branch_hidden(*inputs, remat=remat)
-        log_probs = token_log_probs(model.decoder.logits(hidden), batch.branch_ids)
-        log_probs = jnp.where(mask, log_probs, 0.0)
+        hidden = branch_hidden(*inputs, remat=remat, base_learns=base_learns(config))
+        log_probs = jnp.where(mask, states_log_probs(model, hidden, batch.branch_ids), 0.0)
     else:
-        log_probs = branch_log_probs(*inputs, remat=remat).astype(jnp.float32)
+        log_probs = branch_log_probs(*inputs, remat=remat, base_learns=base_learns(config)).astype(jnp.float32)
     log_ratio = jnp.where(mask, log_probs - batch.old_log_probs, 0.0)
     lengths = jnp.sum(mask, axis=(1, 2))
     count = jnp.maximum(jnp.sum(mask) if tokens is None else tokens, 1)

@@ -1,6 +1,7 @@
 """Run by `test_training_mesh.py` with 8 simulated devices: the same stage on one device, 8, and 2 × 2 × 2.
 
-The last run starts with data = 8 and continues from its checkpoint on 2 × 2 × 2. Prints one JSON object.
+The mixed run starts with data = 8, continues from its checkpoint on 2 × 2 × 2 and from that one's on one device.
+Writes one JSON object.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from m3po_jax.training.loop import TrainResult, train
 
 def main(folder: Path) -> None:
     assert jax.device_count() == 8
-    config = base_config(batch_size=8, max_steps=3, learning_rate=1e-3)
+    config = base_config(batch_size=8, max_steps=5, learning_rate=1e-3)
     config = replace(config, lora=replace(config.lora, train_projector=True))
     meshes = {
         "one": make_mesh(MeshConfig(), jax.devices()[:1]),
@@ -55,10 +56,12 @@ def main(folder: Path) -> None:
         return {"leaves": leaves, "metrics": result.metrics_path.read_text().splitlines()}
 
     results = {"one": numbers(run("one", "one"))}
-    # The signal comes after step 1 and is seen after step 2.
-    with pytest.raises(Interrupted, match="after step 2 of 3"):
+    # The signal comes after a step and is seen after the next.
+    with pytest.raises(Interrupted, match="after step 2 of 5"):
         run("data", "mixed", stop_at=1)
-    results["mixed"] = numbers(run("cube", "mixed"))
+    with pytest.raises(Interrupted, match="after step 4 of 5"):
+        run("cube", "mixed", stop_at=3)
+    results["mixed"] = numbers(run("one", "mixed"))
     whole = run("data", "data")
     results["data"] = numbers(whole)
     kernel = run("cube", "mixed").model.decoder.layers.mlp.up_proj

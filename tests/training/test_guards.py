@@ -129,6 +129,12 @@ def test_a_bad_state_is_never_taken_on(tmp_path: Path, one_device: Mesh) -> None
         messages.append(str(caught.value))
     assert messages[0] == messages[1] and f"checkpoint of step {first} is from before" in messages[0]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == [str(first)]
+    # What the message says of another learning rate: refused in this folder, and well in another.
+    slower = replace(config, learning_rate=config.learning_rate / 2, max_steps=first + 1)
+    assert "lower train.learning_rate" in messages[0] and "another name" in messages[0]
+    with pytest.raises(UserError, match="other data or settings"):
+        train(tiny_model(slower), tiny_pairs(slower), slower, output_dir=tmp_path, mesh=one_device)
+    train(tiny_model(slower), tiny_pairs(slower), slower, output_dir=tmp_path / "anew", mesh=one_device)
     # With the row mended, the same folder goes on (its fingerprint knows rows by their ids and answers).
     mended = train(tiny_model(config), tiny_pairs(config), config, output_dir=tmp_path, mesh=one_device)
     assert np.isfinite(mended.metrics["loss"]) and mended.steps == 6

@@ -28,7 +28,7 @@ from m3po_jax.training.objectives import check_objective
 
 
 def reward_config(**changes: Any) -> Any:
-    config = base_config(objective="reward", batch_size=8, max_steps=40, learning_rate=0.02, save_steps=50, **changes)
+    config = base_config(objective="reward", batch_size=8, max_steps=40, learning_rate=0.01, save_steps=50, **changes)
     return replace(config, lora=replace(config.lora, lora_rank=8, lora_alpha=16.0))
 
 
