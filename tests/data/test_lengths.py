@@ -33,7 +33,7 @@ def draw_lengths(count: int, seed: int, branches: int = 2) -> Lengths:
     return Lengths(rng.integers(1, 30, count), rng.integers(1, 60, count), branches)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(counts, sizes, windows, seeds)
 def test_every_row_once_an_epoch(count: int, size: int, window: int, seed: int) -> None:
     order = Order(count, seed, size, window, draw_lengths(count, seed))
@@ -54,7 +54,7 @@ def test_batch_i_is_a_function_of_the_seed_and_i(count: int, size: int, window: 
     assert [other.rows(number) for number in asked] == [expected[number] for number in asked]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(counts, sizes, seeds)
 def test_a_window_of_one_batch_is_plain_shuffling(count: int, size: int, seed: int) -> None:
     plain = grain.MapDataset.range(count).seed(seed).shuffle().repeat(200).batch(size)
@@ -63,7 +63,7 @@ def test_a_window_of_one_batch_is_plain_shuffling(count: int, size: int, seed: i
         assert order.rows(number) == plain[number].tolist()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(counts, sizes, windows, seeds)
 def test_a_window_keeps_its_rows(count: int, size: int, window: int, seed: int) -> None:
     """Rows move within their window only: what comes when stays as random as the window is short."""
@@ -87,7 +87,7 @@ def test_length_tells_nothing_about_time() -> None:
     assert means.std() > 0.9 * lengths.branch.std()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=8), seeds)
 def test_partition_has_the_asked_sizes_and_all_rows(sizes: list[int], seed: int) -> None:
     sides = draw_lengths(sum(sizes), seed).sides
