@@ -328,7 +328,7 @@ def report_peak(directory: Path, options: Any) -> None:
 def main(argv: list[str]) -> None:
     parser = arguments(__doc__.splitlines()[0], WORKLOADS)
     parser.add_argument("--rank", type=int, default=16, help="of the adapters on the decoder's linear layers")
-    parser.add_argument("--remat", default="full", choices=("none", "dots", "full"), help="as `model.remat`")
+    parser.add_argument("--remat", default="dots", choices=("none", "dots", "full"), help="as `model.remat`")
     options = parser.parse_args(argv)
     names = chosen_workloads(options.workloads, WORKLOADS, parser)
     pin(options.cpu)

@@ -1,5 +1,6 @@
 """The benchmarks at toy shapes: their report, their checks and their deterministic figures. No times are judged."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -17,6 +18,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import checkpoint  # noqa: E402
 import counting  # noqa: E402
 import expert_torch  # noqa: E402
+import measuring  # noqa: E402
+import table  # noqa: E402
 
 COLUMNS = {
     *("name", "peer", "shapes", "ours_s", "peer_s", "ratio", "ours_cpu_s", "peer_cpu_s", "ours_peak_mb"),
@@ -200,3 +203,23 @@ def test_dpo_minimum_is_between_forward_and_all_products_of_a_full_backward(peer
     forward = counting.generation_minimum(config, prompts=2, candidates=2, **sizes)
     assert forward < step(0) < step(4) < step(8) < 3 * forward
     assert step(8) - step(4) == 2 * (step(4) - step(2))  # linear in the rank
+
+
+def test_a_failing_workload_loses_no_other_rows(tmp_path, monkeypatch, capsys):
+    rates = {"product": {"shape": [1, 2, 3], "jax": 2.0, "torch": 1.0}}
+    monkeypatch.setattr(measuring, "gemm_gflops", lambda shapes: rates)
+    times = {"ours": (1.0, 1.0), "peer": (3.0, 3.0)}
+    compiled = {"dot_flops": 11, "dot_flops_minimum": 10, "temp_mb": 5.0, "cache_copies": None, "compile_s": 1.0}
+
+    def work(name):
+        if name == "bad":
+            raise SystemExit("log-probs differ")
+        return [measuring.row(name, "peer", {}, times, peaks={}, compiled=compiled, checks={})]
+
+    options = argparse.Namespace(json=tmp_path / "out.json", tiny=True)
+    with pytest.raises(SystemExit, match="bad: log-probs differ"):
+        measuring.measure_all(options, ["one", "bad", "two"], work, {})
+    report = json.loads(options.json.read_text())
+    assert [row["name"] for row in report["workloads"]] == ["one", "two"]
+    table.main([str(options.json)])
+    assert "| `two` | `peer` | 3.00 | 1.000 | 3.000 |  /  | 1.100 | 5 |  |" in capsys.readouterr().out

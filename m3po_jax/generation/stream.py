@@ -185,10 +185,6 @@ class Stream:
             "arrival": arrival,
         }
         if first.images is not None:
-            if first.encoded and sizes.views == 2:
-                raise UserError(
-                    "contrastive decoding needs the images themselves, to blank them", where=f"prompt {first.id}"
-                )
             count = max(len(request.images) for request in requests)  # type: ignore[arg-type]
             arrays["features" if first.encoded else "images"] = np.stack(
                 [_padded(request.images, count) for request in requests]

@@ -244,6 +244,7 @@ def _cost(compute: Mapping[str, Mapping[str, float]]) -> ComparisonTable:
         ("judge_calls", "Judge calls"),
         ("optimizer_steps", "Steps"),
         ("batch_size", "Rows a step"),
+        ("trained_tokens", "Trained tokens"),
     )
     rows = [
         (arm, "arm", [ComparisonCell(format_number(cost[key], 0)) for key, _ in keys])

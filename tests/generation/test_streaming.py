@@ -55,10 +55,17 @@ def test_features_stand_for_images(model, many, whole):
     np.testing.assert_array_equal(out.token_ids, whole.token_ids)
 
 
-def test_contrast_needs_pixels(model, many):
-    encoded = dataclasses.replace(many, pixel_values=None, features=np.zeros((12, 1, 9, 16), np.float32))
-    with pytest.raises(UserError, match="contrastive decoding needs the images"):
-        make_generator(model, contrast_alpha=1.0)(encoded)
+def test_features_stand_for_images_beside_a_blank_one(model, many):
+    """Contrastive decoding encodes the blank image itself, so the features of the others are enough."""
+    batch = take(many, [0, 1, 4])
+    features = jax.jit(model.image_features)(batch.pixel_values[:, 0])
+    encoded = dataclasses.replace(batch, pixel_values=None, features=np.asarray(features)[:, None])
+    options = {"temperature": 0.0, "num_candidates": 1, "stop_bias": 2.0, "max_new_tokens": 30}
+    generator = make_generator(model, contrast_alpha=1.0, **options)
+    pixels, out = generator(batch), generator(encoded)
+    np.testing.assert_array_equal(out.token_ids, pixels.token_ids)
+    np.testing.assert_allclose(out.log_probs, pixels.log_probs, atol=1e-5)
+    assert (out.token_ids != make_generator(model, **options)(encoded).token_ids).any()
 
 
 def test_an_error_of_the_source_comes_after_the_answers_before_it(model, many, whole):

@@ -65,6 +65,8 @@ def test_tables_have_every_system_seed_and_difference(finished: Path):
         "optimizer_steps",
     }
     assert results["compute"]["m3po_prior"]["judge_calls"] == 4 * 16
+    log = (finished / "seed-0" / "arms" / "m3po_prior" / "round-1" / "metrics.jsonl").read_text().splitlines()
+    assert 0 < json.loads(log[-1])["num_tokens"] < 2 * results["compute"]["m3po_prior"]["trained_tokens"]
     markdown = (finished / "results.md").read_text(encoding="utf-8")
     assert "difference to mas_dpo" in markdown and "| m3po_prior" in markdown
     page = (finished / "report.html").read_text(encoding="utf-8")
@@ -217,3 +219,14 @@ def test_a_seed_names_its_own_model_and_data():
     assert arm_recipe(own, "sft").train.data[0].path == "rows-7.jsonl"
     with pytest.raises(UserError, match=r"unknown key 'model\.paht'"):
         plan.seed_recipe(replace(recipe, compare=replace(compared, per_seed={"model.paht": "x"})), 7)
+
+
+@pytest.mark.parametrize("config", ["scenes", "ablations", "easy_vqa"])
+def test_recipes_of_the_results_can_be_meant(config: str):
+    recipe = load_recipe(f"configs/results/{config}.yaml")
+    plan.check_compare(recipe)
+    for seed in recipe.compare.seeds:
+        own = plan.seed_recipe(recipe, seed)
+        check_recipe(own)
+        assert own.model.path.endswith(f"-{seed}/model") and "{seed}" not in str(own.arms)
+    assert load_recipe("configs/results/base.yaml").train.objective == "sft"

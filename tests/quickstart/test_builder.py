@@ -247,3 +247,26 @@ def test_missing_easy_vqa_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path))
     with pytest.raises(UserError, match=r"^m3po_easy_vqa: .*m3po-jax\[quickstart\]"):
         read_prompts(config)
+
+
+def test_another_noise_seed_keeps_the_scenes_and_changes_what_is_said():
+    known = {config.name: config for config in module.M3poScenes.BUILDER_CONFIGS}
+    plain = known["systematic"]
+    first, second = known["systematic-1"], known["systematic-2"]
+    assert first.scenes() == {"sft": module.RESULTS_SFT_SCENES}
+    said = {1: [], 2: []}
+    for index in range(1, 60):
+        one, two, own = (module.scene_rows("sft", index, config)[0] for config in (first, second, plain))
+        assert json.loads(one["metadata"])["objects"] == json.loads(two["metadata"])["objects"]
+        if index % module.BLANK_EVERY:
+            assert one["image"] == two["image"] == own["image"]
+        said[1].append(one["reference"])
+        said[2].append(two["reference"])
+    assert said[1] != said[2]
+    blank = np.asarray(Image.open(io.BytesIO(module.scene_rows("sft", module.BLANK_EVERY, first)[0]["image"])))
+    assert np.ptp(blank.reshape(-1, 3), axis=0).max() == 0
+    # The question about the same scene still shows it.
+    assert (
+        module.scene_rows("sft", module.BLANK_EVERY, first)[1]["image"]
+        == module.scene_rows("sft", module.BLANK_EVERY, plain)[0]["image"]
+    )

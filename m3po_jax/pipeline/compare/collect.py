@@ -65,8 +65,8 @@ def _stages(run: Run, stage: str, arms: set[str | None], rounds: int) -> list[di
 def compute(run: Run, arm: str) -> dict[str, float]:
     """What one arm of one seed costs, shared candidates and scores counted in full, and the seconds it took.
 
-    ``generated_tokens`` and ``judge_calls`` (candidates scored) include an arm's own sampling while it trains, where
-    its training stage notes some.
+    ``generated_tokens`` and ``judge_calls`` (candidates scored) include the rollouts of an arm that draws and scores
+    answers while it trains.
     """
     recipe, rounds = run.arm_recipe(arm), run.recipe.rounds
     trains = _stages(run, "train", {arm}, rounds)
@@ -75,18 +75,39 @@ def compute(run: Run, arm: str) -> dict[str, float]:
     makers = {run.candidates_owner(1, arm), arm} if reads else set()
     judges = {run.scores_owner(1, arm), arm} if reads else set()
     generates, scores = _stages(run, "generate", makers, rounds), _stages(run, "score", judges, rounds)
+    rollouts = [_rollouts(run, number, arm) for number in range(1, rounds + 1)]
     return {
         "pairs": sum(pair_count(run, number, arm) for number in range(1, rounds + 1)),
         "generated_tokens": sum(entry.get("tokens", 0) for entry in generates)
-        + sum(entry.get("generated_tokens", 0) for entry in trains),
-        "judge_calls": sum(entry.get("rows", 0) for entry in scores)
-        + sum(entry.get("judge_calls", 0) for entry in trains),
+        + sum(tokens for tokens, _ in rollouts),
+        "judge_calls": sum(entry.get("rows", 0) for entry in scores) + sum(episodes for _, episodes in rollouts),
+        "trained_tokens": sum(_trained_tokens(run, number, arm) for number in range(1, rounds + 1)),
         "optimizer_steps": sum(entry.get("steps", 0) for entry in trains),
         "batch_size": recipe.train.batch_size,
         "train_seconds": sum(entry["seconds"] for entry in trains),
         "generate_seconds": sum(entry["seconds"] for entry in generates),
         "score_seconds": sum(entry["seconds"] for entry in scores),
     }
+
+
+def _metrics(run: Run, round: int, arm: str) -> list[dict[str, Any]]:
+    log = run.directory.round(round, arm) / "metrics.jsonl"
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+
+
+def _rollouts(run: Run, round: int, arm: str) -> tuple[float, float]:
+    """(tokens, answers) that a policy-gradient arm drew in a round, from its log, which has TRL's names for them."""
+    tokens = answers = 0.0
+    for row in _metrics(run, round, arm):
+        if "episode" in row:
+            tokens += (row["episode"] - answers) * row["completions/mean_length"]
+            answers = row["episode"]
+    return tokens, answers
+
+
+def _trained_tokens(run: Run, round: int, arm: str) -> float:
+    rows = _metrics(run, round, arm)
+    return float(rows[-1].get("num_tokens", 0.0)) if rows else 0.0
 
 
 def pair_count(run: Run, round: int, arm: str) -> int:
@@ -101,8 +122,7 @@ def training(run: Run, arm: str) -> dict[str, float]:
     """Means over the last tenth of the last round's logged steps, and over its pairs; what there is of each."""
     folder = run.directory.round(run.recipe.rounds, arm)
     found: dict[str, float] = {}
-    log = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    rows = _metrics(run, run.recipe.rounds, arm)
     tail = rows[-max(1, len(rows) // 10) :]
     for key in _TRAINING:
         values = [row[key] for row in tail if key in row]

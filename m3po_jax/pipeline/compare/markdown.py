@@ -120,9 +120,9 @@ def difference_cell(value: Mapping[str, Any] | None, column: summary.Column) -> 
 
 
 def _cost(results: Mapping[str, Any], times: Mapping[str, Mapping[str, float]]) -> str:
-    head = ["System", "Pairs", "Generated tokens", "Judge calls", "Steps", "Rows a step"]
+    head = ["System", "Pairs", "Generated tokens", "Judge calls", "Steps", "Rows a step", "Trained tokens"]
     head += ["Generate s", "Score s", "Train s"]
-    keys = ("pairs", "generated_tokens", "judge_calls", "optimizer_steps", "batch_size")
+    keys = ("pairs", "generated_tokens", "judge_calls", "optimizer_steps", "batch_size", "trained_tokens")
     rows = [
         [arm, *(f"{cost[key]:,.0f}" for key in keys)]
         + [f"{times[arm][key]:,.0f}" for key in ("generate_seconds", "score_seconds", "train_seconds")]

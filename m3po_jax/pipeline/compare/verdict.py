@@ -101,7 +101,7 @@ def _why(results: Mapping[str, Any], config: CompareConfig) -> list[str]:
     areas = {key.removeprefix("auroc/"): value for key, value in signals.items() if key.startswith("auroc/")}
     if areas:
         listed = ", ".join(f"{name.removeprefix('confidence_')} {value:.2f}" for name, value in areas.items())
-        lines.append(f"AUROC for a candidate without hallucination: {listed} (0.5 is chance).")
+        lines.append(f"AUROC for a right candidate: {listed} (0.5 is chance).")
     trained = results["training"]
     if (shift := trained.get(config.main, {}).get("delta_logps/chosen")) is not None and shift < DISPLACED:
         lines.append(
