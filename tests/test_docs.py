@@ -84,7 +84,9 @@ def test_keys_named_in_the_text_exist(page):
 
 
 @pytest.mark.parametrize(
-    "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name
+    "page",
+    [*sorted(DOCS.rglob("*.md")), *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG"))],
+    ids=lambda page: page.name,
 )
 def test_links_and_files_exist(page):
     text = page.read_text(encoding="utf-8")
@@ -106,6 +108,13 @@ def test_commands_parse(page):
             options = parser.parse_args(words[words.index("m3po") + 1 :])
             assert options.verb in VERBS
             load_recipe(options.config and ROOT / options.config, options.overrides)
+
+
+def test_the_front_page_lists_every_verb_and_document():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `m3po (\w+)` \|", text, re.M)) == set(VERBS)
+    assert {page.name for page in PAGES} <= set(re.findall(r"\]\(docs/([\w.]+)\)", text))
+    assert len(text.splitlines()) <= 130
 
 
 def test_prompt_rows_as_the_page_shows_them(tmp_path):

@@ -50,12 +50,16 @@ class TreeBatch(NamedTuple):
 
 
 class PromptBatch(NamedTuple):
-    """B prompts to be answered, in source order; `row_index` is −1 in rows that only fill the last batch."""
+    """B prompts to be answered, in source order; `row_index` is −1 in rows that only fill the last batch.
+
+    `features` stand in for `pixel_values`, as in `TreeBatch`.
+    """
 
     prefix_ids: Int[Any, "b p"]
     prefix_mask: Bool[Any, "b p"]
     pixel_values: Float[Any, "b m h w 3"] | None
     row_index: Int[Any, b]
+    features: Float[Any, "b m n v"] | None = None
 
 
 class ContrastiveBatch(NamedTuple):
@@ -511,9 +515,19 @@ def sft_batches(
 
 
 def prompt_batches(
-    prompts: Sequence[Prompt], processor: PromptProcessor, *, batch_size: int
+    prompts: Sequence[Prompt],
+    processor: PromptProcessor,
+    *,
+    batch_size: int,
+    features: PromptFeatures | None = None,
+    images: bool = True,
 ) -> BatchSource[PromptBatch]:
-    """Prompts once, in order, for generation and scoring; copies of the last row fill the last batch."""
+    """Prompts once, in order, for generation and scoring; copies of the last row fill the last batch.
+
+    Args:
+        features: Cached features of the vision tower, which then stand for the images.
+        images: False: neither is read, for who blanks the images.
+    """
     _require_rows(len(prompts), batch_size)
     ids = tuple(prompt.id for prompt in prompts)
     total = math.ceil(len(prompts) / batch_size) * batch_size
@@ -522,11 +536,12 @@ def prompt_batches(
         prompt = prompts[min(index, len(prompts) - 1)]
         prefix = np.asarray(processor.encode_prompt(prompt), np.int32)
         place = index if index < len(prompts) else -1
-        return TreeRow(prefix, pixels_of(processor, prompt), (), (), place)
+        pixels, seen = _seen(processor, prompt, features) if images else (None, None)
+        return TreeRow(prefix, pixels, (), (), place, features=seen)
 
     def collate(rows: Sequence[TreeRow]) -> PromptBatch:
-        tree = collate_tree(rows)
-        return PromptBatch(tree.prefix_ids, tree.prefix_mask, tree.pixel_values, tree.row_index)
+        tree = _collate(features)(rows)
+        return PromptBatch(tree.prefix_ids, tree.prefix_mask, tree.pixel_values, tree.row_index, tree.features)
 
     return BatchSource(
         dataset=grain.MapDataset.range(total).map(load).batch(batch_size, batch_fn=collate),

@@ -76,16 +76,26 @@ class _Chosen(Sequence[Prompt]):
 
 
 def prompt_batches(
-    prompts: Sequence[Prompt], processor: Processor, batch_size: int
+    prompts: Sequence[Prompt],
+    processor: Processor,
+    batch_size: int,
+    *,
+    features: PromptFeatures | None = None,
+    images: bool = True,
 ) -> Iterator[tuple[list[Prompt], PromptBatch]]:
-    """Batches of prompts, in order, with the arrays that the engines take."""
-    source = batches.prompt_batches(prompts, processor, batch_size=batch_size)
+    """Batches of prompts, in order, with the arrays that the engines take.
+
+    Args:
+        features: Cached features of the vision tower, which then stand for the images.
+        images: False: no image is read; for passes that blank them.
+    """
+    source = batches.prompt_batches(prompts, processor, batch_size=batch_size, features=features, images=images)
     for batch in source:
         real = [int(i) for i in batch.row_index if i >= 0]
         n = len(real)
-        pixels = None if batch.pixel_values is None else batch.pixel_values[:n]
+        pixels, seen = (None if x is None else x[:n] for x in (batch.pixel_values, batch.features))
         chosen = [prompts[i] for i in real]
-        yield chosen, PromptBatch([p.id for p in chosen], batch.prefix_ids[:n], batch.prefix_mask[:n], pixels)
+        yield chosen, PromptBatch([p.id for p in chosen], batch.prefix_ids[:n], batch.prefix_mask[:n], pixels, seen)
 
 
 def requests(

@@ -18,9 +18,11 @@ import pyarrow as pa
 
 from m3po_jax.config import RoundConfig
 from m3po_jax.data import batches, tables
+from m3po_jax.data.feature_cache import PromptFeatures
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import PAIR
 from m3po_jax.errors import UserError, nearest
+from m3po_jax.pipeline.caches import fill
 from m3po_jax.pipeline.generate import prompt_batches
 from m3po_jax.pipeline.rundir import is_writer
 from m3po_jax.pipeline.stopping import agreed, barrier
@@ -60,13 +62,22 @@ def mix(rounds: Sequence[tuple[int, pa.Table]], share: float, seed: int) -> list
 
 
 def reference_log_probs(
-    scorer: Scorer, processor: Processor, rows: Sequence[Mapping[str, Any]]
+    scorer: Scorer,
+    processor: Processor,
+    rows: Sequence[Mapping[str, Any]],
+    features: PromptFeatures | None = None,
 ) -> list[dict[str, Any]]:
-    """The rows with `scorer`'s log-probs of their answers in place of the recorded ones."""
+    """The rows with `scorer`'s log-probs of their answers in place of the recorded ones.
+
+    Args:
+        features: Cached features of the scorer's vision tower; what is missing is computed and stored first.
+    """
     prompts = [batches.pair_prompt(row, f"pair {row['id']!r}") for row in rows]
+    if features is not None:
+        fill(features, prompts)
     answers = [[np.asarray(row[f"{side}_token_ids"], np.int32) for side in SIDES] for row in rows]
     made: list[dict[str, Any]] = []
-    for chosen, batch in prompt_batches(prompts, processor, scorer.batch_size):
+    for chosen, batch in prompt_batches(prompts, processor, scorer.batch_size, features=features):
         own = answers[len(made) : len(made) + len(chosen)]
         longest = max(len(ids) for pair in own for ids in pair)
         ids = np.zeros((len(own), 2, longest), np.int32)
@@ -93,6 +104,7 @@ def training_pairs(
     seed: int,
     processor: Processor,
     scorer: Callable[[], Scorer],
+    features: Callable[[], PromptFeatures | None] = lambda: None,
 ) -> pa.Table:
     """Pairs to train a later round on, with the reference's log-probs; written to `out` once.
 
@@ -100,6 +112,7 @@ def training_pairs(
         rounds: (number, pair folder, pairs) of the rounds that take part, in order; the round to train is the last.
         inputs: A hash of the reference model's weights.
         scorer: Of the reference model; called only if its log-probs are needed.
+        features: Of its vision tower, from the cache; likewise.
     """
     names = [[path.name for path in tables.shards(folder)] for _, folder, _ in rounds]
     path = out / tables.shard_name(0, tables.content_hash(names, vars(config), inputs, seed))
@@ -110,7 +123,7 @@ def training_pairs(
         unknown = [position for position, (number, _) in enumerate(items) if number != recorded]
         rows = [row for _, row in items]
         if unknown:
-            asked = reference_log_probs(scorer(), processor, [rows[position] for position in unknown])
+            asked = reference_log_probs(scorer(), processor, [rows[position] for position in unknown], features())
             for position, row in zip(unknown, asked, strict=True):
                 rows[position] = row
         if is_writer():

@@ -349,6 +349,7 @@ class Run:
             model = self.start_of(recipe) if of_base else self.model_before(round, arm)
             return Scorer(model, self.mesh, batch_size=recipe.train.batch_size)
 
+        processor = dataclasses.replace(self.policy.processor, image_root=self.source.image_root)
         return rounds.training_pairs(
             [
                 (number, folder, read_pairs(folder))
@@ -359,8 +360,9 @@ class Run:
             self.directory.round(round, arm) / MIXED,
             inputs=self.weights_identity(0 if of_base else round - 1, arm),
             seed=recipe.seed,
-            processor=dataclasses.replace(self.policy.processor, image_root=self.source.image_root),
+            processor=processor,
             scorer=scorer,
+            features=lambda: vision_features(recipe, self.policy, processor, self.mesh),
         )
 
     def evaluate_stage(self, round: int, arm: str | None = None) -> None:

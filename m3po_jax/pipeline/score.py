@@ -43,7 +43,7 @@ def blank_log_probs(
 ) -> list[list[np.ndarray]]:
     """Log-probs of each candidate's tokens with the image blanked: what the language prior says."""
     found: list[list[np.ndarray]] = []
-    for rows, batch in prompt_batches(prompts, processor, scorer.batch_size):
+    for rows, batch in prompt_batches(prompts, processor, scorer.batch_size, images=False):
         own = groups[len(found) : len(found) + len(rows)]
         answers = [[np.asarray(row["token_ids"], np.int32) for row in group] for group in own]
         widest = max(len(group) for group in answers)

@@ -44,6 +44,9 @@ class Scorer:
         self.compilations = 0
         self._log_probs = jax.jit(self._log_probs_program, static_argnums=(0, 3))
         self._choices = jax.jit(self._choices_program, static_argnums=(0, 3))
+        self._encode_blank = jax.jit(
+            lambda graph, state, pixels: nnx.merge(graph, state).image_features(pixels), static_argnums=0
+        )
         self.load(model)
 
     def load(self, model: VisionLanguageModel) -> None:
@@ -52,6 +55,8 @@ class Scorer:
         reference: Any = nnx.merge(self.graph, self.state)
         lora.set_scale(reference, 0.0)
         self.reference_graph = nnx.split(reference)[0]
+        self.model_config = model.config
+        self._blank: dict[bool, jax.Array] = {}  # features of a blank image, by whether they are the reference's
 
     def log_probs(
         self,
@@ -67,7 +72,7 @@ class Scorer:
         Args:
             branch_ids: answers, right-padded, the end token included if it is to count.
             blank_images: every image is replaced by the processor's mean colour (zeros after normalisation),
-                which leaves the language prior.
+                which leaves the language prior. The batch's own images are not read, and need not be there.
             reference: the model without its adapters.
 
         Raises:
@@ -76,9 +81,8 @@ class Scorer:
         _, k, t = branch_ids.shape
         ids = self._pad_branches(branch_ids.astype(np.int32), bucket(t, self.branch_bucket))
         mask = self._pad_branches(branch_mask.astype(bool), bucket(t, self.branch_bucket))
-        graph = self.reference_graph if reference else self.graph
         arrays = {"branch_ids": ids, "branch_mask": mask}
-        return self._run(self._log_probs, graph, batch, arrays, {}, blank_images=blank_images)[:, :k, :t]
+        return self._run(self._log_probs, batch, arrays, {}, blank_images, reference)[:, :k, :t]
 
     def choice_probabilities(
         self,
@@ -105,9 +109,8 @@ class Scorer:
             "branch_ids": self._pad_branches(branch_ids.astype(np.int32), width),
             "branch_mask": self._pad_branches(branch_mask.astype(bool), width),
         }
-        graph = self.reference_graph if reference else self.graph
         choices = {"choices": np.asarray(token_ids, np.int32)}
-        return self._run(self._choices, graph, batch, arrays, choices, blank_images=blank_images)[:, :k]
+        return self._run(self._choices, batch, arrays, choices, blank_images, reference)[:, :k]
 
     @staticmethod
     def _pad_branches(x: np.ndarray, width: int) -> np.ndarray:
@@ -118,13 +121,16 @@ class Scorer:
     def _run(
         self,
         program: Any,
-        graph: nnx.GraphDef,
         batch: PromptBatch,
         branches: dict[str, np.ndarray],
         constants: dict[str, np.ndarray],
-        *,
-        blank_images: bool,
+        blank_images: bool = False,
+        reference: bool = False,
     ) -> np.ndarray:
+        graph = self.reference_graph if reference else self.graph
+        images = self._images_a_row(batch) if blank_images else 0
+        seen = {} if blank_images else {"pixel_values": batch.pixel_values, "features": batch.features}
+        blank = {"blank": self._blank_features(reference)} if images else {}
         total, length = batch.token_ids.shape
         columns, done = bucket(length, self.prefix_bucket), []
         for start in range(0, total, self.batch_size):
@@ -133,13 +139,11 @@ class Scorer:
             arrays = {
                 "prefix_ids": pad_rows(batch.token_ids[part].astype(np.int32), rows, columns),
                 "prefix_mask": pad_rows(batch.mask[part].astype(bool), rows, columns, False),
-                **{name: pad_rows(x[part], rows) for name, x in branches.items()},
+                **{name: pad_rows(x[part], rows) for name, x in (branches | seen).items() if x is not None},
             }
-            if batch.pixel_values is not None:
-                arrays["pixel_values"] = pad_rows(batch.pixel_values[part], rows)
             with use_mesh(self.mesh):
-                inputs = {**shard_batch(arrays, self.mesh), **replicate(constants, self.mesh)}
-                result = to_host(program(graph, self.state, inputs, blank_images))[:count]
+                inputs = {**shard_batch(arrays, self.mesh), **replicate(constants, self.mesh), **blank}
+                result = to_host(program(graph, self.state, inputs, images))[:count]
             broken = ~np.isfinite(result).reshape(count, -1).all(axis=1)
             if broken.any():
                 raise UserError(
@@ -150,16 +154,33 @@ class Scorer:
             done.append(result)
         return np.concatenate(done)
 
+    def _images_a_row(self, batch: PromptBatch) -> int:
+        """The most images that a prompt has room for, by its image tokens."""
+        tokens = (batch.token_ids == self.model_config.image_token_id) & batch.mask.astype(bool)
+        return int(tokens.sum(axis=1).max(initial=0)) // self.model_config.tokens_per_image
+
+    def _blank_features(self, reference: bool) -> Float[jax.Array, "1 n v"]:
+        """What the tower makes of a blank image; computed once for the weights that are loaded."""
+        if reference not in self._blank:
+            graph, size = self.reference_graph if reference else self.graph, self.model_config.vision.image_size
+            with use_mesh(self.mesh):
+                pixels = replicate(np.zeros((1, size, size, 3), np.float32), self.mesh)
+                self._blank[reference] = self._encode_blank(graph, self.state, pixels)
+        return self._blank[reference]
+
     @staticmethod
-    def _features(model: VisionLanguageModel, arrays: dict[str, jax.Array], blank: bool) -> jax.Array | None:
-        pixels = arrays.get("pixel_values")
-        if pixels is None or not blank:
-            return encode_images(model, pixels)
-        one = encode_images(model, jnp.zeros_like(pixels[:1, :1]))
-        return None if one is None else jnp.broadcast_to(one, (*pixels.shape[:2], *one.shape[2:]))
+    def _features(
+        model: VisionLanguageModel, arrays: dict[str, jax.Array], images: int
+    ) -> Float[jax.Array, "b m n v"] | None:
+        """Features of the images of the rows: `images` blank ones, those given, or the tower's."""
+        if images:
+            one = arrays["blank"]
+            return jnp.broadcast_to(one, (arrays["prefix_ids"].shape[0], images, *one.shape[1:]))
+        given = arrays.get("features")
+        return encode_images(model, arrays.get("pixel_values")) if given is None else given
 
     def _log_probs_program(
-        self, graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], blank: bool
+        self, graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], images: int
     ) -> Float[jax.Array, "b k t"]:
         self.compilations += 1
         model = nnx.merge(graph, state)
@@ -167,13 +188,13 @@ class Scorer:
             model,
             arrays["prefix_ids"],
             arrays["prefix_mask"],
-            self._features(model, arrays, blank),
+            self._features(model, arrays, images),
             arrays["branch_ids"],
             arrays["branch_mask"],
         )
 
     def _choices_program(
-        self, graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], blank: bool
+        self, graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], images: int
     ) -> Float[jax.Array, "b k c"]:
         self.compilations += 1
         model = nnx.merge(graph, state)
@@ -182,7 +203,7 @@ class Scorer:
             model,
             arrays["prefix_ids"],
             arrays["prefix_mask"],
-            self._features(model, arrays, blank),
+            self._features(model, arrays, images),
             arrays["branch_ids"],
             mask,
         )

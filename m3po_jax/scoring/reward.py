@@ -40,7 +40,7 @@ class HeadScorer(Scorer):
             UserError: a reward is not finite; names the prompt.
         """
         arrays = self._branches(branch_ids, branch_mask)
-        found = self._run(self._rewards, self.graph, batch, arrays, {}, blank_images=False)
+        found = self._run(self._rewards, batch, arrays, {})
         return found[:, : branch_ids.shape[1]]
 
     def values(
@@ -48,7 +48,7 @@ class HeadScorer(Scorer):
     ) -> Float32[np.ndarray, "b k t"]:
         """The value of the state before each token; 0 where masked."""
         arrays = self._branches(branch_ids, branch_mask)
-        found = self._run(self._values, self.graph, batch, arrays, {}, blank_images=False)
+        found = self._run(self._values, batch, arrays, {})
         return found[:, : branch_ids.shape[1], : branch_ids.shape[2]]
 
     def _branches(self, branch_ids: np.ndarray, branch_mask: np.ndarray) -> dict[str, np.ndarray]:
@@ -58,24 +58,24 @@ class HeadScorer(Scorer):
             "branch_mask": self._pad_branches(branch_mask.astype(bool), width),
         }
 
-    def _inputs(self, graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], blank: bool) -> Any:
+    def _inputs(self, graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], images: int) -> Any:
         model = nnx.merge(graph, state)
-        features = self._features(model, arrays, blank)
+        features = self._features(model, arrays, images)
         names = ("prefix_ids", "prefix_mask", "branch_ids", "branch_mask")
         prefix_ids, prefix_mask, branch_ids, branch_mask = (arrays[name] for name in names)
         return model, prefix_ids, prefix_mask, features, branch_ids, branch_mask
 
     def _rewards_program(
-        self, graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], blank: bool
+        self, graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], images: int
     ) -> Float[jax.Array, "b k"]:
         self.compilations += 1
-        return answer_rewards(*self._inputs(graph, state, arrays, blank))
+        return answer_rewards(*self._inputs(graph, state, arrays, images))
 
     def _values_program(
-        self, graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], blank: bool
+        self, graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], images: int
     ) -> Float[jax.Array, "b k t"]:
         self.compilations += 1
-        inputs = self._inputs(graph, state, arrays, blank)
+        inputs = self._inputs(graph, state, arrays, images)
         return jnp.where(arrays["branch_mask"], inputs[0].scalar_head(branch_hidden(*inputs)), 0.0)
 
 

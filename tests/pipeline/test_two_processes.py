@@ -33,7 +33,7 @@ def hosts(*arguments: str) -> list[subprocess.Popen[str]]:
 def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     """Exit status and messages of every process; none outlives the test."""
     try:
-        found = [process.communicate(timeout=400)[1] for process in processes]
+        found = [process.communicate(timeout=1200)[1] for process in processes]
         return [(process.returncode, errors[-4000:]) for process, errors in zip(processes, found, strict=True)]
     finally:
         for process in processes:

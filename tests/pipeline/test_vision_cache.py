@@ -1,7 +1,8 @@
-"""Generation from cached vision features: the same candidates, and an image that was encoded once is not again."""
+"""The caches in whole runs: the same candidates, log-probs and training; what one run computed, the next reads."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,14 @@ from mini_run import write_data, write_recipe
 
 from m3po_jax.config import load_recipe
 from m3po_jax.data import tables
+from m3po_jax.data.processing import Processor
+from m3po_jax.pipeline.caches import vision_features
+from m3po_jax.pipeline.rounds import reference_log_probs
 from m3po_jax.pipeline.run import Run
+from m3po_jax.pipeline.score import blank_log_probs, pools
+from m3po_jax.pipeline.train import read_pairs
+from m3po_jax.scoring.engine import Scorer
+from m3po_jax.training.metrics_log import read_metrics
 
 
 def candidates_of(path: Path, name: str, *overrides: str) -> list[dict]:
@@ -33,3 +41,75 @@ def test_generation_reads_cached_features(tmp_path: Path, capsys: pytest.Capture
         assert [row["token_ids"] for row in rows] == [row["token_ids"] for row in plain]
         for row, other in zip(rows, plain, strict=True):
             np.testing.assert_allclose(row["token_logprobs"], other["token_logprobs"], atol=1e-4)
+
+
+def trained_run(path: Path, name: str, *overrides: str) -> Run:
+    run = Run(load_recipe(path, [f"name={name}", "train.reference=computed", *overrides]))
+    with run.directory.lock():
+        run.open()
+        for stage in (run.generate_stage, run.score_stage, run.select_stage, run.train_stage):
+            stage(1)
+    return run
+
+
+def test_a_second_run_computes_nothing_but_what_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path, write_data(tmp_path / "data", count=6), arms={}, train={"max_steps": 2})
+    plain = trained_run(recipe, "plain")
+    assert "log-probs" not in " ".join(capsys.readouterr())
+    caches = ("cache.vision_features=auto", "cache.reference=auto")
+    first = trained_run(recipe, "first", *caches)
+    pairs = read_pairs(first.directory.round(1) / "pairs")
+    said = " ".join(" ".join(capsys.readouterr()).split())
+    assert "6 images computed" in said and f"reference log-probs: {len(pairs)} of {len(pairs)} rows computed" in said
+
+    files = sorted((tmp_path / "runs/cache/vision").glob("*/??/*.npy"))
+    assert len(files) == 6
+    whole = [file.read_bytes() for file in files]
+    middle = len(whole[0]) // 2
+    files[0].write_bytes(whole[0][:middle] + bytes([whole[0][middle] ^ 1]) + whole[0][middle + 1 :])
+    files[1].write_bytes(whole[1][:-200])
+    second = trained_run(recipe, "second", *caches)
+    said = " ".join(" ".join(capsys.readouterr()).split())
+    # The shorter file is missed at once; the one with a flipped bit when it is read.
+    assert "vision features: 1 images computed" in said and "vision features: 0 images computed" in said
+    assert f"reference log-probs: 0 of {len(pairs)} rows computed" in said
+    for file, content in zip(files, whole, strict=True):
+        made, before = np.load(file), np.load(io.BytesIO(content))
+        np.testing.assert_allclose(made, before, atol=1e-5)
+
+    lines = [read_metrics(run.directory.round(1) / "metrics.jsonl") for run in (plain, first, second)]
+    for other in lines[1:]:
+        for line, expected in zip(other, lines[0], strict=True):
+            np.testing.assert_allclose(line["loss"], expected["loss"], rtol=1e-4)
+            np.testing.assert_allclose(line["logps/chosen"], expected["logps/chosen"], rtol=1e-4)
+
+    # Log-probs under blank images and of a later round's reference: the same numbers, and no image is read.
+    scorer = Scorer(second.start_model, second.mesh, batch_size=8)
+    rows = pairs.to_pylist()
+    groups = [group for _, group in pools(tables.read_rows(second.directory.round(1) / "candidates"))]
+    own = [second.prompts[group[0]["id"]] for group in groups]
+    expected = reference_log_probs(scorer, second.policy.processor, rows)
+    features = vision_features(second.recipe, second.policy, second.policy.processor, second.mesh)
+    assert features is not None
+
+    def read(*_: object) -> None:
+        raise AssertionError("an image was read")
+
+    monkeypatch.setattr(Processor, "pixel_values", read)
+    features.pixels = read
+    blank = blank_log_probs(scorer, own, groups, second.policy.processor)
+    for row, other in zip(
+        reference_log_probs(scorer, second.policy.processor, rows, features), expected, strict=True
+    ):
+        for side in ("chosen", "rejected"):
+            name = f"reference_{side}_logprobs"
+            np.testing.assert_allclose(row[name], other[name], atol=1e-5)
+    scored = {
+        (row["id"], row["candidate"]): row["confidence_prior"]
+        for row in tables.read_rows(plain.directory.round(1) / "scores")
+    }
+    for group, found in zip(groups, blank, strict=True):
+        for row, log_probs in zip(group, found, strict=True):
+            assert log_probs.mean() == pytest.approx(scored[row["id"], row["candidate"]], abs=1e-4)

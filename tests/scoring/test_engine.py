@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -76,6 +77,44 @@ def test_blank_images_give_the_language_prior(scorer):
     blank.pixel_values = np.zeros_like(batch.pixel_values)
     np.testing.assert_allclose(prior, scorer.log_probs(blank, ids, mask), atol=1e-5)
     assert np.abs(prior - scorer.log_probs(batch, ids, mask))[mask].max() > 1e-2
+
+
+def test_features_stand_for_the_images(model, scorer):
+    """Given features are what the tower would make of the pixels; a blanked pass needs neither."""
+    batch = prompts((3, 9, 6), images=2)
+    ids, mask = answers(batch)
+    features = np.asarray(jax.jit(lambda pixels: encode_images(model, pixels))(batch.pixel_values))
+    given = replace(batch, pixel_values=None, features=features)
+    expected, tokens = scorer.log_probs(batch, ids, mask), [7, 50]
+    np.testing.assert_allclose(scorer.log_probs(given, ids, mask), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        scorer.choice_probabilities(given, tokens), scorer.choice_probabilities(batch, tokens), atol=1e-5
+    )
+    other = replace(given, features=np.roll(features, 1, axis=0))
+    assert np.abs(scorer.log_probs(other, ids, mask) - expected)[mask].max() > 1e-2
+    none = replace(batch, pixel_values=None)
+    for reference in (False, True):
+        prior = scorer.log_probs(batch, ids, mask, blank_images=True, reference=reference)
+        for seen in (given, none):
+            found = scorer.log_probs(seen, ids, mask, blank_images=True, reference=reference)
+            np.testing.assert_array_equal(found, prior)
+
+
+def test_a_blank_image_is_encoded_once_for_the_weights_of_the_moment(model):
+    scorer, batch = Scorer(model, one_device(), batch_size=2, branch_bucket=8), prompts((3, 9, 6))
+    ids, mask = answers(batch)
+    encoded = []
+    encode = scorer._encode_blank
+    scorer._encode_blank = lambda *args: encoded.append(args) or encode(*args)
+    first = scorer.log_probs(batch, ids, mask, blank_images=True)
+    np.testing.assert_array_equal(scorer.log_probs(batch, ids, mask, blank_images=True), first)
+    assert len(encoded) == 1
+    changed = nnx.merge(*nnx.split(model))
+    places = changed.vision_tower.position_embedding
+    places[...] = jax.random.normal(jax.random.key(1), places[...].shape)
+    scorer.load(changed)
+    assert np.abs(scorer.log_probs(batch, ids, mask, blank_images=True) - first)[mask].max() > 1e-3
+    assert len(encoded) == 2
 
 
 def test_the_reference_is_the_model_without_its_adapters(model, scorer):
