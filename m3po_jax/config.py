@@ -253,6 +253,8 @@ class TrainConfig:
     weights: str = "last"  # what the stage hands on: last | ema | best
     batch_size: int = 32  # pairs (or rows) of one optimizer step
     gradient_accumulation_steps: int = 1
+    length_window: int = 32  # rows of so many shuffled batches are exchanged to batches of like lengths; 1: off
+    max_shapes: int = 16  # most (prompt, answer) widths that batches are padded to, each compiled once
     epochs: float = 1.0
     max_steps: int | None = None  # overrides epochs
     max_answer_tokens: int = 256

@@ -2,8 +2,8 @@
 
 Every pipeline is random access: batch i is a function of (rows, seed, i) alone, so the position of an
 iterator is one integer and a restored run sees exactly the batches that it would have seen. Images are
-decoded lazily, in Grain's prefetching threads. Lengths are padded up to `LENGTHS`, so that few shapes are
-compiled.
+decoded lazily, in Grain's prefetching threads. Training batches hold rows of similar length, padded to one of a
+few shapes chosen for the data (`data.lengths`); the others are padded up to `LENGTHS`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
 from m3po_jax.data.feature_cache import PromptFeatures
+from m3po_jax.data.lengths import Lengths, Order, Shape, cheapest, plan_shapes
 from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import UserError
@@ -102,6 +103,7 @@ class BatchSource(Generic[Batch]):
         has_reference: Every answer comes with recorded reference log-probs.
         take: Row numbers to one batch of these rows.
         row_key: Row number to a hash of its prompt, images and answers.
+        shapes: The (prefix width, branch width) that batches are padded to; empty: any of `LENGTHS`.
     """
 
     dataset: grain.MapDataset
@@ -112,6 +114,7 @@ class BatchSource(Generic[Batch]):
     threads: int = 4
     take: Callable[[Sequence[int]], Batch] | None = None
     row_key: Callable[[int], str] | None = None
+    shapes: tuple[Shape, ...] = ()
 
     def __iter__(self) -> grain.DatasetIterator:
         # Grain's default keeps 500 elements, here whole batches, in flight.
@@ -188,14 +191,17 @@ class TreeRow(NamedTuple):
     features: np.ndarray | None = None
 
 
-def collate_tree(rows: Sequence[TreeRow]) -> TreeBatch:
-    """Pads rows with equally many branches to the next of `LENGTHS`."""
+def collate_tree(rows: Sequence[TreeRow], shapes: Sequence[Shape] = ()) -> TreeBatch:
+    """Pads rows with equally many branches to the cheapest of `shapes`; without any, to the next of `LENGTHS`."""
     branches = len(rows[0].branches)
+    prefix = max(len(row.prefix) for row in rows)
     longest = max((len(branch) for row in rows for branch in row.branches), default=0)
-    prefix_ids, prefix_mask = _pad(
-        [row.prefix for row in rows], (len(rows), padded_length(max(len(row.prefix) for row in rows)))
-    )
-    branch_ids, branch_mask = _pad([row.branches for row in rows], (len(rows), branches, padded_length(longest)))
+    if shapes:
+        prefix, longest = cheapest(shapes, prefix, longest, branches)
+    else:
+        prefix, longest = padded_length(prefix), padded_length(longest)
+    prefix_ids, prefix_mask = _pad([row.prefix for row in rows], (len(rows), prefix))
+    branch_ids, branch_mask = _pad([row.branches for row in rows], (len(rows), branches, longest))
     return TreeBatch(
         prefix_ids=prefix_ids,
         prefix_mask=prefix_mask,
@@ -217,19 +223,19 @@ def _seen(
     return None, features(prompt)
 
 
-def _collate(features: PromptFeatures | None) -> Callable[[Sequence[TreeRow]], TreeBatch]:
+def _collate(features: PromptFeatures | None, shapes: Sequence[Shape]) -> Callable[[Sequence[TreeRow]], TreeBatch]:
     """`collate_tree`, with the blank image's features beside cached ones."""
 
     def collate(rows: Sequence[TreeRow]) -> TreeBatch:
         most = max((len(row.features) for row in rows if row.features is not None), default=0)
         if features is None or most == 0:
-            return collate_tree(rows)
+            return collate_tree(rows, shapes)
         # Padding is what the tower makes of black padding: swapped images meet the same either way.
         padding = np.repeat(features.blank, most, axis=0)
         seen = [padding[:0] if row.features is None else row.features for row in rows]
         whole = [np.concatenate([given, padding])[:most] for given in seen]
         filled = [row._replace(features=given) for row, given in zip(rows, whole, strict=True)]
-        return collate_tree(filled)._replace(blank_features=features.blank)
+        return collate_tree(filled, shapes)._replace(blank_features=features.blank)
 
     return collate
 
@@ -267,11 +273,41 @@ def _answer(ids: Sequence[int] | np.ndarray, limit: int, where: str) -> np.ndarr
     return np.asarray(ids, np.int32)
 
 
-def _endless(count: int, seed: int, batch_size: int, load: Callable[[int], Any], collate: Any) -> Any:
+def _endless(order: Order, load: Callable[[int], Any], collate: Any) -> Any:
     """Batches of an endless stream that visits all rows once an epoch, each epoch in an order of its own."""
-    # Grain's own endless repeat has sys.maxsize elements and overflows in batches of one row.
-    rows = grain.MapDataset.range(count).seed(seed).shuffle().repeat(1_000_000)
-    return rows.map(load).batch(batch_size, batch_fn=collate)
+    dataset = grain.MapDataset.range(order.batches)
+    return dataset.map(lambda number: collate([load(row) for row in order.rows(number)]))
+
+
+def _tree_source(
+    answers: Sequence[Sequence[np.ndarray]],
+    prefix_of: Callable[[int], np.ndarray],
+    load: Callable[[int], TreeRow],
+    *,
+    batch_size: int,
+    seed: int,
+    length_window: int,
+    max_shapes: int,
+    features: PromptFeatures | None,
+) -> dict[str, Any]:
+    """What the sources of prompts with answers have in common: fields of `BatchSource`."""
+    for name, value in (("length_window", length_window), ("max_shapes", max_shapes)):
+        if value < 1:
+            raise UserError(f"{name} must be positive, not {value}", where=f"train.{name}")
+    lengths = Lengths(
+        np.array([len(prefix_of(row)) for row in range(len(answers))]),
+        np.array([max(map(len, row)) for row in answers]),
+        len(answers[0]),
+    )
+    order = Order(len(answers), seed, batch_size, length_window, lengths)
+    shapes = plan_shapes(order, lengths, max_shapes)
+    collate = _collate(features, shapes)
+    return {
+        "dataset": _endless(order, load, collate),
+        "batch_size": batch_size,
+        "take": lambda rows: collate([load(row) for row in rows]),
+        "shapes": shapes,
+    }
 
 
 def _fingerprint(*parts: Any) -> str:
@@ -346,15 +382,19 @@ def pair_batches(
     max_answer_tokens: int = 256,
     where: str = "pairs",
     features: PromptFeatures | None = None,
+    length_window: int = 1,
+    max_shapes: int = 1,
 ) -> BatchSource[TreeBatch]:
     """Preference pairs (PAIR rows) as branches 0 (chosen) and 1 (rejected) of their prompt, endless and
     shuffled.
 
     Recorded token ids are used as they are, since tokenising text again need not give them back; rows without
-    them are tokenised. Answers are checked here, before anything runs; prompts and images when they are read.
+    them are tokenised. Texts are checked here, before anything runs; images when they are read.
 
     Args:
         features: Cached vision features, which take the pixels' place in the batches.
+        length_window: Batches of the shuffled order whose rows are exchanged until each holds similar lengths.
+        max_shapes: Most pairs of widths that batches are padded to (programs that are compiled).
 
     Raises:
         UserError: no rows, an answer that is empty or too long, log-probs that do not match their tokens.
@@ -381,26 +421,34 @@ def pair_batches(
     def prompt_of(index: int) -> Prompt:
         return pair_prompt(rows[index], f"{where}:{index + 1} (id {ids[index]!r})")
 
+    def prefix_of(prompt: Prompt) -> np.ndarray:
+        return np.asarray(processor.encode_prompt(prompt), np.int32)
+
     def load(index: int) -> TreeRow:
         prompt = prompt_of(index)
-        prefix = np.asarray(processor.encode_prompt(prompt), np.int32)
         pixels, seen = _seen(processor, prompt, features)
-        return TreeRow(prefix, pixels, answers[index], references[index], index, seen)
+        return TreeRow(prefix_of(prompt), pixels, answers[index], references[index], index, seen)
 
     def key(index: int) -> str:
         prompt = prompt_of(index)
-        prefix = np.asarray(processor.encode_prompt(prompt), np.int32)
+        prefix = prefix_of(prompt)
         images = processor.image_keys(prompt) if prompt.images else []
         return content_hash(prefix.tobytes(), images, *(answer.tobytes() for answer in answers[index]))
 
-    collate = _collate(features)
     return BatchSource(
-        dataset=_endless(len(ids), seed, batch_size, load, collate),
+        **_tree_source(
+            answers,
+            lambda index: prefix_of(prompt_of(index)),
+            load,
+            batch_size=batch_size,
+            seed=seed,
+            length_window=length_window,
+            max_shapes=max_shapes,
+            features=features,
+        ),
         ids=tuple(ids),
-        batch_size=batch_size,
-        fingerprint=_fingerprint(seed, batch_size, ids, answers, references),
+        fingerprint=_fingerprint(seed, batch_size, ids, answers, references, length_window, max_shapes),
         has_reference=not np.isnan(references).any(),
-        take=lambda indices: collate([load(index) for index in indices]),
         row_key=key,
     )
 
@@ -414,13 +462,15 @@ def sft_batches(
     max_answer_tokens: int = 256,
     answer_ids: Sequence[Sequence[int]] | None = None,
     features: PromptFeatures | None = None,
+    length_window: int = 1,
+    max_shapes: int = 1,
 ) -> BatchSource[TreeBatch]:
     """Prompts with their reference answers as the only branch (K = 1), endless and shuffled.
 
     Args:
         answer_ids: Token ids to learn instead of the references' (sampled answers, which tokenising their text
             again need not give back).
-        features: As of `pair_batches`.
+        features, length_window, max_shapes: As of `pair_batches`.
 
     Raises:
         UserError: no rows, or an answer that is missing, empty or too long.
@@ -440,17 +490,27 @@ def sft_batches(
         instructions.append(prompt.instruction)
         answers.append(_answer(tokens, max_answer_tokens, _where(prompt)))
 
+    def prefix_of(prompt: Prompt) -> np.ndarray:
+        return np.asarray(processor.encode_prompt(prompt), np.int32)
+
     def load(index: int) -> TreeRow:
         prompt = prompts[index]
-        prefix = np.asarray(processor.encode_prompt(prompt), np.int32)
         pixels, seen = _seen(processor, prompt, features)
-        return TreeRow(prefix, pixels, (answers[index],), (math.nan,), index, seen)
+        return TreeRow(prefix_of(prompt), pixels, (answers[index],), (math.nan,), index, seen)
 
     return BatchSource(
-        dataset=_endless(len(prompts), seed, batch_size, load, _collate(features)),
+        **_tree_source(
+            [(answer,) for answer in answers],
+            lambda index: prefix_of(prompts[index]),
+            load,
+            batch_size=batch_size,
+            seed=seed,
+            length_window=length_window,
+            max_shapes=max_shapes,
+            features=features,
+        ),
         ids=tuple(ids),
-        batch_size=batch_size,
-        fingerprint=_fingerprint(seed, batch_size, ids, instructions, answers),
+        fingerprint=_fingerprint(seed, batch_size, ids, instructions, answers, length_window, max_shapes),
     )
 
 
@@ -561,7 +621,7 @@ def contrastive_batches(
         )
 
     return BatchSource(
-        dataset=_endless(len(prompts), seed, batch_size, load, collate),
+        dataset=_endless(Order(len(prompts), seed, batch_size), load, collate),
         ids=tuple(ids),
         batch_size=batch_size,
         fingerprint=_fingerprint(

@@ -188,6 +188,8 @@ def reward_of_pairs(
         seed=seed,
         max_answer_tokens=config.max_answer_tokens,
         where=str(out / "pairs"),
+        length_window=config.length_window,
+        max_shapes=config.max_shapes,
     )
     with use_mesh(mesh):
         result = train(start, source, config, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)

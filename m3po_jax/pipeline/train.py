@@ -100,6 +100,7 @@ def train_on_pairs(
     started = time.monotonic()
     config = recipe.train
     size, longest = config.batch_size, config.max_answer_tokens
+    widths: dict[str, Any] = {"length_window": config.length_window, "max_shapes": config.max_shapes}
     features = vision_features(recipe, policy, policy.processor, mesh)
     if features is not None:
         fill(features, [batches.pair_prompt(row) for row in batches.TableRows(pairs)])
@@ -110,6 +111,7 @@ def train_on_pairs(
             seed=seed,
             max_answer_tokens=longest,
             features=features,
+            **widths,
         )
     else:
         source = batches.pair_batches(
@@ -120,6 +122,7 @@ def train_on_pairs(
             max_answer_tokens=longest,
             where=str(out / "pairs"),
             features=features,
+            **widths,
         )
         compared = start if reference is None else reference
         filled = cached_reference(recipe, source, compared, reference_identity or policy.identity, mesh)
@@ -155,6 +158,8 @@ def train_on_references(recipe: Recipe, policy: Policy, out: Path, mesh: Mesh, *
         seed=seed,
         max_answer_tokens=recipe.train.max_answer_tokens,
         features=features,
+        length_window=recipe.train.length_window,
+        max_shapes=recipe.train.max_shapes,
     )
     with use_mesh(mesh):
         result = train(start, source, recipe.train, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)
@@ -244,5 +249,7 @@ def _sft(recipe: Recipe, rows: Joined, mesh: Mesh) -> tuple[_Start, Any]:
         seed=recipe.seed,
         max_answer_tokens=recipe.train.max_answer_tokens,
         features=features,
+        length_window=recipe.train.length_window,
+        max_shapes=recipe.train.max_shapes,
     )
     return _Start(attach_adapter(policy, recipe, mesh), policy.loaded), source

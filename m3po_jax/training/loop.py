@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from m3po_jax.config import TrainConfig
 from m3po_jax.data.batches import BatchSource
+from m3po_jax.data.lengths import padding_share
 from m3po_jax.data.tables import write_json
 from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.sharding import shard_batch, to_host
@@ -241,7 +242,7 @@ def train(
                         "is another training: give it another name=..., or remove its folder to start it anew",
                     )
                 progress = Progress(iterator.get_state(), progress.num_tokens + tokens)
-                last = {**numbers, "num_tokens": float(progress.num_tokens)}
+                last = {**numbers, "num_tokens": float(progress.num_tokens), "padding": padding_share(batch)}
                 if done == 0 and objective.needs_first_gradient:
                     idle = checks.idle_leaves(state.optimizer, partition.adapters_by_name)
                     guards.first_step(last, idle)

@@ -68,9 +68,13 @@ def test_padded_length_fits_with_little_waste(length: int) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 3), st.integers(0, 99))
-def test_resumes_anywhere_and_visits_every_row_once_an_epoch(count: int, size: int, stop: int, seed: int) -> None:
-    make = lambda: pair_batches(pairs(count), Letters(), batch_size=size, seed=seed)  # noqa: E731
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 3), st.integers(0, 99), st.integers(1, 3))
+def test_resumes_anywhere_and_visits_every_row_once_an_epoch(
+    count: int, size: int, stop: int, seed: int, window: int
+) -> None:
+    make = lambda: pair_batches(  # noqa: E731
+        pairs(count), Letters(), batch_size=size, seed=seed, length_window=window, max_shapes=2
+    )
     source = make()
     whole = iter(source)
     for _ in range(stop):
@@ -140,6 +144,7 @@ def test_fingerprint_tells_data_apart() -> None:
     other = [*rows[:3], rows[3] | {"chosen": message("assistant", "else")}]
     assert fingerprint(rows) == fingerprint(pairs(4))
     assert len({fingerprint(rows), fingerprint(other), fingerprint(rows, seed=1)}) == 3
+    assert len({fingerprint(rows), fingerprint(rows, length_window=2), fingerprint(rows, max_shapes=2)}) == 3
 
 
 def test_several_turns_and_images() -> None:
@@ -170,7 +175,7 @@ def test_prompts_come_in_order_once() -> None:
 def test_sft_has_one_branch() -> None:
     prompts = [Prompt(f"p{i}", (), "x", reference="y" * (1 + i)) for i in range(4)]
     batch = next(iter(sft_batches(prompts, Letters(), batch_size=4, seed=0)))
-    assert batch.branch_ids.shape == (4, 1, 8)
+    assert batch.branch_ids.shape == (4, 1, 5)
     np.testing.assert_array_equal(batch.branch_mask[:, 0].sum(-1), 2 + batch.row_index)
 
 
@@ -211,6 +216,8 @@ def claims(metadata: dict[str, Any], images: int = 1) -> Any:
     [
         (lambda: pair_batches([], Letters(), batch_size=2, seed=0), "no row to train on"),
         (lambda: pair_batches(pairs(2), Letters(), batch_size=0, seed=0), "batch_size"),
+        (lambda: pair_batches(pairs(2), Letters(), batch_size=2, seed=0, length_window=0), "train.length_window"),
+        (lambda: pair_batches(pairs(2), Letters(), batch_size=2, seed=0, max_shapes=0), "train.max_shapes"),
         (
             lambda: pair_batches(pairs(9), Letters(), batch_size=2, seed=0, max_answer_tokens=3),
             r"pairs:4 \(id 'row-3'\): the answer has 4 tokens",

@@ -70,6 +70,7 @@ def write_recipe(folder: Path, data: Path, **changes: object) -> Path:
             "learning_rate": 1e-3,
             "batch_size": 4,
             "max_steps": 5,
+            "max_shapes": 2,
             "max_answer_tokens": 20,
             "save_steps": 2,
         },

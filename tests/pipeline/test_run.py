@@ -62,6 +62,12 @@ def test_first_step_has_the_closed_form_loss(finished: Path):
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-3)
 
 
+def test_batches_come_in_the_recipes_shapes(finished: Path):
+    read = lambda name: [json.loads(line) for line in (finished / "round-1" / name).read_text().splitlines()]  # noqa: E731
+    assert all(0 <= line["padding"] < 0.5 for line in read("metrics.jsonl"))
+    assert 1 <= sum(line["compiled"] for line in read("timing.jsonl")) <= 2  # train.max_shapes
+
+
 def test_trl_and_datasets_open_the_pairs(finished: Path):
     datasets = pytest.importorskip("datasets")
     files = [str(path) for path in tables.shards(finished / "round-1" / "pairs")]

@@ -72,7 +72,7 @@ def kill_when_saving(folder: Path, step: int) -> None:
 
 def main(folder: Path, how: str = "", at: int = 0) -> None:
     initialize_distributed()
-    source = tiny_pairs(CONFIG)
+    source = tiny_pairs(CONFIG, length_window=2, max_shapes=2)
     fields = {field.name: getattr(source, field.name) for field in dataclasses.fields(BatchSource)}
     first = jax.process_index() == 0
     batches = Recorded(**fields, file=folder / "order.jsonl" if first else None)

@@ -199,11 +199,16 @@ def test_mixed_rows_and_histories_run_through_the_loop(tmp_path: Path, one_devic
 
 def test_times_and_tokens(tmp_path: Path, one_device: Mesh) -> None:
     config = base_config(max_steps=2)
-    source = tiny_pairs(config)
-    train(tiny_model(config), source, config, output_dir=tmp_path, mesh=one_device)
+    source = tiny_pairs(config, length_window=2, max_shapes=1)
+    result = train(tiny_model(config), source, config, output_dir=tmp_path, mesh=one_device)
+    assert result.compilations == 1
     tokens = [int(source.dataset[i].prefix_mask.sum() + source.dataset[i].branch_mask.sum()) for i in range(2)]
+    slots = [source.dataset[i].prefix_mask.size + source.dataset[i].branch_mask.size for i in range(2)]
     metrics, times = (read_metrics(tmp_path / f"{name}.jsonl") for name in ("metrics", "timing"))
     assert [line["num_tokens"] for line in metrics] == [tokens[0], sum(tokens)]
+    assert [line["padding"] for line in metrics] == pytest.approx(
+        [1 - a / b for a, b in zip(tokens, slots, strict=True)]
+    )
     assert "step_time" not in metrics[0] and [line["step"] for line in times] == [1, 2]
     for line, count in zip(times, tokens, strict=True):
         assert line["tokens_per_second"] * line["step_time"] == pytest.approx(count)

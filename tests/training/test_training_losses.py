@@ -213,7 +213,8 @@ def test_accumulation_equals_the_large_batch(objective: str, one_device: Mesh) -
         model, batch = dual_model(), contrastive_batch()
     else:
         model = tiny_model(config)
-        source = tiny_pairs(config) if objective == "preference" else sft_source(config)
+        grouped = {"length_window": 2, "max_shapes": 2}
+        source = tiny_pairs(config, **grouped) if objective == "preference" else sft_source(config)
         batch = recorded(next(iter(source)))
     whole = one_step(model, batch, config, one_device)
     split = one_step(model, batch, replace(config, gradient_accumulation_steps=2), one_device)

@@ -84,5 +84,5 @@ def base_config(**changes: Any) -> TrainConfig:
     return replace(config, **changes)
 
 
-def tiny_pairs(config: TrainConfig, count: int = 7, seed: int = 3) -> BatchSource:
-    return pair_batches(pair_rows(count), TinyProcessor(), batch_size=config.batch_size, seed=seed)
+def tiny_pairs(config: TrainConfig, count: int = 7, seed: int = 3, **widths: int) -> BatchSource:
+    return pair_batches(pair_rows(count), TinyProcessor(), batch_size=config.batch_size, seed=seed, **widths)
