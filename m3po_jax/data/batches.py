@@ -540,7 +540,7 @@ def prompt_batches(
         return TreeRow(prefix, pixels, (), (), place, features=seen)
 
     def collate(rows: Sequence[TreeRow]) -> PromptBatch:
-        tree = _collate(features)(rows)
+        tree = _collate(features, ())(rows)
         return PromptBatch(tree.prefix_ids, tree.prefix_mask, tree.pixel_values, tree.row_index, tree.features)
 
     return BatchSource(
