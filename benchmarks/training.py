@@ -181,6 +181,7 @@ class Ours:
 
         from m3po_jax.config import LoRAConfig, MeshConfig, TrainConfig
         from m3po_jax.data.batches import TreeRow, collate_tree
+        from m3po_jax.data.lengths import rounded
         from m3po_jax.generation.engine import PromptBatch
         from m3po_jax.models.export import load_adapter
         from m3po_jax.scoring.engine import Scorer
@@ -201,9 +202,9 @@ class Ours:
         self.policy = scorer.log_probs(batch, both, mask).sum(-1)
         self.reference = scorer.log_probs(batch, both, mask, reference=True).sum(-1)
         recorded = np.full_like(self.reference, np.nan) if compute_reference else self.reference
-        self.batch = collate_tree(
-            [TreeRow(ids[i], pixels[i], tuple(both[i]), tuple(recorded[i]), i) for i in range(shapes.prompts)]
-        )
+        rows = [TreeRow(ids[i], pixels[i], tuple(both[i]), tuple(recorded[i]), i) for i in range(shapes.prompts)]
+        # Widths as `data.lengths.plan_shapes` gives them to rows that are all of this length.
+        self.batch = collate_tree(rows, [(rounded(shapes.prefix), rounded(shapes.new_tokens))])
         config = TrainConfig(
             beta=BETA,
             reference="computed" if compute_reference else "recorded",
