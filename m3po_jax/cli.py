@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.version import __version__
@@ -115,6 +119,24 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM between two stages, where nobody waits for it, ends the command as it does within one."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        # Not `Interrupted`, which a handler of bad images and the like would take for an error of its own.
+        raise KeyboardInterrupt("stopped by SIGTERM; what is finished is saved")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status (0, 2 for a user's error, 75 when stopped and resumable)."""
     parser = make_parser()
@@ -128,7 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from m3po_jax.pipeline import verbs
 
         verb: Callable[[argparse.Namespace], None] = getattr(verbs, options.verb)
-        verb(options)
+        with _terminable():
+            verb(options)
     except UserError as error:
         print(f"m3po: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

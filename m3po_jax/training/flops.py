@@ -46,6 +46,9 @@ class StepCost:
         decoder, head, vision, projector: Forward multiply-adds per token of the part's linear layers (adapters
             included).
         decoder_learns, …: Those of layers whose weights learn.
+        idle, idle_learns: Those of the last decoder layer's queries, output projection and MLP, which nothing needs
+            at a prompt's positions but the last where adapters alone learn (`Llama.needed_states`); 0 otherwise.
+        idle_attention: Multiply-adds per (query, key) pair of that layer, likewise.
         attention: Multiply-adds per (query, key) pair, all decoder layers.
         vision_attention: The same in the tower.
         positions, image_tokens: An image's positions in the tower, and its tokens in the prompt.
@@ -63,6 +66,9 @@ class StepCost:
     vision_attention: float
     positions: int
     image_tokens: int
+    idle: float = 0.0
+    idle_learns: float = 0.0
+    idle_attention: float = 0.0
 
     def flops(
         self,
@@ -87,7 +93,9 @@ class StepCost:
         pairs = (p * (p + 1) / 2).sum() + (a * p[:, None] + a * (a + 1) / 2).sum()
         seen = 0 if cached_images else images * self.positions
         vision = seen * (self.vision + self.positions * self.vision_attention)
+        before = (p - 1).sum()
         text = tokens * self.decoder + pairs * self.attention + predicted * self.head
+        text -= before * self.idle + (p * (p - 1) / 2).sum() * self.idle_attention
         projected = images * self.image_tokens * self.projector
         forward = vision + projected + text
         # Gradients of activations cost one more forward each, from the loss down to the lowest part that learns.
@@ -97,6 +105,7 @@ class StepCost:
         backward += vision if vision_learns else 0.0
         weights = (
             tokens * self.decoder_learns
+            - before * self.idle_learns
             + predicted * self.head_learns
             + seen * self.vision_learns
             + images * self.image_tokens * self.projector_learns
@@ -113,6 +122,7 @@ def step_cost(model: Any, trainable: set[str]) -> StepCost | None:
     if not all(hasattr(model, part) for part in ("decoder", "vision_tower", "projector")):
         return None
     sums = {f"{part}{kind}": 0.0 for part in ("decoder", "head", "vision", "projector") for kind in ("", "_learns")}
+    only_adapters, idle, idle_learns = True, 0.0, 0.0  # of the last decoder layer, all of whose layers are alike
     names = {"decoder": "decoder", "vision_tower": "vision", "projector": "projector"}
     for path, linear in nnx.iter_modules(model):
         if not isinstance(linear, Linear):
@@ -124,10 +134,15 @@ def step_cost(model: Any, trainable: set[str]) -> StepCost | None:
                 continue
             coded = isinstance(variable, Quantized)
             size = float(math.prod(kernel_shape(variable) if coded else variable.shape))
-            active = not issubclass(variable.type, LoRAParam) or linear.lora_scale != 0
+            adapter = issubclass(variable.type, LoRAParam)
+            learns = f"{dotted}.{'.'.join(map(str, leaf))}" in trainable
+            active = not adapter or linear.lora_scale != 0
             sums[part] += size if active else 0.0
-            if f"{dotted}.{'.'.join(map(str, leaf))}" in trainable:
-                sums[f"{part}_learns"] += size
+            sums[f"{part}_learns"] += size if learns else 0.0
+            only_adapters &= adapter or part != "decoder" or not learns
+            if part == "decoder" and str(path[-1]) not in ("k_proj", "v_proj"):
+                idle += size if active else 0.0
+                idle_learns += size if learns else 0.0
     text, vision = model.config.text, model.config.vision
     tower = vision.encoder
     used = max(layer if layer >= 0 else tower.num_layers + 1 + layer for layer in model.config.vision_feature_layers)
@@ -137,12 +152,16 @@ def step_cost(model: Any, trainable: set[str]) -> StepCost | None:
     sums["vision_learns"] *= share
     if sums["head"] == 0.0:  # tied to the embedding
         sums["head"] = float(text.vocab_size * text.hidden_size)
+    a_layer = 2.0 * text.num_heads * text.head_dim
     return StepCost(
         **sums,
-        attention=2.0 * text.num_layers * text.num_heads * text.head_dim,
+        attention=text.num_layers * a_layer,
         vision_attention=2.0 * used * tower.hidden_size,
         positions=vision.num_patches + (vision.kind == "clip"),
         image_tokens=model.config.tokens_per_image,
+        idle=idle / text.num_layers if only_adapters else 0.0,
+        idle_learns=idle_learns / text.num_layers if only_adapters else 0.0,
+        idle_attention=a_layer if only_adapters else 0.0,
     )
 
 
