@@ -260,6 +260,10 @@ def _where(prompt: Prompt) -> str:
     return prompt.where or f"id {prompt.id!r}"
 
 
+def _prefix(processor: PromptProcessor, prompt: Prompt) -> np.ndarray:
+    return np.asarray(processor.encode_prompt(prompt), np.int32)
+
+
 def _answer(ids: Sequence[int] | np.ndarray, limit: int, where: str) -> np.ndarray:
     """Token ids of one answer, checked: cutting an answer would teach the model to stop nowhere."""
     if len(ids) == 0:
@@ -421,24 +425,21 @@ def pair_batches(
     def prompt_of(index: int) -> Prompt:
         return pair_prompt(rows[index], f"{where}:{index + 1} (id {ids[index]!r})")
 
-    def prefix_of(prompt: Prompt) -> np.ndarray:
-        return np.asarray(processor.encode_prompt(prompt), np.int32)
-
     def load(index: int) -> TreeRow:
         prompt = prompt_of(index)
         pixels, seen = _seen(processor, prompt, features)
-        return TreeRow(prefix_of(prompt), pixels, answers[index], references[index], index, seen)
+        return TreeRow(_prefix(processor, prompt), pixels, answers[index], references[index], index, seen)
 
     def key(index: int) -> str:
         prompt = prompt_of(index)
-        prefix = prefix_of(prompt)
+        prefix = _prefix(processor, prompt)
         images = processor.image_keys(prompt) if prompt.images else []
         return content_hash(prefix.tobytes(), images, *(answer.tobytes() for answer in answers[index]))
 
     return BatchSource(
         **_tree_source(
             answers,
-            lambda index: prefix_of(prompt_of(index)),
+            lambda index: _prefix(processor, prompt_of(index)),
             load,
             batch_size=batch_size,
             seed=seed,
@@ -490,18 +491,15 @@ def sft_batches(
         instructions.append(prompt.instruction)
         answers.append(_answer(tokens, max_answer_tokens, _where(prompt)))
 
-    def prefix_of(prompt: Prompt) -> np.ndarray:
-        return np.asarray(processor.encode_prompt(prompt), np.int32)
-
     def load(index: int) -> TreeRow:
         prompt = prompts[index]
         pixels, seen = _seen(processor, prompt, features)
-        return TreeRow(prefix_of(prompt), pixels, (answers[index],), (math.nan,), index, seen)
+        return TreeRow(_prefix(processor, prompt), pixels, (answers[index],), (math.nan,), index, seen)
 
     return BatchSource(
         **_tree_source(
             [(answer,) for answer in answers],
-            lambda index: prefix_of(prompts[index]),
+            lambda index: _prefix(processor, prompts[index]),
             load,
             batch_size=batch_size,
             seed=seed,
@@ -534,7 +532,7 @@ def prompt_batches(
 
     def load(index: int) -> TreeRow:
         prompt = prompts[min(index, len(prompts) - 1)]
-        prefix = np.asarray(processor.encode_prompt(prompt), np.int32)
+        prefix = _prefix(processor, prompt)
         place = index if index < len(prompts) else -1
         pixels, seen = _seen(processor, prompt, features) if images else (None, None)
         return TreeRow(prefix, pixels, (), (), place, features=seen)
