@@ -220,7 +220,7 @@ def decode_step(
     Args:
         prefix: each layer's keys and values of the prompts [N, G, P, D], the first `length` of them real.
         to_grid: lanes [M, ...] to the candidates of the prompts [N, K, ...]; `from_grid` back.
-        cache: each layer's own keys [M, G, D, C] and values [M, G, C, D].
+        cache: each layer's own keys and values [M, G, C, D].
         seen: slots that hold a lane's answer, `slot` included.
     """
     a, lanes, _ = x.shape
@@ -232,7 +232,7 @@ def decode_step(
         normal = _rms_norm(x, layer.input_norm, config.rms_norm_eps)
         q, k, v = map(flat, _project(config, layer, normal, rotary))
         own = (
-            put(keys, k[..., None].astype(keys.dtype), slot, axis=3),
+            put(keys, k[..., None, :].astype(keys.dtype), slot, axis=2),
             put(values, v[..., None, :].astype(values.dtype), slot, axis=2),
         )
         updated.append(own)

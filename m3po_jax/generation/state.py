@@ -83,7 +83,7 @@ class Lanes(NamedTuple):
 class Cache(NamedTuple):
     """Keys and values of the answers."""
 
-    kv: list[KV]  # of each layer, [A·L·V, G, D, C] and [A·L·V, G, C, D]
+    kv: list[KV]  # of each layer, [A·L·V, G, C, D]
     written: Int[Array, " c"]  # the step at which a slot was written
     step: Int[Array, ""]
 
@@ -140,14 +140,9 @@ class Layout:
         return prompts, board, Lanes(place, age, start, token, zeros((a, lanes)), seen)
 
     def _empty_cache(self, sizes: Sizes, capacity: int) -> Cache:
-        c, lead = self.config, (sizes.shards * sizes.lanes * sizes.views, self.config.num_kv_heads)
-        kv = [
-            (
-                jnp.zeros((*lead, c.head_dim, capacity), self.dtype),
-                jnp.zeros((*lead, capacity, c.head_dim), self.dtype),
-            )
-            for _ in range(c.num_layers)
-        ]
+        c = self.config
+        shape = (sizes.shards * sizes.lanes * sizes.views, c.num_kv_heads, capacity, c.head_dim)
+        kv = [(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in range(c.num_layers)]
         return Cache(kv, jnp.full(capacity, lane.NEVER, jnp.int32), jnp.int32(0))
 
     @staticmethod
@@ -156,19 +151,19 @@ class Layout:
 
     def longer_prefix(self, prompts: Prompts, prefix: int) -> Prompts:
         """Room for longer prompts; layer by layer, so that only one of them exists twice."""
-        return prompts._replace(kv=self._grown(prompts.kv, (2, 2), prefix))
+        return prompts._replace(kv=self._grown(prompts.kv, prefix))
 
     def larger_cache(self, cache: Cache, capacity: int) -> Cache:
         """More slots for the answers."""
         more = capacity - cache.written.shape[0]
         written = np.pad(to_host(cache.written), (0, more), constant_values=lane.NEVER)
         written = replicate(written, self.mesh)
-        return Cache(self._grown(cache.kv, (3, 2), capacity), written, cache.step)
+        return Cache(self._grown(cache.kv, capacity), written, cache.step)
 
-    def _grown(self, kv: list[KV], axes: tuple[int, int], size: int) -> list[KV]:
+    def _grown(self, kv: list[KV], size: int) -> list[KV]:
         for index in range(len(kv)):
             k, v = kv[index]
-            kv[index] = (self._pad(k, axes[0], size), self._pad(v, axes[1], size))
+            kv[index] = (self._pad(k, 2, size), self._pad(v, 2, size))
             k.delete()
             v.delete()
         return kv
