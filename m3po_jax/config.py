@@ -247,8 +247,8 @@ class TrainConfig:
     lr_schedule: str = "cosine"  # cosine | linear | constant
     warmup_ratio: float = 0.03
     warmup_steps: int | None = None  # overrides the ratio
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
+    adam_beta1: float = 0.9  # decay of the mean of gradients
+    adam_beta2: float = 0.999  # and of the mean of their squares
     adam_epsilon: float = 1e-8  # larger: gradients near rounding move nothing
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
