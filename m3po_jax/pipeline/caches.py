@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from m3po_jax.config import Recipe
-from m3po_jax.data.batches import BatchSource
+from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.feature_cache import FeatureCache, PromptFeatures
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt

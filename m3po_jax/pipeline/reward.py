@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from m3po_jax.config import ModelConfig, Recipe, SelectConfig, TrainConfig, from_plain
-from m3po_jax.data import batches, tables
+from m3po_jax.data import batches, pair_rows, tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.errors import UserError
 from m3po_jax.evaluation.bootstrap import bootstrap
@@ -213,9 +213,9 @@ def reward_of_pairs(
 def measure(judge: Reward, pairs: pa.Table, processor: Processor, *, seed: int) -> dict[str, Any]:
     """Accuracy of a reward model on pairs (a tie is half right), with a bootstrap interval over prompts."""
     prompts, answers = [], []
-    for number, row in enumerate(batches.TableRows(pairs)):
-        prompts.append(batches.pair_prompt(row, f"pairs:{number + 1} (id {row['id']!r})"))
-        texts = {side: batches.message_text(row[side]) for side in ("chosen", "rejected")}
+    for number, row in enumerate(pair_rows.TableRows(pairs)):
+        prompts.append(pair_rows.pair_prompt(row, f"pairs:{number + 1} (id {row['id']!r})"))
+        texts = {side: pair_rows.message_text(row[side]) for side in ("chosen", "rejected")}
         answers.append(
             [row.get(f"{side}_token_ids") or processor.encode_answer(text) for side, text in texts.items()]
         )

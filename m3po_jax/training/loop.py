@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from m3po_jax.config import TrainConfig
-from m3po_jax.data.batches import BatchSource
+from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.lengths import padding_share
 from m3po_jax.data.tables import write_json
 from m3po_jax.errors import Interrupted, UserError

@@ -16,7 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from m3po_jax.config import TrainConfig
-from m3po_jax.data.batches import ContrastiveBatch, TreeBatch
+from m3po_jax.data.collation import TreeBatch
+from m3po_jax.data.contrastive import ContrastiveBatch
 from m3po_jax.models import lora
 from m3po_jax.models.forward import branch_log_probs, encode_images
 from m3po_jax.objectives.conditional import anchor_loss, conditional_logits, conditional_loss

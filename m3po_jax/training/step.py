@@ -21,7 +21,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from m3po_jax.config import LoRAConfig, RLConfig, TrainConfig
-from m3po_jax.data.batches import ContrastiveBatch, TreeBatch
+from m3po_jax.data.collation import TreeBatch
+from m3po_jax.data.contrastive import ContrastiveBatch
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.models import lora
 from m3po_jax.models.heads import HEAD

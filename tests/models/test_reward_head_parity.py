@@ -11,7 +11,7 @@ import pytest
 from hf_models import IMAGE, images, llava, saved, torch_and_transformers
 
 from m3po_jax.config import LoRAConfig, TrainConfig
-from m3po_jax.data.batches import TreeBatch
+from m3po_jax.data.collation import TreeBatch
 from m3po_jax.models.export import pending_tensors
 from m3po_jax.models.heads import attach_head
 from m3po_jax.training.rl_losses import reward

@@ -24,7 +24,7 @@ from flax import nnx
 from jax.experimental import topologies
 
 from m3po_jax.config import LoRAConfig, MeshConfig, TrainConfig
-from m3po_jax.data.batches import TreeBatch
+from m3po_jax.data.collation import TreeBatch
 from m3po_jax.models import lora
 from m3po_jax.models.encoder import EncoderConfig
 from m3po_jax.models.kernels.choice import decode_kernel, self_attention, with_attention

@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from training_tools import base_config, tiny_model, tiny_pairs
 
 from m3po_jax.config import MeshConfig
-from m3po_jax.data.batches import BatchSource
+from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.errors import Interrupted
 from m3po_jax.sharding import initialize_distributed, make_mesh
 from m3po_jax.training.loop import train

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from losses_tools import jitted, one_step, plain_sums, recorded
 from training_tools import base_config, tiny_model, tiny_pairs
 
-from m3po_jax.data.batches import TreeBatch
+from m3po_jax.data.collation import TreeBatch
 from m3po_jax.errors import UserError
 from m3po_jax.training.harm import make_harm_metrics
 from m3po_jax.training.loop import train
