@@ -180,6 +180,12 @@ class TrainStep:
         ema = jax.tree.map(jnp.copy, placed) if self.keeps_ema else {}
         return TrainState(step, placed, optimizer, ema)
 
+    def describe(self, trainable: Parameters) -> TrainState:
+        """What `init` would give, as shapes on their shardings: for those who only compile the step."""
+        zero, ema = jax.ShapeDtypeStruct((), jnp.int32), trainable if self.keeps_ema else {}
+        state = TrainState(zero, trainable, jax.eval_shape(self.optimizer.init, trainable), ema)  # type: ignore[arg-type]
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.shardings)
+
     def __call__(
         self,
         state: TrainState,
