@@ -257,6 +257,9 @@ class TrainConfig:
     batch_size: int = 32  # pairs (or rows) of one optimizer step
     gradient_accumulation_steps: int = 1
     length_window: int = 32  # rows of so many shuffled batches are exchanged to batches of like lengths; 1: off
+    # An NLL's sum (sft, chosen_nll_weight) is divided by the answer tokens of an average batch of the data, whatever
+    # rows share a batch (data) | of each batch, as in TRL (batch)
+    token_mean: str = "data"
     max_shapes: int = 16  # most (prompt, answer) widths that batches are padded to, each compiled once
     epochs: float = 1.0
     max_steps: int | None = None  # overrides epochs
