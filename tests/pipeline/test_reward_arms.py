@@ -186,7 +186,7 @@ def test_the_split_depends_on_ids_alone() -> None:
         (["reward.holdout=1"], "reward.holdout"),
         (["reward.rule=best"], "unknown rule"),
         (["reward.pairs_per_prompt=0"], "reward.pairs_per_prompt: 0 pairs of a prompt"),
-        (["reward.rule=m3p"], "reward.pairs_per_prompt: 4 pairs of a prompt by the rule 'm3p'"),
+        (["reward.rule=m3p", "reward.pairs_per_prompt=4"], "4 pairs of a prompt by the rule 'm3p'"),
         (["arms={rlhf: {train.rl.rloo_k: 1}}"], "rloo_k"),
         (["arms={rlhf: {reward.split: 0.1}}"], "share one reward model"),
         (["score.backend=reward"], "another judge"),
