@@ -204,7 +204,7 @@ def _efficiency(
         return
     scored = {row["arm"]: found["systems"][row["arm"]] for row in points if row["arm"] in found["systems"]}
     for key, label, better, _, factor in _shown(found, scored)[:1]:
-        series = []
+        series: list[Series] = []
         orders = (("value", "highest value first"), ("random", "random pairs"))
         for system, (order, words) in itertools.product(dict.fromkeys(row["system"] for row in points), orders):
             own = [row for row in points if row["system"] == system and row["order"] in (order, "all")]
