@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from m3po_jax.pipeline import summary
 from m3po_jax.pipeline import train as training
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.run import Run
-from m3po_jax.pipeline.rundir import RunDirectory
+from m3po_jax.pipeline.rundir import RunDirectory, write_json
 from m3po_jax.pipeline.select import select_file
 from m3po_jax.sharding import initialize_distributed, make_mesh, use_mesh
 
@@ -120,6 +121,24 @@ def validate(options: argparse.Namespace) -> None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError(f"{count} in all", where="validate", remedy="each line above says how to mend it")
     say(f"no problems: {read}")
+
+
+def plan(options: argparse.Namespace) -> None:
+    from m3po_jax.plan import plan as compile_for
+
+    found = compile_for(_recipe(options), options.topology, prompt_tokens=options.prompt_tokens)
+    print(found.table())
+    if options.json:
+        write_json(Path(options.json), dataclasses.asdict(found))
+    problems = found.problems()
+    for problem in problems:
+        say(f"m3po: {problem}", style="red")
+    if problems:
+        raise UserError(
+            f"{len(problems)} of {len(found.programs)} programs do not fit",
+            where=f"--topology {options.topology}",
+            remedy="each line above names what to lower",
+        )
 
 
 def report(options: argparse.Namespace) -> None:

@@ -33,7 +33,7 @@ from m3po_jax.models.llava.config import LlavaConfig
 from m3po_jax.models.llava.model import build
 from m3po_jax.models.vit import ViTConfig
 from m3po_jax.sharding import make_mesh, sharding_for, state_shardings, use_mesh
-from m3po_jax.training.step import TrainState, make_step, split_model
+from m3po_jax.training.step import make_step, split_model
 
 LAYERS = 2
 LLAVA_7B = LlavaConfig(
@@ -104,8 +104,7 @@ def preference_step(mesh: Any, attention: str, pairs: int = 16) -> None:
     trainable, frozen = jax.eval_shape(make)
     step = make_step(kept["partition"], trainable, config, total_steps=10, mesh=mesh, remat="full")
     with_sharding = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-    state = jax.eval_shape(lambda t: TrainState(jnp.zeros((), jnp.int32), t, step.optimizer.init(t), {}), trainable)
-    state = jax.tree.map(with_sharding, state, step.shardings)
+    state = step.describe(trainable)
     frozen = jax.tree.map(with_sharding, frozen, state_shardings(frozen, mesh))
     rows = lambda shape, dtype: placed(shape, dtype, ("batch", *(None,) * (len(shape) - 1)), mesh)  # noqa: E731
     batch = TreeBatch(
