@@ -192,9 +192,11 @@ def _differences(
                 points.append(Point(system, 0.0, factor * value["mean"], "arm", interval))
         if points:
             title = f"{name}: {label} against {reference}"
-            svg = forest_chart(title, points, band=(0.0, 0.0), digits=digits, x_label=f"{better} is better")
+            svg = forest_chart(title, points, band=None, digits=digits, reference=0.0, x_label=f"{better} is better")
             identity = f"compare-{slug(name)}-{slug(reference)}"
-            view.figures.append(Figure(identity, title, svg, "Interval over images; the line is no difference."))
+            view.figures.append(
+                Figure(identity, title, svg, "95 % interval over images; the dotted line is no difference.")
+            )
 
 
 def _efficiency(
