@@ -416,7 +416,9 @@ def _merge(base: Any, update: Any, where: str, key: str | None = None) -> Any:
         raise UserError(f"unknown key {unknown!r}{nearest(leaf, known) if known else ''}", where=where) from None
     except OmegaConfBaseException as error:
         place = getattr(error, "full_key", None) or key
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].rstrip(".")
+        if "AnyNode" in reason or "Merge error" in reason:  # OmegaConf's own classes, which tell a user nothing
+            reason = "the value does not fit"
         raise UserError(
             f"{place}: {reason}" if place else reason, where=where, remedy=_wanted(str(place)) if place else None
         ) from None
