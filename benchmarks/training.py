@@ -180,7 +180,7 @@ class Ours:
         import jax
 
         from m3po_jax.config import LoRAConfig, MeshConfig, TrainConfig
-        from m3po_jax.data.batches import TreeRow, collate_tree
+        from m3po_jax.data.collation import TreeRow, collate_tree
         from m3po_jax.data.lengths import rounded
         from m3po_jax.generation.engine import PromptBatch
         from m3po_jax.models.export import load_adapter

@@ -56,6 +56,12 @@ VERBS: dict[str, tuple[str, str]] = {
         "a Hugging Face directory or a PEFT adapter",
         "Writes what was trained so that transformers, PEFT and vLLM load it.",
     ),
+    "plan": (
+        "memory and least time on TPU chips that need not be there",
+        "Compiles the recipe's generation, judging and training for a TPU topology with the TPU's own compiler (the "
+        "plan extra) and prints what each program takes of a chip's memory, beside its roofline. No TPU and no "
+        "weights are needed: a model directory with config.json is enough. Exit status 2 if something does not fit.",
+    ),
     "validate": (
         "every problem of a recipe and its data, before anything runs",
         "Checks settings, the models' files, every row with its images, and every benchmark; prints one line a "
@@ -101,6 +107,12 @@ def make_parser() -> argparse.ArgumentParser:
                 "--answers", metavar="FILE.jsonl", help='saved answers: {"id": ..., "text": ...} a line'
             )
             verb.add_argument("--benchmark", help="the benchmark that --answers belongs to")
+        if name == "plan":
+            verb.add_argument("--topology", metavar="NAME", required=True, help="v5e:2x4, v5p:2x2x1, v6e:2x4, ...")
+            verb.add_argument(
+                "--prompt-tokens", type=int, metavar="N", help="of the longest prompt (default: one image and 64)"
+            )
+            verb.add_argument("--json", metavar="FILE", help="also writes the figures there")
         if name == "export":
             verb.add_argument("--format", choices=("huggingface", "peft"), default="huggingface")
             verb.add_argument("--output", metavar="DIR", help="default: export-FORMAT/ in the run directory")

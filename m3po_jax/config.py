@@ -247,6 +247,9 @@ class TrainConfig:
     lr_schedule: str = "cosine"  # cosine | linear | constant
     warmup_ratio: float = 0.03
     warmup_steps: int | None = None  # overrides the ratio
+    adam_beta1: float = 0.9  # decay of the mean of gradients
+    adam_beta2: float = 0.999  # and of the mean of their squares
+    adam_epsilon: float = 1e-8  # larger: gradients near rounding move nothing
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     ema_decay: float = 0.0  # of a moving average of what learns; 0: none is kept
@@ -254,6 +257,9 @@ class TrainConfig:
     batch_size: int = 32  # pairs (or rows) of one optimizer step
     gradient_accumulation_steps: int = 1
     length_window: int = 32  # rows of so many shuffled batches are exchanged to batches of like lengths; 1: off
+    # An NLL's sum (sft, chosen_nll_weight) is divided by the answer tokens of an average batch of the data, whatever
+    # rows share a batch (data) | of each batch, as in TRL (batch)
+    token_mean: str = "data"
     max_shapes: int = 16  # most (prompt, answer) widths that batches are padded to, each compiled once
     epochs: float = 1.0
     max_steps: int | None = None  # overrides epochs
@@ -278,6 +284,7 @@ class RewardConfig:
     split: float = 0.5  # share of the prompts, by a hash of their ids, that only the reward model sees
     holdout: float = 0.1  # share of its pairs that measure its accuracy instead
     rule: str = "vanilla"  # how its pairs are made from scored candidates; a `select.rule`
+    pairs_per_prompt: int = 1  # at most so many different pairs of a prompt; more than one: vanilla or random alone
     pairs: str = ""  # a folder or file of pairs to learn from instead (TRL's vision format); the split does not apply
     learning_rate: float | None = None  # null: that of `train`; so are the next three
     batch_size: int | None = None  # pairs of one optimizer step
@@ -341,9 +348,10 @@ class CompareConfig:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     per_seed: dict[str, str] = field(default_factory=dict)  # dotted key -> text with {seed}, e.g. model.path
     against: list[str] = field(default_factory=lambda: ["base", "mas_dpo"])  # paired differences against these
-    main: str = "m3po"  # the system whose success is judged, and whose ranking the efficiency curve uses
+    main: str = "m3po"  # the system whose success is judged
     equal_pairs: bool = True  # every arm trains on as many pairs as the arm with the fewest
     efficiency: list[float] = field(default_factory=list)  # budgets of the data-efficiency curve, e.g. [0.25, 1.0]
+    efficiency_of: list[str] = field(default_factory=list)  # the systems that it is drawn for; empty: `main`
     resamples: int = 1000  # bootstrap samples of the intervals
 
 
@@ -372,29 +380,48 @@ class Recipe:
     compare: CompareConfig = field(default_factory=CompareConfig)
 
 
-def _known_keys(cls: type, path: list[str]) -> list[str]:
-    """Field names of the dataclass that `path` leads to inside `cls` (empty where it leads elsewhere)."""
-    hints = typing.get_type_hints(cls)
+def _hint(cls: type, path: typing.Sequence[str]) -> Any:
+    """The annotation of the key that `path` leads to inside `cls`; None where it leads elsewhere."""
+    hint: Any = cls
     for part in path:
-        cls = hints.get(part, object)
-        if not dataclasses.is_dataclass(cls):
-            return []
-        hints = typing.get_type_hints(cls)
-    return list(hints)
+        hint = typing.get_type_hints(hint).get(part) if dataclasses.is_dataclass(hint) else None
+    return hint
 
 
-def _merge(base: Any, update: Any, where: str) -> Any:
+def _known_keys(cls: type, path: typing.Sequence[str]) -> list[str]:
+    """Field names of the dataclass that `path` leads to inside `cls` (empty where it leads elsewhere)."""
+    hint = _hint(cls, path)
+    return list(typing.get_type_hints(hint)) if dataclasses.is_dataclass(hint) else []
+
+
+def _wanted(key: str) -> str | None:
+    """What a key of the recipe takes, in words; None where it is not known."""
+    known = _known_keys(Recipe, key.split("."))
+    if known:
+        return f"it is a section: set keys of it, like {key}.{known[0]}"
+    hint = _hint(Recipe, key.split("."))
+    if hint is None:
+        return None
+    return f"it takes {(hint.__name__ if isinstance(hint, type) else str(hint)).replace('typing.', '')}"
+
+
+def _merge(base: Any, update: Any, where: str, key: str | None = None) -> Any:
+    """`base` with `update`; `key` is the one that it sets, where it sets one."""
     try:
         return OmegaConf.merge(base, update)
     except ConfigKeyError as error:
-        key = str(error.full_key)
-        *parents, leaf = key.split(".")
+        unknown = str(error.full_key)
+        *parents, leaf = unknown.split(".")
         known = _known_keys(Recipe, parents)
-        raise UserError(f"unknown key {key!r}{nearest(leaf, known) if known else ''}", where=where) from None
+        raise UserError(f"unknown key {unknown!r}{nearest(leaf, known) if known else ''}", where=where) from None
     except OmegaConfBaseException as error:
-        place = getattr(error, "full_key", None)
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{place}: {reason}" if place else reason, where=where) from None
+        place = getattr(error, "full_key", None) or key
+        reason = str(error).splitlines()[0].rstrip(".")
+        if "AnyNode" in reason or "Merge error" in reason:  # OmegaConf's own classes, which tell a user nothing
+            reason = "the value does not fit"
+        raise UserError(
+            f"{place}: {reason}" if place else reason, where=where, remedy=_wanted(str(place)) if place else None
+        ) from None
 
 
 def _to_recipe(node: Any) -> Recipe:
@@ -413,7 +440,8 @@ def load_recipe(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
     if path is not None:
         path = Path(path)
         if not path.is_file():
-            raise UserError("no such recipe", where=str(path), remedy="see configs/ for the recipes that ship")
+            what = "a folder, not a recipe" if path.is_dir() else "no such recipe"
+            raise UserError(what, where=str(path), remedy="see configs/ for the recipes that ship")
         try:
             loaded = OmegaConf.load(path)
         except Exception as error:  # yaml.YAMLError and its kin: the first line says where
@@ -426,7 +454,15 @@ def load_recipe(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
             raise UserError(
                 f"cannot read {override!r}", where="command line", remedy="overrides are dotted.key=value"
             )
-        config = _merge(config, OmegaConf.from_dotlist([override]), "command line")
+        try:
+            read = OmegaConf.from_dotlist([override])
+        except Exception:  # yaml.YAMLError and its kin, over several lines
+            raise UserError(
+                f"{override!r}: the value is not valid YAML",
+                where="command line",
+                remedy="quote it or close its brackets",
+            ) from None
+        config = _merge(config, read, "command line", override.partition("=")[0])
     return _to_recipe(config)
 
 
@@ -437,7 +473,7 @@ def override(recipe: Recipe, changes: dict[str, Any], where: str = "arms") -> Re
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        config = _merge(config, OmegaConf.create(nested), where)
+        config = _merge(config, OmegaConf.create(nested), where, key)
     return _to_recipe(config)
 
 

@@ -103,6 +103,18 @@ def state_shardings(state: nnx.State, mesh: Mesh) -> Any:
     return jax.tree.map(of, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
+def is_attached(mesh: Mesh) -> bool:
+    """Whether the mesh's devices are there. For those of a topology programs are only compiled (`plan.py`)."""
+    return mesh.devices.flat[0] in jax.devices()
+
+
+def _on_devices(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """The array on its devices; for devices that are not attached a description of it."""
+    if not is_attached(sharding.mesh):  # type: ignore[arg-type]
+        return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype), sharding=sharding)  # type: ignore[return-value]
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Host arrays, identical on every process, to device arrays split along their first axis.
 
@@ -113,8 +125,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     def put(x: Any) -> jax.Array:
         x = np.asarray(x)
         axes: Axes = ("batch",) + (None,) * (x.ndim - 1) if x.ndim else ()
-        sharding = sharding_for(axes, x.shape, mesh)
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+        return _on_devices(x, sharding_for(axes, x.shape, mesh))
 
     return jax.tree.map(put, batch)
 
@@ -123,8 +134,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     """Every leaf whole on every device."""
 
     def put(x: Any) -> jax.Array:
-        x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, P()), lambda index: x[index])
+        return _on_devices(np.asarray(x), NamedSharding(mesh, P()))
 
     return jax.tree.map(put, tree)
 

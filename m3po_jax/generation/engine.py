@@ -42,6 +42,7 @@ from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.generation.state import Board, Cache, Lanes, Layout, Prompts, Report, Sizes
 from m3po_jax.generation.stream import Program, Stream
 from m3po_jax.models.forward import VisionLanguageModel, encode_images
+from m3po_jax.models.llama import Llama
 from m3po_jax.sharding import constrain, replicate, use_mesh
 
 __all__ = [
@@ -60,7 +61,7 @@ class Weights(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=0)
-def _fused(graph: Any, state: Any) -> tuple[FusedLayer, ...]:
+def fuse_layers(graph: Any, state: Any) -> tuple[FusedLayer, ...]:
     """Compiled once for all generators and all updates of the weights of one kind of model."""
     return fuse(nnx.merge(graph, state))
 
@@ -143,7 +144,10 @@ class Generator:
         self.graph, state = nnx.split(shell)
 
         with use_mesh(self.mesh):
-            self.weights = Weights(state, _fused(*nnx.split(model.decoder)))
+            self.weights = Weights(state, self.fused(model.decoder))
+
+    def fused(self, decoder: Llama) -> tuple[FusedLayer, ...]:
+        return fuse_layers(*nnx.split(decoder))
 
     def __call__(
         self, batch: PromptBatch, wanted: Bool[np.ndarray, "b k"] | None = None, attempt: int = 0

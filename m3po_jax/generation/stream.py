@@ -96,7 +96,7 @@ class Stream:
         self._measure()
         self.sizes = engine.sizes(self.count, self.prefix)
         size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
-        prompts, board, lanes = jax.eval_shape(lambda: engine.layout.empty(self.sizes, self.prefix))
+        prompts, board, lanes = engine.layout.empty.eval_shape(self.sizes, self.prefix)
         given = [(engine.graph, engine.weights, prompts, board, self._arrays())]
         while self.queue:
             given.append((engine.graph, engine.weights, prompts, board, self._arrays()))
@@ -104,7 +104,7 @@ class Stream:
         found = [Program("prefill", engine.prefill, given[0], len(given), 0, state, 0)]
         quota, filled = replicate(np.int32(0), engine.mesh), 0
         for capacity in capacities(self.sizes.tokens):
-            cache = jax.eval_shape(lambda capacity=capacity: engine.layout.empty_cache(self.sizes, capacity))
+            cache = engine.layout.empty_cache.eval_shape(self.sizes, capacity)
             before = (engine.graph, self.sizes, engine.weights, prompts, board, lanes, cache)
             steps = min(capacity, self.sizes.tokens - 1) - filled
             filled += steps

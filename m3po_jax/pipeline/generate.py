@@ -15,7 +15,7 @@ import grain
 import numpy as np
 
 from m3po_jax.config import GenerateConfig
-from m3po_jax.data import batches, tables
+from m3po_jax.data import batches, row_inputs, tables
 from m3po_jax.data.feature_cache import PromptFeatures
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import CANDIDATE, Prompt
@@ -115,7 +115,7 @@ def requests(
         token_ids = np.asarray(processor.encode_prompt(prompt), np.int32)
         if features is not None and prompt.images:
             return Request(prompt.id, token_ids, features(prompt), encoded=True)
-        return Request(prompt.id, token_ids, batches.pixels_of(processor, prompt))
+        return Request(prompt.id, token_ids, row_inputs.pixels_of(processor, prompt))
 
     ahead = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
     yield from grain.MapDataset.range(len(prompts)).map(load).to_iter_dataset(ahead)

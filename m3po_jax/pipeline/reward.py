@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from m3po_jax.config import ModelConfig, Recipe, SelectConfig, TrainConfig, from_plain
-from m3po_jax.data import batches, tables
+from m3po_jax.data import batches, pair_rows, tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.errors import UserError
 from m3po_jax.evaluation.bootstrap import bootstrap
@@ -28,7 +28,7 @@ from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy
 from m3po_jax.pipeline.rundir import is_writer, read_json
 from m3po_jax.pipeline.stopping import barrier
 from m3po_jax.scoring.reward import HeadScorer, Reward
-from m3po_jax.selection import check_config
+from m3po_jax.selection import RANDOM_RULES, check_config
 from m3po_jax.sharding import use_mesh
 from m3po_jax.training.loop import load_trained, train
 from m3po_jax.training.metrics_log import MetricsLog
@@ -150,6 +150,13 @@ def check_reward_config(recipe: Recipe) -> None:
     """Raises UserError for settings of `reward` that cannot be meant."""
     check_config(pair_rule(recipe))
     check_objective(reward_train_config(recipe))
+    own = recipe.reward
+    if own.pairs_per_prompt < 1 or (own.pairs_per_prompt > 1 and own.rule not in RANDOM_RULES):
+        raise UserError(
+            f"{own.pairs_per_prompt} pairs of a prompt by the rule {own.rule!r}",
+            where="reward.pairs_per_prompt",
+            remedy=f"1, or more by one of the rules {', '.join(RANDOM_RULES)}",
+        )
     for name in ("split", "holdout"):
         value = getattr(recipe.reward, name)
         if not 0 < value < 1:
@@ -213,9 +220,9 @@ def reward_of_pairs(
 def measure(judge: Reward, pairs: pa.Table, processor: Processor, *, seed: int) -> dict[str, Any]:
     """Accuracy of a reward model on pairs (a tie is half right), with a bootstrap interval over prompts."""
     prompts, answers = [], []
-    for number, row in enumerate(batches.TableRows(pairs)):
-        prompts.append(batches.pair_prompt(row, f"pairs:{number + 1} (id {row['id']!r})"))
-        texts = {side: batches.message_text(row[side]) for side in ("chosen", "rejected")}
+    for number, row in enumerate(pair_rows.TableRows(pairs)):
+        prompts.append(pair_rows.pair_prompt(row, f"pairs:{number + 1} (id {row['id']!r})"))
+        texts = {side: pair_rows.message_text(row[side]) for side in ("chosen", "rejected")}
         answers.append(
             [row.get(f"{side}_token_ids") or processor.encode_answer(text) for side, text in texts.items()]
         )

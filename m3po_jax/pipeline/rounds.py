@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from m3po_jax.config import RoundConfig
-from m3po_jax.data import batches, tables
+from m3po_jax.data import pair_rows, tables
 from m3po_jax.data.feature_cache import PromptFeatures
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import PAIR
@@ -72,7 +72,7 @@ def reference_log_probs(
     Args:
         features: Cached features of the scorer's vision tower; what is missing is computed and stored first.
     """
-    prompts = [batches.pair_prompt(row, f"pair {row['id']!r}") for row in rows]
+    prompts = [pair_rows.pair_prompt(row, f"pair {row['id']!r}") for row in rows]
     if features is not None:
         fill(features, prompts)
     answers = [[np.asarray(row[f"{side}_token_ids"], np.int32) for side in SIDES] for row in rows]

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
 from m3po_jax.config import Recipe
-from m3po_jax.data import batches, tables
+from m3po_jax.data import batches, contrastive, pair_rows, tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
@@ -72,10 +72,10 @@ def training_rows(recipe: Recipe) -> Joined:
 def chosen_answers(table: pa.Table, processor: Processor) -> dict[str, Any]:
     """Pairs as SFT rows: the prompts, and the chosen answers' recorded tokens (the `sft_chosen` arm)."""
     prompts, answers = [], []
-    for number, row in enumerate(batches.TableRows(table)):
-        prompts.append(batches.pair_prompt(row, f"pairs:{number + 1} (id {row['id']!r})"))
+    for number, row in enumerate(pair_rows.TableRows(table)):
+        prompts.append(pair_rows.pair_prompt(row, f"pairs:{number + 1} (id {row['id']!r})"))
         recorded = row.get("chosen_token_ids")
-        answers.append(recorded or processor.encode_answer(batches.message_text(row["chosen"])))
+        answers.append(recorded or processor.encode_answer(pair_rows.message_text(row["chosen"])))
     return {"prompts": prompts, "processor": processor, "answer_ids": answers}
 
 
@@ -103,7 +103,7 @@ def train_on_pairs(
     widths: dict[str, Any] = {"length_window": config.length_window, "max_shapes": config.max_shapes}
     features = vision_features(recipe, policy, policy.processor, mesh)
     if features is not None:
-        fill(features, [batches.pair_prompt(row) for row in batches.TableRows(pairs)])
+        fill(features, [pair_rows.pair_prompt(row) for row in pair_rows.TableRows(pairs)])
     if config.objective == "sft":
         source: Any = batches.sft_batches(
             **chosen_answers(pairs, policy.processor),
@@ -214,7 +214,7 @@ def _contrastive(recipe: Recipe, rows: Joined, mesh: Mesh) -> tuple[_Start, Any]
         dtype=recipe.model.dtype,
         image_fit=recipe.model.image_fit,
     )
-    source = batches.contrastive_batches(
+    source = contrastive.contrastive_batches(
         _with_objects(rows),
         processor,
         encode_texts=processor.encode_texts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from m3po_jax.pipeline import summary
 from m3po_jax.pipeline import train as training
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.run import Run
-from m3po_jax.pipeline.rundir import RunDirectory
+from m3po_jax.pipeline.rundir import RunDirectory, write_json
 from m3po_jax.pipeline.select import select_file
 from m3po_jax.sharding import initialize_distributed, make_mesh, use_mesh
 
@@ -97,8 +98,9 @@ def _evaluate_answers(options: argparse.Namespace) -> None:
     known = recipe.evaluate.benchmarks
     name = options.benchmark or (next(iter(known)) if len(known) == 1 else None)
     if name is None or name not in known:
+        unknown = "which benchmark do they answer?" if name is None else f"unknown benchmark {name!r}"
         raise UserError(
-            f"unknown benchmark {name!r}{nearest(name or '', known)}",
+            f"{unknown}{nearest(name or '', known)}",
             where="--benchmark",
             remedy="name one of evaluate.benchmarks",
         )
@@ -116,10 +118,27 @@ def validate(options: argparse.Namespace) -> None:
     for problem in problems:
         say(f"m3po: {problem}", style="red")
     if problems:
-        raise UserError(
-            f"{len(problems)} problems in all", where="validate", remedy="each line above says how to mend it"
-        )
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(f"{count} in all", where="validate", remedy="each line above says how to mend it")
     say(f"no problems: {read}")
+
+
+def plan(options: argparse.Namespace) -> None:
+    from m3po_jax.plan import plan as compile_for
+
+    found = compile_for(_recipe(options), options.topology, prompt_tokens=options.prompt_tokens)
+    print(found.table())
+    if options.json:
+        write_json(Path(options.json), dataclasses.asdict(found))
+    problems = found.problems()
+    for problem in problems:
+        say(f"m3po: {problem}", style="red")
+    if problems:
+        raise UserError(
+            f"{len(problems)} of {len(found.programs)} programs do not fit",
+            where=f"--topology {options.topology}",
+            remedy="each line above names what to lower",
+        )
 
 
 def report(options: argparse.Namespace) -> None:
@@ -147,6 +166,10 @@ def _token_text(recipe: Recipe) -> Callable[[int], str] | None:
 def _stage(options: argparse.Namespace) -> Iterator[Run]:
     """A locked, opened run for one stage's verb."""
     recipe = _recipe(options)
+    # Round 0 is the untrained model, which can only be evaluated.
+    least = 0 if options.verb == "evaluate" else 1
+    if options.round < least:
+        raise UserError(f"no round {options.round}", where="--round", remedy=f"at least {least}")
     _start()
     running = Run(recipe)
     with running.directory.lock():

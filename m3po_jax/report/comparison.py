@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from m3po_jax.report.figures import Figure
-from m3po_jax.report.formatting import format_number, slug
+from m3po_jax.report.formatting import format_number, format_span, slug
 from m3po_jax.report.svg import Point, Series, forest_chart, frontier_chart, line_chart
 
 # (key, label, better, digits, factor), in the order of the columns.
@@ -98,7 +99,7 @@ def _shown(found: Mapping[str, Any], systems: Mapping[str, Any]) -> list[tuple[s
 def _span(low: float | None, high: float | None, digits: int, factor: float) -> str:
     if low is None or high is None:
         return ""
-    return f"{format_number(factor * low, digits)} – {format_number(factor * high, digits)}"
+    return format_span(factor * low, factor * high, digits)
 
 
 def _value(value: Mapping[str, Any] | None, digits: int, factor: float, bound: bool) -> ComparisonCell:
@@ -191,9 +192,11 @@ def _differences(
                 points.append(Point(system, 0.0, factor * value["mean"], "arm", interval))
         if points:
             title = f"{name}: {label} against {reference}"
-            svg = forest_chart(title, points, band=(0.0, 0.0), digits=digits, x_label=f"{better} is better")
+            svg = forest_chart(title, points, band=None, digits=digits, reference=0.0, x_label=f"{better} is better")
             identity = f"compare-{slug(name)}-{slug(reference)}"
-            view.figures.append(Figure(identity, title, svg, "Interval over images; the line is no difference."))
+            view.figures.append(
+                Figure(identity, title, svg, "95 % interval over images; the dotted line is no difference.")
+            )
 
 
 def _efficiency(
@@ -203,15 +206,18 @@ def _efficiency(
         return
     scored = {row["arm"]: found["systems"][row["arm"]] for row in points if row["arm"] in found["systems"]}
     for key, label, better, _, factor in _shown(found, scored)[:1]:
-        series = []
-        for style, (order, words) in enumerate((("value", "highest value first"), ("random", "random pairs"))):
-            own = [row for row in points if row["order"] in (order, "all") and row["arm"] in scored]
+        series: list[Series] = []
+        orders = (("value", "highest value first"), ("random", "random pairs"))
+        for system, (order, words) in itertools.product(dict.fromkeys(row["system"] for row in points), orders):
+            own = [row for row in points if row["system"] == system and row["order"] in (order, "all")]
+            own = [row for row in own if row["arm"] in scored]
             own = [row for row in own if scored[row["arm"]]["metrics"][key]["mean"] is not None]
             values = [factor * scored[row["arm"]]["metrics"][key]["mean"] for row in own]
-            series.append(Series(words, [row["pairs"] for row in own], values, style, bold=style == 0))
+            style = len(series)
+            series.append(Series(f"{system}, {words}", [row["pairs"] for row in own], values, style, bold=style == 0))
         drawn = line_chart(f"{name}: {label} by number of pairs", series, x_label="pairs")
         if drawn is not None:
-            legend = [(f"s{line.style}", line.name) for line in series]
+            legend = [(f"s{line.style % 8}", line.name) for line in series]
             title, note = f"{name}: data efficiency", f"{label}, {better} is better; the same number of steps."
             view.figures.append(Figure(f"compare-efficiency-{slug(name)}", title, drawn[0], note, legend))
 
@@ -247,7 +253,7 @@ def _cost(compute: Mapping[str, Mapping[str, float]]) -> ComparisonTable:
         ("trained_tokens", "Trained tokens"),
     )
     rows = [
-        (arm, "arm", [ComparisonCell(format_number(cost[key], 0)) for key, _ in keys])
+        (arm, "arm", [ComparisonCell(format_number(cost.get(key), 0)) for key, _ in keys])
         for arm, cost in compute.items()
     ]
     note = "Mean of a seed. Shared candidates and scores are counted in full for each system, and were made once."

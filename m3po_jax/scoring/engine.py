@@ -129,20 +129,13 @@ class Scorer:
     ) -> np.ndarray:
         graph = self.reference_graph if reference else self.graph
         images = self._images_a_row(batch) if blank_images else 0
-        seen = {} if blank_images else {"pixel_values": batch.pixel_values, "features": batch.features}
         blank = {"blank": self._blank_features(reference)} if images else {}
-        total, length = batch.token_ids.shape
-        columns, done = bucket(length, self.prefix_bucket), []
-        for start in range(0, total, self.batch_size):
-            part = slice(start, min(start + self.batch_size, total))
-            count, rows = part.stop - part.start, self.batch_size
-            arrays = {
-                "prefix_ids": pad_rows(batch.token_ids[part].astype(np.int32), rows, columns),
-                "prefix_mask": pad_rows(batch.mask[part].astype(bool), rows, columns, False),
-                **{name: pad_rows(x[part], rows) for name, x in (branches | seen).items() if x is not None},
-            }
+        done = []
+        for start in range(0, len(batch.ids), self.batch_size):
+            part = slice(start, min(start + self.batch_size, len(batch.ids)))
+            count = part.stop - part.start
             with use_mesh(self.mesh):
-                inputs = {**shard_batch(arrays, self.mesh), **replicate(constants, self.mesh), **blank}
+                inputs = self._filled(batch, branches, constants, part, with_images=not blank_images) | blank
                 result = to_host(program(graph, self.state, inputs, images))[:count]
             broken = ~np.isfinite(result).reshape(count, -1).all(axis=1)
             if broken.any():
@@ -153,6 +146,38 @@ class Scorer:
                 )
             done.append(result)
         return np.concatenate(done)
+
+    def _filled(
+        self,
+        batch: PromptBatch,
+        branches: dict[str, np.ndarray],
+        constants: dict[str, np.ndarray],
+        part: slice,
+        *,
+        with_images: bool = True,
+    ) -> dict[str, jax.Array]:
+        """The padded rows of `part` on the devices."""
+        rows, columns = self.batch_size, bucket(batch.token_ids.shape[1], self.prefix_bucket)
+        seen = {"pixel_values": batch.pixel_values, "features": batch.features} if with_images else {}
+        arrays = {
+            "prefix_ids": pad_rows(batch.token_ids[part].astype(np.int32), rows, columns),
+            "prefix_mask": pad_rows(batch.mask[part].astype(bool), rows, columns, False),
+            **{name: pad_rows(x[part], rows) for name, x in (branches | seen).items() if x is not None},
+        }
+        return {**shard_batch(arrays, self.mesh), **replicate(constants, self.mesh)}
+
+    def choices_program(self, batch: PromptBatch, questions: int, tokens: int) -> tuple[Any, tuple[Any, ...]]:
+        """What `choice_probabilities` runs on the first rows of `batch`, for those who compile or measure it.
+
+        Returns:
+            The jitted function and its arguments; nothing is computed.
+        """
+        shape = (len(batch.ids), questions, bucket(tokens + 1, self.branch_bucket))
+        branches = {"branch_ids": np.zeros(shape, np.int32), "branch_mask": np.ones(shape, bool)}
+        with use_mesh(self.mesh):
+            choices = {"choices": np.zeros(2, np.int32)}
+            inputs = self._filled(batch, branches, choices, slice(0, self.batch_size))
+        return self._choices, (self.graph, self.state, inputs, 0)
 
     def _images_a_row(self, batch: PromptBatch) -> int:
         """The most images that a prompt has room for, by its image tokens."""

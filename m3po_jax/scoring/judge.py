@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from m3po_jax.data.batches import TreeRow, collate_tree
+from m3po_jax.data.collation import TreeRow, collate_tree
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.data.templates import IMAGE_PLACEHOLDER

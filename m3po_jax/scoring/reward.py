@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Float32, Int
 
-from m3po_jax.data.batches import TreeRow, collate_tree
+from m3po_jax.data.collation import TreeRow, collate_tree
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.generation.engine import PromptBatch

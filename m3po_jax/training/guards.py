@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from m3po_jax.config import TrainConfig
-from m3po_jax.data.batches import BatchSource
+from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.errors import UserError
 from m3po_jax.training.objectives import check_objective
 

@@ -65,7 +65,7 @@ def decay_mask(axes: Mapping[str, tuple[str | None, ...]]) -> dict[str, bool]:
 def make_optimizer(
     config: TrainConfig, total_steps: int, axes: Mapping[str, tuple[str | None, ...]]
 ) -> optax.GradientTransformation:
-    """Clipping by the global norm (0: off), then AdamW (β 0.9 and 0.999, ε 1e-8) on a dict of float32 arrays.
+    """Clipping by the global norm (0: off), then AdamW with the recipe's β₁, β₂ and ε on a dict of float32 arrays.
 
     Args:
         axes: Logical axes of each trainable parameter, by its path.
@@ -74,11 +74,21 @@ def make_optimizer(
         raise UserError(
             f"max_grad_norm must not be negative, not {config.max_grad_norm}", where="train.max_grad_norm"
         )
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(
+                f"{name} must be at least 0 and below 1, not {getattr(config, name)}", where=f"train.{name}"
+            )
+    if config.adam_epsilon <= 0:
+        raise UserError(f"adam_epsilon must be above 0, not {config.adam_epsilon}", where="train.adam_epsilon")
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
     return optax.chain(
         clip,
         optax.adamw(
             learning_rate_schedule(config, total_steps),
+            b1=config.adam_beta1,
+            b2=config.adam_beta2,
+            eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
             mask=decay_mask(axes),
         ),

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from flax import nnx
 from jax.sharding import Mesh
 
-from m3po_jax.data.batches import BatchSource
+from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.tables import atomic_write, content_hash, shards
 from m3po_jax.sharding import shard_batch, to_host, use_mesh
 from m3po_jax.training.guards import check_recorded

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from m3po_jax.config import RLConfig, TrainConfig
-from m3po_jax.data.batches import TreeBatch
+from m3po_jax.data.collation import TreeBatch
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.models.forward import branch_hidden, branch_log_probs, states_log_probs
 from m3po_jax.models.heads import answer_rewards
@@ -63,6 +63,7 @@ def reward(
         batch.branch_ids,
         batch.branch_mask,
         remat=remat,
+        base_learns=base_learns(config),
     )
     chosen, rejected = rewards[:, 0], rewards[:, 1]
     losses = reward_loss(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3po_jax.config import RLConfig
-from m3po_jax.data import batches, tables
+from m3po_jax.data import collation, row_inputs, tables
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
 from m3po_jax.generation.engine import Generated, PromptBatch
@@ -129,7 +129,7 @@ class RolloutSource:
     """
 
     prompts: Sequence[Prompt]
-    processor: batches.PromptProcessor
+    processor: row_inputs.PromptProcessor
     sampler: Sampler
     reward: RewardFunction
     reference: Scorer
@@ -141,6 +141,7 @@ class RolloutSource:
     identity: str = ""
     has_reference: bool = False
     take: None = None  # no row can be had by itself
+    answer_tokens: None = None  # known only once they are sampled
 
     def __post_init__(self) -> None:
         if not len(self.prompts):
@@ -221,7 +222,7 @@ class RolloutSource:
 
     def _answered(self, number: int, chosen: np.ndarray) -> dict[str, np.ndarray]:
         """The answers to a rollout's prompts, and what the models say of them."""
-        tree = batches.collate_tree([self._row(int(place), ()) for place in chosen])
+        tree = collation.collate_tree([self._row(int(place), ()) for place in chosen])
         batch = PromptBatch(
             # A candidate's random stream belongs to its id: no two places of a run share one.
             [f"{self.prompts[place].id} (rollout {number}, {i})" for i, place in enumerate(chosen)],
@@ -250,11 +251,11 @@ class RolloutSource:
             "mask": mask,
         }
 
-    def _row(self, place: int, answers: tuple[np.ndarray, ...]) -> batches.TreeRow:
+    def _row(self, place: int, answers: tuple[np.ndarray, ...]) -> collation.TreeRow:
         prompt = self.prompts[place]
         prefix = np.asarray(self.processor.encode_prompt(prompt), np.int32)
         pixels = np.asarray(self.processor.pixel_values(prompt), np.float32) if prompt.images else None
-        return batches.TreeRow(prefix, pixels, answers, (math.nan,) * len(answers), place)
+        return collation.TreeRow(prefix, pixels, answers, (math.nan,) * len(answers), place)
 
     def mini_batch(self, rollout: Rollout, number: int, step: int) -> RolloutBatch:
         """The batch of optimizer step `step` on rollout `number`; every pass has an order of its own."""
@@ -265,7 +266,7 @@ class RolloutSource:
         def answers(row: int) -> tuple[np.ndarray, ...]:
             return tuple(ids[:n] for ids, n in zip(rollout.token_ids[row], rollout.lengths[row], strict=True))
 
-        tree = batches.collate_tree([self._row(int(rollout.prompts[row]), answers(row)) for row in rows])
+        tree = collation.collate_tree([self._row(int(rollout.prompts[row]), answers(row)) for row in rows])
         width = tree.branch_ids.shape[-1]
 
         def tokens(x: np.ndarray) -> np.ndarray:

@@ -12,16 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3po_jax.data.batches import (
-    LENGTHS,
-    TableRows,
-    contrastive_batches,
-    padded_length,
-    pair_batches,
-    pair_prompt,
-    prompt_batches,
-    sft_batches,
-)
+from m3po_jax.data.batches import pair_batches, prompt_batches, sft_batches
+from m3po_jax.data.collation import LENGTHS, padded_length
+from m3po_jax.data.contrastive import contrastive_batches
+from m3po_jax.data.pair_rows import TableRows, pair_prompt
 from m3po_jax.data.schema import PAIR, Image, Prompt, message
 from m3po_jax.errors import UserError
 

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3po_jax.config import TrainConfig
-from m3po_jax.data.batches import BatchSource, TreeBatch, pair_batches, sft_batches
+from m3po_jax.data.batch_source import BatchSource
+from m3po_jax.data.batches import pair_batches, sft_batches
+from m3po_jax.data.collation import TreeBatch
 from m3po_jax.data.lengths import Lengths, Order, cheapest, padding_share, partition, plan_shapes, rounded
 from m3po_jax.data.schema import Prompt
 from m3po_jax.quickstart import language

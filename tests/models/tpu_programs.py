@@ -24,7 +24,7 @@ from flax import nnx
 from jax.experimental import topologies
 
 from m3po_jax.config import LoRAConfig, MeshConfig, TrainConfig
-from m3po_jax.data.batches import TreeBatch
+from m3po_jax.data.collation import TreeBatch
 from m3po_jax.models import lora
 from m3po_jax.models.encoder import EncoderConfig
 from m3po_jax.models.kernels.choice import decode_kernel, self_attention, with_attention
@@ -104,10 +104,7 @@ def preference_step(mesh: Any, attention: str, pairs: int = 16) -> None:
     trainable, frozen = jax.eval_shape(make)
     step = make_step(kept["partition"], trainable, config, total_steps=10, mesh=mesh, remat="full")
     with_sharding = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-    state = jax.eval_shape(
-        lambda t: type(step.shardings)(jnp.zeros((), jnp.int32), t, step.optimizer.init(t)), trainable
-    )
-    state = jax.tree.map(with_sharding, state, step.shardings)
+    state = step.describe(trainable)
     frozen = jax.tree.map(with_sharding, frozen, state_shardings(frozen, mesh))
     rows = lambda shape, dtype: placed(shape, dtype, ("batch", *(None,) * (len(shape) - 1)), mesh)  # noqa: E731
     batch = TreeBatch(

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from m3po_jax.config import TrainConfig
-from m3po_jax.data.batches import TreeBatch
+from m3po_jax.data.collation import TreeBatch
 from m3po_jax.models.forward import encode_images
 from m3po_jax.models.llava.model import reference_forward
 from m3po_jax.sharding import shard_batch

@@ -13,7 +13,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from training_tools import TinyProcessor, base_config, pair_rows, tiny_model, tiny_pairs
 
-from m3po_jax.data.batches import BatchSource, pair_batches
+from m3po_jax.data.batch_source import BatchSource
+from m3po_jax.data.batches import pair_batches
 from m3po_jax.data.feature_cache import FeatureCache, PromptFeatures
 from m3po_jax.errors import UserError
 from m3po_jax.training.loop import train

@@ -233,7 +233,7 @@ def test_analytic_flops_against_the_compiler(case: str, one_device: Mesh) -> Non
 
     The compiler counts norms, softmax and whole (not causal) attention too, so it comes out a little higher.
     """
-    from m3po_jax.data.batches import TreeBatch
+    from m3po_jax.data.collation import TreeBatch
     from m3po_jax.models import lora
     from m3po_jax.models.encoder import EncoderConfig
     from m3po_jax.models.llama import LlamaConfig

@@ -43,12 +43,21 @@ def test_norms_and_biases_do_not_decay() -> None:
     assert decay_mask(AXES) == {"w": True, "scale": False, "bias": False}
 
 
-def test_equals_torch_adamw() -> None:
+@pytest.mark.parametrize(("beta1", "beta2", "epsilon"), [(0.9, 0.999, 1e-8), (0.8, 0.95, 1e-2)])
+def test_equals_torch_adamw(beta1: float, beta2: float, epsilon: float) -> None:
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
     shapes = {"w": (2, 3, 4), "scale": (2, 3), "bias": (4,)}
     start = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    config = base_config(lr_schedule="linear", warmup_ratio=0.0, weight_decay=0.1, max_grad_norm=0.5)
+    config = base_config(
+        lr_schedule="linear",
+        warmup_ratio=0.0,
+        weight_decay=0.1,
+        max_grad_norm=0.5,
+        adam_beta1=beta1,
+        adam_beta2=beta2,
+        adam_epsilon=epsilon,
+    )
     optimizer = make_optimizer(config, 5, AXES)
     ours, state = dict(start), optimizer.init(start)
     theirs = {name: torch.tensor(value, requires_grad=True) for name, value in start.items()}
@@ -56,7 +65,7 @@ def test_equals_torch_adamw() -> None:
         {"params": [theirs["w"]], "weight_decay": 0.1},
         {"params": [theirs["scale"], theirs["bias"]], "weight_decay": 0.0},
     ]
-    reference = torch.optim.AdamW(groups, lr=config.learning_rate)
+    reference = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(beta1, beta2), eps=epsilon)
     for step in range(5):
         gradients = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
         updates, state = optimizer.update(gradients, state, ours)
@@ -78,6 +87,8 @@ def test_equals_torch_adamw() -> None:
         ({"learning_rate": 0.0}, "must be positive"),
         ({"warmup_ratio": 1.5}, "warmup_ratio"),
         ({"max_grad_norm": -1.0}, "max_grad_norm"),
+        ({"adam_beta2": 1.0}, "adam_beta2 must be at least 0 and below 1"),
+        ({"adam_epsilon": 0.0}, "adam_epsilon must be above 0"),
     ],
 )
 def test_bad_settings_are_refused(changes: dict[str, object], message: str) -> None:

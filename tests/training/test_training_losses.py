@@ -17,7 +17,9 @@ from losses_tools import jitted, one_step, plain_sums, recorded
 from training_tools import CONFIG, IMAGE_ID, TinyProcessor, base_config, pair_rows, tiny_model, tiny_pairs
 
 from m3po_jax.config import TrainConfig
-from m3po_jax.data.batches import ContrastiveBatch, TreeBatch, pair_batches, sft_batches
+from m3po_jax.data.batches import pair_batches, sft_batches
+from m3po_jax.data.collation import TreeBatch
+from m3po_jax.data.contrastive import ContrastiveBatch
 from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.errors import UserError
 from m3po_jax.models import dual_encoder

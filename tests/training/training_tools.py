@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 
 from m3po_jax.config import LoRAConfig, TrainConfig
-from m3po_jax.data.batches import BatchSource, pair_batches
+from m3po_jax.data.batch_source import BatchSource
+from m3po_jax.data.batches import pair_batches
 from m3po_jax.data.schema import Prompt, message
 from m3po_jax.data.tables import content_hash
 from m3po_jax.models import lora

@@ -1,0 +1,91 @@
+"""A stream of batches by number, with a deterministic order and a resumable position.
+
+Batch i is a function of (rows, seed, i) alone, so the position of an iterator is one integer and a restored run sees
+exactly the batches that it would have seen. Images are decoded lazily, in Grain's prefetching threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import grain
+import numpy as np
+
+from m3po_jax.data.lengths import Order, Shape
+from m3po_jax.errors import UserError
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class BatchSource(Generic[Batch]):
+    """Batches by number. Iterators start at batch 0 and have `get_state()` and `set_state(state)` (JSON).
+
+    Attributes:
+        dataset: Batch i of the (for training: endless) stream.
+        ids: Row ids; `row_index` points into them.
+        batch_size: Rows of a batch.
+        fingerprint: Hash of the rows, their order and the batch size.
+        has_reference: Every answer comes with recorded reference log-probs.
+        take: Row numbers to one batch of these rows.
+        row_key: Row number to a hash of its prompt, images and answers.
+        answer_tokens: Mean number of tokens of the answers that an NLL is taken of (sft's, a pair's chosen one).
+        shapes: The (prefix width, branch width) that batches are padded to; empty: any of `LENGTHS`.
+    """
+
+    dataset: grain.MapDataset
+    ids: tuple[str, ...]
+    batch_size: int
+    fingerprint: str
+    has_reference: bool = False
+    threads: int = 4
+    take: Callable[[Sequence[int]], Batch] | None = None
+    row_key: Callable[[int], str] | None = None
+    answer_tokens: float | None = None
+    shapes: tuple[Shape, ...] = ()
+
+    def __iter__(self) -> grain.DatasetIterator:
+        # Grain's default keeps 500 elements, here whole batches, in flight.
+        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=self.threads)
+        return iter(self.dataset.to_iter_dataset(options))
+
+    def steps(self, epochs: float) -> int:
+        """Batches in `epochs` passes over the rows, rounded up."""
+        return max(1, math.ceil(epochs * len(self.ids) / self.batch_size - 1e-9))
+
+    def row_ids(self, row_index: Iterable[int]) -> list[str]:
+        return [self.ids[i] for i in row_index if i >= 0]
+
+
+def endless_batches(order: Order, load: Callable[[int], Any], collate: Any) -> Any:
+    """Batches of an endless stream that visits all rows once an epoch, each epoch in an order of its own."""
+    dataset = grain.MapDataset.range(order.batches)
+    return dataset.map(lambda number: collate([load(row) for row in order.rows(number)]))
+
+
+def fingerprint_of(*parts: Any) -> str:
+    """A hash of nested sequences of texts, numbers and arrays."""
+    digest = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if isinstance(part, (list, tuple)):
+            digest.update(b"[%d" % len(part))
+            for item in part:
+                add(item)
+        else:
+            content = part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode()
+            digest.update(b"%d:" % len(content) + content)
+
+    add(parts)
+    return digest.hexdigest()
+
+
+def require_rows(count: int, batch_size: int) -> None:
+    if count == 0:
+        raise UserError("there is no row to train on", remedy="look at the earlier stages' reports")
+    if batch_size < 1:
+        raise UserError(f"batch_size must be positive, not {batch_size}", where="train.batch_size")
