@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +70,25 @@ def test_shared_prefix_equals_two_sequences() -> None:
         scale = float(np.abs(wanted_gradient[name]).max())
         np.testing.assert_allclose(gradient[name], wanted_gradient[name], rtol=0, atol=2e-4 * scale, err_msg=name)
         assert np.abs(wanted_gradient[name]).max() > 1e-3
+
+
+def test_no_logits_over_the_prompt() -> None:
+    """Beside the weights, arrays with an axis of the vocabulary belong to answers alone."""
+    config = base_config(reference="computed", batch_size=2)
+    batch = next(iter(tiny_pairs(config)))
+    partition, trainable, frozen = split_model(tiny_model(config), config)
+
+    def loss(trainable: Any) -> jax.Array:
+        model = partition.merge(trainable, frozen)
+        return preference_of(model, batch, config, reference_model=adapters_off(model)).loss
+
+    program = str(jax.make_jaxpr(jax.grad(loss))(trainable))
+    rows, branches, answer = batch.branch_ids.shape
+    vocabulary = CONFIG.text.vocab_size
+    shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"[a-z]+\d*\[([\d,]+)\]", program)}
+    logits = {s for s in shapes if s[-1] == vocabulary and len(s) > 2}
+    assert (rows, branches * answer, vocabulary) in logits
+    assert max(np.prod(s) for s in logits) == rows * branches * answer * vocabulary
 
 
 def test_whole_step_equals_torch(tmp_path: Path) -> None:
