@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 NEVER = -1  # when a cache slot was written that was not
-VECTOR = 16  # cache slots
+VECTOR = 8  # cache slots
 
 
 class Assignment(NamedTuple):
@@ -99,7 +99,7 @@ def capacities(max_new_tokens: int, first: int = 32, multiple: int = VECTOR) -> 
     """Sizes that the answers' cache takes in turn: doubled, so that short answers never read long ones' slots.
 
     The last token drawn is never fed back, so the largest holds one less than the tokens, rounded up to whole
-    vectors: products with rows of 63 slots take twice the time of those with 64.
+    vectors: a CPU takes half as long again for the scores of 63 slots as for those of 64.
     """
     most = -(-max(max_new_tokens - 1, 1) // multiple) * multiple
     sizes = [min(first, most)]

@@ -73,6 +73,6 @@ def test_the_ring_never_overwrites_what_a_lane_sees(work):
 
 
 def test_capacities_double_up_to_what_is_fed_back():
-    assert capacities(1) == [16] and capacities(17) == [16] and capacities(64) == [32, 64]
+    assert capacities(1) == [8] and capacities(17) == [16] and capacities(64) == [32, 64]
     assert capacities(257) == [32, 64, 128, 256]
-    assert capacities(150) == [32, 64, 128, 160]
+    assert capacities(150) == [32, 64, 128, 152]
