@@ -124,6 +124,9 @@ class Layout:
         """
         if self.mesh.devices.flat[0].platform != "tpu":
             return self.kv, self.kv
+        return self.slots_slowest()
+
+    def slots_slowest(self) -> tuple[Format, Format]:
         keys, values = (Format(Order(axes), self.kv) for axes in ((3, 1, 0, 2), (2, 1, 0, 3)))
         return keys, values
 
