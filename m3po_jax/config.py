@@ -257,6 +257,9 @@ class TrainConfig:
     batch_size: int = 32  # pairs (or rows) of one optimizer step
     gradient_accumulation_steps: int = 1
     length_window: int = 32  # rows of so many shuffled batches are exchanged to batches of like lengths; 1: off
+    # An NLL's sum (sft, chosen_nll_weight) is divided by the answer tokens of an average batch of the data, whatever
+    # rows share a batch (data) | of each batch, as in TRL (batch)
+    token_mean: str = "data"
     max_shapes: int = 16  # most (prompt, answer) widths that batches are padded to, each compiled once
     epochs: float = 1.0
     max_steps: int | None = None  # overrides epochs
@@ -281,6 +284,7 @@ class RewardConfig:
     split: float = 0.5  # share of the prompts, by a hash of their ids, that only the reward model sees
     holdout: float = 0.1  # share of its pairs that measure its accuracy instead
     rule: str = "vanilla"  # how its pairs are made from scored candidates; a `select.rule`
+    pairs_per_prompt: int = 1  # at most so many different pairs of a prompt; more than one: vanilla or random alone
     pairs: str = ""  # a folder or file of pairs to learn from instead (TRL's vision format); the split does not apply
     learning_rate: float | None = None  # null: that of `train`; so are the next three
     batch_size: int | None = None  # pairs of one optimizer step
@@ -344,9 +348,10 @@ class CompareConfig:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     per_seed: dict[str, str] = field(default_factory=dict)  # dotted key -> text with {seed}, e.g. model.path
     against: list[str] = field(default_factory=lambda: ["base", "mas_dpo"])  # paired differences against these
-    main: str = "m3po"  # the system whose success is judged, and whose ranking the efficiency curve uses
+    main: str = "m3po"  # the system whose success is judged
     equal_pairs: bool = True  # every arm trains on as many pairs as the arm with the fewest
     efficiency: list[float] = field(default_factory=list)  # budgets of the data-efficiency curve, e.g. [0.25, 1.0]
+    efficiency_of: list[str] = field(default_factory=list)  # the systems that it is drawn for; empty: `main`
     resamples: int = 1000  # bootstrap samples of the intervals
 
 

@@ -25,7 +25,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from m3po_jax.config import Recipe
-from m3po_jax.data.batches import TreeBatch
+from m3po_jax.data.collation import TreeBatch
 from m3po_jax.errors import UserError
 from m3po_jax.generation.decoder import FusedLayer
 from m3po_jax.generation.engine import Generator, PromptBatch, fuse_layers

@@ -37,6 +37,7 @@ _TWO_STEP = (
 )  # chosen, then rejected
 _JOINT = ("inversion", "random", "vanilla")  # both at once
 _UNCONSTRAINED = ("vanilla", "extremes")  # any two answers of different text and MAS
+RANDOM_RULES = ("random", "vanilla")  # any pair that satisfies their constraints
 RULES = (*_TWO_STEP, *_JOINT)
 BUDGET_ORDERS = ("value", "random")
 CORRELATION_LIMIT = 0.4  # above it confidence says little that MAS does not (METHOD section 5)
@@ -268,6 +269,48 @@ def select_pair(pool: Pool, config: SelectConfig) -> Pair | Drop:
         UserError: a setting that cannot be meant (`check_config`).
     """
     check_config(config)
+    found = _valid_pairs(pool, config)
+    if isinstance(found, Drop):
+        return found
+    pool, pairs = found
+    if config.rule == "inversion":
+        mas, confidence = pool.mas, pool.confidence
+        gain = [mas[w] - mas[j] + config.lambda_dispreferred * (confidence[j] - confidence[w]) for w, j in pairs]
+        chosen, rejected = pairs[int(np.argmax(gain))]
+    elif config.rule in _JOINT:
+        chosen, rejected = pairs[int(_stream(config.seed, pool.id).integers(len(pairs)))]
+    else:  # all of them have the chosen answer in common
+        chosen = pairs[0][0]
+        rejected = _argmax(_role_scores(pool, config)[1], (j for _, j in pairs))
+    return _pair(pool, chosen, rejected)
+
+
+def draw_pairs(pool: Pool, config: SelectConfig, count: int) -> list[Pair] | Drop:
+    """At most `count` different valid pairs of a prompt, drawn without replacement; the rule is a random one.
+
+    For a judge that learns from pairs: several of a prompt teach it more than one. Pairs to train a policy on are
+    `select_pair`'s.
+
+    Raises:
+        UserError: a setting that cannot be meant, or a rule that says which pair it wants.
+    """
+    check_config(config)
+    if config.rule not in RANDOM_RULES:
+        raise UserError(
+            f"the rule {config.rule!r} makes one pair of a prompt",
+            where="reward.pairs_per_prompt",
+            remedy=f"1, or one of the rules {', '.join(RANDOM_RULES)}",
+        )
+    found = _valid_pairs(pool, config)
+    if isinstance(found, Drop):
+        return found
+    pool, pairs = found
+    drawn = _stream(config.seed, pool.id).permutation(len(pairs))[:count]
+    return [_pair(pool, *pairs[number]) for number in sorted(drawn)]
+
+
+def _valid_pairs(pool: Pool, config: SelectConfig) -> tuple[Pool, list[Index]] | Drop:
+    """The usable candidates of a pool, and the (chosen, rejected) positions that pass every constraint."""
     usable = _usable(pool, config)
     if isinstance(usable, Drop):
         return usable
@@ -282,26 +325,14 @@ def select_pair(pool: Pool, config: SelectConfig) -> Pair | Drop:
     good = [i for i in positions if config.rule in _UNCONSTRAINED or pool.mas[i] >= floor]
     if not good:
         return Drop(pool.id, Reason.BELOW_FLOOR)
-    joint = config.rule in _JOINT
-    preferred, dispreferred = (pool.mas, -pool.mas) if joint else _role_scores(pool, config)
-    if not joint:
-        good = [_argmax(preferred, good)]
+    if config.rule not in _JOINT:
+        good = [_argmax(_role_scores(pool, config)[0], good)]
     pairs = [(w, j) for w in good for j in positions if j != w]
     for reason, holds in _constraints(pool, config):
         pairs = [pair for pair in pairs if holds(pair)]
         if not pairs:
             return Drop(pool.id, reason)
-
-    if config.rule == "inversion":
-        mas, confidence = pool.mas, pool.confidence
-        gain = [mas[w] - mas[j] + config.lambda_dispreferred * (confidence[j] - confidence[w]) for w, j in pairs]
-        chosen, rejected = pairs[int(np.argmax(gain))]
-    elif joint:
-        chosen, rejected = pairs[int(_stream(config.seed, pool.id).integers(len(pairs)))]
-    else:
-        chosen = good[0]
-        rejected = _argmax(dispreferred, (j for _, j in pairs))
-    return _pair(pool, chosen, rejected)
+    return pool, pairs
 
 
 def _pair(pool: Pool, chosen: int, rejected: int) -> Pair:
@@ -352,8 +383,8 @@ class Selection:
     summary: dict[str, Any] = field(default_factory=dict)
 
 
-def select_pools(pools: Sequence[Pool], config: SelectConfig) -> Selection:
-    """`select_pair` on every prompt, then the budget over all pairs.
+def select_pools(pools: Sequence[Pool], config: SelectConfig, pairs_per_prompt: int = 1) -> Selection:
+    """`select_pair` on every prompt, then the budget over all pairs; `draw_pairs` where a prompt may give several.
 
     The summary has: ``prompts``, ``pairs``, ``kept_rate``, ``dropped`` (count by reason), ``correlation``
     (mean within-prompt Pearson r of MAS and the confidence of the rejected role), ``length_difference``
@@ -361,9 +392,16 @@ def select_pools(pools: Sequence[Pool], config: SelectConfig) -> Selection:
     None without any), and ``warnings`` (lines of text).
     """
     check_config(config)
-    found = [select_pair(pool, config) for pool in pools]
-    pairs, over = apply_budget([item for item in found if isinstance(item, Pair)], config)
-    drops = [item for item in found if isinstance(item, Drop)] + over
+    pairs: list[Pair] = []
+    drops: list[Drop] = []
+    for pool in pools:
+        found = select_pair(pool, config) if pairs_per_prompt == 1 else draw_pairs(pool, config, pairs_per_prompt)
+        if isinstance(found, Drop):
+            drops.append(found)
+        else:
+            pairs += [found] if isinstance(found, Pair) else found
+    pairs, over = apply_budget(pairs, config)
+    drops += over
 
     correlations = [correlation(pool.mas, pool.rejected_confidence) for pool in pools]
     correlations = [value for value in correlations if not math.isnan(value)]

@@ -79,6 +79,7 @@ def select_rows(
     config: SelectConfig,
     *,
     dispreferred_confidence: str = "",
+    pairs_per_prompt: int = 1,
     where: str = "scored candidates",
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
     """Pairs from candidate rows joined with their score rows, in any order.
@@ -90,6 +91,7 @@ def select_rows(
             confidence under a rule that uses it. ``instruction`` and ``images`` are carried over where
             present.
         dispreferred_confidence: Another variant for the rejected role; empty: the same one.
+        pairs_per_prompt: More than one for a judge that learns from pairs: `selection.draw_pairs`.
         where: The file's name, for errors.
 
     Returns:
@@ -133,7 +135,7 @@ def select_rows(
                 rejected if variants[0] != variants[1] else None,
             )
         )
-    selection = select_pools(pools, config)
+    selection = select_pools(pools, config, pairs_per_prompt)
     pairs = []
     for pair in selection.pairs:
         by_number = {int(row["candidate"]): row for row in grouped[pair.id]}

@@ -22,6 +22,7 @@ from m3po_jax.selection import (
     Pool,
     Reason,
     apply_budget,
+    draw_pairs,
     select_pair,
     select_pools,
 )
@@ -306,6 +307,24 @@ def test_random_rules_depend_on_seed_and_id_alone_and_reach_every_pair():
         assert all(chosen < rejected for chosen, rejected in forwards.values())
         other = select_pools(prompts, replace(config, seed=1)).pairs
         assert forwards != {pair.id: (pair.chosen, pair.rejected) for pair in other}
+
+
+def test_several_pairs_of_a_prompt_are_different_valid_and_drawn_by_seed_and_id():
+    pool = make_pool([0.9, 0.7, 0.3, 0.1], [-1] * 4)
+    for rule, reachable in (("random", 5), ("vanilla", 6)):
+        config = SelectConfig(rule=rule)
+        every = draw_pairs(pool, config, 100)
+        assert len({(pair.chosen, pair.rejected) for pair in every}) == len(every) == reachable
+        some = [draw_pairs(pool, replace(config, seed=seed), 2) for seed in range(40)]
+        assert all(len(drawn) == 2 and drawn[0] != drawn[1] and set(drawn) <= set(every) for drawn in some)
+        assert {pair for drawn in some for pair in drawn} == set(every)
+        assert draw_pairs(pool.take([3, 1, 0, 2]), config, 2) == draw_pairs(pool, config, 2)
+    assert draw_pairs(make_pool([0.5, 0.5]), SelectConfig(rule="vanilla"), 3).reason == "no_contrast"
+    with pytest.raises(UserError, match="makes one pair of a prompt"):
+        draw_pairs(pool, SelectConfig(rule="mas_only"), 2)
+    found = select_pools([pool, make_pool([0.9, 0.1], [-1] * 2, id="q"), make_pool([0.5], id="r")], config, 4)
+    assert [pair.id for pair in found.pairs] == ["p"] * 4 + ["q"]
+    assert found.summary["pairs"] == 5 and found.summary["dropped"] == {"too_few_candidates": 1}
 
 
 @given(st.lists(st.sampled_from([0.1, 0.2, 0.3]), max_size=12), st.sampled_from([0.1, 0.25, 0.5, 1 / 3, 1.0]))

@@ -33,6 +33,7 @@ class BatchSource(Generic[Batch]):
         has_reference: Every answer comes with recorded reference log-probs.
         take: Row numbers to one batch of these rows.
         row_key: Row number to a hash of its prompt, images and answers.
+        answer_tokens: Mean number of tokens of the answers that an NLL is taken of (sft's, a pair's chosen one).
         shapes: The (prefix width, branch width) that batches are padded to; empty: any of `LENGTHS`.
     """
 
@@ -44,6 +45,7 @@ class BatchSource(Generic[Batch]):
     threads: int = 4
     take: Callable[[Sequence[int]], Batch] | None = None
     row_key: Callable[[int], str] | None = None
+    answer_tokens: float | None = None
     shapes: tuple[Shape, ...] = ()
 
     def __iter__(self) -> grain.DatasetIterator:

@@ -224,6 +224,7 @@ def _tree_source(
         "dataset": endless_batches(order, load, collate),
         "batch_size": batch_size,
         "take": lambda rows: collate([load(row) for row in rows]),
+        "answer_tokens": float(np.mean([len(row[0]) for row in answers])),
         "shapes": shapes,
     }
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from m3po_jax.errors import UserError
 from m3po_jax.evaluation.chair import singular
-from m3po_jax.evaluation.records import Record, join, text_field
+from m3po_jax.evaluation.records import Record, text_field, yes_no_items
 
 EXISTENCE = "discriminative-hallucination"
 STATE, NUMBER, ACTION = (f"discriminative-attribute-{name}" for name in ("state", "number", "action"))
@@ -46,29 +46,9 @@ def discriminative(answers: Iterable[Record], labels: Iterable[Record]) -> dict[
     Raises:
         UserError: ids that do not match, a label that is neither yes nor no, an unknown type.
     """
-    items: list[dict[str, Any]] = []
+    exact = {"Yes": "yes", "No": "no"}
     known = {kind for kinds in GROUPS.values() for kind in kinds}
-    for answer, label in join(answers, labels):
-        truth, kind = text_field(label, "label").strip().lower(), str(label.get("category"))
-        where = f"id {label.get('id')!r}"
-        if truth not in ("yes", "no"):
-            raise UserError(f"the label is {truth!r}, not yes or no", where=where)
-        if kind not in known:
-            raise UserError(f"unknown type {kind!r}", where=where, remedy=f"one of {', '.join(sorted(known))}")
-        text = text_field(answer)
-        parsed = {"Yes": "yes", "No": "no"}.get(text)
-        items.append(
-            {
-                "id": str(label["id"]),
-                "image": label.get("image"),
-                "category": kind,
-                "text": text,
-                "label": truth,
-                "parsed": parsed,
-                "unparsed": parsed is None,
-                "correct": parsed == truth,
-            }
-        )
+    items = yes_no_items(answers, labels, exact.get, lambda text: text not in exact, categories=known, kind="type")
     return {
         "summary": yes_no_scores(items),
         "categories": {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from m3po_jax.errors import UserError
-from m3po_jax.evaluation.records import Record, join, ratio, text_field
+from m3po_jax.evaluation.records import Record, ratio, yes_no_items
 
 PERCEPTION = (
     *("existence", "count", "position", "color", "posters"),
@@ -47,28 +47,7 @@ def mme(answers: Iterable[Record], labels: Iterable[Record]) -> dict[str, Any]:
         UserError: ids that do not match, an unknown task, a label that is neither yes nor no, or an image without
             exactly two questions.
     """
-    items: list[dict[str, Any]] = []
-    for answer, label in join(answers, labels):
-        truth, task = text_field(label, "label").strip().lower(), str(label.get("category"))
-        where = f"id {label.get('id')!r}"
-        if truth not in ("yes", "no"):
-            raise UserError(f"the label is {truth!r}, not yes or no", where=where)
-        if task not in TASKS:
-            raise UserError(f"unknown task {task!r}", where=where, remedy=f"one of {', '.join(TASKS)}")
-        text = text_field(answer)
-        parsed = parse(text)
-        items.append(
-            {
-                "id": str(label["id"]),
-                "image": str(label.get("image")),
-                "category": task,
-                "text": text,
-                "label": truth,
-                "parsed": parsed,
-                "unparsed": parsed == OTHER,
-                "correct": parsed == truth,
-            }
-        )
+    items = yes_no_items(answers, labels, parse, lambda text: parse(text) == OTHER, categories=TASKS, kind="task")
     present = [task for task in TASKS if any(item["category"] == task for item in items)]
     categories = {task: task_scores([item for item in items if item["category"] == task]) for task in present}
     reasons = [f"no question of {task}" for task in TASKS if task not in present]

@@ -11,11 +11,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from m3po_jax.errors import UserError
-from m3po_jax.evaluation.records import Record, join, mean, ratio, text_field
+from m3po_jax.evaluation.records import Record, mean, ratio, yes_no_items
 
 _YES = re.compile(r"\byes\b", re.IGNORECASE)
-_OVERALL = "all"
 
 
 def parse(text: str) -> str:
@@ -27,13 +25,6 @@ def parse(text: str) -> str:
 def is_unparsed(text: str) -> bool:
     """True where the rule falls back to "yes" although the answer does not say yes."""
     return parse(text) == "yes" and not _YES.search(text)
-
-
-def _label(record: Record) -> str:
-    label = text_field(record, "label").strip().lower()
-    if label not in ("yes", "no"):
-        raise UserError(f"the label is {label!r}, not yes or no", where=f"id {record.get('id')!r}")
-    return label
 
 
 def pope(answers: Iterable[Record], labels: Iterable[Record]) -> dict[str, Any]:
@@ -50,22 +41,7 @@ def pope(answers: Iterable[Record], labels: Iterable[Record]) -> dict[str, Any]:
     Raises:
         UserError: when ids do not match, or a label or answer is malformed.
     """
-    items: list[dict[str, Any]] = []
-    for answer, label in join(answers, labels):
-        text, truth = text_field(answer), _label(label)
-        parsed = parse(text)
-        items.append(
-            {
-                "id": str(label["id"]),
-                "image": label.get("image"),
-                "category": label.get("category") or _OVERALL,
-                "text": text,
-                "label": truth,
-                "parsed": parsed,
-                "unparsed": is_unparsed(text),
-                "correct": parsed == truth,
-            }
-        )
+    items = yes_no_items(answers, labels, parse, is_unparsed)
     names = sorted({item["category"] for item in items})
     categories = {name: scores([item for item in items if item["category"] == name]) for name in names}
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from m3po_jax.errors import UserError
@@ -58,6 +58,57 @@ def text_field(record: Record, field: str = "text") -> str:
     if not isinstance(value, str):
         raise UserError(f"{field!r} must be text, not {type(value).__name__}", where=f"id {record.get('id')!r}")
     return value
+
+
+def yes_no_items(
+    answers: Iterable[Record],
+    labels: Iterable[Record],
+    parse: Callable[[str], str | None],
+    unparsed: Callable[[str], bool],
+    *,
+    categories: Collection[str] | None = None,
+    kind: str = "category",
+) -> list[dict[str, Any]]:
+    """One item a yes/no question, in the labels' order: what POPE, MME and AMBER count.
+
+    Args:
+        answers: ``{"id", "text"}``; nothing is stripped or normalised.
+        labels: ``{"id", "label"}``, yes or no; ``category`` and ``image`` may be added.
+        parse: An answer's text -> yes, no or what else the benchmark's rule makes of it.
+        unparsed: Whether the rule found neither yes nor no in a text.
+        categories: Those that there are; None: any, and "all" where a label has none.
+        kind: What the benchmark calls them, for the error.
+
+    Raises:
+        UserError: ids that do not match, an answer that is no text, a label that is neither yes nor no, an unknown
+            category.
+    """
+    items: list[dict[str, Any]] = []
+    for answer, label in join(answers, labels):
+        where = f"id {label.get('id')!r}"
+        truth = text_field(label, "label").strip().lower()
+        if truth not in ("yes", "no"):
+            raise UserError(f"the label is {truth!r}, not yes or no", where=where)
+        category = str(label.get("category") or "all")
+        if categories is not None and category not in categories:
+            raise UserError(
+                f"unknown {kind} {category!r}", where=where, remedy=f"one of {', '.join(sorted(categories))}"
+            )
+        text = text_field(answer)
+        parsed = parse(text)
+        items.append(
+            {
+                "id": str(label["id"]),
+                "image": label.get("image"),
+                "category": category,
+                "text": text,
+                "label": truth,
+                "parsed": parsed,
+                "unparsed": unparsed(text),
+                "correct": parsed == truth,
+            }
+        )
+    return items
 
 
 def ratio(numerator: float, denominator: float) -> float | None:

@@ -52,11 +52,15 @@ def answer_rewards(
     branch_mask: Bool[Array, "b k t"],
     *,
     remat: str = "none",
+    base_learns: bool = False,
 ) -> Float[Array, "b k"]:
-    """The head's reading of the hidden state after each answer's last token; the prompt is encoded once."""
+    """The head's reading of the hidden state after each answer's last token; the prompt is encoded once.
+
+    `base_learns` is that of `branch_hidden`.
+    """
     # `branch_hidden` gives the state before each slot; one more, masked slot gives the state after the last token.
     more = ((0, 0), (0, 0), (0, 1))
     ids, mask = jnp.pad(branch_ids, more), jnp.pad(branch_mask, more)
-    hidden = branch_hidden(model, prefix_ids, prefix_mask, features, ids, mask, remat=remat)
+    hidden = branch_hidden(model, prefix_ids, prefix_mask, features, ids, mask, remat=remat, base_learns=base_learns)
     after = jnp.sum(branch_mask, axis=-1, dtype=jnp.int32)[..., None, None]
     return model.scalar_head(jnp.take_along_axis(hidden, after, axis=2)[:, :, 0])

@@ -34,6 +34,7 @@ class PairLogProbs:
         chosen_lengths: Response tokens of the chosen answers, EOS included; None where the loss needs none.
         score: f'(exp(log-ratio)) of the divergence between policy and reference (`objectives.divergences`).
         chosen_nll: −Σ log π of the chosen answers where `policy_chosen` is length-desensitised; None: −policy_chosen.
+        chosen_tokens: What the sum of `chosen_nll` is divided by; None: the batch's tokens.
     """
 
     policy_chosen: Float[Array, " pairs"]
@@ -44,6 +45,7 @@ class PairLogProbs:
     rejected_lengths: Num[Array, " pairs"] | None = None
     score: Callable[[Losses], Losses] = reverse_kl
     chosen_nll: Losses | None = None
+    chosen_tokens: Num[Array, ""] | float | None = None
 
     @property
     def chosen_log_ratio(self) -> Losses:
@@ -184,10 +186,14 @@ def discopop(x: PairLogProbs, p: LossParameters) -> Losses:
 
 
 def sft(x: PairLogProbs, p: LossParameters) -> Losses:
-    """Token-mean NLL of the chosen answers over the batch, the same number for every pair (TRL's ``sft``)."""
+    """Token-mean NLL of the chosen answers over the batch, the same number for every pair (TRL's ``sft``).
+
+    Where `chosen_tokens` says what to divide by, a micro-batch's value is its share of the whole batch's.
+    """
     assert x.chosen_lengths is not None
     total = -jnp.sum(x.policy_chosen) if x.chosen_nll is None else jnp.sum(x.chosen_nll)
-    nll = total / jnp.maximum(jnp.sum(x.chosen_lengths), 1)
+    count = jnp.sum(x.chosen_lengths) if x.chosen_tokens is None else x.chosen_tokens
+    nll = total / jnp.maximum(count, 1)
     return jnp.broadcast_to(nll, x.policy_chosen.shape)
 
 
@@ -276,7 +282,7 @@ LOSSES: dict[str, PreferenceLoss] = {
     "apo_zero": PreferenceLoss(apo_zero),
     "apo_down": PreferenceLoss(apo_down),
     "discopop": PreferenceLoss(discopop, divergences=True),
-    "sft": PreferenceLoss(sft, needs_lengths=True, divergences=True, coupled=True),
+    "sft": PreferenceLoss(sft, needs_lengths=True, divergences=True),
     "sigmoid_norm": PreferenceLoss(sigmoid_norm, needs_lengths=True, divergences=True),
     "simpo": PreferenceLoss(simpo, needs_lengths=True, smoothed=True, reference_free=True, mean_rewards=True),
     "cpo": PreferenceLoss(cpo, smoothed=True, reference_free=True),

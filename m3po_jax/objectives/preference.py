@@ -118,6 +118,7 @@ def preference_loss(
     f_divergence_type: str = "reverse_kl",
     f_alpha_divergence_coef: float = 0.5,
     chosen_nll: Float[Array, " pairs"] | None = None,
+    chosen_tokens: Num[Array, ""] | float | None = None,
 ) -> tuple[Float[Array, " pairs"], Float[Array, " pairs"], Float[Array, " pairs"]]:
     """Losses and implicit rewards of a batch of preference pairs.
 
@@ -136,6 +137,7 @@ def preference_loss(
         f_divergence_type: A name of `objectives.divergences.DIVERGENCES`; for losses on the difference of scores.
         f_alpha_divergence_coef: α of ``alpha_divergence``.
         chosen_nll: −Σ_t log π(y_t) of the chosen answers for ``sft``, where `policy_chosen` is not the plain sum.
+        chosen_tokens: What ``sft`` divides their sum by; None: the sum of `chosen_lengths`, as in TRL.
 
     Returns:
         (losses, chosen_rewards, rejected_rewards), each [pairs]. The batch loss is the mean of `losses`.
@@ -169,6 +171,7 @@ def preference_loss(
         None if rejected_lengths is None else jnp.asarray(rejected_lengths),
         divergence_score(f_divergence_type, f_alpha_divergence_coef),
         None if chosen_nll is None else jnp.asarray(chosen_nll),
+        chosen_tokens,
     )
     parameters = LossParameters(beta, label_smoothing, discopop_tau, simpo_gamma)
     parts = [entry.function(x, parameters) for entry in entries]

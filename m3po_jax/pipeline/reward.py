@@ -28,7 +28,7 @@ from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy
 from m3po_jax.pipeline.rundir import is_writer, read_json
 from m3po_jax.pipeline.stopping import barrier
 from m3po_jax.scoring.reward import HeadScorer, Reward
-from m3po_jax.selection import check_config
+from m3po_jax.selection import RANDOM_RULES, check_config
 from m3po_jax.sharding import use_mesh
 from m3po_jax.training.loop import load_trained, train
 from m3po_jax.training.metrics_log import MetricsLog
@@ -150,6 +150,13 @@ def check_reward_config(recipe: Recipe) -> None:
     """Raises UserError for settings of `reward` that cannot be meant."""
     check_config(pair_rule(recipe))
     check_objective(reward_train_config(recipe))
+    own = recipe.reward
+    if own.pairs_per_prompt < 1 or (own.pairs_per_prompt > 1 and own.rule not in RANDOM_RULES):
+        raise UserError(
+            f"{own.pairs_per_prompt} pairs of a prompt by the rule {own.rule!r}",
+            where="reward.pairs_per_prompt",
+            remedy=f"1, or more by one of the rules {', '.join(RANDOM_RULES)}",
+        )
     for name in ("split", "holdout"):
         value = getattr(recipe.reward, name)
         if not 0 < value < 1:

@@ -269,6 +269,7 @@ class Run:
                 folder / "pairs",
                 image_root=self.source.image_root,
                 part=rewarding.Part(recipe.reward.split, rewards=True),
+                pairs_per_prompt=recipe.reward.pairs_per_prompt,
             )
             pairs = read_pairs(folder / "pairs")
         found = rewarding.reward_of_pairs(recipe, self.policy, pairs, folder, self.mesh, seed=recipe.seed)

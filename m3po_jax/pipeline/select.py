@@ -51,6 +51,7 @@ def select(
     *,
     image_root: Path,
     part: Part | None = None,
+    pairs_per_prompt: int = 1,
 ) -> dict[str, Any]:
     """Writes pairs (one parquet shard), ``drops.jsonl`` and ``summary.json``; the summary is returned.
 
@@ -58,17 +59,23 @@ def select(
 
     Args:
         part: Which prompts take part; None: all.
+        pairs_per_prompt: Of a random rule, for a reward model; more than one: `selection.draw_pairs`.
     """
     started = time.monotonic()
     sources = [path.name for folder in (candidates, scores) for path in tables.shards(folder)]
-    inputs = tables.content_hash(sources, vars(config), *([] if part is None else [vars(part)]))
+    limits = ([] if part is None else [vars(part)]) + ([] if pairs_per_prompt == 1 else [pairs_per_prompt])
+    inputs = tables.content_hash(sources, vars(config), *limits)
     path, known = out / tables.shard_name(0, inputs), read_json(out / "summary.json")
     finished = path.exists() and known is not None and known.get("inputs") == inputs
     if agreed([finished])[0]:
         return read_json(out / "summary.json") | {"seconds": 0.0}
     rows = (row for row in joined_rows(candidates, scores, prompts) if part is None or part.holds(row["id"]))
     pairs, drops, summary = select_rows(
-        rows, config, dispreferred_confidence=config.confidence_dispreferred, where=str(scores)
+        rows,
+        config,
+        dispreferred_confidence=config.confidence_dispreferred,
+        pairs_per_prompt=pairs_per_prompt,
+        where=str(scores),
     )
     for pair in pairs:
         prompt = prompts[pair["id"]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +41,8 @@ _CONVERSATION = (
 _EXTRA = "Are Does Do How What Which Who are describe briefly objects many see you picture scene with ;!-()"
 
 
-def _pre_tokenizer() -> PreTokenizer:
+def splitter() -> PreTokenizer:
+    """What parts a text into words: white space, and every punctuation mark by itself."""
     from tokenizers import pre_tokenizers
 
     return pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")])
@@ -57,21 +59,32 @@ def vocabulary() -> tuple[str, ...]:
         *(Question(OBJECTS[0], present, "random").reference for present in (True, False)),
         *(_EASY_VQA, _CONVERSATION, _EXTRA),
     ]
-    splitter = _pre_tokenizer()
-    words = sorted({word for text in texts for word, _ in splitter.pre_tokenize_str(text)})
-    tokens = [*SPECIAL_TOKENS, *words]
+    parts = splitter()
+    return padded({word for text in texts for word, _ in parts.pre_tokenize_str(text)})
+
+
+def padded(words: Iterable[str]) -> tuple[str, ...]:
+    """Special tokens, sorted words, unused ones."""
+    tokens = [*SPECIAL_TOKENS, *sorted(set(words))]
     tokens += [f"<unused{number}>" for number in range(-len(tokens) % VOCABULARY_MULTIPLE)]
     return tuple(tokens)
 
 
-def build_tokenizer() -> Tokenizer:
-    """The tokenizer as a `tokenizers` object; encoding puts ``<s>`` in front, as LLaMA's does."""
+def build_tokenizer(words: Iterable[str] | None = None) -> Tokenizer:
+    """The tokenizer as a `tokenizers` object; encoding puts ``<s>`` in front, as LLaMA's does.
+
+    Args:
+        words: All that it knows; None: those of the quickstart.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
     tokenizer = Tokenizer(
-        models.WordLevel({word: index for index, word in enumerate(vocabulary())}, unk_token="<unk>")
+        models.WordLevel(
+            {word: index for index, word in enumerate(vocabulary() if words is None else padded(words))},
+            unk_token="<unk>",
+        )
     )
-    tokenizer.pre_tokenizer = _pre_tokenizer()
+    tokenizer.pre_tokenizer = splitter()
     # Joins with spaces, then draws punctuation to the word before it; no word starts with "##".
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -81,7 +94,7 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(directory: str | Path) -> Path:
+def save_tokenizer(directory: str | Path, words: Iterable[str] | None = None) -> Path:
     """Write tokenizer.json and tokenizer_config.json; `transformers.AutoTokenizer` loads the folder.
 
     The configuration is written here rather than by transformers 5, whose class names version 4 does not
@@ -89,7 +102,7 @@ def save_tokenizer(directory: str | Path) -> Path:
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    build_tokenizer().save(str(directory / "tokenizer.json"))
+    build_tokenizer(words).save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": "<unk>",

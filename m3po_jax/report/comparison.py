@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -203,15 +204,18 @@ def _efficiency(
         return
     scored = {row["arm"]: found["systems"][row["arm"]] for row in points if row["arm"] in found["systems"]}
     for key, label, better, _, factor in _shown(found, scored)[:1]:
-        series = []
-        for style, (order, words) in enumerate((("value", "highest value first"), ("random", "random pairs"))):
-            own = [row for row in points if row["order"] in (order, "all") and row["arm"] in scored]
+        series: list[Series] = []
+        orders = (("value", "highest value first"), ("random", "random pairs"))
+        for system, (order, words) in itertools.product(dict.fromkeys(row["system"] for row in points), orders):
+            own = [row for row in points if row["system"] == system and row["order"] in (order, "all")]
+            own = [row for row in own if row["arm"] in scored]
             own = [row for row in own if scored[row["arm"]]["metrics"][key]["mean"] is not None]
             values = [factor * scored[row["arm"]]["metrics"][key]["mean"] for row in own]
-            series.append(Series(words, [row["pairs"] for row in own], values, style, bold=style == 0))
+            style = len(series)
+            series.append(Series(f"{system}, {words}", [row["pairs"] for row in own], values, style, bold=style == 0))
         drawn = line_chart(f"{name}: {label} by number of pairs", series, x_label="pairs")
         if drawn is not None:
-            legend = [(f"s{line.style}", line.name) for line in series]
+            legend = [(f"s{line.style % 8}", line.name) for line in series]
             title, note = f"{name}: data efficiency", f"{label}, {better} is better; the same number of steps."
             view.figures.append(Figure(f"compare-efficiency-{slug(name)}", title, drawn[0], note, legend))
 

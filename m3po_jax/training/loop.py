@@ -142,6 +142,8 @@ def train(
         placed = {name: jax.device_put(value, step_fn.shardings.trainable[name]) for name, value in base.items()}
         base = jax.tree.map(jnp.copy, placed)
     cost = step_cost(model, set(start))
+    per_row = batches.answer_tokens if config.token_mean == "data" else None
+    per_batch = None if per_row is None else per_row * batches.batch_size
     state = step_fn.init(start)
     harm_steps = config.harm_metrics_steps if objective.uses_reference else 0
     harm_metrics = make_harm_metrics(partition, config, mesh)
@@ -222,7 +224,7 @@ def train(
                 placed = shard_batch(batch, mesh)
                 measures = harm_steps > 0 and (done + 1) % harm_steps == 0
                 harm = harm_metrics(state.trainable, frozen, base, placed) if measures else {}
-                state, metrics, row_losses = step_fn(state, frozen, base, placed)
+                state, metrics, row_losses = step_fn(state, frozen, base, placed, per_batch)
                 tokens = batch_tokens(batch)
                 numbers = {name: float(to_host(value)) for name, value in {**metrics, **harm}.items()}
                 broken = guards.finite(done, numbers, to_host(row_losses), batch.row_index)

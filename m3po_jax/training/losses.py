@@ -1,9 +1,12 @@
 """Losses of the three training objectives, as functions of a model and a batch.
 
 Each returns its loss, its metrics (means over the batch's rows) and one loss per row, which names the guilty
-rows when something is not finite. Under gradient accumulation the micro-batches' results are averaged;
-`tokens` is then the mean number of answer tokens of a micro-batch, which makes that average equal the token
-mean of the whole batch.
+rows when something is not finite. Under gradient accumulation the micro-batches' results are averaged.
+
+`tokens` is what the sum of an NLL is divided by; None: the batch's own answer tokens. In training it is the number of
+an average micro-batch: of the whole batch (`token_mean: batch`), which makes the average over micro-batches the token
+mean of the batch, or of all data (`token_mean: data`), so that a token weighs the same whichever rows it shares a
+batch with.
 """
 
 from __future__ import annotations
@@ -188,6 +191,7 @@ def preference(
         f_divergence_type=config.f_divergence_type,
         f_alpha_divergence_coef=config.f_alpha_divergence_coef,
         chosen_nll=-policy[:, 0],
+        chosen_tokens=tokens,
     )
     metrics = preference_metrics(
         policy[:, 0],
@@ -256,7 +260,7 @@ def sft(
     reference_model: Any = None,
     remat: str = "none",
 ) -> LossOutput:
-    """Token-mean negative log-likelihood of the answers (K = 1), nats."""
+    """Negative log-likelihood of the answers (K = 1), nats per token; see the module on `tokens`."""
     features = image_features(model, batch, remat=remat)
     log_probs = _answer_log_probs(model, batch, features, remat, base_learns=base_learns(config))
     nll, count = token_nll(log_probs[:, 0], batch.branch_mask[:, 0])

@@ -37,8 +37,8 @@ class Objective:
         loss: (model, batch, config, *, tokens, reference_model, remat) -> `LossOutput`.
         check: Raises UserError for settings that make no sense.
         uses_reference: The loss compares with a reference, recorded in the batch or computed.
-        answer_tokens: Batch -> answer tokens in it, where the loss averages over tokens: an accumulated gradient
-            then divides by the whole batch's number.
+        answer_tokens: Batch -> answer tokens in it, where the loss averages over tokens: what a sum over them is
+            divided by, whole or accumulated, unless the step is given another number.
         shared_fields: Fields of a batch that belong to all its rows, so that micro-batches do not divide them.
         whole_model: Every parameter learns, whatever `lora` and `freeze` say.
         needs_first_gradient: A first step without gradient means that nothing can be learned.
@@ -124,6 +124,8 @@ def check_objective(config: TrainConfig) -> Objective:
             f"batch_size {config.batch_size} does not divide into {config.gradient_accumulation_steps} parts",
             where="train.gradient_accumulation_steps",
         )
+    if config.token_mean not in ("data", "batch"):
+        raise UserError(f"token_mean is data or batch, not {config.token_mean!r}", where="train.token_mean")
     objective = OBJECTIVES[config.objective]
     objective.check(config)
     return objective
@@ -184,11 +186,10 @@ def _check_preference(config: TrainConfig) -> None:
         coupled = [f"loss {name!r}" for name in mixture if LOSSES[name].coupled]
         coupled += ["conditional_image 'swap'"] if swaps else []
         if coupled:
-            advice = ", or train.chosen_nll_weight in place of 'sft'" if "sft" in mixture else ""
             raise UserError(
                 f"{coupled[0]} couples the rows of a batch and cannot be accumulated",
                 where="train.gradient_accumulation_steps",
-                remedy=f"set it to 1{advice}",
+                remedy="set it to 1",
             )
     only_adapters = config.lora.lora_rank > 0 and not config.lora.train_projector
     if needs_reference_pass(config) and config.reference == "recorded" and not only_adapters:

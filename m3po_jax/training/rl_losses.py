@@ -63,6 +63,7 @@ def reward(
         batch.branch_ids,
         batch.branch_mask,
         remat=remat,
+        base_learns=base_learns(config),
     )
     chosen, rejected = rewards[:, 0], rewards[:, 1]
     losses = reward_loss(

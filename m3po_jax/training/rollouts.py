@@ -141,6 +141,7 @@ class RolloutSource:
     identity: str = ""
     has_reference: bool = False
     take: None = None  # no row can be had by itself
+    answer_tokens: None = None  # known only once they are sampled
 
     def __post_init__(self) -> None:
         if not len(self.prompts):

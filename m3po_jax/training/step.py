@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -186,14 +187,20 @@ class TrainStep:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.shardings)
 
     def __call__(
-        self, state: TrainState, frozen: nnx.State, base: Parameters | None, batch: Batch
+        self,
+        state: TrainState,
+        frozen: nnx.State,
+        base: Parameters | None,
+        batch: Batch,
+        tokens: float | None = None,
     ) -> tuple[TrainState, dict[str, Float[Array, ""]], Float[Array, " b"]]:
         """(next state, metrics, loss per row). `state` is donated: do not touch it afterwards.
 
+        `tokens` is what NLL sums of the whole batch are divided by; None: its answer tokens (see `training.losses`).
         Where the loss or a gradient is not finite, the next state is the one given: nothing is poisoned.
         """
         with use_mesh(self.mesh):
-            return self.jitted(state, frozen, base, batch)
+            return self.jitted(state, frozen, base, batch, None if tokens is None else np.float32(tokens))
 
     @property
     def compilations(self) -> int:
@@ -263,12 +270,14 @@ def _make_step(
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
 
     def gradients(
-        trainable: Parameters, frozen: nnx.State, base: Parameters | None, batch: Batch
+        trainable: Parameters, frozen: nnx.State, base: Parameters | None, batch: Batch, tokens: Any
     ) -> tuple[LossOutput, Parameters]:
+        if tokens is None and objective.answer_tokens is not None:
+            tokens = objective.answer_tokens(batch)
         if groups == 1:
-            (_, out), grads = value_and_grad(trainable, frozen, base, batch, None)
+            (_, out), grads = value_and_grad(trainable, frozen, base, batch, tokens)
             return out, grads
-        tokens = None if objective.answer_tokens is None else objective.answer_tokens(batch) / groups
+        tokens = None if tokens is None else tokens / groups
         rows, complete = micro_batches(batch, groups, objective.shared_fields)
 
         def accumulate(total: Parameters, group: Any) -> tuple[Parameters, LossOutput]:
@@ -281,9 +290,9 @@ def _make_step(
         return out, jax.tree.map(lambda x: x / groups, total)
 
     def step(
-        state: TrainState, frozen: nnx.State, base: Parameters | None, batch: Batch
+        state: TrainState, frozen: nnx.State, base: Parameters | None, batch: Batch, tokens: Any = None
     ) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
-        out, grads = gradients(state.trainable, frozen, base, batch)
+        out, grads = gradients(state.trainable, frozen, base, batch, tokens)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, trainable) if decay else {}

@@ -63,7 +63,8 @@ def torch_step(model: Any, head: np.ndarray, pixels: np.ndarray) -> tuple[np.nda
     return rewards.detach().numpy(), loss.item(), weight.grad.numpy(), gradients
 
 
-def test_rewards_loss_and_gradients_equal_torch(tmp_path: Any) -> None:
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_rewards_loss_and_gradients_equal_torch(remat: str, tmp_path: Any) -> None:
     oracle = llava(seed=4, text={"num_hidden_layers": 2})
     loaded, pixels = saved(oracle, tmp_path), images(3)
     head = np.random.default_rng(0).normal(size=32).astype(np.float32)
@@ -78,7 +79,7 @@ def test_rewards_loss_and_gradients_equal_torch(tmp_path: Any) -> None:
     partition, trainable, frozen = split_model(model, config)
 
     def loss(trainable: Any) -> Any:
-        out = reward(partition.merge(trainable, frozen), batch(pixels), config)
+        out = reward(partition.merge(trainable, frozen), batch(pixels), config, remat=remat)
         return out.loss, out
 
     (_, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable)
@@ -97,6 +98,7 @@ def test_rewards_loss_and_gradients_equal_torch(tmp_path: Any) -> None:
         if name not in by_name or "vision_tower" in name:
             continue
         theirs = by_name[name].numpy()
-        np.testing.assert_allclose(tensor.value(), theirs, atol=2e-5, err_msg=name)
+        scale = max(1.0, np.abs(theirs).max())
+        np.testing.assert_allclose(tensor.value(), theirs, rtol=0, atol=1e-5 * scale, err_msg=name)
         compared += theirs.any()
     assert compared >= 2 * 9 + 4, "layers, embeddings, norm and projector"

@@ -149,14 +149,25 @@ def test_arms_and_seeds_may_join_later_but_not_change(
     folder = tmp_path / "runs" / "mini" / "compare"
     marks = {path: path.stat().st_mtime_ns for path in folder.rglob("done.json")}
     more = ["compare.arms=[vcd,mas_dpo,sft,half]", "arms={half: {select.rule: m3p, select.max_pairs: 4}}"]
-    assert main(["compare", "--config", str(first), *more, "compare.efficiency=[0.5,1.0]"]) == 0
+    more += ["compare.efficiency=[0.5,1.0]", "compare.efficiency_of=[mas_dpo,half]"]
+    more += ["compare.against=[mas_dpo,mas_dpo-random-0.5]"]
+    assert main(["compare", "--config", str(first), *more]) == 0
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in marks.items())
     results = results_of(folder)
     assert set(results["benchmarks"]["scenes"]["systems"]) >= {"vcd α=1", "sft", "half", "mas_dpo-best-0.5"}
     assert results["compute"]["half"]["pairs"] == 4 and results["compute"]["sft"]["generated_tokens"] == 0
     assert results["compute"]["sft"]["batch_size"] == 2 * results["compute"]["half"]["batch_size"]
-    curve = {(row["order"], row["budget"]): row["pairs"] for row in results["efficiency"]}
-    assert curve["value", 0.5] == curve["random", 0.5] == -(-curve["all", 1.0] // 2)
+    curve = {(row["system"], row["order"], row["budget"]): row["pairs"] for row in results["efficiency"]}
+    assert len(curve) == 6 and curve["half", "all", 1.0] == 4
+    half = -(-curve["mas_dpo", "all", 1.0] // 2)
+    assert curve["mas_dpo", "value", 0.5] == curve["mas_dpo", "random", 0.5] == half
+    # Against a point of the curve all points are listed, which the other tables leave out.
+    listed = results["benchmarks"]["scenes"]["differences"]["mas_dpo-random-0.5"]
+    text = (folder / "results.md").read_text(encoding="utf-8")
+    assert "mas_dpo-best-0.5" in listed and "| mas_dpo-best-0.5" in text.split("difference to mas_dpo-random-0.5")[1]
+    assert "| mas_dpo-best-0.5" not in text.split("difference to mas_dpo\n")[1].split("###")[0]
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "half, random pairs" in page and "mas_dpo, highest value first" in page
     more[1] = "arms={half: {select.rule: m3p, select.max_pairs: 5}}"
     assert main(["compare", "--config", str(first), *more]) == 2
     assert "holds another arm 'half'" in capsys.readouterr().err
@@ -173,6 +184,7 @@ def test_arms_and_seeds_may_join_later_but_not_change(
         ("compare.seeds=[1,1]", "compare.seeds: [1, 1]"),
         ("compare.against=[bsae]", "compare.against: unknown system 'bsae' (did you mean 'base'?)"),
         ("compare.efficiency=[0]", "compare.efficiency"),
+        ("compare.efficiency_of=[m3po]", "compare.efficiency_of: 'm3po' is not compared"),
         ("compare.per_seed={model.path: 'x{sed}'}", "compare.per_seed.model.path: cannot fill 'x{sed}'"),
         ("train.objective=sft", "train.objective"),
         ("evaluate.benchmarks.questions.metric=mme", "evaluate.benchmarks.questions: no paired statistics for mme"),

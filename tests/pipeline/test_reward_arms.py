@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ CHANGES: dict[str, Any] = {
     "train": {"max_steps": 2},
     "score": {"confidence": ["mean"]},
     "evaluate": {"stop_bias": [], "contrast_alpha": []},
-    "reward": {"learning_rate": 0.01, "max_steps": 3},
+    "reward": {"learning_rate": 0.01, "max_steps": 3, "pairs_per_prompt": 4},
 }
 
 
@@ -50,8 +51,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs" / "mini"
 
 
+def ids_of(folder: Path) -> list[str]:
+    return [row["id"] for row in rows(folder)]
+
+
 def ids(folder: Path) -> set[str]:
-    return {row["id"] for row in rows(folder)}
+    return set(ids_of(folder))
 
 
 def test_each_side_of_the_split_learns_from_its_own_prompts(finished: Path) -> None:
@@ -61,6 +66,15 @@ def test_each_side_of_the_split_learns_from_its_own_prompts(finished: Path) -> N
     assert ours and not any(is_reward_prompt(key, 0.5) for key in ours)
     # The recipe's own system is no user of the reward model, and learns from both sides.
     assert ids(finished / "round-1/pairs") & theirs
+
+
+def test_a_prompt_teaches_the_reward_model_several_pairs(finished: Path) -> None:
+    theirs = rows(finished / "round-1/reward/pairs")
+    counts = collections.Counter(row["id"] for row in theirs)
+    assert max(counts.values()) == 4 and len(counts) < len(theirs)
+    assert len({(row["id"], row["chosen_candidate"], row["rejected_candidate"]) for row in theirs}) == len(theirs)
+    assert all(row["chosen_mas"] > row["rejected_mas"] for row in theirs)
+    assert max(collections.Counter(ids_of(finished / "arms/rm_dpo/round-1/pairs")).values()) == 1
 
 
 def test_accuracy_is_told_wherever_one_looks(finished: Path) -> None:
@@ -171,6 +185,8 @@ def test_the_split_depends_on_ids_alone() -> None:
         (["reward.split=0"], "reward.split"),
         (["reward.holdout=1"], "reward.holdout"),
         (["reward.rule=best"], "unknown rule"),
+        (["reward.pairs_per_prompt=0"], "reward.pairs_per_prompt: 0 pairs of a prompt"),
+        (["reward.rule=m3p", "reward.pairs_per_prompt=4"], "4 pairs of a prompt by the rule 'm3p'"),
         (["arms={rlhf: {train.rl.rloo_k: 1}}"], "rloo_k"),
         (["arms={rlhf: {reward.split: 0.1}}"], "share one reward model"),
         (["score.backend=reward"], "another judge"),

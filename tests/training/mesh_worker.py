@@ -30,7 +30,7 @@ def main(folder: Path) -> None:
     assert jax.device_count() == 8
     # Adam divides a gradient by its size: with the usual ε the rounding of a tiny gradient, which differs between
     # processors, would move its parameter by the whole learning rate, and hide mistakes of that size.
-    config = base_config(batch_size=8, max_steps=5, learning_rate=1e-3, adam_epsilon=1e-3)
+    config = base_config(batch_size=8, max_steps=5, learning_rate=1e-3, adam_epsilon=1e-3, chosen_nll_weight=0.3)
     config = replace(config, lora=replace(config.lora, train_projector=True))
     meshes = {
         "one": make_mesh(MeshConfig(), jax.devices()[:1]),

@@ -40,6 +40,7 @@ CONFIG = base_config(
     log_steps=1,
     learning_rate=2e-3,
     adam_epsilon=1e-3,
+    chosen_nll_weight=0.3,
 )
 
 

@@ -236,8 +236,8 @@ def test_first_loss_is_ln_2_only_where_the_sums_are_alike(tmp_path: Path, one_de
         ({"loss_type": "mixture"}, "positive weight"),
         ({"loss_weights": MPO}, "train.loss_type=mixture"),
         (
-            {"loss_type": "mixture", "loss_weights": MPO, "gradient_accumulation_steps": 2},
-            "'sft' couples the rows.*chosen_nll_weight",
+            {"loss_type": "mixture", "loss_weights": {"sigmoid": 1.0, "aot": 1.0}, "gradient_accumulation_steps": 2},
+            "'aot' couples the rows",
         ),
         ({"ld_alpha": 1.5}, "ld_alpha must lie in"),
         ({"ld_alpha": float("nan")}, "ld_alpha must lie in"),

@@ -133,13 +133,19 @@ def training(run: Run, arm: str) -> dict[str, float]:
 
 
 def signals(run: Run) -> dict[str, float]:
-    """AUROC of MAS and of each confidence variant, and their within-prompt correlations, in the shared candidates."""
+    """AUROC of MAS and of each confidence variant in the shared candidates, and correlations within prompts.
+
+    ``auroc/`` is over all answers, ``auroc_within/`` over answers of one prompt, among which selection chooses.
+    """
     known = read_json(run.directory.round(1) / "scores" / "calibration.json") or {}
     found = {}
     for name, value in known.items():
         if isinstance(value, dict) and isinstance(value.get("auroc"), float):
             variant = f"confidence_{value['variant']}" if name == "confidence" and "variant" in value else name
             found[f"auroc/{variant}"] = value["auroc"]
+            within = (value.get("within") or {}).get("auroc")
+            if isinstance(within, float):
+                found[f"auroc_within/{variant}"] = within
     for name, value in (known.get("correlation_mas_confidence") or {}).items():
         if isinstance(value, float):
             found[f"correlation/{name}"] = value

@@ -90,7 +90,7 @@ def _benchmark(name: str, found: Mapping[str, Any], hidden: set[str]) -> list[st
     if any(column.key == "delta_chair_i" for column in shown):
         parts.append(summary.DELTA_NOTE.replace("; empty outside the frontier's recall", "") + " " + BEYOND)
     for reference, differences in found["differences"].items():
-        kept = {system: values for system, values in differences.items() if system not in hidden}
+        kept = {s: values for s, values in differences.items() if s not in hidden or reference in hidden}
         judged = [column for column in shown if any(column.key in values for values in kept.values())]
         lines = [
             [system, *(difference_cell(values.get(column.key), column) for column in judged)]
@@ -165,10 +165,11 @@ def _efficiency(results: Mapping[str, Any]) -> str:
         name: columns(found["metric"], {row["arm"]: found["systems"][row["arm"]] for row in results["efficiency"]})
         for name, found in benchmarks.items()
     }
-    head = ["Pairs of", "Share", "Pairs"] + [f"{name} {c.label}" for name, own in shown.items() for c in own]
+    head = ["System", "Pairs of", "Share", "Pairs"]
+    head += [f"{name} {column.label}" for name, own in shown.items() for column in own]
     words = {"value": "the highest value", "random": "a random draw", "all": "all"}
     rows = [
-        [words[row["order"]], f"{row['budget']:g}", f"{row['pairs']:.0f}"]
+        [row["system"], words[row["order"]], f"{row['budget']:g}", f"{row['pairs']:.0f}"]
         + [cell(row["metrics"][name].get(column.key), column) for name, own in shown.items() for column in own]
         for row in results["efficiency"]
     ]

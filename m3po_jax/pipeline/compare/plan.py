@@ -18,9 +18,10 @@ FOLDER = "compare"
 
 @dataclasses.dataclass(frozen=True)
 class EfficiencyPoint:
-    """One point of the data-efficiency curve: the arm that trains it, on which share of the pairs."""
+    """One point of the data-efficiency curve: the arm that trains it, on which share of which system's pairs."""
 
     arm: str
+    system: str
     order: str  # value | random | all
     budget: float
 
@@ -32,12 +33,15 @@ def trained_arms(recipe: Recipe) -> list[str]:
 
 def efficiency_points(recipe: Recipe) -> list[EfficiencyPoint]:
     """The arms behind the data-efficiency curve; with the whole budget both orders are one."""
-    main, points = recipe.compare.main, []
-    for budget in sorted(set(recipe.compare.efficiency)):
-        if budget == 1:
-            points.append(EfficiencyPoint(f"{main}-all", "all", 1.0))
-        else:
-            points += [EfficiencyPoint(f"{main}-{word}-{budget:g}", order, budget) for word, order in _ORDERS]
+    points = []
+    for system in dict.fromkeys(recipe.compare.efficiency_of or [recipe.compare.main]):
+        for budget in sorted(set(recipe.compare.efficiency)):
+            if budget == 1:
+                points.append(EfficiencyPoint(f"{system}-all", system, "all", 1.0))
+            else:
+                points += [
+                    EfficiencyPoint(f"{system}-{word}-{budget:g}", system, order, budget) for word, order in _ORDERS
+                ]
     return points
 
 
@@ -57,7 +61,7 @@ def seed_recipe(recipe: Recipe, seed: int) -> Recipe:
     for point in efficiency_points(recipe):
         order = "random" if point.order == "random" else "value"
         budget = {"select.budget": point.budget, "select.budget_by": order}
-        arms[point.arm] = overrides_of(recipe, config.main) | budget
+        arms[point.arm] = overrides_of(recipe, point.system) | budget
     variants = list(recipe.score.confidence)
     for arm in arms:
         select = arm_recipe(dataclasses.replace(recipe, arms=arms), arm).select
@@ -128,11 +132,6 @@ def check_compare(recipe: Recipe) -> None:
         raise UserError(
             f"{config.main!r} is not compared", where="compare.main", remedy=f"one of {', '.join(known[1:])}"
         )
-    for name in config.against:
-        if name not in known and name in SYSTEMS:
-            continue  # a default that this comparison leaves out
-        if name not in known:
-            raise UserError(f"unknown system {name!r}{nearest(name, known)}", where="compare.against")
     for name, benchmark in recipe.evaluate.benchmarks.items():
         if benchmark.metric not in METRICS:
             raise UserError(
@@ -142,6 +141,19 @@ def check_compare(recipe: Recipe) -> None:
             )
     if not all(0 < budget <= 1 for budget in config.efficiency):
         raise UserError(f"{config.efficiency}", where="compare.efficiency", remedy="shares in (0, 1]")
+    for system in config.efficiency_of:
+        if system not in known[1:]:
+            raise UserError(
+                f"{system!r} is not compared{nearest(system, known[1:])}",
+                where="compare.efficiency_of",
+                remedy=f"of {', '.join(known[1:])}",
+            )
+    known += [point.arm for point in efficiency_points(recipe)]
+    for name in config.against:
+        if name not in known and name in SYSTEMS:
+            continue  # a default that this comparison leaves out
+        if name not in known:
+            raise UserError(f"unknown system {name!r}{nearest(name, known)}", where="compare.against")
     if config.resamples < 1:
         raise UserError(f"{config.resamples} resamples", where="compare.resamples", remedy="at least 1")
 
@@ -153,7 +165,7 @@ def what(recipe: Recipe, arm: str) -> str:
     for point in efficiency_points(recipe):
         if point.arm == arm:
             kind = {"value": "the most valuable", "random": "a random", "all": "the whole"}[point.order]
-            return f"{recipe.compare.main} on {kind} {point.budget:g} of its pairs"
+            return f"{point.system} on {kind} {point.budget:g} of its pairs"
     return "defined by the recipe"
 
 

@@ -157,6 +157,13 @@ def _efficiency(recipe: Recipe, results: Mapping[str, Any]) -> list[dict[str, An
         }
         pairs = results["compute"][point.arm]["pairs"]
         rows.append(
-            {"arm": point.arm, "order": point.order, "budget": point.budget, "pairs": pairs, "metrics": scored}
+            {
+                "arm": point.arm,
+                "system": point.system,
+                "order": point.order,
+                "budget": point.budget,
+                "pairs": pairs,
+                "metrics": scored,
+            }
         )
     return rows

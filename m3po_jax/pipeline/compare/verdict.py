@@ -98,10 +98,12 @@ def _why(results: Mapping[str, Any], config: CompareConfig) -> list[str]:
             f"Within prompts MAS and mean confidence correlate at {correlation:.2f} (above {CORRELATION_LIMIT}): "
             "confidence adds little to MAS, so a tie with mas_dpo is expected."
         )
-    areas = {key.removeprefix("auroc/"): value for key, value in signals.items() if key.startswith("auroc/")}
-    if areas:
-        listed = ", ".join(f"{name.removeprefix('confidence_')} {value:.2f}" for name, value in areas.items())
-        lines.append(f"AUROC for a right candidate: {listed} (0.5 is chance).")
+    # Selection chooses among the answers of one prompt; over all answers easy prompts and hard ones tell apart too.
+    for prefix, among in (("auroc_within/", "one prompt's answers"), ("auroc/", "all answers")):
+        areas = {key.removeprefix(prefix): value for key, value in signals.items() if key.startswith(prefix)}
+        if areas:
+            listed = ", ".join(f"{name.removeprefix('confidence_')} {value:.2f}" for name, value in areas.items())
+            lines.append(f"AUROC for a right answer among {among}: {listed} (0.5 is chance).")
     trained = results["training"]
     if (shift := trained.get(config.main, {}).get("delta_logps/chosen")) is not None and shift < DISPLACED:
         lines.append(
