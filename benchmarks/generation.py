@@ -92,10 +92,9 @@ class Ours:
         )
         figures: dict[str, Any] = {"dot_flops_minimum": minimum}
         total = {"compile_s": 0.0, "dot_flops": 0, "temp_mb": 0.0, "cache_copies": 0}
-        filled = 0
         for program in programs:
-            filled += program.steps
-            caches = [(s.prompts, c.num_kv_heads, s.prefix, c.head_dim), (lanes, c.num_kv_heads, filled, c.head_dim)]
+            prefix, own = (s.prompts, c.num_kv_heads, s.prefix), (lanes, c.num_kv_heads, program.slots)
+            caches = [(*prefix, c.head_dim), (*own, c.head_dim)]
             found = compile_figures(
                 program.function,
                 program.arguments,

@@ -380,29 +380,48 @@ class Recipe:
     compare: CompareConfig = field(default_factory=CompareConfig)
 
 
-def _known_keys(cls: type, path: list[str]) -> list[str]:
-    """Field names of the dataclass that `path` leads to inside `cls` (empty where it leads elsewhere)."""
-    hints = typing.get_type_hints(cls)
+def _hint(cls: type, path: typing.Sequence[str]) -> Any:
+    """The annotation of the key that `path` leads to inside `cls`; None where it leads elsewhere."""
+    hint: Any = cls
     for part in path:
-        cls = hints.get(part, object)
-        if not dataclasses.is_dataclass(cls):
-            return []
-        hints = typing.get_type_hints(cls)
-    return list(hints)
+        hint = typing.get_type_hints(hint).get(part) if dataclasses.is_dataclass(hint) else None
+    return hint
 
 
-def _merge(base: Any, update: Any, where: str) -> Any:
+def _known_keys(cls: type, path: typing.Sequence[str]) -> list[str]:
+    """Field names of the dataclass that `path` leads to inside `cls` (empty where it leads elsewhere)."""
+    hint = _hint(cls, path)
+    return list(typing.get_type_hints(hint)) if dataclasses.is_dataclass(hint) else []
+
+
+def _wanted(key: str) -> str | None:
+    """What a key of the recipe takes, in words; None where it is not known."""
+    known = _known_keys(Recipe, key.split("."))
+    if known:
+        return f"it is a section: set keys of it, like {key}.{known[0]}"
+    hint = _hint(Recipe, key.split("."))
+    if hint is None:
+        return None
+    return f"it takes {(hint.__name__ if isinstance(hint, type) else str(hint)).replace('typing.', '')}"
+
+
+def _merge(base: Any, update: Any, where: str, key: str | None = None) -> Any:
+    """`base` with `update`; `key` is the one that it sets, where it sets one."""
     try:
         return OmegaConf.merge(base, update)
     except ConfigKeyError as error:
-        key = str(error.full_key)
-        *parents, leaf = key.split(".")
+        unknown = str(error.full_key)
+        *parents, leaf = unknown.split(".")
         known = _known_keys(Recipe, parents)
-        raise UserError(f"unknown key {key!r}{nearest(leaf, known) if known else ''}", where=where) from None
+        raise UserError(f"unknown key {unknown!r}{nearest(leaf, known) if known else ''}", where=where) from None
     except OmegaConfBaseException as error:
-        place = getattr(error, "full_key", None)
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{place}: {reason}" if place else reason, where=where) from None
+        place = getattr(error, "full_key", None) or key
+        reason = str(error).splitlines()[0].rstrip(".")
+        if "AnyNode" in reason or "Merge error" in reason:  # OmegaConf's own classes, which tell a user nothing
+            reason = "the value does not fit"
+        raise UserError(
+            f"{place}: {reason}" if place else reason, where=where, remedy=_wanted(str(place)) if place else None
+        ) from None
 
 
 def _to_recipe(node: Any) -> Recipe:
@@ -421,7 +440,8 @@ def load_recipe(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
     if path is not None:
         path = Path(path)
         if not path.is_file():
-            raise UserError("no such recipe", where=str(path), remedy="see configs/ for the recipes that ship")
+            what = "a folder, not a recipe" if path.is_dir() else "no such recipe"
+            raise UserError(what, where=str(path), remedy="see configs/ for the recipes that ship")
         try:
             loaded = OmegaConf.load(path)
         except Exception as error:  # yaml.YAMLError and its kin: the first line says where
@@ -434,7 +454,15 @@ def load_recipe(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
             raise UserError(
                 f"cannot read {override!r}", where="command line", remedy="overrides are dotted.key=value"
             )
-        config = _merge(config, OmegaConf.from_dotlist([override]), "command line")
+        try:
+            read = OmegaConf.from_dotlist([override])
+        except Exception:  # yaml.YAMLError and its kin, over several lines
+            raise UserError(
+                f"{override!r}: the value is not valid YAML",
+                where="command line",
+                remedy="quote it or close its brackets",
+            ) from None
+        config = _merge(config, read, "command line", override.partition("=")[0])
     return _to_recipe(config)
 
 
@@ -445,7 +473,7 @@ def override(recipe: Recipe, changes: dict[str, Any], where: str = "arms") -> Re
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        config = _merge(config, OmegaConf.create(nested), where)
+        config = _merge(config, OmegaConf.create(nested), where, key)
     return _to_recipe(config)
 
 

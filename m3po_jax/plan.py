@@ -27,8 +27,8 @@ from jax.sharding import Mesh
 from m3po_jax.config import Recipe
 from m3po_jax.data.collation import TreeBatch
 from m3po_jax.errors import UserError
-from m3po_jax.generation.decoder import FusedLayer
 from m3po_jax.generation.engine import Generator, PromptBatch, fuse_layers
+from m3po_jax.generation.fused import FusedLayer
 from m3po_jax.generation.memory import GIB
 from m3po_jax.generation.settings import sampling_config
 from m3po_jax.models import lora
@@ -198,7 +198,7 @@ def plan(recipe: Recipe, topology: str, *, prompt_tokens: int | None = None) -> 
             f"{length} tokens leave no room for text beside an image's {tokens_per_image}", where="--prompt-tokens"
         )
     chip = CHIPS.get(devices[0].device_kind)
-    planner = _Planner(recipe, description, mesh, length, chip)
+    planner = Planner(recipe, description, mesh, length, chip)
     stages: list[Callable[[], Iterator[Program]]] = []
     if recipe.train.objective != "sft":
         stages.append(planner.generation)
@@ -229,7 +229,7 @@ def _bytes_a_chip(tree: Any) -> int:
     return sum(size(x) for x in jax.tree.leaves(tree))
 
 
-class _Planner:
+class Planner:
     """Compiles the programs of one recipe on one mesh of absent chips."""
 
     def __init__(self, recipe: Recipe, description: Description, mesh: Mesh, length: int, chip: Chip | None):

@@ -134,7 +134,9 @@ def open_parquet(path: str | Path) -> pq.ParquetFile:
     except (OSError, pa.ArrowInvalid) as error:
         reason = "no such file" if not Path(path).exists() else str(error).splitlines()[0]
         raise UserError(
-            f"cannot read the parquet file ({reason})", where=str(path), remedy="delete it and run again"
+            f"cannot read the parquet file ({reason})",
+            where=str(path),
+            remedy="replace it; what a run has made can be deleted, and the same command makes it again",
         ) from None
 
 

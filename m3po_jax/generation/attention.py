@@ -67,15 +67,11 @@ def prefix_attention(
 
 def own_attention(
     q: Float[Array, "l g r d"],
-    kv: tuple[Float[Array, "l g d c"], Float[Array, "l g c d"]],
+    kv: tuple[Float[Array, "l g c d"], Float[Array, "l g c d"]],
     seen: Bool[Array, "l c"],
 ) -> Part:
-    """A lane's queries to the slots of its own cache that hold its answer.
-
-    Keys and values lie as their products read them; the other order would be transposed, that is copied, at
-    every step.
-    """
-    return part("lgrd,lgdc->lgrc", "lgrc,lgcd->lgrd", q, kv, seen[:, None, None], q.shape[-1] ** -0.5)
+    """A lane's queries to the slots of its own cache that hold its answer."""
+    return part("lgrd,lgcd->lgrc", "lgrc,lgcd->lgrd", q, kv, seen[:, None, None], q.shape[-1] ** -0.5)
 
 
 def merge(one: Part, other: Part) -> Float32[Array, "... m d"]:

@@ -1,9 +1,7 @@
-"""The LLaMA decoder as generation wants it: layers apart, products fused, one prefix for all candidates.
+"""The LLaMA decoder as generation wants it: fused products, one prefix for all candidates.
 
-The arithmetic is that of `models/llama.py`; the arrangement is not. Layers are unstacked once, before any
-loop, so that no step slices weights. Queries, keys and values are one product and so are gate and up, because
-a decode step is a handful of rows against every weight. Keys and values lie head-major, as the attention
-products read them.
+The arithmetic is that of `models/llama.py`; the arrangement is not. The weights are those of `fused.py`; keys and
+values lie head-major, as the attention products read them.
 
 Shape suffixes: B prompts, A row shards, L lanes of a shard, M lanes and N prompts of all shards, K candidates, P
 prefix tokens, C slots of a lane's cache, G key/value heads, R query heads of each, D head width, E model width, F MLP
@@ -13,88 +11,22 @@ width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from m3po_jax.generation.attention import KV, merge, normalize, own_attention, part, prefix_attention
+from m3po_jax.generation.fused import FusedLayer, adapted, product
 from m3po_jax.models.forward import prefix_positions
 from m3po_jax.models.kernels.choice import self_attention
-from m3po_jax.models.layers import ACTIVATIONS, Linear, matmul_precision
-from m3po_jax.models.llama import Llama, LlamaConfig, apply_rotary, rotary_tables
-from m3po_jax.models.quantization import Codes, Weight, product
+from m3po_jax.models.layers import ACTIVATIONS
+from m3po_jax.models.llama import LlamaConfig, apply_rotary, rotary_tables
 from m3po_jax.sharding import constrain
 
 QUERY_BLOCK = 256  # prefill attends this many queries at a time, to the keys up to them
-
-
-class FusedLayer(NamedTuple):
-    """One layer's weights in the computation's dtype or as codes; adapters are (A, α/r · B) beside their kernel."""
-
-    input_norm: Float[Array, " e"]
-    qkv: Weight  # (e, g, r + 2, d)
-    out: Weight  # (gd, e)
-    mlp_norm: Float[Array, " e"]
-    gate_up: Weight  # (e, 2, f)
-    down: Weight  # (f, e)
-    adapters: dict[str, KV]
-
-
-def _adapter(linear: Linear) -> KV | None:
-    if linear.lora_a is None or linear.lora_scale == 0.0:
-        return None
-    b = linear.lora_scale * linear.lora_b[...].astype(jnp.float32)
-    return linear.lora_a[...].astype(linear.dtype), b.astype(linear.dtype)
-
-
-def _placed(weight: Weight, dtype: Any, *axes: str | None) -> Weight:
-    """A weight in the computation's dtype, or its codes as they are, on the devices that its axes say."""
-    if not isinstance(weight, Codes):
-        return constrain(weight.astype(dtype), *axes)
-    # int8's scale lacks the first axis.
-    return Codes(*(constrain(x, *axes[len(axes) - x.ndim :]) for x in weight))
-
-
-def fuse(decoder: Llama) -> tuple[FusedLayer, ...]:
-    """Every layer's weights, unstacked and fused; meant for `jax.jit` under the mesh of the model."""
-    c, dtype = decoder.config, decoder.dtype
-    graph, state = nnx.split(decoder.layers)
-
-    def one(index: int) -> FusedLayer:
-        layer = nnx.merge(graph, jax.tree.map(lambda x: x[index], state))
-        attention, mlp = layer.attention, layer.mlp
-        # Codes and their scales are arranged alike, by their last axes.
-        heads = lambda x: x.reshape(*x.shape[:-1], c.num_kv_heads, -1, c.head_dim)  # noqa: E731
-        qkv = jax.tree.map(
-            lambda *parts: jnp.concatenate([heads(x) for x in parts], axis=-2),
-            attention.q_proj.weight,
-            attention.k_proj.weight,
-            attention.v_proj.weight,
-        )
-        gate_up = jax.tree.map(lambda *parts: jnp.stack(parts, axis=-2), mlp.gate_proj.weight, mlp.up_proj.weight)
-        linears = {
-            name: getattr(part, name)
-            for part, names in (
-                (attention, ("q_proj", "k_proj", "v_proj", "o_proj")),
-                (mlp, ("gate_proj", "up_proj", "down_proj")),
-            )
-            for name in names
-        }
-        return FusedLayer(
-            layer.input_norm.scale[...].astype(dtype),
-            _placed(qkv, dtype, "embed", "kv_heads", None, None),
-            _placed(attention.o_proj.weight, dtype, "heads", "embed"),
-            layer.post_attention_norm.scale[...].astype(dtype),
-            _placed(gate_up, dtype, "embed", None, "mlp"),
-            _placed(mlp.down_proj.weight, dtype, "mlp", "embed"),
-            {name: pair for name, linear in linears.items() if (pair := _adapter(linear)) is not None},
-        )
-
-    return tuple(one(index) for index in range(c.num_layers))
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -103,38 +35,26 @@ def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return scale * y.astype(scale.dtype)
 
 
-def _product(equation: str, x: jax.Array, w: Weight) -> jax.Array:
-    return product(equation, x, w, precision=matmul_precision(x.dtype))
-
-
-def _adapted(layer: FusedLayer, name: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`y` plus the low-rank product of the adapter called `name`, in y's shape."""
-    if name not in layer.adapters:
-        return y
-    a, b = layer.adapters[name]
-    return y + _product("...r,ro->...o", _product("...e,er->...r", x, a), b).reshape(y.shape)
-
-
 def _project(config: LlamaConfig, layer: FusedLayer, x: jax.Array, rotary: Any) -> tuple[jax.Array, ...]:
     """Rotated queries [..., G, R, D], rotated keys and values [..., G, D] of normalised inputs [B, S, E]."""
-    y = _product("bse,egrd->bsgrd", x, layer.qkv)
+    y = product(x, layer.qkv)
     q, k, v = y[..., :-2, :], y[..., -2, :], y[..., -1, :]
-    q = _adapted(layer, "q_proj", x, q)
-    k = _adapted(layer, "k_proj", x, k)
-    v = _adapted(layer, "v_proj", x, v)
+    q = adapted(layer, "q_proj", x, q)
+    k = adapted(layer, "k_proj", x, k)
+    v = adapted(layer, "v_proj", x, v)
     flat = q.reshape(*q.shape[:2], config.num_heads, config.head_dim)
     return apply_rotary(flat, rotary).reshape(q.shape), apply_rotary(k, rotary), v
 
 
 def _finish(config: LlamaConfig, layer: FusedLayer, x: jax.Array, attended: jax.Array, pin: Any) -> jax.Array:
     """Output projection, residuals and MLP; `attended` is [B, S, H·D]."""
-    x = pin(x + _adapted(layer, "o_proj", attended, _product("bsd,de->bse", attended, layer.out)))
+    x = pin(x + adapted(layer, "o_proj", attended, product(attended, layer.out)))
     normal = _rms_norm(x, layer.mlp_norm, config.rms_norm_eps)
-    both = _product("bse,ecf->bscf", normal, layer.gate_up)
-    gate = _adapted(layer, "gate_proj", normal, both[..., 0, :])
-    up = _adapted(layer, "up_proj", normal, both[..., 1, :])
+    both = product(normal, layer.gate_up)
+    gate = adapted(layer, "gate_proj", normal, both[..., 0, :])
+    up = adapted(layer, "up_proj", normal, both[..., 1, :])
     hidden = ACTIVATIONS[config.activation](gate) * up
-    return pin(x + _adapted(layer, "down_proj", hidden, _product("bsf,fe->bse", hidden, layer.down)))
+    return pin(x + adapted(layer, "down_proj", hidden, product(hidden, layer.down)))
 
 
 def prefill(
@@ -156,9 +76,10 @@ def prefill(
     last = p - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     pin = lambda y: constrain(y, "batch", None, None)  # noqa: E731
     pick = lambda y: jnp.take_along_axis(y, last.reshape(b, *(1,) * (y.ndim - 1)), axis=1)  # noqa: E731
+    by_heads = lambda y: y.transpose(0, 2, 3, 1, 4)  # noqa: E731
     by_rows = lambda y: y.transpose(0, 3, 1, 2, 4)  # noqa: E731
     scale = config.head_dim**-0.5
-    equations = ("bsgrd,bgpd->bgrsp", "bgrsp,bgpd->bgrsd")
+    equations = ("bgrsd,bgpd->bgrsp", "bgrsp,bgpd->bgrsd")
     causal = jnp.arange(p)[:, None] >= jnp.arange(p)[None, :]
     x = pin(x)
     for index, layer in enumerate(layers):
@@ -170,16 +91,16 @@ def prefill(
         keep(index, (k, v))
         if final:
             seen = mask[:, None, None, None, :]
-            attended, x = by_rows(normalize(part(*equations, pick(q), (k, v), seen, scale))), pick(x)
+            attended, x = by_rows(normalize(part(*equations, by_heads(pick(q)), (k, v), seen, scale))), pick(x)
         elif config.attention != "xla":
             attended = self_attention(*by_token, mask, causal=True, kind=config.attention)
         else:
-            blocks = []
+            q, blocks = by_heads(q), []
             for start in range(0, p, QUERY_BLOCK):
                 stop = min(start + QUERY_BLOCK, p)
                 seen = (causal[start:stop, :stop] & mask[:, None, :stop])[:, None, None]
                 own = (k[:, :, :stop], v[:, :, :stop])
-                blocks.append(normalize(part(*equations, q[:, start:stop], own, seen, scale)))
+                blocks.append(normalize(part(*equations, q[:, :, :, start:stop], own, seen, scale)))
             attended = by_rows(jnp.concatenate(blocks, axis=3))
         attended = attended.astype(v.dtype).reshape(b, x.shape[1], -1)
         x = _finish(config, layer, x, attended, pin)
@@ -220,7 +141,7 @@ def decode_step(
     Args:
         prefix: each layer's keys and values of the prompts [N, G, P, D], the first `length` of them real.
         to_grid: lanes [M, ...] to the candidates of the prompts [N, K, ...]; `from_grid` back.
-        cache: each layer's own keys [M, G, D, C] and values [M, G, C, D].
+        cache: each layer's own keys and values [M, G, C, D].
         seen: slots that hold a lane's answer, `slot` included.
     """
     a, lanes, _ = x.shape
@@ -232,7 +153,7 @@ def decode_step(
         normal = _rms_norm(x, layer.input_norm, config.rms_norm_eps)
         q, k, v = map(flat, _project(config, layer, normal, rotary))
         own = (
-            put(keys, k[..., None].astype(keys.dtype), slot, axis=3),
+            put(keys, k[..., None, :].astype(keys.dtype), slot, axis=2),
             put(values, v[..., None, :].astype(values.dtype), slot, axis=2),
         )
         updated.append(own)

@@ -25,7 +25,8 @@ from m3po_jax.errors import UserError
 from m3po_jax.generation import lanes as lane
 from m3po_jax.generation import sampling as draw
 from m3po_jax.generation.attention import KV
-from m3po_jax.generation.decoder import FusedLayer, decode_step, fuse, pin_stationary, prefill
+from m3po_jax.generation.decoder import decode_step, pin_stationary, prefill
+from m3po_jax.generation.fused import FusedLayer, fuse
 from m3po_jax.generation.memory import CacheShape, explain_exhaustion
 from m3po_jax.generation.prompts import (
     Candidates,

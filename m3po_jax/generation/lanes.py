@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 NEVER = -1  # when a cache slot was written that was not
+VECTOR = 16  # cache slots
 
 
 class Assignment(NamedTuple):
@@ -94,12 +95,13 @@ def needs_growth(written: Int[Array, " c"], feeds: Bool[Array, "*l"], start: Int
     return jnp.any(feeds & (start <= jnp.min(written)))
 
 
-def capacities(max_new_tokens: int, first: int = 64) -> list[int]:
+def capacities(max_new_tokens: int, first: int = 32, multiple: int = VECTOR) -> list[int]:
     """Sizes that the answers' cache takes in turn: doubled, so that short answers never read long ones' slots.
 
-    The last token drawn is never fed back, so the largest is one less than the tokens.
+    The last token drawn is never fed back, so the largest holds one less than the tokens, rounded up to whole
+    vectors: products with rows of 63 slots take twice the time of those with 64.
     """
-    most = max(max_new_tokens - 1, 1)
+    most = -(-max(max_new_tokens - 1, 1) // multiple) * multiple
     sizes = [min(first, most)]
     while sizes[-1] < most:
         sizes.append(min(2 * sizes[-1], most))

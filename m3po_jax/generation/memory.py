@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import jax
 
 from m3po_jax.errors import UserError
+from m3po_jax.generation.lanes import capacities
 from m3po_jax.models.llama import LlamaConfig
 
 GIB = 2**30
@@ -44,11 +45,10 @@ class CacheShape:
 
 
 def cache_bytes(config: LlamaConfig, shape: CacheShape, itemsize: int) -> int:
-    """Bytes of keys and values on each device: prompts held × prefix + rows × candidates × (new tokens − 1).
-
-    The last token drawn is never fed back, so it takes no slot.
+    """Bytes of keys and values on each device: prompts held × prefix + rows × candidates × slots of the largest
+    cache of answers.
     """
-    slots = shape.held * shape.prefix + shape.rows * shape.candidates * max(shape.new_tokens - 1, 1)
+    slots = shape.held * shape.prefix + shape.rows * shape.candidates * capacities(shape.new_tokens)[-1]
     per_slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
     return shape.views * slots * per_slot // (shape.row_parts * shape.head_parts)
 
@@ -70,7 +70,7 @@ def advice(config: LlamaConfig, shape: CacheShape, itemsize: int) -> str:
             f"lower generate.batch_size from {shape.rows} to {rows} ({size(smaller)}; the answers stay "
             "the same; for evaluation it is evaluate.batch_size)"
         )
-    if shape.candidates * max(shape.new_tokens - 1, 1) * shape.rows <= shape.held * shape.prefix:
+    if shape.candidates * capacities(shape.new_tokens)[-1] * shape.rows <= shape.held * shape.prefix:
         return "split the model over more devices (mesh.fsdp, mesh.tensor): a single prompt's prefix does not fit"
     tokens, few = max(shape.new_tokens // 2, 1), max(shape.candidates // 2, 1)
     parts = [

@@ -85,7 +85,7 @@ class Lanes(NamedTuple):
 class Cache(NamedTuple):
     """Keys and values of the answers."""
 
-    kv: list[KV]  # of each layer, [A·L·V, G, D, C] and [A·L·V, G, C, D]
+    kv: list[KV]  # of each layer, [A·L·V, G, C, D]
     written: Int[Array, " c"]  # the step at which a slot was written
     step: Int[Array, ""]
 
@@ -108,7 +108,7 @@ class Layout:
         self.rows, self.whole = NamedSharding(mesh, P(ROWS)), NamedSharding(mesh, P())
         self.kv = NamedSharding(mesh, P(ROWS, heads))
         self.prompts_sharding = Prompts(self.kv, *[self.rows] * 5)  # type: ignore[arg-type]
-        self.cache_sharding = Cache([self.answers_kv] * config.num_layers, self.whole, self.whole)  # type: ignore[arg-type]
+        self.cache_sharding = Cache(self.answers_kv, self.whole, self.whole)  # type: ignore[arg-type]
         self.empty = jax.jit(
             self._empty, static_argnums=(0, 1), out_shardings=(self.prompts_sharding, self.rows, self.rows)
         )
@@ -116,19 +116,16 @@ class Layout:
         self._pad = cache(lambda place: jax.jit(self._padded, static_argnums=(1, 2), out_shardings=place))
 
     @cached_property
-    def answers_kv(self) -> tuple[Any, Any]:
-        """Where the keys and the values of the answers lie.
+    def answers_kv(self) -> Any:
+        """Where the keys and values of the answers lie.
 
         A TPU writes a token's slot in place if slots are the slowest axis in memory: left to itself, its compiler
         copies the whole cache into that order, and back, around every loop over tokens.
         """
-        if self.mesh.devices.flat[0].platform != "tpu":
-            return self.kv, self.kv
-        return self.slots_slowest()
+        return self.slots_slowest() if self.mesh.devices.flat[0].platform == "tpu" else self.kv
 
-    def slots_slowest(self) -> tuple[Format, Format]:
-        keys, values = (Format(Order(axes), self.kv) for axes in ((3, 1, 0, 2), (2, 1, 0, 3)))
-        return keys, values
+    def slots_slowest(self) -> Format:
+        return Format(Order((2, 1, 0, 3)), self.kv)
 
     def _empty(self, sizes: Sizes, prefix: int) -> tuple[Prompts, Board, Lanes]:
         a, n, k, lanes = sizes.shards, sizes.slots, sizes.candidates, sizes.lanes
@@ -157,14 +154,9 @@ class Layout:
         return prompts, board, Lanes(place, age, start, token, zeros((a, lanes)), seen)
 
     def _empty_cache(self, sizes: Sizes, capacity: int) -> Cache:
-        c, lead = self.config, (sizes.shards * sizes.lanes * sizes.views, self.config.num_kv_heads)
-        kv = [
-            (
-                jnp.zeros((*lead, c.head_dim, capacity), self.dtype),
-                jnp.zeros((*lead, capacity, c.head_dim), self.dtype),
-            )
-            for _ in range(c.num_layers)
-        ]
+        c = self.config
+        shape = (sizes.shards * sizes.lanes * sizes.views, c.num_kv_heads, capacity, c.head_dim)
+        kv = [(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in range(c.num_layers)]
         return Cache(kv, jnp.full(capacity, lane.NEVER, jnp.int32), jnp.int32(0))
 
     @staticmethod
@@ -173,19 +165,19 @@ class Layout:
 
     def longer_prefix(self, prompts: Prompts, prefix: int) -> Prompts:
         """Room for longer prompts; layer by layer, so that only one of them exists twice."""
-        return prompts._replace(kv=self._grown(prompts.kv, (self.kv, self.kv), (2, 2), prefix))
+        return prompts._replace(kv=self._grown(prompts.kv, self.kv, prefix))
 
     def larger_cache(self, cache: Cache, capacity: int) -> Cache:
         """More slots for the answers."""
         more = capacity - cache.written.shape[0]
         written = np.pad(to_host(cache.written), (0, more), constant_values=lane.NEVER)
         written = replicate(written, self.mesh)
-        return Cache(self._grown(cache.kv, self.answers_kv, (3, 2), capacity), written, cache.step)
+        return Cache(self._grown(cache.kv, self.answers_kv, capacity), written, cache.step)
 
-    def _grown(self, kv: list[KV], places: tuple[Any, Any], axes: tuple[int, int], size: int) -> list[KV]:
+    def _grown(self, kv: list[KV], place: Any, size: int) -> list[KV]:
         for index in range(len(kv)):
             k, v = kv[index]
-            kv[index] = (self._pad(places[0])(k, axes[0], size), self._pad(places[1])(v, axes[1], size))
+            kv[index] = (self._pad(place)(k, 2, size), self._pad(place)(v, 2, size))
             k.delete()
             v.delete()
         return kv

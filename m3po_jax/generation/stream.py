@@ -31,6 +31,7 @@ class Program(NamedTuple):
         calls: how often it runs.
         steps: how often its loop over tokens runs in one call; 0 for a program without.
         state: bytes of the state on all devices, arguments and results of the program.
+        slots: of the answers' cache; 0 for a program without.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Program(NamedTuple):
     calls: int
     steps: int
     state: int
+    slots: int
 
 
 class Stream:
@@ -99,15 +101,16 @@ class Stream:
         while self.queue:
             given.append((engine.graph, engine.weights, prompts, board, self._arrays()))
         state = size((prompts, board, lanes))
-        found = [Program("prefill", engine.prefill, given[0], len(given), 0, state)]
+        found = [Program("prefill", engine.prefill, given[0], len(given), 0, state, 0)]
         quota, filled = replicate(np.int32(0), engine.mesh), 0
         for capacity in capacities(self.sizes.tokens):
             cache = engine.layout.empty_cache.eval_shape(self.sizes, capacity)
             before = (engine.graph, self.sizes, engine.weights, prompts, board, lanes, cache)
-            steps, filled = capacity - filled, capacity
+            steps = min(capacity, self.sizes.tokens - 1) - filled
+            filled += steps
             whole = state + size(cache)
             arguments: tuple[Any, ...] = (*before, engine.constants, quota)
-            found.append(Program(f"decode_{capacity}", engine.decode, arguments, 1, steps, whole))
+            found.append(Program(f"decode_{capacity}", engine.decode, arguments, 1, steps, whole, capacity))
         return found
 
     def _draw(self, most: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from m3po_jax.config import Recipe
 from m3po_jax.data.batch_source import BatchSource
@@ -51,6 +53,14 @@ def tower_identity(model: Any) -> str:
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def image_features(
+    graph: nnx.GraphDef, state: nnx.State, pixels: Float[Array, "images height width 3"]
+) -> Float[Array, "images tokens features"]:
+    """The tower's features; a program of this module, so that every stage and run of one architecture shares it."""
+    return nnx.merge(graph, state).image_features(pixels)
+
+
 def vision_features(recipe: Recipe, policy: Policy, processor: Processor, mesh: Mesh) -> PromptFeatures | None:
     """Cached features of the policy's tower; None where the cache is off or the tower learns."""
     folder = cache_folder(recipe.cache.vision_features, recipe, "vision")
@@ -61,7 +71,6 @@ def vision_features(recipe: Recipe, policy: Policy, processor: Processor, mesh: 
         _tower_identities[policy.identity] = tower_identity(model)
     identity = content_hash(_tower_identities[policy.identity], processor.preprocessing_key())
     graph, state = nnx.split(model)
-    jitted = jax.jit(lambda state, pixels: nnx.merge(graph, state).image_features(pixels))
 
     def encode(pixels: np.ndarray) -> np.ndarray:
         """Features of any number of images; always `IMAGES_AT_ONCE` at a time, so that one program is compiled."""
@@ -71,7 +80,7 @@ def vision_features(recipe: Recipe, policy: Policy, processor: Processor, mesh: 
             padded = np.zeros((IMAGES_AT_ONCE, *part.shape[1:]), np.float32)
             padded[: len(part)] = part
             with use_mesh(mesh):
-                done.append(to_host(jitted(state, shard_batch(padded, mesh)))[: len(part)])
+                done.append(to_host(image_features(graph, state, shard_batch(padded, mesh)))[: len(part)])
         return np.concatenate(done)
 
     size = (processor.image_processor.height, processor.image_processor.width)

@@ -4,118 +4,57 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from jax.sharding import Mesh
 
 from m3po_jax.config import Recipe, essential
 from m3po_jax.data import tables
-from m3po_jax.data.schema import Prompt
-from m3po_jax.data.sources import PromptSource, fingerprint, read_prompts
 from m3po_jax.errors import UserError
-from m3po_jax.generation.engine import Generator
-from m3po_jax.generation.settings import SamplingConfig, sampling_config
-from m3po_jax.models.registry import resolve_directory
-from m3po_jax.pipeline import evaluate as evaluating
+from m3po_jax.generation.settings import sampling_config
 from m3po_jax.pipeline import reward as rewarding
 from m3po_jax.pipeline import rounds, summary
 from m3po_jax.pipeline.arms import arm_recipe, needs_pairs
-from m3po_jax.pipeline.backends import check_ready, make_backend
+from m3po_jax.pipeline.backends import check_ready, judge_identities, make_backend
 from m3po_jax.pipeline.caches import vision_features
-from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.generate import generate
-from m3po_jax.pipeline.models import Policy, attach_adapter, directory_identity, load_policy
+from m3po_jax.pipeline.resources import Resources
 from m3po_jax.pipeline.rlhf import rollout_costs, train_rlhf
-from m3po_jax.pipeline.rundir import RunDirectory, is_writer, read_json
+from m3po_jax.pipeline.rundir import is_writer, read_json
 from m3po_jax.pipeline.score import NEED_BLANK_IMAGE, score
 from m3po_jax.pipeline.select import select
 from m3po_jax.pipeline.stopping import agreed, barrier
+from m3po_jax.pipeline.systems import System, base_systems, greedy
 from m3po_jax.pipeline.train import Trained, read_pairs, train_on_pairs, train_on_references
+from m3po_jax.scoring.alignment import Backend
 from m3po_jax.scoring.engine import Scorer
-from m3po_jax.sharding import make_mesh, use_mesh
+from m3po_jax.sharding import use_mesh
 from m3po_jax.training.loop import load_trained
 
 MIXED = "training-pairs"  # of a later round: its own and earlier pairs with their reference's log-probs
 
 
-class Run:
-    """One recipe on one mesh; loads lazily, so that a finished stage costs nothing."""
+class Run(Resources):
+    """One recipe's stages on one mesh; what they share is in `Resources`."""
 
     def __init__(self, recipe: Recipe):
-        self.recipe = recipe
-        check_recipe(recipe)
-        self.directory = RunDirectory.of(recipe)
-        self.mesh: Mesh = make_mesh(recipe.mesh)
+        super().__init__(recipe)
         self._trained: dict[tuple[int, str | None], Trained] = {}
 
     def arm_recipe(self, arm: str | None) -> Recipe:
         return arm_recipe(self.recipe, arm)
-
-    # What stages share, loaded once and only when needed.
-
-    @functools.cached_property
-    def source(self) -> PromptSource:
-        return read_prompts(self.recipe.data, require_image=True)
-
-    @functools.cached_property
-    def prompts(self) -> dict[str, Prompt]:
-        return {prompt.id: prompt for prompt in (self.source[i] for i in range(len(self.source)))}
-
-    @functools.cached_property
-    def data_identity(self) -> str:
-        return fingerprint(self.source)[:16]
-
-    @functools.cached_property
-    def policy(self) -> Policy:
-        with use_mesh(self.mesh):
-            return load_policy(self.recipe, self.mesh, image_root=self.source.image_root)
-
-    @functools.cached_property
-    def start_model(self) -> Any:
-        """The base model with untrained adapters: the same function, and the same program, as a trained one."""
-        return attach_adapter(self.policy, self.recipe, self.mesh)
-
-    def start_of(self, recipe: Recipe) -> Any:
-        """The starting model of an arm, whose adapters may differ from the main one's."""
-        if recipe.train.lora == self.recipe.train.lora:
-            return self.start_model
-        return attach_adapter(self.policy, recipe, self.mesh)
-
-    @functools.cached_property
-    def benchmarks(self) -> list[evaluating.Benchmark]:
-        items = self.recipe.evaluate.benchmarks.items()
-        return [evaluating.read_benchmark(name, config) for name, config in items]
-
-    def open(self) -> None:
-        """Creates or continues the run directory, after opening everything that a later stage will read."""
-        _ = self.benchmarks
-        facts = {
-            "model": {"path": self.recipe.model.path, "hash": self.policy.identity},
-            "data": {"path": self.recipe.data.path, "fingerprint": self.data_identity, "rows": len(self.source)},
-            "template": self.recipe.model.template,
-            "image_fit": self.recipe.model.image_fit,
-            "mesh": dict(self.mesh.shape),
-        }
-        self.directory.open(self.recorded_recipe(), facts)
-
-    def recorded_recipe(self) -> Recipe:
-        """What the run directory is checked against."""
-        return self.recipe
 
     def forget(self, round: int, arm: str | None) -> None:
         """Lets go of a trained model; its checkpoint stays."""
         self._trained.pop((round, arm), None)
 
     def release(self) -> None:
-        """Lets go of every model, so that another run may load its own; finished stages can still be read."""
+        super().release()
         self._trained.clear()
-        for name in ("policy", "start_model", "reward_model", "_generators"):
-            self.__dict__.pop(name, None)
+        self.__dict__.pop("reward_model", None)
 
     # Stages.
 
@@ -154,7 +93,7 @@ class Run:
         config = recipe.generate
         sampling = sampling_config(config, recipe.seed * 1000 + round)
         inputs = tables.content_hash(self.weights_identity(round - 1, arm), self.data_identity)
-        generator = self._generator(self.model_before(round, arm), sampling, config.batch_size)
+        generator = self.generator(self.model_before(round, arm), sampling, config.batch_size)
         features = vision_features(recipe, self.policy, self.policy.processor, self.mesh)
         details = generate(
             self.source, generator, self.policy.processor, config, folder, inputs=inputs, features=features
@@ -179,16 +118,7 @@ class Run:
         warnings: list[str] = []
         before = tables.shards(self.directory.round(round, arm) / "scores")
         with use_mesh(self.mesh):
-            backend = make_backend(
-                recipe.score,
-                self.mesh,
-                policy=self.policy,
-                image_root=self.source.image_root,
-                model_config=recipe.model,
-                folder=self.directory.root,
-                warnings=warnings,
-                own_reward=lambda: self.reward_stage().judge,
-            )
+            backend = self._judge(recipe, warnings)
             scorer = None
             if NEED_BLANK_IMAGE.intersection(recipe.score.confidence):
                 scorer = Scorer(self.model_before(round, arm), self.mesh, batch_size=recipe.score.batch_size)
@@ -214,6 +144,26 @@ class Run:
             say(f"  {judge['judge']}: {paid}, cost {judge['cost']:.4g}")
         for line in (line for line in verdict if line["about"] != "judge"):  # that was said before
             say(f"  {line['text']}", style="yellow" if line["tone"] == "warn" else None)
+
+    def _judge(self, recipe: Recipe, warnings: list[str]) -> Backend:
+        """Who scores an arm's candidates; `warnings` gets a line where it shares the policy's blind spots."""
+        return make_backend(
+            recipe.score,
+            self.mesh,
+            policy=self.policy,
+            image_root=self.source.image_root,
+            model_config=recipe.model,
+            folder=self.directory.root,
+            warnings=warnings,
+            own_reward=lambda: self.reward_stage().judge,
+        )
+
+    def _judge_identities(self, recipe: Recipe) -> list[str]:
+        """Hashes of every model that judges; the policy's own where a judge is not named."""
+        found = judge_identities(recipe.score)
+        if rewarding.judges_by_own_reward(recipe):
+            found.append(self.reward_identity())
+        return found or [self.policy.identity]
 
     def prepare_scores(self, round: int, arm: str | None) -> None:
         """Candidates and scores that an arm does not share."""
@@ -371,33 +321,29 @@ class Run:
         name = summary.main_name(self.recipe) if arm is None else arm
         if round < self.recipe.rounds:
             name = f"{name}, round {round}"
-        self._evaluate(
+        system = System(
             name,
             self.directory.round(round, arm),
             lambda: self.train_stage(round, arm, only_finished=True).model,
-            self._greedy(),
             self.weights_identity(round, arm),
+            greedy(self.recipe.evaluate),
             round,
             arm,
-            self.benchmarks,
         )
+        self.evaluator.evaluate(system, self.benchmarks)
 
     def evaluate_base(self) -> None:
         """Evaluates the starting model, its stop-bias frontier and contrastive decoding."""
-        config, model = self.recipe.evaluate, lambda: self.start_model
-        identity = self.weights_identity(0)
-        self._evaluate(
-            summary.BASE, self.directory.round(0), model, self._greedy(), identity, 0, None, self.benchmarks
+        systems = base_systems(
+            self.recipe.evaluate,
+            self.directory,
+            self.policy.processor,
+            self.benchmarks,
+            lambda: self.start_model,
+            self.weights_identity(0),
         )
-        captions = [b for b in self.benchmarks if b.config.metric == "chair"]
-        for bias in config.stop_bias:
-            name = summary.stop_bias_name(bias)
-            sampling = dataclasses.replace(self._greedy(stop_bias=bias), stop_token_ids=self._stop_tokens())
-            self._evaluate(name, self.directory.round(0, name), model, sampling, identity, 0, name, captions)
-        for alpha in config.contrast_alpha:
-            name = summary.contrast_name(alpha)
-            sampling = self._greedy(contrast_alpha=alpha)
-            self._evaluate(name, self.directory.round(0, name), model, sampling, identity, 0, name, self.benchmarks)
+        for system, benchmarks in systems:
+            self.evaluator.evaluate(system, benchmarks)
 
     def execute(self) -> Path:
         """Everything, in order; returns the report."""
@@ -432,97 +378,6 @@ class Run:
                 build_report(self.directory.root, tokenizer_text(self.policy.processor.text))
             barrier("reported")
             return self.directory.root / "report.html"
-
-    # Helpers.
-
-    def _judge_identities(self, recipe: Recipe) -> list[str]:
-        """Hashes of every model that judges; the policy's own where a judge is not named."""
-        score = recipe.score
-        members = [member.partition("=") for member in score.members]
-        named = [(score.backend, score.model), *((name, model) for name, _, model in members if name != "endpoint")]
-        found = [
-            directory_identity(rewarding.find_reward(path) if name == "reward" else resolve_directory(path))
-            for name, path in named
-            if path
-        ]
-        if rewarding.judges_by_own_reward(recipe):
-            found.append(self.reward_identity())
-        return found or [self.policy.identity]
-
-    def _stop_tokens(self) -> tuple[int, ...]:
-        found = []
-        for word in self.recipe.evaluate.stop_words:
-            ids = self.policy.processor.text.encode(word)
-            if len(ids) != 1:
-                raise UserError(f"{word!r} is {len(ids)} tokens, not one", where="evaluate.stop_words")
-            found.append(ids[0])
-        return tuple(found)
-
-    def _greedy(self, *, stop_bias: float = 0.0, contrast_alpha: float = 0.0) -> SamplingConfig:
-        return SamplingConfig(
-            num_candidates=1,
-            temperature=0.0,
-            max_new_tokens=self.recipe.evaluate.max_new_tokens,
-            stop_bias=stop_bias,
-            contrast_alpha=contrast_alpha,
-        )
-
-    def _generator(self, model: Any, sampling: SamplingConfig, batch_size: int) -> Generator:
-        processor = self.policy.processor
-        return Generator(
-            model,
-            eos_token_id=processor.eos_token_id,
-            pad_token_id=processor.pad_token_id,
-            mesh=self.mesh,
-            sampling=sampling,
-            batch_size=batch_size,
-            tokenizer_size=processor.text.size,
-        )
-
-    @functools.cached_property
-    def _generators(self) -> dict[SamplingConfig, Generator]:
-        return {}
-
-    def _evaluate(
-        self,
-        name: str,
-        folder: Path,
-        model: Any,
-        sampling: SamplingConfig,
-        identity: str,
-        round: int,
-        arm: str | None,
-        benchmarks: list[evaluating.Benchmark],
-    ) -> None:
-        started, fresh = time.monotonic(), 0
-        config = self.recipe.evaluate
-        inputs = tables.content_hash(identity, dataclasses.asdict(sampling))
-        generator: Generator | None = None
-        for benchmark in benchmarks:
-            out = folder / "evaluation" / benchmark.name
-            if generator is None and not evaluating.is_finished(benchmark, config, out, inputs):
-                # One compiled program a decoding: systems differ in weights alone.
-                generator = self._generators.get(sampling)
-                if generator is None:
-                    generator = self._generators[sampling] = self._generator(model(), sampling, config.batch_size)
-                else:
-                    generator.load(model())
-            if generator is not None:
-                evaluating.evaluate(
-                    benchmark,
-                    generator,
-                    self.policy.processor,
-                    config,
-                    out,
-                    inputs=inputs,
-                    seed=self.recipe.seed,
-                    system=name,
-                )
-                fresh += 1
-        if fresh:
-            seconds = time.monotonic() - started
-            self.directory.note_stage("evaluate", round=round, arm=arm, seconds=seconds, benchmarks=fresh)
-            say(f"evaluated {name} in {seconds:.0f} s")
 
 
 def _noted(details: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,6 +65,13 @@ class RunDirectory:
 
     @classmethod
     def of(cls, recipe: Recipe) -> RunDirectory:
+        """The directory of a recipe's run.
+
+        Raises:
+            UserError: a name that leads out of `output_dir`, or into another run's folder.
+        """
+        if recipe.name in ("", ".", "..") or "/" in recipe.name:
+            raise UserError(f"{recipe.name!r} is not a folder's name", where="name", remedy="set output_dir as well")
         return cls(Path(recipe.output_dir) / recipe.name)
 
     def open(self, recipe: Recipe, facts: dict[str, Any]) -> None:
@@ -126,9 +133,17 @@ class RunDirectory:
         """Keeps two runs out of one directory; a lock whose process is gone is taken over.
 
         Raises:
-            UserError: another live process on this machine works in the directory.
+            UserError: another live process on this machine works in the directory, or nothing can be written there.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            (self.root / ".lock").touch()
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the run directory ({error.strerror})",
+                where=str(self.root),
+                remedy="choose another output_dir=...",
+            ) from None
         if not is_writer():
             yield
             return

@@ -122,8 +122,14 @@ def prompt_rows(
 
 
 def select_file(source: Path, target: Path, config: SelectConfig) -> dict[str, Any]:
-    """Scored candidates as JSON lines in, pairs as JSON lines out, drops beside them."""
+    """Scored candidates as JSON lines in, pairs as JSON lines out, drops beside them.
+
+    Raises:
+        UserError: a missing or empty file, or a row that is no scored candidate.
+    """
     rows = [row for _, row in tables.read_json_lines(source)]
+    if not rows:
+        raise UserError("no row", where=str(source), remedy="one scored candidate a line")
     pairs, drops, summary = select_rows(
         rows, config, dispreferred_confidence=config.confidence_dispreferred, where=str(source)
     )

@@ -98,8 +98,9 @@ def _evaluate_answers(options: argparse.Namespace) -> None:
     known = recipe.evaluate.benchmarks
     name = options.benchmark or (next(iter(known)) if len(known) == 1 else None)
     if name is None or name not in known:
+        unknown = "which benchmark do they answer?" if name is None else f"unknown benchmark {name!r}"
         raise UserError(
-            f"unknown benchmark {name!r}{nearest(name or '', known)}",
+            f"{unknown}{nearest(name or '', known)}",
             where="--benchmark",
             remedy="name one of evaluate.benchmarks",
         )
@@ -117,9 +118,8 @@ def validate(options: argparse.Namespace) -> None:
     for problem in problems:
         say(f"m3po: {problem}", style="red")
     if problems:
-        raise UserError(
-            f"{len(problems)} problems in all", where="validate", remedy="each line above says how to mend it"
-        )
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(f"{count} in all", where="validate", remedy="each line above says how to mend it")
     say(f"no problems: {read}")
 
 
@@ -166,6 +166,10 @@ def _token_text(recipe: Recipe) -> Callable[[int], str] | None:
 def _stage(options: argparse.Namespace) -> Iterator[Run]:
     """A locked, opened run for one stage's verb."""
     recipe = _recipe(options)
+    # Round 0 is the untrained model, which can only be evaluated.
+    least = 0 if options.verb == "evaluate" else 1
+    if options.round < least:
+        raise UserError(f"no round {options.round}", where="--round", remedy=f"at least {least}")
     _start()
     running = Run(recipe)
     with running.directory.lock():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from m3po_jax.data.tables import atomic_write
 from m3po_jax.report import overview
 from m3po_jax.report.browser import LEVELS, Item, TokenText, browse_round, finish
 from m3po_jax.report.calibration import calibration_views
@@ -26,7 +26,7 @@ from m3po_jax.report.formatting import (
     slug,
 )
 from m3po_jax.report.run_data import Reader, Run, read_run
-from m3po_jax.report.tables import benchmark_views, evaluation_tables
+from m3po_jax.report.tables import benchmark_views, evaluation_tables, meanings
 from m3po_jax.version import __version__
 
 MAX_PAIRS = 60
@@ -76,6 +76,7 @@ def render(
         if found.candidates is not None or found.pairs is not None or found.summary
     ]
     calibrations = calibration_views(run.rounds)
+    comparison = _comparison(run, reader)  # before the warnings, which name a file that it cannot read
     curves, more_curves = training_curves(run, CURVES), training_curves(run, MORE_CURVES)
     script, style = _asset("report.js"), _asset("report.css")
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
@@ -96,7 +97,7 @@ def render(
         "more_curves": more_curves,
         "arm_rows": overview.arm_rows(run),
         "tables": tables,
-        "comparison": _comparison(run, reader),
+        "comparison": comparison,
         "benchmarks": benchmark_views(run),
         "items": items,
         "reasons": sorted({item.reason for item in items if item.reason}),
@@ -104,6 +105,7 @@ def render(
         "token_levels": _token_legend() if any(a.tokens for item in items for a in item.answers) else [],
         "chart_data": embed_json({figure.id: figure.data for figure in _with_data([*curves, *more_curves])}),
         "plain": overview.plain,
+        "meanings": meanings,
     }
     page = _environment().from_string(_asset("template.html")).render(context)
     # The hash in the policy is of the script as the page carries it; control characters are not in our files.
@@ -149,7 +151,6 @@ def build_report(run_dir: Path | str, token_text: TokenText | None = None, *, ma
     run, reader = read_run(run_dir)
     page = render(run, reader, token_text, max_pairs)
     target = run_dir / "report.html"
-    draft = run_dir / f".report.html.{os.getpid()}.tmp"
-    draft.write_bytes(page)
-    draft.replace(target)
+    with atomic_write(target) as file:
+        file.write(page)
     return target

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from m3po_jax.report.figures import Figure
-from m3po_jax.report.formatting import as_number, clip, format_compact, format_number, format_percent, slug
+from m3po_jax.report.formatting import (
+    as_dict,
+    as_dicts,
+    as_number,
+    clip,
+    format_compact,
+    format_number,
+    format_percent,
+    format_span,
+    slug,
+)
 from m3po_jax.report.run_data import Round
 from m3po_jax.report.svg import BinCurve, Point, forest_chart, reliability_chart
 
@@ -25,14 +35,6 @@ class CalibrationView:
     figures: list[Figure]
     bins: list[tuple[str, list[tuple[str, str, str, str]]]]  # signal, (range, count, mean score, true)
     judges: list[str]
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _dicts(value: Any) -> list[dict[str, Any]]:
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def label(name: str, signal: dict[str, Any]) -> str:
@@ -58,17 +60,17 @@ def _view(found: Round) -> CalibrationView:
     # MAS, its members, the confidence in use, the other variants.
     order = {name: (not name.startswith("mas"), "_" in name, name) for name in known}
     signals = [(name, known[name]) for name in sorted(known, key=lambda name: order[name])]
-    correlations = _dict(calibration.get("correlation_mas_confidence"))
+    correlations = as_dict(calibration.get("correlation_mas_confidence"))
     rows = []
     for name, signal in signals:
         variant = f"confidence_{signal.get('variant')}" if name == "confidence" else name
-        within, reliability = _dict(signal.get("within")), _dict(signal.get("reliability"))
+        within, reliability = as_dict(signal.get("within")), as_dict(signal.get("reliability"))
         rows.append(
             {
                 "name": clip(label(name, signal), 60),
                 "auroc": format_number(signal.get("auroc"), 2),
                 "within": format_number(within.get("auroc"), 2),
-                "interval": _interval(within),
+                "interval": format_span(within.get("low"), within.get("high"), 2),
                 "n": format_number(signal.get("n"), 0),
                 "ece": format_number(reliability.get("ece"), 3),
                 "correlation": format_number(correlations.get(variant), 2),
@@ -78,21 +80,16 @@ def _view(found: Round) -> CalibrationView:
         number=found.number,
         verdict=[
             (tone, TONES[tone], clip(line.get("text"), 600))
-            for line in _dicts(calibration.get("verdict"))
+            for line in as_dicts(calibration.get("verdict"))
             if (tone := str(line.get("tone"))) in TONES
         ],
-        truths=[_truth(truth) for truth in _dicts(calibration.get("truths"))],
+        truths=[_truth(truth) for truth in as_dicts(calibration.get("truths"))],
         rows=rows,
         comparison=_comparison(found.number, signals),
         figures=_figures(found.number, signals),
         bins=[(label(name, signal), lines) for name, signal in signals if (lines := _bin_lines(signal))],
-        judges=[_judge(judge) for judge in _dicts(calibration.get("judges"))],
+        judges=[_judge(judge) for judge in as_dicts(calibration.get("judges"))],
     )
-
-
-def _interval(within: dict[str, Any]) -> str:
-    low, high = as_number(within.get("low")), as_number(within.get("high"))
-    return "" if low is None or high is None else f"{format_number(low, 2)} – {format_number(high, 2)}"
 
 
 def _truth(truth: dict[str, Any]) -> str:
@@ -113,7 +110,7 @@ def _bins(signal: dict[str, Any]) -> list[dict[str, float]]:
     """The bins of a reliability curve, malformed ones left out."""
     names = ("low", "high", "count", "score", "true")
     found = []
-    for item in _dicts(_dict(signal.get("reliability")).get("bins")):
+    for item in as_dicts(as_dict(signal.get("reliability")).get("bins")):
         values = {name: as_number(item.get(name)) for name in names}
         if all(value is not None for value in values.values()):
             found.append({name: float(value) for name, value in values.items() if value is not None})
@@ -136,7 +133,7 @@ def _comparison(number: int, signals: list[tuple[str, dict[str, Any]]]) -> Figur
     """Every signal's AUROC within prompts on one axis."""
     points = []
     for name, signal in signals:
-        within = _dict(signal.get("within"))
+        within = as_dict(signal.get("within"))
         value, low, high = (as_number(within.get(key)) for key in ("auroc", "low", "high"))
         if value is not None:
             interval = None if low is None or high is None else (low, high)
@@ -171,7 +168,7 @@ def _reliability(number: int, key: str, title: str, signals: list[tuple[str, dic
             curves.append(BinCurve(label(name, signal), x, y, n, style))
     if not curves:
         return []
-    nats = _dict(signals[0][1].get("reliability")).get("scale") == "nats"
+    nats = as_dict(signals[0][1].get("reliability")).get("scale") == "nats"
     axis = "confidence in nats" if nats else "score, as a probability"
     svg = reliability_chart(title, curves, x_label=axis, diagonal=not nats)
     note = "" if nats else "A calibrated score lies on the dotted line. "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from m3po_jax.report.figures import Figure
-from m3po_jax.report.formatting import format_number, slug
+from m3po_jax.report.formatting import format_number, format_span, slug
 from m3po_jax.report.svg import Point, Series, forest_chart, frontier_chart, line_chart
 
 # (key, label, better, digits, factor), in the order of the columns.
@@ -99,7 +99,7 @@ def _shown(found: Mapping[str, Any], systems: Mapping[str, Any]) -> list[tuple[s
 def _span(low: float | None, high: float | None, digits: int, factor: float) -> str:
     if low is None or high is None:
         return ""
-    return f"{format_number(factor * low, digits)} – {format_number(factor * high, digits)}"
+    return format_span(factor * low, factor * high, digits)
 
 
 def _value(value: Mapping[str, Any] | None, digits: int, factor: float, bound: bool) -> ComparisonCell:
@@ -192,9 +192,11 @@ def _differences(
                 points.append(Point(system, 0.0, factor * value["mean"], "arm", interval))
         if points:
             title = f"{name}: {label} against {reference}"
-            svg = forest_chart(title, points, band=(0.0, 0.0), digits=digits, x_label=f"{better} is better")
+            svg = forest_chart(title, points, band=None, digits=digits, reference=0.0, x_label=f"{better} is better")
             identity = f"compare-{slug(name)}-{slug(reference)}"
-            view.figures.append(Figure(identity, title, svg, "Interval over images; the line is no difference."))
+            view.figures.append(
+                Figure(identity, title, svg, "95 % interval over images; the dotted line is no difference.")
+            )
 
 
 def _efficiency(
@@ -251,7 +253,7 @@ def _cost(compute: Mapping[str, Mapping[str, float]]) -> ComparisonTable:
         ("trained_tokens", "Trained tokens"),
     )
     rows = [
-        (arm, "arm", [ComparisonCell(format_number(cost[key], 0)) for key, _ in keys])
+        (arm, "arm", [ComparisonCell(format_number(cost.get(key), 0)) for key, _ in keys])
         for arm, cost in compute.items()
     ]
     note = "Mean of a seed. Shared candidates and scores are counted in full for each system, and were made once."

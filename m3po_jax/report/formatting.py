@@ -28,6 +28,16 @@ def as_number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def as_dict(value: Any) -> dict[str, Any]:
+    """`value` where it is a dictionary, an empty one elsewhere: a malformed part of a file is left out."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_dicts(value: Any) -> list[dict[str, Any]]:
+    """The dictionaries among the items of a list, nothing of what is no list."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
 def format_number(value: Any, digits: int = 3, *, sign: bool = False) -> str:
     """Fixed digits, a real minus sign and thousands separators; a dash for what is missing."""
     number = as_number(value)
@@ -37,6 +47,13 @@ def format_number(value: Any, digits: int = 3, *, sign: bool = False) -> str:
     if float(text.replace(",", "")) == 0:
         text = text.lstrip("-+")
     return text.replace("-", "−")
+
+
+def format_span(low: Any, high: Any, digits: int = 3) -> str:
+    """An interval; empty where an end is missing."""
+    if as_number(low) is None or as_number(high) is None:
+        return ""
+    return f"{format_number(low, digits)} – {format_number(high, digits)}"
 
 
 def format_compact(value: Any) -> str:

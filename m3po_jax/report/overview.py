@@ -9,6 +9,7 @@ import numpy as np
 
 from m3po_jax.report.figures import main_arm, within_prompt_correlation
 from m3po_jax.report.formatting import (
+    DASH,
     as_number,
     format_duration,
     format_number,
@@ -223,6 +224,8 @@ def headlines(run: Run, tables: list[EvaluationTable]) -> list[Headline]:
             continue
         for index in range(min(2, len(table.columns))):
             cell, before = row["cells"][index], base["cells"][index]
+            if cell.text == DASH:  # CHAIR at equal recall has no value outside the frontier's recall
+                continue
             tone = {"better": "good", "worse": "bad"}.get(cell.verdict, "")
             outside = "outside the base's interval" if cell.verdict else "not outside the base's interval"
             if not before.interval:

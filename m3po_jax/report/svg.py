@@ -301,7 +301,7 @@ def forest_chart(
 
     Args:
         band: Shaded behind (the base's interval).
-        reference: Where a dotted line stands (chance).
+        reference: Where a dotted line stands (chance, no difference).
     """
     lows = [p.interval[0] if p.interval else p.y for p in points]
     highs = [p.interval[1] if p.interval else p.y for p in points]

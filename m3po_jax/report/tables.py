@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from m3po_jax.report.figures import Figure
-from m3po_jax.report.formatting import as_number, clip, format_compact, format_number, format_percent, slug
+from m3po_jax.report.formatting import (
+    as_dicts,
+    as_number,
+    clip,
+    format_compact,
+    format_number,
+    format_percent,
+    format_span,
+    slug,
+)
 from m3po_jax.report.run_data import Benchmark, Round, Run
 from m3po_jax.report.svg import Point, forest_chart, frontier_chart
 
 KINDS = {"arm": "", "frontier": "stop bias", "decoding": "decoding"}
 ITEMS_SHOWN = 30
+# What the columns of evaluation tables mean, for those that a table has (docs/evaluation.md).
+TERMS = {
+    "CHAIR_i": "share of the named objects that the image lacks (%)",
+    "CHAIR_s": "share of the captions that name at least one such object (%)",
+    "ΔC": "CHAIR_i minus that of the base stopped earlier or later to the same recall",
+    "Recall": "share of the image's objects that the caption names (%)",
+    "F1": "harmonic mean of precision and recall (%)",
+    "Objects": "named objects a caption",
+    "Tokens": "tokens an answer",
+    "Acc": "share of right answers (%)",
+    "Accuracy": "share of right answers (%)",
+    "Yes": "share of the answers that say yes (%)",
+}
 
 
 @dataclass
@@ -48,6 +71,12 @@ def verdict(value: float | None, base: tuple[float, float] | None, better: str |
     return "better" if (value > base[1]) == (better == "higher") else "worse"
 
 
+def meanings(labels: Iterable[str]) -> list[tuple[str, str]]:
+    """(term, what it means) of the columns with these labels, some of which begin with a benchmark's name."""
+    last = {word for label in labels for word in (label, label.rpartition(" ")[2])}
+    return [(term, meaning) for term, meaning in TERMS.items() if term in last]
+
+
 def evaluation_tables(evaluation: dict[str, Any]) -> list[EvaluationTable]:
     """The tables of `evaluation.json`, malformed parts left out."""
     tables = evaluation.get("tables")
@@ -60,7 +89,7 @@ def evaluation_tables(evaluation: dict[str, Any]) -> list[EvaluationTable]:
 
 def _table(table: dict[str, Any], index: int) -> EvaluationTable:
     columns = []
-    for column in _dicts(table.get("columns")):
+    for column in as_dicts(table.get("columns")):
         digits = as_number(column.get("digits"))
         columns.append(
             {
@@ -71,7 +100,7 @@ def _table(table: dict[str, Any], index: int) -> EvaluationTable:
             }
         )
     rows: list[dict[str, Any]] = []
-    for row in _dicts(table.get("rows")):
+    for row in as_dicts(table.get("rows")):
         kind = row.get("kind") if row.get("kind") in KINDS else "arm"
         values, intervals = row.get("values"), row.get("intervals")
         rows.append(
@@ -97,18 +126,10 @@ def _table(table: dict[str, Any], index: int) -> EvaluationTable:
     )
 
 
-def _dicts(value: Any) -> list[dict[str, Any]]:
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
 def _cell(row: dict[str, Any], base: dict[str, Any] | None, column: dict[str, Any]) -> Cell:
     key, digits = column["key"], column["digits"]
     value, interval = as_number(row["values"].get(key)), _interval(row["intervals"].get(key))
-    text = (
-        f"{format_number(interval[0], digits)} – {format_number(interval[1], digits)}"
-        if interval and value is not None
-        else ""
-    )
+    text = format_span(*interval, digits) if interval and value is not None else ""
     judged = ""
     if base is not None and row is not base:
         judged = verdict(value, _interval(base["intervals"].get(key)), column["better"])
@@ -135,7 +156,7 @@ def _forests(
         if len(points) < 2 or not any(point.interval for point in points):
             continue
         band = _interval(base["intervals"].get(key)) if base else None
-        wish = {"higher": "higher is better", "lower": "lower is better", None: ""}[column["better"]]
+        wish = f"{column['better']} is better" if column["better"] else ""
         svg = forest_chart(column["label"], points, band=band, digits=column["digits"], x_label=wish)
         figures.append(Figure(f"forest-{index}-{slug(key)}", column["label"], svg))
     return figures

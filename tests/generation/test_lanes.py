@@ -45,7 +45,7 @@ def test_free_lanes_take_waiting_candidates_of_the_oldest_prompts(states, arriva
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6)), min_size=1, max_size=30))
 def test_the_ring_never_overwrites_what_a_lane_sees(work):
     """Lanes with answers of up to 6 tokens write one slot a step; a lane finds all its tokens, in any slots."""
-    longest, sizes = 6, capacities(6, first=2)
+    longest, sizes = 6, capacities(6, first=2, multiple=1)
     written, content = jnp.full(sizes[0], NEVER), [None] * sizes[0]
     lanes, step, queue = [None, None], 0, list(work)
     while queue or any(lanes):
@@ -73,6 +73,6 @@ def test_the_ring_never_overwrites_what_a_lane_sees(work):
 
 
 def test_capacities_double_up_to_what_is_fed_back():
-    assert capacities(1) == [1] and capacities(2) == [1]
-    assert capacities(257) == [64, 128, 256]
-    assert capacities(150) == [64, 128, 149]
+    assert capacities(1) == [16] and capacities(17) == [16] and capacities(64) == [32, 64]
+    assert capacities(257) == [32, 64, 128, 256]
+    assert capacities(150) == [32, 64, 128, 160]

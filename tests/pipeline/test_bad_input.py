@@ -115,6 +115,12 @@ def test_malformed_line(tmp_path, capsys):
         ("mesh.fsdp=3", "mesh"),
         ("generate.top_p=0", "generate.top_p"),
         ("rounds=0", "rounds"),
+        ("train.beta=", "train.beta: Incompatible value 'None' for field of type 'float'; it takes float"),
+        ("train.beta=[1", "'train.beta=[1': the value is not valid YAML; quote it"),
+        ("train=3", "train: the value does not fit; it is a section: set keys of it"),
+        ("compare.seeds=3", "compare.seeds: the value does not fit; it takes list[int]"),
+        ("name=../other", "name: '../other' is not a folder's name; set output_dir"),
+        ("output_dir=/proc/none", "/proc/none/mini: cannot write to the run directory (No such file"),
     ],
 )
 def test_bad_settings(tmp_path, capsys, override, expected):
@@ -129,6 +135,34 @@ def test_missing_recipe_and_bad_yaml(tmp_path, capsys):
     assert "no such recipe" in refused(capsys, "run", "--config", str(tmp_path / "none.yaml"))
     (tmp_path / "bad.yaml").write_text("train: [1,")
     assert "not valid YAML" in refused(capsys, "run", "--config", str(tmp_path / "bad.yaml"))
+
+
+def test_a_folder_or_a_list_is_no_recipe(tmp_path, capsys):
+    assert "a folder, not a recipe" in refused(capsys, "run", "--config", str(tmp_path))
+    (tmp_path / "list.yaml").write_text("- train")
+    assert "a mapping of keys to values" in refused(capsys, "run", "--config", str(tmp_path / "list.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("verb", "number", "remedy"), [("generate", "0", "at least 1"), ("evaluate", "-1", "at least 0")]
+)
+def test_rounds_begin_with_one(tmp_path, capsys, verb, number, remedy):
+    recipe = str(write_recipe(tmp_path, write_data(tmp_path / "data")))
+    assert f"--round: no round {number}; {remedy}" in refused(capsys, verb, "--config", recipe, "--round", number)
+
+
+def test_select_wants_rows(tmp_path, capsys):
+    (tmp_path / "none.jsonl").write_text("")
+    files = ["--input", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "pairs.jsonl")]
+    assert "none.jsonl: no row; one scored candidate a line" in refused(capsys, "select", *files)
+    assert not (tmp_path / "pairs.jsonl").exists()
+
+
+def test_saved_answers_belong_to_one_benchmark(tmp_path, capsys):
+    recipe = str(write_recipe(tmp_path, write_data(tmp_path / "data")))
+    (tmp_path / "a.jsonl").write_text("")
+    line = refused(capsys, "evaluate", "--config", recipe, "--answers", str(tmp_path / "a.jsonl"))
+    assert "--benchmark: which benchmark do they answer? (known: questions, scenes)" in line
 
 
 def test_stages_out_of_order(tmp_path, capsys):

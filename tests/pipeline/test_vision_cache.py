@@ -12,7 +12,7 @@ from mini_run import write_data, write_recipe
 from m3po_jax.config import load_recipe
 from m3po_jax.data import tables
 from m3po_jax.data.processing import Processor
-from m3po_jax.pipeline.caches import vision_features
+from m3po_jax.pipeline.caches import image_features, vision_features
 from m3po_jax.pipeline.rounds import reference_log_probs
 from m3po_jax.pipeline.run import Run
 from m3po_jax.pipeline.score import blank_log_probs, pools
@@ -33,10 +33,13 @@ def test_generation_reads_cached_features(tmp_path: Path, capsys: pytest.Capture
     recipe = write_recipe(tmp_path, write_data(tmp_path / "data", count=6), arms={})
     plain = candidates_of(recipe, "plain")
     capsys.readouterr()
+    programs = image_features._cache_size()
     first = candidates_of(recipe, "first", "cache.vision_features=auto")
     assert "6 images computed" in " ".join(capsys.readouterr())
+    assert image_features._cache_size() == programs + 1
     again = candidates_of(recipe, "again", "cache.vision_features=auto")
     assert "0 images computed" in " ".join(capsys.readouterr())
+    assert image_features._cache_size() == programs + 1, "a model loaded anew is the same program"
     for rows in (first, again):
         assert [row["token_ids"] for row in rows] == [row["token_ids"] for row in plain]
         for row, other in zip(rows, plain, strict=True):
@@ -59,7 +62,9 @@ def test_a_second_run_computes_nothing_but_what_is_damaged(
     plain = trained_run(recipe, "plain")
     assert "log-probs" not in " ".join(capsys.readouterr())
     caches = ("cache.vision_features=auto", "cache.reference=auto")
+    image_features.clear_cache()
     first = trained_run(recipe, "first", *caches)
+    assert image_features._cache_size() == 1, "generation and training share one program"
     pairs = read_pairs(first.directory.round(1) / "pairs")
     said = " ".join(" ".join(capsys.readouterr()).split())
     assert "6 images computed" in said and f"reference log-probs: {len(pairs)} of {len(pairs)} rows computed" in said

@@ -1,0 +1,109 @@
+"""What the stages of one run share: its data, its policy, its benchmarks; each loaded once, when first needed."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from jax.sharding import Mesh
+
+from m3po_jax.config import Recipe
+from m3po_jax.data.schema import Prompt
+from m3po_jax.data.sources import PromptSource, fingerprint, read_prompts
+from m3po_jax.generation.engine import Generator
+from m3po_jax.generation.settings import SamplingConfig
+from m3po_jax.pipeline.checks import check_recipe
+from m3po_jax.pipeline.evaluate import Benchmark, read_benchmark
+from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy
+from m3po_jax.pipeline.rundir import RunDirectory
+from m3po_jax.pipeline.systems import SystemEvaluator
+from m3po_jax.sharding import make_mesh, use_mesh
+
+
+class Resources:
+    """A recipe's run directory, mesh, data and models; loads lazily, so that a finished stage costs nothing.
+
+    Raises:
+        UserError: settings that contradict each other; from what is loaded, whatever is wrong with it.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        check_recipe(recipe)
+        self.directory = RunDirectory.of(recipe)
+        self.mesh: Mesh = make_mesh(recipe.mesh)
+
+    @functools.cached_property
+    def source(self) -> PromptSource:
+        return read_prompts(self.recipe.data, require_image=True)
+
+    @functools.cached_property
+    def prompts(self) -> dict[str, Prompt]:
+        return {prompt.id: prompt for prompt in (self.source[i] for i in range(len(self.source)))}
+
+    @functools.cached_property
+    def data_identity(self) -> str:
+        return fingerprint(self.source)[:16]
+
+    @functools.cached_property
+    def policy(self) -> Policy:
+        with use_mesh(self.mesh):
+            return load_policy(self.recipe, self.mesh, image_root=self.source.image_root)
+
+    @functools.cached_property
+    def start_model(self) -> Any:
+        """The base model with untrained adapters: the same function, and the same program, as a trained one."""
+        return attach_adapter(self.policy, self.recipe, self.mesh)
+
+    def start_of(self, recipe: Recipe) -> Any:
+        """The starting model of an arm, whose adapters may differ from the main one's."""
+        if recipe.train.lora == self.recipe.train.lora:
+            return self.start_model
+        return attach_adapter(self.policy, recipe, self.mesh)
+
+    @functools.cached_property
+    def benchmarks(self) -> list[Benchmark]:
+        items = self.recipe.evaluate.benchmarks.items()
+        return [read_benchmark(name, config) for name, config in items]
+
+    @functools.cached_property
+    def evaluator(self) -> SystemEvaluator:
+        return SystemEvaluator(self.recipe, self.directory, self.policy.processor, self.generator)
+
+    def generator(self, model: Any, sampling: SamplingConfig, batch_size: int) -> Generator:
+        """An engine that draws answers of `model`; its programs are compiled on first use."""
+        processor = self.policy.processor
+        return Generator(
+            model,
+            eos_token_id=processor.eos_token_id,
+            pad_token_id=processor.pad_token_id,
+            mesh=self.mesh,
+            sampling=sampling,
+            batch_size=batch_size,
+            tokenizer_size=processor.text.size,
+        )
+
+    def open(self) -> None:
+        """Creates or continues the run directory, after opening everything that a later stage will read.
+
+        Raises:
+            UserError: the directory holds a run of another recipe.
+        """
+        _ = self.benchmarks
+        facts = {
+            "model": {"path": self.recipe.model.path, "hash": self.policy.identity},
+            "data": {"path": self.recipe.data.path, "fingerprint": self.data_identity, "rows": len(self.source)},
+            "template": self.recipe.model.template,
+            "image_fit": self.recipe.model.image_fit,
+            "mesh": dict(self.mesh.shape),
+        }
+        self.directory.open(self.recorded_recipe(), facts)
+
+    def recorded_recipe(self) -> Recipe:
+        """What the run directory is checked against."""
+        return self.recipe
+
+    def release(self) -> None:
+        """Lets go of every model, so that another run may load its own; finished stages can still be read."""
+        for name in ("policy", "start_model", "evaluator"):
+            self.__dict__.pop(name, None)

@@ -1,0 +1,103 @@
+"""A signal that arrives after a stage's last look is acted on by whoever comes next; none is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import jax
+import pytest
+
+from m3po_jax import cli
+from m3po_jax.errors import Interrupted
+from m3po_jax.pipeline.stopping import stoppable
+from m3po_jax.training import signals
+from m3po_jax.training.signals import stop_signal
+
+BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+
+
+def tell(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+@BOTH
+def test_a_signal_after_the_last_look_reaches_whoever_listened_before(number: signal.Signals) -> None:
+    heard: list[int] = []
+    before = signal.signal(number, lambda number, frame: heard.append(number))
+    try:
+        with stop_signal():
+            tell(number)
+            assert heard == []
+        assert heard == [number]
+        with stop_signal() as stop:
+            assert stop.received is None, "it was handed on, so a later stage must not stop for it again"
+    finally:
+        signal.signal(number, before)
+
+
+def test_an_inner_block_hands_its_signal_to_the_outer_one() -> None:
+    with pytest.raises(Interrupted, match="stopped by SIGTERM while testing"):
+        for item in stoppable([1, 2, 3], "testing"):
+            assert item == 1
+            with stop_signal():
+                tell(signal.SIGTERM)
+
+
+def test_a_block_that_stopped_for_its_signal_does_not_raise_it_again() -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(Interrupted):
+        for _ in stoppable([1, 2], "testing"):
+            tell(signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_other_threads_catch_nothing() -> None:
+    found: list[str | None] = []
+
+    def work() -> None:
+        with stop_signal() as stop:
+            found.append(stop.received)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [None]
+
+
+def test_on_several_hosts_the_next_stage_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that left alone would keep the others waiting: it waits for their next common look."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with stop_signal():
+        tell(signal.SIGTERM)
+    with stop_signal() as stop:
+        assert stop.received == "SIGTERM"
+    with pytest.raises(Interrupted), stop_signal() as stop:
+        assert stop.received == "SIGTERM", "a stage that has not looked hands it on again"
+        raise Interrupted("all stop")
+    with stop_signal() as stop:
+        assert stop.received is None
+
+
+@BOTH
+def test_the_command_ends_with_75_where_the_last_piece_was_told(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stage's work is whole, and what would follow it does not start."""
+    from m3po_jax.pipeline import verbs
+
+    done: list[str] = []
+
+    def run(options: object) -> None:
+        for item in stoppable(["first", "last"], "testing"):
+            done.append(item)
+            if item == "last":
+                tell(number)
+        done.append("the next stage")
+
+    monkeypatch.setattr(verbs, "run", run)
+    assert cli.main(["run", "--config", "quickstart.yaml"]) == cli.EXIT_INTERRUPTED
+    assert done == ["first", "last"]
+    assert "what is finished is saved; the same command continues" in capsys.readouterr().err
+    assert signals._unseen == []
