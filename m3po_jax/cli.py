@@ -75,6 +75,7 @@ VERBS: dict[str, tuple[str, str]] = {
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The parser of every verb and its options."""
     parser = argparse.ArgumentParser(
         prog="m3po",
         description="Multimodal-model-guided preference optimization for large vision-language models, in JAX.",
@@ -97,7 +98,6 @@ def make_parser() -> argparse.ArgumentParser:
             )
         if name in ("generate", "score", "select", "train", "evaluate", "export"):
             verb.add_argument("--round", type=int, default=1, metavar="R", help="which round's folder (default 1)")
-        if name in ("generate", "score", "select", "train", "evaluate", "export"):
             verb.add_argument("--arm", default=None, help="a comparison arm of the recipe (default: the main one)")
         if name == "select":
             verb.add_argument("--input", metavar="FILE.jsonl", help="scored candidates as JSON lines")

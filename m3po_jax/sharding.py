@@ -76,6 +76,7 @@ def spec_for(axes: Axes, shape: Sequence[int], mesh: Any) -> P:
 
 
 def sharding_for(axes: Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """`spec_for` on a mesh: where an array with these logical axes lies."""
     return NamedSharding(mesh, spec_for(axes, shape, mesh))
 
 
@@ -89,6 +90,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
+    """Makes `mesh` the one that `constrain` and the kernels see while the block runs."""
     with jax.set_mesh(mesh):
         yield mesh
 

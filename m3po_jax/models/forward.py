@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from m3po_jax.models.attention import Causal, Tree, last_valid
-from m3po_jax.models.llama import Llama
+from m3po_jax.models.llama import Llama, TokenScores
 
 
 class VisionLanguageModel(Protocol):
@@ -78,7 +78,7 @@ def branch_hidden(
     return jnp.concatenate([first, hidden[:, 1:].reshape(b, k, t, hidden.shape[-1])], axis=2)
 
 
-def branch_log_probs(
+def branch_scores(
     model: VisionLanguageModel,
     prefix_ids: Int[Array, "b p"],
     prefix_mask: Bool[Array, "b p"],
@@ -88,23 +88,34 @@ def branch_log_probs(
     *,
     remat: str = "none",
     base_learns: bool = False,
-) -> Float[Array, "b k t"]:
-    """log π(token | image, prompt, earlier tokens of the branch) in nats, temperature 1; 0 where masked.
+) -> TokenScores:
+    """Each branch token's `TokenScores` [b, k, t] given image, prompt and earlier tokens; 0 and false where masked.
 
     The prompt is encoded once for its k branches, and logits exist at branch positions only.
     """
     hidden = branch_hidden(
         model, prefix_ids, prefix_mask, features, branch_ids, branch_mask, remat=remat, base_learns=base_learns
     )
-    return jnp.where(branch_mask, states_log_probs(model, hidden, branch_ids), 0.0)
+    scores = states_scores(model, hidden, branch_ids)
+    return TokenScores(*(jnp.where(branch_mask, x, jnp.zeros((), x.dtype)) for x in scores))
 
 
-def states_log_probs(
+def branch_log_probs(*inputs: Any, remat: str = "none", base_learns: bool = False) -> Float[Array, "b k t"]:
+    """log π(token | image, prompt, earlier tokens of the branch) in nats, temperature 1; 0 where masked.
+
+    Args:
+        inputs: As of `branch_scores`.
+    """
+    return branch_scores(*inputs, remat=remat, base_learns=base_learns).log_probs
+
+
+def states_scores(
     model: VisionLanguageModel, hidden: Float[Array, "b k t d"], branch_ids: Int[Array, "b k t"]
-) -> Float[Array, "b k t"]:
-    """log π of each token given the state that predicts it (see `branch_hidden`), nats, float32."""
+) -> TokenScores:
+    """Each token's `TokenScores` [b, k, t] given the state that predicts it (see `branch_hidden`), float32."""
     flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])  # noqa: E731
-    return model.decoder.token_log_probs(flat(hidden), flat(branch_ids)).reshape(branch_ids.shape)
+    scores = model.decoder.token_scores(flat(hidden), flat(branch_ids))
+    return TokenScores(*(x.reshape(branch_ids.shape) for x in scores))
 
 
 def prefill(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from m3po_jax.models.attention import LastLayout, Layout
 from m3po_jax.models.layers import (
@@ -28,6 +28,20 @@ from m3po_jax.models.layers import (
 from m3po_jax.sharding import constrain
 
 MAX_LOGITS = 2**26  # that may exist at once on a device when log-probabilities are computed: 256 MiB
+
+
+class TokenScores(NamedTuple):
+    """What the logits before each token say; only `log_probs` carries a gradient, and what is not read costs nothing.
+
+    Attributes:
+        log_probs: log π(token), nats.
+        entropy: Of the whole distribution, −Σ π log π, nats.
+        is_top1: No token is more likely.
+    """
+
+    log_probs: Float[Array, "b n"]
+    entropy: Float[Array, "b n"]
+    is_top1: Bool[Array, "b n"]
 
 
 @dataclass(frozen=True)
@@ -195,8 +209,8 @@ class Llama(nnx.Module):
         graph, layer = nnx.split(layer_at(self.layers, count))
         return self.norm(jax.checkpoint(end, policy=REMAT_POLICIES[remat])(layer, x))
 
-    def token_log_probs(self, hidden: Float[Array, "b n d"], token_ids: Int[Array, "b n"]) -> Float[Array, "b n"]:
-        """log softmax(logits)[token] in float32, without the full softmax.
+    def token_scores(self, hidden: Float[Array, "b n d"], token_ids: Int[Array, "b n"]) -> TokenScores:
+        """log softmax(logits)[token] in float32 and what else the logits say, without the full softmax.
 
         More than `MAX_LOGITS` logits never exist at once: a large vocabulary is taken in chunks with a running
         log-sum-exp, and the backward pass computes a chunk's logits again.
@@ -208,10 +222,14 @@ class Llama(nnx.Module):
         if chunks <= 1:
             logits = self.logits(hidden)
             chosen = jnp.take_along_axis(logits, token_ids[..., None], axis=-1)[..., 0]
-            return chosen - jax.nn.logsumexp(logits, axis=-1)
-        return self._chunked_log_probs(hidden, token_ids, chunks)
+            total = jax.nn.logsumexp(logits, axis=-1)
+            all_log_probs = jax.lax.stop_gradient(logits - total[..., None])
+            entropy = -jnp.sum(jnp.exp(all_log_probs) * all_log_probs, axis=-1)
+            is_top1 = jax.lax.stop_gradient(chosen) >= jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+            return TokenScores(chosen - total, entropy, is_top1)
+        return self._chunked_scores(hidden, token_ids, chunks)
 
-    def _chunked_log_probs(self, hidden: jax.Array, token_ids: jax.Array, chunks: int) -> jax.Array:
+    def _chunked_scores(self, hidden: jax.Array, token_ids: jax.Array, chunks: int) -> TokenScores:
         vocabulary = self.config.vocab_size
         mesh = jax.sharding.get_abstract_mesh()
         # A chunk takes its share of every device's part of the vocabulary, so that no weights travel.
@@ -222,7 +240,7 @@ class Llama(nnx.Module):
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def chunk(carry: tuple[jax.Array, ...], index: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
-            top, total, chosen = carry
+            top, total, chosen, weighted = carry
             start = jnp.minimum(index * width, rows - width)  # the last chunk overlaps the one before
 
             def columns(w: jax.Array, axis: int) -> jax.Array:
@@ -235,14 +253,22 @@ class Llama(nnx.Module):
             new = jnp.tile(start + jnp.arange(width) >= index * width, parts)
             logits = jnp.where(new, nnx.merge(graph, state).logits(hidden, columns), -jnp.inf)
             highest = jax.lax.stop_gradient(jnp.maximum(top, jnp.max(logits, axis=-1)))
-            total = total * jnp.exp(top - highest) + jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1)
+            share = jnp.exp(logits - highest[..., None])
+            # Σ exp(l − highest) (l − highest), without gradient: large logits do not cancel as they would in Σ p l.
+            below = jnp.where(new, logits, highest[..., None]) - highest[..., None]
+            weighted = (weighted + total * (top - highest)) * jnp.exp(top - highest) + jnp.sum(share * below, axis=-1)
+            total, weighted = (
+                total * jnp.exp(top - highest) + jnp.sum(share, axis=-1),
+                jax.lax.stop_gradient(weighted),
+            )
             here = (ids == token_ids[..., None]) & new
-            return (highest, total, chosen + jnp.sum(jnp.where(here, logits, 0.0), axis=-1)), None
+            return (highest, total, chosen + jnp.sum(jnp.where(here, logits, 0.0), axis=-1), weighted), None
 
         zeros = jnp.zeros(token_ids.shape, jnp.float32)
-        start = (jnp.full(token_ids.shape, -jnp.inf), zeros, zeros)
-        (top, total, chosen), _ = jax.lax.scan(chunk, start, jnp.arange(chunks))
-        return chosen - top - jnp.log(total)
+        start = (jnp.full(token_ids.shape, -1e30), zeros, zeros, zeros)
+        (top, total, chosen, weighted), _ = jax.lax.scan(chunk, start, jnp.arange(chunks))
+        entropy = jax.lax.stop_gradient(jnp.log(total) - weighted / total)
+        return TokenScores(chosen - top - jnp.log(total), entropy, jax.lax.stop_gradient(chosen) >= top)
 
     def logits(
         self, hidden: Float[Array, "... d"], columns: Columns = lambda w, axis: w

@@ -246,4 +246,5 @@ def _span(value: float, low: float | None, high: float | None) -> str:
 
 
 def finite(value: float) -> float | None:
+    """The value as JSON may hold it; None for NaN and infinity."""
     return float(value) if np.isfinite(value) else None

@@ -82,6 +82,7 @@ def results_key(benchmark: Benchmark, config: EvaluateConfig, inputs: str) -> st
 
 
 def is_finished(benchmark: Benchmark, config: EvaluateConfig, out: Path, inputs: str) -> bool:
+    """Whether `out` holds this benchmark's results of these weights and settings, on every process alike."""
     known = read_json(out / "results.json")
     return agreed([known is not None and known.get("inputs") == results_key(benchmark, config, inputs)])[0]
 

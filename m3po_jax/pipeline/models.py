@@ -134,6 +134,7 @@ def load_dual_encoder(
     dtype: str = "float32",
     image_fit: str = "",
 ) -> tuple[Loaded, DualEncoderProcessor]:
+    """A CLIP or SigLIP model and its processor, from a directory or a built-in name; parameters in float32."""
     loaded = load_model(path, dtype=dtype, param_dtype="float32", mesh=mesh, init=init, seed=seed)
     processor = DualEncoderProcessor.from_pretrained(
         loaded.directory,
@@ -145,6 +146,7 @@ def load_dual_encoder(
 
 
 def read_rows(config: DataConfig, *, require_image: bool = False) -> sources.PromptSource:
+    """The rows of one data source; see `sources.read_prompts`."""
     return sources.read_prompts(config, require_image=require_image)
 
 

@@ -26,7 +26,7 @@ from m3po_jax.pipeline.caches import fill
 from m3po_jax.pipeline.generate import prompt_batches
 from m3po_jax.pipeline.rundir import is_writer
 from m3po_jax.pipeline.stopping import agreed, barrier
-from m3po_jax.scoring.engine import Scorer
+from m3po_jax.scoring.engine import Scorer, pad_answers
 
 REFERENCES = ("previous", "base")
 SIDES = ("chosen", "rejected")
@@ -79,13 +79,7 @@ def reference_log_probs(
     made: list[dict[str, Any]] = []
     for chosen, batch in prompt_batches(prompts, processor, scorer.batch_size, features=features):
         own = answers[len(made) : len(made) + len(chosen)]
-        longest = max(len(ids) for pair in own for ids in pair)
-        ids = np.zeros((len(own), 2, longest), np.int32)
-        mask = np.zeros(ids.shape, bool)
-        for b, pair in enumerate(own):
-            for k, tokens in enumerate(pair):
-                ids[b, k, : len(tokens)], mask[b, k, : len(tokens)] = tokens, True
-        found = scorer.log_probs(batch, ids, mask)
+        found = scorer.log_probs(batch, *pad_answers(own))
         for b, pair in enumerate(own):
             row = dict(rows[len(made)])
             row |= {

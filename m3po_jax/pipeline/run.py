@@ -45,6 +45,7 @@ class Run(Resources):
         self._trained: dict[tuple[int, str | None], Trained] = {}
 
     def arm_recipe(self, arm: str | None) -> Recipe:
+        """The recipe of an arm; None is the recipe's own system."""
         return arm_recipe(self.recipe, arm)
 
     def forget(self, round: int, arm: str | None) -> None:
@@ -89,6 +90,7 @@ class Run(Resources):
         return None if shared else arm
 
     def generate_stage(self, round: int, arm: str | None = None) -> None:
+        """Draws a round's candidates into ``round-R/candidates/``, as far as they are missing."""
         recipe, folder = self.arm_recipe(arm), self.directory.round(round, arm) / "candidates"
         config = recipe.generate
         sampling = sampling_config(config, recipe.seed * 1000 + round)
@@ -106,6 +108,7 @@ class Run(Resources):
         )
 
     def score_stage(self, round: int, arm: str | None = None) -> None:
+        """Scores a round's candidates into ``round-R/scores/``, and says what its judge is worth."""
         recipe = self.arm_recipe(arm)
         candidates = self.directory.round(round, self.candidates_owner(round, arm)) / "candidates"
         inputs = tables.content_hash(
@@ -179,6 +182,7 @@ class Run(Resources):
             self.select_stage(round, arm)
 
     def select_stage(self, round: int, arm: str | None = None) -> dict[str, Any]:
+        """Pairs an arm's candidates into its ``round-R/pairs/``; returns the selection's summary."""
         recipe = self.arm_recipe(arm)
         found = select(
             self.directory.round(round, self.candidates_owner(round, arm)) / "candidates",

@@ -42,6 +42,7 @@ def read_json(path: Path) -> Any:
 
 
 def versions() -> dict[str, str]:
+    """Versions of this package and of those that it computes with, as the manifest keeps them."""
     from importlib import metadata
 
     found = {"m3po-jax": __version__}
@@ -54,6 +55,7 @@ def versions() -> dict[str, str]:
 
 
 def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -162,6 +164,7 @@ class RunDirectory:
 
 
 def round_seconds(seconds: float) -> float:
+    """Seconds to two places, as the manifest keeps them."""
     return float(f"{seconds:.2f}")
 
 

@@ -24,7 +24,7 @@ from m3po_jax.pipeline.rundir import is_writer, write_json
 from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
 from m3po_jax.scoring.alignment import Backend, Reference, judge_pools
 from m3po_jax.scoring.confidence import confidence_variants
-from m3po_jax.scoring.engine import Scorer
+from m3po_jax.scoring.engine import Scorer, pad_answers
 from m3po_jax.scoring.m3p import m3p_scores
 
 NEED_BLANK_IMAGE = frozenset({"prior", "visual"})
@@ -46,14 +46,7 @@ def blank_log_probs(
     for rows, batch in prompt_batches(prompts, processor, scorer.batch_size, images=False):
         own = groups[len(found) : len(found) + len(rows)]
         answers = [[np.asarray(row["token_ids"], np.int32) for row in group] for group in own]
-        widest = max(len(group) for group in answers)
-        longest = max(len(ids) for group in answers for ids in group)
-        ids = np.zeros((len(rows), widest, longest), np.int32)
-        mask = np.zeros(ids.shape, bool)
-        for b, group in enumerate(answers):
-            for k, tokens in enumerate(group):
-                ids[b, k, : len(tokens)], mask[b, k, : len(tokens)] = tokens, True
-        log_probs = scorer.log_probs(batch, ids, mask, blank_images=True)
+        log_probs = scorer.log_probs(batch, *pad_answers(answers), blank_images=True)
         found += [[log_probs[b, k, : len(t)] for k, t in enumerate(group)] for b, group in enumerate(answers)]
     return found
 
@@ -100,6 +93,7 @@ def score_rows(
 
 
 def score_schema(config: ScoreConfig, backend: Backend) -> pa.Schema:
+    """The columns of a score shard: the fixed ones, and one for each backend and confidence variant."""
     columns = [f"mas_{backend.name}", *getattr(backend, "columns", ())]
     columns += [f"confidence_{name}" for name in config.confidence]
     schema = SCORE_FIXED

@@ -27,15 +27,19 @@ def main_name(recipe: Recipe) -> str:
 
 
 def stop_bias_name(bias: float) -> str:
+    """What the base with this bias on its stop tokens is called."""
     return f"base, stop bias {bias:+g}"
 
 
 def contrast_name(alpha: float) -> str:
+    """What the base decoded contrastively with this α is called."""
     return f"vcd α={alpha:g}"
 
 
 @dataclass(frozen=True)
 class Column:
+    """A column of the table: key of the metric, head, which way is better, and how its numbers are printed."""
+
     key: str
     label: str
     better: str | None

@@ -24,6 +24,8 @@ LEVELS = (0.9, 0.5, 0.2, 0.05)
 
 @dataclass(frozen=True)
 class Token:
+    """A token of an answer, with its log-probability (nats) and level of colour."""
+
     text: str
     level: int  # 0: likely … 4: unlikely; see LEVELS
     log_prob: float | None

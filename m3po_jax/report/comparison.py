@@ -34,6 +34,8 @@ _KINDS = {"base": "base", "frontier": "frontier", "decoding": "decoding"}
 
 @dataclass
 class ComparisonCell:
+    """One value of a table, with its interval or intervals in small print."""
+
     text: str
     small: str = ""
     verdict: str = ""  # better | worse: both intervals of a difference exclude zero
@@ -41,6 +43,8 @@ class ComparisonCell:
 
 @dataclass
 class ComparisonTable:
+    """One table of the section, with the note below it."""
+
     title: str
     columns: list[tuple[str, str]]  # label, and which way is better
     rows: list[tuple[str, str, list[ComparisonCell]]]  # name, kind, cells

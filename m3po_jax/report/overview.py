@@ -10,6 +10,8 @@ import numpy as np
 from m3po_jax.report.figures import main_arm, within_prompt_correlation
 from m3po_jax.report.formatting import (
     DASH,
+    as_dict,
+    as_dicts,
     as_number,
     format_duration,
     format_number,
@@ -27,6 +29,8 @@ DISPLACED_LIMIT = -0.01  # nats per token: clearly more than rounding
 
 @dataclass
 class Bar:
+    """One bar: label, text at its end, share of the longest in [0, 1], note below, kind for its colour."""
+
     label: str
     text: str
     share: float  # of the longest bar, 0 to 1
@@ -36,18 +40,12 @@ class Bar:
 
 @dataclass
 class Headline:
+    """One number of the summary, with what it is to be compared with."""
+
     label: str
     value: str
     note: str = ""
     tone: str = ""  # good | bad
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _dicts(value: Any) -> list[dict[str, Any]]:
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def stages(run: Run) -> list[dict[str, Any]]:
@@ -58,7 +56,7 @@ def stages(run: Run) -> list[dict[str, Any]]:
 def header(run: Run) -> dict[str, Any]:
     """Name, when, where and the facts that make the run repeatable."""
     manifest = run.manifest
-    model, data = _dict(manifest.get("model")), _dict(manifest.get("data"))
+    model, data = as_dict(manifest.get("model")), as_dict(manifest.get("data"))
     name = manifest.get("name") or run.setting("name") or run.path.resolve().name
     finished = max((str(s["finished"]) for s in stages(run) if isinstance(s.get("finished"), str)), default=None)
     facts = [
@@ -75,7 +73,7 @@ def header(run: Run) -> dict[str, Any]:
         ("Model hash", model.get("hash"), True),
         ("Data fingerprint", data.get("fingerprint"), True),
     ]
-    versions = [(str(key), str(value)) for key, value in _dict(manifest.get("versions")).items()]
+    versions = [(str(key), str(value)) for key, value in as_dict(manifest.get("versions")).items()]
     return {
         "name": str(name),
         "facts": [(label, str(value), mono) for label, value, mono in facts if value not in (None, "")],
@@ -107,6 +105,7 @@ def stage_bars(run: Run) -> list[Bar]:
 
 
 def total_seconds(run: Run) -> float:
+    """Seconds of all stages together."""
     return sum(as_number(stage.get("seconds")) or 0.0 for stage in stages(run))
 
 
@@ -121,6 +120,7 @@ def prompt_total(found: Round) -> int | None:
 
 
 def pair_total(found: Round) -> int | None:
+    """Pairs of a round, as selection stated them or as they lie there."""
     if found.pairs is not None:
         return len(found.pairs)
     stated = as_number(found.summary.get("kept"))
@@ -129,7 +129,9 @@ def pair_total(found: Round) -> int | None:
 
 def drop_counts(found: Round) -> list[tuple[str, int]]:
     """Dropped prompts by reason, most frequent first."""
-    stated = {str(k): int(n) for k, v in _dict(found.summary.get("drops")).items() if (n := as_number(v)) is not None}
+    stated = {
+        str(k): int(n) for k, v in as_dict(found.summary.get("drops")).items() if (n := as_number(v)) is not None
+    }
     if not stated:
         for _, reason in found.drops:
             stated[reason] = stated.get(reason, 0) + 1
@@ -299,7 +301,7 @@ def _round_warnings(found: Round, stated: str) -> list[str]:
             f"MAS and confidence correlate within prompts at {format_number(r, 2)} (above {CORRELATION_LIMIT}"
             "): confidence partly repeats MAS, so compare with mas_dpo before crediting confidence."
         )
-    for line in _dicts(found.calibration.get("verdict")):
+    for line in as_dicts(found.calibration.get("verdict")):
         # Selection warns of the correlation itself.
         if line.get("tone") == "warn" and not (line.get("about") == "correlation" and (r is not None or stated)):
             lines.append(str(line.get("text")))

@@ -79,12 +79,16 @@ class Round:
 
 @dataclass
 class Benchmark:
+    """One benchmark's results and items of a round."""
+
     results: dict[str, Any]
     items: list[dict[str, Any]]
 
 
 @dataclass
 class Run:
+    """What was found of a run directory; whatever is missing is empty."""
+
     path: Path
     config: dict[str, Any]
     config_text: str

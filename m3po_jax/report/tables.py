@@ -40,6 +40,8 @@ TERMS = {
 
 @dataclass
 class Cell:
+    """One value of an evaluation table."""
+
     text: str
     interval: str = ""
     verdict: str = ""  # better | worse | differs: outside the base's interval
@@ -47,6 +49,8 @@ class Cell:
 
 @dataclass
 class EvaluationTable:
+    """One table of `evaluation.json`, judged against its base."""
+
     title: str
     note: str
     columns: list[dict[str, Any]]
@@ -195,6 +199,8 @@ def _frontier(rows: list[dict[str, Any]], columns: list[dict[str, Any]], index: 
 
 @dataclass
 class BenchmarkView:
+    """One benchmark's numbers and the items that tell most."""
+
     name: str
     round: int
     metrics: list[tuple[str, str]]

@@ -39,6 +39,8 @@ _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w)")
 
 
 class Stop(Protocol):
+    """Whether a signal to stop has arrived, and which."""
+
     received: str | None
 
 

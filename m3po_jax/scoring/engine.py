@@ -22,6 +22,22 @@ from m3po_jax.models.forward import VisionLanguageModel, branch_hidden, branch_l
 from m3po_jax.sharding import replicate, shard_batch, to_host, use_mesh
 
 
+def pad_answers(
+    answers: Sequence[Sequence[np.ndarray]],
+) -> tuple[Int[np.ndarray, "b k t"], Bool[np.ndarray, "b k t"]]:
+    """Token ids and mask of every prompt's answers, as `Scorer` takes them: padded on the right, to the same k."""
+    shape = (
+        len(answers),
+        max((len(own) for own in answers), default=0),
+        max((len(tokens) for own in answers for tokens in own), default=0),
+    )
+    ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for b, own in enumerate(answers):
+        for k, tokens in enumerate(own):
+            ids[b, k, : len(tokens)], mask[b, k, : len(tokens)] = tokens, True
+    return ids, mask
+
+
 class Scorer:
     """Scores answers under one model on one mesh.
 

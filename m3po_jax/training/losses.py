@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from m3po_jax.config import TrainConfig
 from m3po_jax.data.collation import TreeBatch
 from m3po_jax.data.contrastive import ContrastiveBatch
 from m3po_jax.models import lora
-from m3po_jax.models.forward import branch_log_probs, encode_images
+from m3po_jax.models.forward import branch_scores, encode_images
+from m3po_jax.models.llama import TokenScores
 from m3po_jax.objectives.conditional import anchor_loss, conditional_logits, conditional_loss
 from m3po_jax.objectives.length import length_desensitised_sums
 from m3po_jax.objectives.metrics import preference_metrics
@@ -33,9 +34,13 @@ CORRUPTIONS = ("blank", "swap")
 
 
 class LossOutput(NamedTuple):
+    """`token_sums`: metrics that are means over answer tokens, as (sum, number of tokens), so that those of
+    micro-batches add up."""
+
     loss: Float[Array, ""]
     metrics: dict[str, Float[Array, ""]]
     row_losses: Float[Array, " b"]
+    token_sums: dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 
 
 def image_features(model: Any, batch: Any, *, remat: str = "none") -> Float[Array, "b m n v"] | None:
@@ -50,10 +55,11 @@ def base_learns(config: TrainConfig) -> bool:
     return config.lora.lora_rank == 0
 
 
-def _answer_log_probs(
-    model: Any, batch: TreeBatch, features: Any, remat: str, *, base_learns: bool = False
-) -> Float[Array, "b k t"]:
-    log_probs = branch_log_probs(
+def answer_scores(
+    model: Any, batch: Any, features: Any, *, remat: str = "none", base_learns: bool = False
+) -> TokenScores:
+    """`models.forward.branch_scores` of the answers [b, k, t] of a `TreeBatch` or what has its fields, float32."""
+    return branch_scores(
         model,
         batch.prefix_ids,
         batch.prefix_mask,
@@ -63,7 +69,22 @@ def _answer_log_probs(
         remat=remat,
         base_learns=base_learns,
     )
-    return log_probs.astype(jnp.float32)
+
+
+def answer_log_probs(
+    model: Any, batch: Any, features: Any, *, remat: str = "none", base_learns: bool = False
+) -> Float[Array, "b k t"]:
+    """log π of every answer token, nats, float32; 0 where masked."""
+    return answer_scores(model, batch, features, remat=remat, base_learns=base_learns).log_probs
+
+
+def token_sums(scores: TokenScores, mask: Bool[Array, "b k t"]) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """TRL's ``entropy`` (over all answers) and ``mean_token_accuracy`` (over the first of each row)."""
+    count = lambda x: jnp.sum(x, dtype=jnp.float32)  # noqa: E731
+    return {
+        "entropy": (jnp.sum(scores.entropy), count(mask)),
+        "mean_token_accuracy": (count(scores.is_top1[:, 0]), count(mask[:, 0])),
+    }
 
 
 def reference_log_probs(
@@ -72,7 +93,7 @@ def reference_log_probs(
     """log π_ref of every answer token, nats, without gradient, of the reference model as given."""
     if features is None:
         features = image_features(model, batch, remat=remat)
-    return jax.lax.stop_gradient(_answer_log_probs(model, batch, features, remat))
+    return jax.lax.stop_gradient(answer_log_probs(model, batch, features, remat=remat))
 
 
 def reference_sums(model: Any, batch: TreeBatch, features: Any = None, *, remat: str = "none") -> Float[Array, "b k"]:
@@ -124,7 +145,7 @@ def _conditional(
         return jnp.zeros_like(policy)
     corrupted = corrupted_features(model, batch, features, config.conditional_image)
     chosen = batch._replace(branch_ids=batch.branch_ids[:, :1], branch_mask=batch.branch_mask[:, :1])
-    policy_corrupted = _answer_log_probs(model, chosen, corrupted, remat, base_learns=base_learns(config))
+    policy_corrupted = answer_log_probs(model, chosen, corrupted, remat=remat, base_learns=base_learns(config))
     policy_corrupted = jnp.sum(policy_corrupted, axis=-1)[:, 0]
     reference_corrupted = reference_sums(reference_model, chosen, corrupted, remat=remat)[:, 0]
     return conditional_logits(policy, policy_corrupted, reference, reference_corrupted)
@@ -155,7 +176,8 @@ def preference(
             (see `needs_reference_pass`) is computed by the policy without its adapters.
     """
     features = image_features(model, batch, remat=remat)
-    log_probs = _answer_log_probs(model, batch, features, remat, base_learns=base_learns(config))
+    scores = answer_scores(model, batch, features, remat=remat, base_learns=base_learns(config))
+    log_probs = scores.log_probs
     policy, reference = jnp.sum(log_probs, axis=-1), batch.reference
     computed: Any = None
     desensitise_reference = config.ld_alpha is not None and config.ld_alpha_reference
@@ -222,7 +244,7 @@ def preference(
     loss = jnp.mean(row_losses)
     if config.chosen_nll_weight:
         loss = loss + config.chosen_nll_weight * nll
-    return LossOutput(loss, metrics, row_losses)
+    return LossOutput(loss, metrics, row_losses, token_sums(scores, batch.branch_mask))
 
 
 def text_only_accuracies(model: Any, batch: TreeBatch, *, reference_model: Any) -> dict[str, Float[Array, ""]]:
@@ -244,7 +266,7 @@ def text_only_accuracies(model: Any, batch: TreeBatch, *, reference_model: Any) 
         if corruption == "swap" and features.shape[0] == 1:
             continue
         corrupted = corrupted_features(model, batch, features, corruption)
-        policy = jnp.sum(_answer_log_probs(model, batch, corrupted, "none"), axis=-1)
+        policy = jnp.sum(answer_log_probs(model, batch, corrupted), axis=-1)
         ratios = policy - reference_sums(reference_model, batch, corrupted)
         right = ratios[:, 0] > ratios[:, 1]
         accuracies[f"rewards/accuracies_{corruption}"] = jnp.mean(right.astype(jnp.float32))
@@ -262,12 +284,14 @@ def sft(
 ) -> LossOutput:
     """Negative log-likelihood of the answers (K = 1), nats per token; see the module on `tokens`."""
     features = image_features(model, batch, remat=remat)
-    log_probs = _answer_log_probs(model, batch, features, remat, base_learns=base_learns(config))
+    scores = answer_scores(model, batch, features, remat=remat, base_learns=base_learns(config))
+    log_probs = scores.log_probs
     nll, count = token_nll(log_probs[:, 0], batch.branch_mask[:, 0])
     loss = nll / jnp.maximum(count if tokens is None else tokens, 1)
     lengths = jnp.maximum(jnp.sum(batch.branch_mask[:, 0], axis=-1), 1)
     row_losses = -jnp.sum(log_probs[:, 0], axis=-1) / lengths
-    return LossOutput(loss, {"nll/sequence": jnp.mean(row_losses)}, row_losses)
+    metrics = {"nll/sequence": jnp.mean(row_losses)}
+    return LossOutput(loss, metrics, row_losses, token_sums(scores, batch.branch_mask))
 
 
 def contrastive(
@@ -291,7 +315,7 @@ def contrastive(
         "recall": jnp.mean(jnp.sum((logits > 0) & true, axis=1) / jnp.maximum(jnp.sum(true, axis=1), 1)),
         "logit_scale": jnp.exp(model.logit_scale[...])[0],
     }
-    return LossOutput(jnp.mean(row_losses), metrics, row_losses)
+    return LossOutput(jnp.mean(row_losses), metrics, row_losses, {})
 
 
 def needs_reference_pass(config: TrainConfig) -> bool:

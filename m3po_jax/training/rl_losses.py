@@ -15,11 +15,11 @@ from jaxtyping import Bool, Float, Int
 from m3po_jax.config import RLConfig, TrainConfig
 from m3po_jax.data.collation import TreeBatch
 from m3po_jax.errors import UserError, nearest
-from m3po_jax.models.forward import branch_hidden, branch_log_probs, states_log_probs
+from m3po_jax.models.forward import branch_hidden, states_scores
 from m3po_jax.models.heads import answer_rewards
 from m3po_jax.objectives.policy_gradient import ALGORITHMS, KL_ESTIMATORS, policy_loss, value_loss
 from m3po_jax.objectives.reward import reward_loss
-from m3po_jax.training.losses import LossOutput, base_learns, image_features
+from m3po_jax.training.losses import LossOutput, answer_log_probs, base_learns, image_features
 
 
 class RolloutBatch(NamedTuple):
@@ -79,7 +79,7 @@ def reward(
         "mean_reward": jnp.mean(rewards),
         "max_reward": jnp.max(rewards),
     }
-    return LossOutput(jnp.mean(losses), metrics, losses)
+    return LossOutput(jnp.mean(losses), metrics, losses, {})
 
 
 def policy_gradient(
@@ -98,12 +98,13 @@ def policy_gradient(
     """
     rl, mask = config.rl, batch.branch_mask
     features = image_features(model, batch, remat=remat)
-    inputs = (model, batch.prefix_ids, batch.prefix_mask, features, batch.branch_ids, mask)
+    passes: dict[str, Any] = {"remat": remat, "base_learns": base_learns(config)}
     if rl.algorithm == "ppo":
-        hidden = branch_hidden(*inputs, remat=remat, base_learns=base_learns(config))
-        log_probs = jnp.where(mask, states_log_probs(model, hidden, batch.branch_ids), 0.0)
+        inputs = (batch.prefix_ids, batch.prefix_mask, features, batch.branch_ids, mask)
+        hidden = branch_hidden(model, *inputs, **passes)
+        log_probs = jnp.where(mask, states_scores(model, hidden, batch.branch_ids).log_probs, 0.0)
     else:
-        log_probs = branch_log_probs(*inputs, remat=remat, base_learns=base_learns(config)).astype(jnp.float32)
+        log_probs = answer_log_probs(model, batch, features, **passes)
     log_ratio = jnp.where(mask, log_probs - batch.old_log_probs, 0.0)
     lengths = jnp.sum(mask, axis=(1, 2))
     count = jnp.maximum(jnp.sum(mask) if tokens is None else tokens, 1)
@@ -118,7 +119,7 @@ def policy_gradient(
             "val/ratio": jnp.mean(jnp.exp(log_ratio)),
             "loss/policy_avg": loss,
         }
-        return LossOutput(loss, metrics, row_losses)
+        return LossOutput(loss, metrics, row_losses, {})
     total = lambda x: jnp.sum(jnp.where(mask, x, 0.0), axis=(1, 2))  # noqa: E731  by row
     policy = policy_loss(log_ratio, batch.advantages, rl.cliprange)
     values = value_loss(model.scalar_head(hidden), batch.old_values, batch.returns, rl.cliprange_value)
@@ -130,7 +131,7 @@ def policy_gradient(
         "loss/value_avg": jnp.sum(total(values.losses)) / count,
         "val/clipfrac_avg": jnp.sum(total(values.clipped)) / count,
     }
-    return LossOutput(jnp.sum(losses) / count, metrics, losses / jnp.maximum(lengths, 1))
+    return LossOutput(jnp.sum(losses) / count, metrics, losses / jnp.maximum(lengths, 1), {})
 
 
 def check_reward(config: TrainConfig) -> None:

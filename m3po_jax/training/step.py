@@ -286,7 +286,8 @@ def _make_step(
 
         total, outs = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, trainable), rows)
         mean = lambda x: jnp.mean(x, axis=0)  # noqa: E731
-        out = LossOutput(mean(outs.loss), jax.tree.map(mean, outs.metrics), outs.row_losses.T.reshape(-1))
+        sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), outs.token_sums)
+        out = LossOutput(mean(outs.loss), jax.tree.map(mean, outs.metrics), outs.row_losses.T.reshape(-1), sums)
         return out, jax.tree.map(lambda x: x / groups, total)
 
     def step(
@@ -300,6 +301,7 @@ def _make_step(
         metrics = {
             "loss": out.loss,
             **out.metrics,
+            **{name: total / jnp.maximum(count, 1) for name, (total, count) in out.token_sums.items()},
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -11,15 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3po_jax.config import TrainConfig
+from m3po_jax.config import TrainConfig, load_recipe
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.batches import pair_batches, sft_batches
 from m3po_jax.data.collation import TreeBatch
 from m3po_jax.data.lengths import Lengths, Order, cheapest, padding_share, partition, plan_shapes, rounded
 from m3po_jax.data.schema import Prompt
-from m3po_jax.quickstart import language
-from m3po_jax.quickstart.scenes import scene
-from m3po_jax.quickstart.tokenizer import build_tokenizer
 
 # What the recipes train with.
 WINDOW, SHAPES = TrainConfig().length_window, TrainConfig().max_shapes
@@ -173,28 +171,11 @@ def long_tailed(count: int) -> np.ndarray:
     return np.stack([576 + rng.integers(20, 81, count), chosen.astype(int), rejected.astype(int)], axis=1)
 
 
-def quickstart_pairs(count: int) -> np.ndarray:
-    """Token counts of quickstart-like pairs: true captions against ones with an object dropped or made up, and
-    short answers for a fifth of the prompts, by the quickstart's own tokenizer."""
-    tokenizer = build_tokenizer()
-    words = lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)  # noqa: E731
-    asked = 1 + 16 + words("USER: ") + words(" ASSISTANT:")  # BOS and the image
-    rng = np.random.default_rng(0)
-    rows = []
-    for index in range(count):
-        objects = scene("prompts", index, 0).objects
-        if index % 5 == 0:
-            question = language.training_question(objects, index % 2 == 0, rng)
-            rows.append((asked + words(question.instruction), 1 + words("Yes"), 1 + words("No")))
-            continue
-        told = list(objects)
-        if rng.random() < 0.5 and len(told) > 1:
-            told.pop(int(rng.integers(len(told))))
-        else:
-            told.append("potted plant" if "potted plant" not in told else "dog")
-        prompt = asked + words(language.CAPTION_INSTRUCTION)
-        rows.append((prompt, 1 + words(language.caption(objects)), min(24, 1 + words(language.caption(told)))))
-    return np.array(rows)
+def quickstart_pairs() -> np.ndarray:
+    """Token counts of the pairs that `m3po run --config configs/quickstart.yaml` makes, in random order."""
+    counted = json.loads((Path(__file__).parent / "quickstart_lengths.json").read_text())
+    rows = np.array([row for *row, count in counted for _ in range(count)])
+    return np.random.default_rng(0).permutation(rows)
 
 
 def stream_padding(source: BatchSource, epochs: int) -> tuple[float, int]:
@@ -210,18 +191,27 @@ def stream_padding(source: BatchSource, epochs: int) -> tuple[float, int]:
     return 1 - real / slots, len(shapes)
 
 
+QUICKSTART = load_recipe(Path(__file__).parents[2] / "configs" / "quickstart.yaml").train
+
+
 @pytest.mark.parametrize(
-    ("lengths", "batch_size"),
-    [(long_tailed(3200), 32), (long_tailed(1600), 8), (quickstart_pairs(900), 32)],
+    ("lengths", "settings"),
+    [
+        (long_tailed(3200), TrainConfig(batch_size=32)),
+        (long_tailed(1600), TrainConfig(batch_size=8)),
+        (quickstart_pairs(), QUICKSTART),
+    ],
     ids=["long-tailed", "long-tailed-8", "quickstart"],
 )
-def test_less_than_a_tenth_is_padding(lengths: np.ndarray, batch_size: int) -> None:
-    share, shapes = stream_padding(source_of(lengths, batch_size=batch_size), 3)
+def test_less_than_a_tenth_is_padding(lengths: np.ndarray, settings: TrainConfig) -> None:
+    """With what the recipes ship."""
+    widths = {"batch_size": settings.batch_size, "shapes": settings.max_shapes}
+    share, shapes = stream_padding(source_of(lengths, window=settings.length_window, **widths), 3)
     print(f"padding {share:.4f} in {shapes} shapes")
     assert share < 0.1
-    assert shapes <= SHAPES
+    assert shapes <= settings.max_shapes
     # What shuffling alone costs in as many shapes: the grouping is what does it.
-    plain, _ = stream_padding(source_of(lengths, batch_size=batch_size, window=1), 1)
+    plain, _ = stream_padding(source_of(lengths, window=1, **widths), 1)
     print(f"without grouping {plain:.4f}")
     assert plain > 2 * share
 

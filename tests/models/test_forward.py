@@ -103,13 +103,13 @@ def test_chunks_of_the_vocabulary_change_nothing(width: int, tied: bool, monkeyp
     ids = jnp.asarray(rng.integers(0, 101, (3, 5)))
     graph, state = nnx.split(decoder)
 
-    def loss(inputs: Any) -> jax.Array:
+    def loss(inputs: Any) -> tuple[jax.Array, Any]:
         state, hidden = inputs
-        log_probs = nnx.merge(graph, state).token_log_probs(hidden, ids)
-        return jnp.sum(log_probs * jnp.cos(jnp.arange(15.0)).reshape(3, 5))
+        scores = nnx.merge(graph, state).token_scores(hidden, ids)
+        return jnp.sum(scores.log_probs * jnp.cos(jnp.arange(15.0)).reshape(3, 5)), scores
 
     def both() -> Any:
-        return jax.jit(jax.value_and_grad(loss))((state, hidden))
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))((state, hidden))
 
     whole = both()
     monkeypatch.setattr(llama, "MAX_LOGITS", width * ids.size)
@@ -117,6 +117,27 @@ def test_chunks_of_the_vocabulary_change_nothing(width: int, tied: bool, monkeyp
     assert (width >= 101) == ("3,5,101" in program)  # no array of all logits where they are chunked
     for wanted, found in zip(jax.tree.leaves(whole), jax.tree.leaves(both()), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("width", [7, 200])
+def test_token_scores_are_trls(width: int, monkeypatch: Any) -> None:
+    """Log-probs, entropy and top-1 hits of TRL's head on the same logits, sharp and flat ones."""
+    torch, _ = torch_and_transformers()
+    trl = pytest.importorskip("trl.trainer.utils")
+    config = llama.LlamaConfig(101, 16, 32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8)
+    decoder = llama.Llama(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(1)
+    hidden = np.logspace(-2, 2, 40)[:, None] * rng.normal(size=(40, 16))
+    hidden = jnp.asarray(hidden.reshape(2, 20, 16), jnp.float32)
+    logits = torch.tensor(np.asarray(decoder.logits(hidden)))
+    ids = np.where(rng.random((2, 20)) < 0.5, logits.argmax(-1), rng.integers(0, 101, (2, 20)))
+    monkeypatch.setattr(llama, "MAX_LOGITS", width * ids.size)
+    scores = jax.jit(lambda h: decoder.token_scores(h, jnp.asarray(ids)))(hidden)
+    log_probs = trl.selective_log_softmax(logits, torch.tensor(ids))
+    np.testing.assert_allclose(scores.log_probs, log_probs, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(scores.entropy, trl.entropy_from_logits(logits), rtol=1e-5, atol=3e-5)
+    np.testing.assert_array_equal(scores.is_top1, (logits.argmax(-1) == torch.tensor(ids)).numpy())
+    assert scores.entropy.max() > 4.6 and scores.entropy.min() < 0.01
 
 
 def test_causal_blocks_equal_one_masked_square(monkeypatch: Any) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from m3po_jax.config import CompareConfig
-from m3po_jax.pipeline.compare import statistics
+from m3po_jax.config import CompareConfig, Recipe
+from m3po_jax.pipeline.compare import collect, statistics
 from m3po_jax.pipeline.compare.verdict import verdict
+from m3po_jax.pipeline.run import Run
+from m3po_jax.pipeline.rundir import write_json
 
 
 def over_seeds(values, width=0.001):
@@ -23,7 +27,13 @@ def results(delta, against, *, accuracy=(0.8, 0.8, 0.8), beyond=False, seeds=3, 
     return {
         "seeds": list(range(seeds)),
         "planned_seeds": [0, 1, 2],
-        "signals": {"correlation/confidence_mean": correlation, "auroc/mas": 0.9},
+        "signals": {
+            "correlation/confidence_mean": correlation,
+            "auroc/mas": 0.9,
+            "auroc/confidence_prior": 0.6,
+            "auroc_within/mas": 0.8,
+            "auroc_within/confidence_prior": 0.4,
+        },
         "training": {"m3po": {"delta_logps/chosen": shift}},
         "benchmarks": {
             "scenes": {
@@ -68,3 +78,29 @@ def test_lines(made, lines):
     if made["seeds"] != [0, 1, 2]:
         assert not any(claim in text for claim in claims)
     assert ("displacement" in text) == (made["training"]["m3po"]["delta_logps/chosen"] < 0)
+
+
+def test_auroc_among_one_prompts_answers_stands_before_that_among_all():
+    told = [line for line in verdict(results([-0.1] * 3, [-0.02] * 3), CompareConfig()) if "AUROC" in line]
+    assert told == [
+        "AUROC for a right answer among one prompt's answers: mas 0.80, prior 0.40 (0.5 is chance).",
+        "AUROC for a right answer among all answers: mas 0.90, prior 0.60 (0.5 is chance).",
+    ]
+
+
+def test_signals_of_a_run_are_read_from_its_calibration(tmp_path: Path):
+    run = Run(Recipe(name="run", output_dir=str(tmp_path)))
+    known = {
+        "mas": {"auroc": 0.9, "within": {"auroc": 0.8}},
+        "confidence": {"variant": "mean", "auroc": 0.7, "within": {"auroc": None}},
+        "confidence_prior": {"auroc": 0.6, "within": None},
+        "correlation_mas_confidence": {"confidence_mean": 0.3},
+    }
+    write_json(run.directory.round(1) / "scores" / "calibration.json", known)
+    assert collect.signals(run) == {
+        "auroc/mas": 0.9,
+        "auroc_within/mas": 0.8,
+        "auroc/confidence_mean": 0.7,
+        "auroc/confidence_prior": 0.6,
+        "correlation/confidence_mean": 0.3,
+    }

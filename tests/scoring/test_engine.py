@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
 
 sys.path.append(str(Path(__file__).parents[1] / "generation"))
 from tiny_llava import make_generator, one_device, prompts, tiny_model
@@ -16,12 +18,23 @@ from m3po_jax.errors import UserError
 from m3po_jax.models import lora
 from m3po_jax.models.forward import encode_images
 from m3po_jax.models.llava.model import reference_forward
-from m3po_jax.scoring.engine import Scorer
+from m3po_jax.scoring.engine import Scorer, pad_answers
 
 
 @pytest.fixture(scope="module")
 def model():
     return tiny_model(adapters=True)
+
+
+@given(st.lists(st.lists(st.lists(st.integers(0, 99), max_size=4), max_size=3), max_size=3))
+def test_padded_answers_are_the_answers(answers):
+    ids, mask = pad_answers([[np.array(tokens, np.int32) for tokens in own] for own in answers])
+    longest = max((len(tokens) for own in answers for tokens in own), default=0)
+    assert ids.shape == mask.shape == (len(answers), max(map(len, answers), default=0), longest)
+    found = [[ids[b, k][mask[b, k]].tolist() for k in range(len(own))] for b, own in enumerate(answers)]
+    assert found == answers
+    assert mask.sum() == sum(len(tokens) for own in answers for tokens in own) and not ids[~mask].any()
+    assert (np.sort(~mask, axis=-1) == ~mask).all(), "padding stands on the right"
 
 
 @pytest.fixture(scope="module")

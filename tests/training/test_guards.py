@@ -16,10 +16,12 @@ from training_tools import IMAGE_ID, TinyProcessor, base_config, pair_rows, tiny
 from m3po_jax.data.batches import pair_batches
 from m3po_jax.errors import UserError
 from m3po_jax.objectives.preference import LOSSES, preference_loss
+from m3po_jax.training.checkpoint import restore_trainable
 from m3po_jax.training.guards import COLLAPSE_WINDOW, CollapseWatch, check_image_tokens, check_recorded
 from m3po_jax.training.loop import train
 from m3po_jax.training.metrics_log import read_metrics
-from m3po_jax.training.objectives import first_preference_values
+from m3po_jax.training.objectives import OBJECTIVES, first_preference_values
+from m3po_jax.training.step import split_model
 
 # Value of each loss where policy and reference agree, by hand, at β 0.5, label smoothing 0.1, τ 0.05.
 LN2 = float(np.log(2))
@@ -138,6 +140,29 @@ def test_a_bad_state_is_never_taken_on(tmp_path: Path, one_device: Mesh) -> None
     # With the row mended, the same folder goes on (its fingerprint knows rows by their ids and answers).
     mended = train(tiny_model(config), tiny_pairs(config), config, output_dir=tmp_path, mesh=one_device)
     assert np.isfinite(mended.metrics["loss"]) and mended.steps == 6
+
+
+def test_a_gradient_that_is_not_finite_stops_too(
+    tmp_path: Path, one_device: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss stays finite: √0, whose derivative is not. Nothing of it reaches the weights."""
+    config = base_config(learning_rate=0.0123)  # a program of its own: steps of equal settings are shared
+    objective = OBJECTIVES["preference"]
+
+    def broken(model: Any, *args: Any, **kwargs: Any) -> Any:
+        out = objective.loss(model, *args, **kwargs)
+        weight = jnp.sum(jnp.abs(model.decoder.layers.mlp.up_proj.lora_b[...]))  # 0 at the start
+        return out._replace(loss=out.loss + jnp.sqrt(weight))
+
+    monkeypatch.setitem(OBJECTIVES, "preference", replace(objective, loss=broken))
+    with pytest.raises(UserError, match="the gradient is not finite at step 1, rows") as caught:
+        train(tiny_model(config), tiny_pairs(config), config, output_dir=tmp_path, mesh=one_device)
+    assert "checkpoint of step 0 is from before" in str(caught.value)
+    model = tiny_model(config)
+    start = split_model(model, config)[1]
+    saved = restore_trainable(tmp_path / "checkpoints", start)
+    for name, value in split_model(model, config)[1].items():
+        np.testing.assert_array_equal(saved[name], value, err_msg=name)
 
 
 def test_leaves_without_gradient_are_named(tmp_path: Path, one_device: Mesh) -> None:

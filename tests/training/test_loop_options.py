@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import time
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from m3po_jax.training.flops import PEAK_FLOPS, peak_flops, step_cost
 from m3po_jax.training.loop import load_trained, train
 from m3po_jax.training.metrics_log import MetricsLog, Trackers, read_metrics
 from m3po_jax.training.optimizer import learning_rate_schedule
+from m3po_jax.training.progress import progress_bar
 from m3po_jax.training.step import make_step, place_frozen, split_model
 from m3po_jax.training.timing import StepTimer
 
@@ -368,3 +371,22 @@ def test_lines_of_a_file_up_to_a_step(tmp_path: Path) -> None:
         file.write('{"step": 4, "lo')
     assert [line["step"] for line in log.lines(2)] == [1, 2]
     assert log.lines(9)[-1] == {"step": 3, "loss": 1 / 3, "note": "ü", "nothing": None}
+
+
+def test_the_bar_shows_loss_accuracy_margin_and_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    numbers = {"loss": 0.5, "rewards/accuracies": 0.75, "rewards/margins": 1.25, "grad_norm": 9.0}
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    with progress_bar(10, 2) as bar:
+        bar(3, numbers)
+        time.sleep(0.01)
+        bar(4, numbers)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    last = [line for line in shown.splitlines() if "training" in line][-1]
+    assert re.search(r"4/10 +loss 0\.500  accuracy 0\.750  margin 1\.250 +\d+:\d\d:\d\d", last), last
+    with progress_bar(10, 2, enabled=False) as bar:
+        bar(3, numbers)
+    assert capsys.readouterr().err == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -71,13 +72,37 @@ def test_shared_prefix_equals_two_sequences() -> None:
         assert np.abs(wanted_gradient[name]).max() > 1e-3
 
 
+def test_no_logits_over_the_prompt() -> None:
+    """Beside the weights, arrays with an axis of the vocabulary belong to answers alone."""
+    config = base_config(reference="computed", batch_size=2)
+    batch = next(iter(tiny_pairs(config)))
+    partition, trainable, frozen = split_model(tiny_model(config), config)
+
+    def loss(trainable: Any) -> jax.Array:
+        model = partition.merge(trainable, frozen)
+        return preference_of(model, batch, config, reference_model=adapters_off(model)).loss
+
+    program = str(jax.make_jaxpr(jax.grad(loss))(trainable))
+    rows, branches, answer = batch.branch_ids.shape
+    vocabulary = CONFIG.text.vocab_size
+    shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"[a-z]+\d*\[([\d,]+)\]", program)}
+    logits = {s for s in shapes if s[-1] == vocabulary and len(s) > 2}
+    assert (rows, branches * answer, vocabulary) in logits
+    assert max(np.prod(s) for s in logits) == rows * branches * answer * vocabulary
+
+
 def test_whole_step_equals_torch(tmp_path: Path) -> None:
     """DPO on a transformers checkpoint: loss, rewards and gradients equal torch's on the same pairs."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
+    pytest.importorskip("trl")
+    from trl.trainer.utils import entropy_from_logits
+
     from m3po_jax.models.registry import load_model
 
     torch.set_num_threads(1)
+    entropies: list[float] = []
+    hits: list[bool] = []
     text = transformers.LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
     )
@@ -104,6 +129,8 @@ def test_whole_step_equals_torch(tmp_path: Path) -> None:
 
     def sums(model: Any) -> Any:
         rows = []
+        entropies.clear()
+        hits.clear()
         for row in range(3):
             prefix = batch.prefix_ids[row][batch.prefix_mask[row]]
             pixels = torch.tensor(batch.pixel_values[row]).permute(0, 3, 1, 2)
@@ -112,26 +139,33 @@ def test_whole_step_equals_torch(tmp_path: Path) -> None:
                 ids = torch.tensor(np.concatenate([prefix, answer]))[None].long()
                 logits = model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).logits
                 log_probs = logits[0, len(prefix) - 1 : -1].log_softmax(-1)
+                entropies.extend(entropy_from_logits(logits[0, len(prefix) - 1 : -1].detach()).tolist())
+                hits.extend((log_probs.argmax(-1).numpy() == answer).tolist() if branch == 0 else [])
                 rows.append(log_probs.gather(1, torch.tensor(answer).long()[:, None]).sum())
         return torch.stack(rows).reshape(3, 2)
 
-    ratios = sums(policy) - sums(reference).detach()
+    reference_sums = sums(reference).detach()
+    ratios = sums(policy) - reference_sums
     loss = -torch.nn.functional.logsigmoid(config.beta * (ratios[:, 0] - ratios[:, 1])).mean()
     loss.backward()
 
     model = load_model(tmp_path, dtype="float32", param_dtype="float32").model
     partition, trainable, frozen = split_model(model, config)
-    given = batch._replace(reference=sums(reference).detach().numpy())
+    given = batch._replace(reference=reference_sums.numpy())
 
     def ours(trainable: Any) -> Any:
         out = preference_of(partition.merge(trainable, frozen), given, config)
-        return out.loss, out.metrics
+        return out.loss, (out.metrics, out.token_sums)
 
-    (value, metrics), gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(trainable)
+    (value, (metrics, token_sums)), gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(trainable)
     np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
     rewards = config.beta * ratios.detach().numpy()
     np.testing.assert_allclose(metrics["rewards/chosen"], rewards[:, 0].mean(), rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(metrics["rewards/accuracies"], (rewards[:, 0] > rewards[:, 1]).mean(), rtol=1e-6)
+    for name, values in {"entropy": entropies, "mean_token_accuracy": hits}.items():
+        total, count = token_sums[name]
+        assert count == len(values)
+        np.testing.assert_allclose(total / count, np.mean(values), rtol=1e-5, err_msg=name)
     theirs = dict(policy.named_parameters())
     head = next(value for name, value in theirs.items() if name.endswith("lm_head.weight"))
     projector = next(value for name, value in theirs.items() if name.endswith("linear_1.weight"))
