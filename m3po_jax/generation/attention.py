@@ -62,7 +62,8 @@ def prefix_attention(
     if kernel is not None:
         return Part(*kernel(q, *kv, length))
     seen = jnp.arange(kv[0].shape[2]) < length[:, None, None, None]
-    return part("ngmd,ngpd->ngmp", "ngmp,ngpd->ngmd", q, kv, seen, q.shape[-1] ** -0.5)
+    with jax.named_scope("prefix"):
+        return part("ngmd,ngpd->ngmp", "ngmp,ngpd->ngmd", q, kv, seen, q.shape[-1] ** -0.5)
 
 
 def own_attention(
@@ -71,7 +72,8 @@ def own_attention(
     seen: Bool[Array, "l c"],
 ) -> Part:
     """A lane's queries to the slots of its own cache that hold its answer."""
-    return part("lgrd,lgcd->lgrc", "lgrc,lgcd->lgrd", q, kv, seen[:, None, None], q.shape[-1] ** -0.5)
+    with jax.named_scope("answers"):
+        return part("lgrd,lgcd->lgrc", "lgrc,lgcd->lgrd", q, kv, seen[:, None, None], q.shape[-1] ** -0.5)
 
 
 def merge(one: Part, other: Part) -> Float32[Array, "... m d"]:

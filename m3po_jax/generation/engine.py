@@ -351,12 +351,14 @@ class Generator:
             hidden: Float[Array, "a l v e"], board: Board, lanes: Lanes, live: Bool[Array, "a l"]
         ) -> tuple[Board, Lanes]:
             """Draws the next token of every live lane from the state that predicts it."""
-            # A few rows of states and logits travel, the vocabulary's weights stay.
-            hidden = pin_stationary(model.decoder.norm(hidden.reshape(a, count * views, -1)))
-            logits = model.decoder.logits(hidden)
+            with jax.named_scope("head"):
+                # A few rows of states and logits travel, the vocabulary's weights stay.
+                hidden = pin_stationary(model.decoder.norm(hidden.reshape(a, count * views, -1)))
+                logits = model.decoder.logits(hidden)
             logits = constrain(logits, "batch", None, None).reshape(a * count, views, -1)
             raw = logits[:, 0]
-            token, log_prob, bad = self._drawn(raw, logits[:, -1], prompts, lanes, constants)
+            with jax.named_scope("sampling"):
+                token, log_prob, bad = self._drawn(raw, logits[:, -1], prompts, lanes, constants)
             token, log_prob, bad = (x.reshape(a, count) for x in (token, log_prob, bad))
             token = jnp.where(live, token, self.pad_token_id)
             stop = token == self.eos_token_id

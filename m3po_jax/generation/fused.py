@@ -124,7 +124,8 @@ def product(x: Float[Array, "... i"], weight: Weight) -> jax.Array:
         outputs = "pqr"[: weight.codes.ndim - 1]
         equation = f"...i,i{outputs}->...{outputs}"
         return quantized_product(equation, x, weight, precision=matmul_precision(x.dtype))
-    return jax.lax.platform_dependent(x, weight, cpu=_on_cpu, default=_product)
+    with jax.named_scope("products"):
+        return jax.lax.platform_dependent(x, weight, cpu=_on_cpu, default=_product)
 
 
 def adapted(layer: FusedLayer, name: str, x: jax.Array, y: jax.Array) -> jax.Array:
