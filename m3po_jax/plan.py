@@ -198,7 +198,7 @@ def plan(recipe: Recipe, topology: str, *, prompt_tokens: int | None = None) -> 
             f"{length} tokens leave no room for text beside an image's {tokens_per_image}", where="--prompt-tokens"
         )
     chip = CHIPS.get(devices[0].device_kind)
-    planner = _Planner(recipe, description, mesh, length, chip)
+    planner = Planner(recipe, description, mesh, length, chip)
     stages: list[Callable[[], Iterator[Program]]] = []
     if recipe.train.objective != "sft":
         stages.append(planner.generation)
@@ -229,7 +229,7 @@ def _bytes_a_chip(tree: Any) -> int:
     return sum(size(x) for x in jax.tree.leaves(tree))
 
 
-class _Planner:
+class Planner:
     """Compiles the programs of one recipe on one mesh of absent chips."""
 
     def __init__(self, recipe: Recipe, description: Description, mesh: Mesh, length: int, chip: Chip | None):

@@ -107,7 +107,7 @@ def prefill(
     return x[:, 0]
 
 
-def _pin_stationary(x: jax.Array) -> jax.Array:
+def pin_stationary(x: jax.Array) -> jax.Array:
     """Splits a decode step's activations by width instead of by prompt over ``fsdp``.
 
     The weights then stay where they are, and a few rows of activations travel: gathering the weights for
@@ -148,7 +148,7 @@ def decode_step(
     rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
     put, updated = jax.lax.dynamic_update_slice_in_dim, []
     flat = lambda y: constrain(y.reshape(-1, *y.shape[2:]), "batch", "kv_heads", *(None,) * (y.ndim - 3))  # noqa: E731
-    x = _pin_stationary(x)
+    x = pin_stationary(x)
     for layer, shared, (keys, values) in zip(layers, prefix, cache, strict=True):
         normal = _rms_norm(x, layer.input_norm, config.rms_norm_eps)
         q, k, v = map(flat, _project(config, layer, normal, rotary))
@@ -162,5 +162,5 @@ def decode_step(
         on_prefix = prefix_attention(asked, shared, length, config.attention)
         back = lambda y, like=grid: from_grid(y.reshape(*like.shape[:4], -1).transpose(0, 2, 1, 3, 4))  # noqa: E731
         attended = merge(type(on_prefix)(*map(back, on_prefix)), own_attention(q, own, seen))
-        x = _finish(config, layer, x, attended.astype(x.dtype).reshape(a, lanes, -1), _pin_stationary)
+        x = _finish(config, layer, x, attended.astype(x.dtype).reshape(a, lanes, -1), pin_stationary)
     return x, updated

@@ -25,7 +25,7 @@ from m3po_jax.errors import UserError
 from m3po_jax.generation import lanes as lane
 from m3po_jax.generation import sampling as draw
 from m3po_jax.generation.attention import KV
-from m3po_jax.generation.decoder import decode_step, prefill
+from m3po_jax.generation.decoder import decode_step, pin_stationary, prefill
 from m3po_jax.generation.fused import FusedLayer, fuse
 from m3po_jax.generation.memory import CacheShape, explain_exhaustion
 from m3po_jax.generation.prompts import (
@@ -352,7 +352,9 @@ class Generator:
         ) -> tuple[Board, Lanes]:
             """Draws the next token of every live lane from the state that predicts it."""
             with jax.named_scope("head"):
-                logits = model.decoder.logits(model.decoder.norm(hidden.reshape(a, count * views, -1)))
+                # A few rows of states and logits travel, the vocabulary's weights stay.
+                hidden = pin_stationary(model.decoder.norm(hidden.reshape(a, count * views, -1)))
+                logits = model.decoder.logits(hidden)
             logits = constrain(logits, "batch", None, None).reshape(a * count, views, -1)
             raw = logits[:, 0]
             with jax.named_scope("sampling"):

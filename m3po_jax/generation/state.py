@@ -11,12 +11,14 @@ the vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format
+from jax.experimental.layout import Layout as Order
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt32
@@ -106,20 +108,32 @@ class Layout:
         self.rows, self.whole = NamedSharding(mesh, P(ROWS)), NamedSharding(mesh, P())
         self.kv = NamedSharding(mesh, P(ROWS, heads))
         self.prompts_sharding = Prompts(self.kv, *[self.rows] * 5)  # type: ignore[arg-type]
-        self.cache_sharding = Cache(self.kv, self.whole, self.whole)  # type: ignore[arg-type]
+        self.cache_sharding = Cache(self.answers_kv, self.whole, self.whole)  # type: ignore[arg-type]
         self.empty = jax.jit(
             self._empty, static_argnums=(0, 1), out_shardings=(self.prompts_sharding, self.rows, self.rows)
         )
         self.empty_cache = jax.jit(self._empty_cache, static_argnums=(0, 1), out_shardings=self.cache_sharding)
-        self._pad = jax.jit(self._padded, static_argnums=(1, 2), out_shardings=self.kv)
+        self._pad = cache(lambda place: jax.jit(self._padded, static_argnums=(1, 2), out_shardings=place))
+
+    @cached_property
+    def answers_kv(self) -> Any:
+        """Where the keys and values of the answers lie.
+
+        A TPU writes a token's slot in place if slots are the slowest axis in memory: left to itself, its compiler
+        copies the whole cache into that order, and back, around every loop over tokens.
+        """
+        return self.slots_slowest() if self.mesh.devices.flat[0].platform == "tpu" else self.kv
+
+    def slots_slowest(self) -> Format:
+        return Format(Order((2, 1, 0, 3)), self.kv)
 
     def _empty(self, sizes: Sizes, prefix: int) -> tuple[Prompts, Board, Lanes]:
         a, n, k, lanes = sizes.shards, sizes.slots, sizes.candidates, sizes.lanes
         c, views = self.config, sizes.views
         zeros, integers = partial(jnp.zeros, dtype=bool), partial(jnp.zeros, dtype=jnp.int32)
-        cache = lambda: jnp.zeros((a * n * views, c.num_kv_heads, prefix, c.head_dim), self.dtype)  # noqa: E731
+        empty = lambda: jnp.zeros((a * n * views, c.num_kv_heads, prefix, c.head_dim), self.dtype)  # noqa: E731
         prompts = Prompts(
-            [(cache(), cache()) for _ in range(c.num_layers)],
+            [(empty(), empty()) for _ in range(c.num_layers)],
             integers((a, n)),
             jnp.zeros((a, n, views, c.hidden_size), self.dtype),
             jnp.zeros((a, n, k, 2), jnp.uint32),
@@ -151,19 +165,19 @@ class Layout:
 
     def longer_prefix(self, prompts: Prompts, prefix: int) -> Prompts:
         """Room for longer prompts; layer by layer, so that only one of them exists twice."""
-        return prompts._replace(kv=self._grown(prompts.kv, prefix))
+        return prompts._replace(kv=self._grown(prompts.kv, self.kv, prefix))
 
     def larger_cache(self, cache: Cache, capacity: int) -> Cache:
         """More slots for the answers."""
         more = capacity - cache.written.shape[0]
         written = np.pad(to_host(cache.written), (0, more), constant_values=lane.NEVER)
         written = replicate(written, self.mesh)
-        return Cache(self._grown(cache.kv, capacity), written, cache.step)
+        return Cache(self._grown(cache.kv, self.answers_kv, capacity), written, cache.step)
 
-    def _grown(self, kv: list[KV], size: int) -> list[KV]:
+    def _grown(self, kv: list[KV], place: Any, size: int) -> list[KV]:
         for index in range(len(kv)):
             k, v = kv[index]
-            kv[index] = (self._pad(k, 2, size), self._pad(v, 2, size))
+            kv[index] = (self._pad(place)(k, 2, size), self._pad(place)(v, 2, size))
             k.delete()
             v.delete()
         return kv

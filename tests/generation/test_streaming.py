@@ -10,6 +10,7 @@ from tiny_llava import make_generator, prompts, take, teacher_forced, tiny_model
 
 from m3po_jax.errors import UserError
 from m3po_jax.generation.prompts import requests_of
+from m3po_jax.generation.state import Layout
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,19 @@ def test_lanes_are_busy_where_lengths_differ_tenfold(model):
     out = generator(prompts((1, 2, 3, 4, 5, 6) * 5))
     assert (out.lengths == np.array(lengths) + 1).all() and out.lengths.max() == 10 * out.lengths.min()
     assert out.lengths.sum() / out.slot_steps >= 0.85
+
+
+@pytest.mark.slow
+def test_a_cache_in_a_tpus_order_changes_nothing(model, many, whole, monkeypatch):
+    monkeypatch.setattr(Layout, "answers_kv", property(Layout.slots_slowest))
+    generator = make_generator(model, batch_size=4, stop_bias=2.0, max_new_tokens=30)
+    made = []
+    decode = generator.decode
+    monkeypatch.setattr(generator, "decode", lambda *given: made.append(given[6].kv[0][0].format) or decode(*given))
+    out = generator(many)
+    assert {order.layout.major_to_minor for order in made} == {(2, 1, 0, 3)}
+    np.testing.assert_array_equal(out.token_ids, whole.token_ids)
+    np.testing.assert_allclose(out.log_probs, whole.log_probs, atol=1e-5)
 
 
 def test_features_stand_for_images(model, many, whole):

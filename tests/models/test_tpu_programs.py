@@ -48,3 +48,10 @@ def test_a_preference_step_compiles_without_score_matrices():
     # Forward, forward again under rematerialisation, dq, dk and dv; and the vision tower's forward.
     assert step["kernels"] == 5 and step["scores"] == 0
     assert step["temp_mb"] + step["argument_mb"] < 16e3
+
+
+def test_decoding_moves_neither_cache_nor_weights():
+    """LLaVA-1.5-7B's widths, weights over eight chips: the loop over tokens works on its arguments in place."""
+    _, decode = compiled("v5e:2x4", "generation")
+    assert decode["program"] == "decode" and decode["argument_mb"] > 400
+    assert decode["temp_mb"] < 0.05 * decode["argument_mb"]  # 0.65 with copies of the cache, qkv and gate-up

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 os.environ |= {
@@ -23,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import topologies
 
-from m3po_jax.config import LoRAConfig, MeshConfig, TrainConfig
+from m3po_jax.config import LoRAConfig, MeshConfig, Recipe, TrainConfig
 from m3po_jax.data.collation import TreeBatch
 from m3po_jax.models import lora
 from m3po_jax.models.encoder import EncoderConfig
@@ -31,7 +33,9 @@ from m3po_jax.models.kernels.choice import decode_kernel, self_attention, with_a
 from m3po_jax.models.llama import LlamaConfig
 from m3po_jax.models.llava.config import LlavaConfig
 from m3po_jax.models.llava.model import build
+from m3po_jax.models.registry import describe
 from m3po_jax.models.vit import ViTConfig
+from m3po_jax.plan import Planner
 from m3po_jax.sharding import make_mesh, sharding_for, state_shardings, use_mesh
 from m3po_jax.training.step import make_step, split_model
 
@@ -120,9 +124,46 @@ def preference_step(mesh: Any, attention: str, pairs: int = 16) -> None:
         report(f"preference_step_{attention}", step.jitted.lower(state, frozen, None, batch).compile())
 
 
+def generation(mesh: Any, folder: Path) -> None:
+    """Prefill and decoding at LLaVA-1.5-7B's widths: 16 prompts, 8 candidates of 257 tokens."""
+    text, vision = LLAVA_7B.text, LLAVA_7B.vision.encoder
+    sizes = {"hidden_size": text.hidden_size, "intermediate_size": text.intermediate_size}
+    config = {
+        "model_type": "llava",
+        "image_token_index": LLAVA_7B.image_token_id,
+        "text_config": {
+            "model_type": "llama", **sizes, "vocab_size": text.vocab_size, "num_hidden_layers": LAYERS,
+            "num_attention_heads": text.num_heads, "num_key_value_heads": text.num_kv_heads,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model", "hidden_size": vision.hidden_size, "image_size": 336, "patch_size": 14,
+            "intermediate_size": vision.intermediate_size, "num_hidden_layers": LAYERS,
+            "num_attention_heads": vision.num_heads,
+        },
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    recipe = Recipe()
+    recipe.model.path = str(folder)
+    recipe.generate.batch_size, recipe.generate.max_new_tokens = 16, 257
+    for program in Planner(recipe, describe(folder), mesh, PROMPT, None).generation():
+        print(
+            json.dumps(
+                {
+                    "program": program.name,
+                    "temp_mb": program.temporaries / 1e6,
+                    "argument_mb": program.arguments / 1e6,
+                }
+            ),
+            flush=True,
+        )
+
+
 def main(name: str, *programs: str) -> None:
     devices = topologies.get_topology_desc(name, platform="tpu").devices
     mesh = make_mesh(MeshConfig(data=1, fsdp=len(devices) // 2, tensor=2), devices)
+    if "generation" in programs:
+        with tempfile.TemporaryDirectory() as folder:
+            generation(make_mesh(MeshConfig(data=1, fsdp=-1), devices), Path(folder))
     if "kernels" in programs:
         prefix_kernels(mesh)
     for attention in ("xla", "pallas"):
