@@ -37,6 +37,7 @@ from m3po_jax.models.llama import Llama
 from m3po_jax.models.quantized_base import quantize_base
 from m3po_jax.models.registry import Description, describe
 from m3po_jax.scoring.engine import Scorer
+from m3po_jax.sharding import describe as describe_on
 from m3po_jax.sharding import make_mesh, shard_batch, state_shardings, use_mesh
 from m3po_jax.training.flops import peak_flops, step_cost
 from m3po_jax.training.loop import without_free_settings
@@ -216,11 +217,7 @@ class _Described(Generator):
     def fused(self, decoder: Llama) -> tuple[FusedLayer, ...]:
         graph, state = nnx.split(decoder)
         lowered = fuse_layers.lower(graph, state)
-        return _described(lowered.out_info, lowered.compile().output_shardings)
-
-
-def _described(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+        return describe_on(lowered.out_info, lowered.compile().output_shardings)
 
 
 def _bytes_a_chip(tree: Any) -> int:
@@ -252,7 +249,7 @@ class Planner:
             return model
 
         graph, state = nnx.split(nnx.eval_shape(make))
-        return nnx.merge(graph, _described(state, state_shardings(state, self.mesh)))
+        return nnx.merge(graph, describe_on(state, state_shardings(state, self.mesh)))
 
     def generation(self) -> Iterator[Program]:
         """Prefill, and the decode loop with the whole cache of answers."""
@@ -336,7 +333,7 @@ class Planner:
             compute_reference=compute_reference,
         )
         state = step.describe(trainable)
-        frozen = _described(frozen, state_shardings(frozen, mesh))
+        frozen = describe_on(frozen, state_shardings(frozen, mesh))
         base = state.trainable if compute_reference else None
         rows, answers = config.batch_size, {"preference": 2, "sft": 1}[config.objective]
         size, longest = self.description.config.vision.image_size, config.max_answer_tokens

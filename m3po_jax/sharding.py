@@ -110,6 +110,11 @@ def is_attached(mesh: Mesh) -> bool:
     return mesh.devices.flat[0] in jax.devices()
 
 
+def describe(tree: Any, shardings: Any) -> Any:
+    """The shapes of `tree` on their shardings, without memory: what programs are compiled for."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
 def _on_devices(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """The array on its devices; for devices that are not attached a description of it."""
     if not is_attached(sharding.mesh):  # type: ignore[arg-type]

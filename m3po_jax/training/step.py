@@ -28,7 +28,7 @@ from m3po_jax.errors import UserError, nearest
 from m3po_jax.models import lora
 from m3po_jax.models.heads import HEAD
 from m3po_jax.models.layers import LoRAParam
-from m3po_jax.sharding import AXES, Axes, sharding_for, state_shardings, use_mesh
+from m3po_jax.sharding import AXES, Axes, describe, sharding_for, state_shardings, use_mesh
 from m3po_jax.training.losses import LossOutput
 from m3po_jax.training.objectives import check_objective
 from m3po_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -184,7 +184,7 @@ class TrainStep:
         """What `init` would give, as shapes on their shardings: for those who only compile the step."""
         zero, ema = jax.ShapeDtypeStruct((), jnp.int32), trainable if self.keeps_ema else {}
         state = TrainState(zero, trainable, jax.eval_shape(self.optimizer.init, trainable), ema)  # type: ignore[arg-type]
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.shardings)
+        return describe(state, self.shardings)
 
     def __call__(
         self,

@@ -6,24 +6,14 @@ A process of its own, because libtpu reads its settings once, when it is loaded.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is used, so other processes may do the same meanwhile
-}
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental import topologies
 
 from m3po_jax.config import LoRAConfig, MeshConfig, Recipe, TrainConfig
 from m3po_jax.data.collation import TreeBatch
@@ -35,7 +25,8 @@ from m3po_jax.models.llava.config import LlavaConfig
 from m3po_jax.models.llava.model import build
 from m3po_jax.models.registry import describe
 from m3po_jax.models.vit import ViTConfig
-from m3po_jax.plan import Planner
+from m3po_jax.plan import Planner, topology_devices
+from m3po_jax.sharding import describe as describe_on
 from m3po_jax.sharding import make_mesh, sharding_for, state_shardings, use_mesh
 from m3po_jax.training.step import make_step, split_model
 
@@ -107,9 +98,8 @@ def preference_step(mesh: Any, attention: str, pairs: int = 16) -> None:
 
     trainable, frozen = jax.eval_shape(make)
     step = make_step(kept["partition"], trainable, config, total_steps=10, mesh=mesh, remat="full")
-    with_sharding = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
     state = step.describe(trainable)
-    frozen = jax.tree.map(with_sharding, frozen, state_shardings(frozen, mesh))
+    frozen = describe_on(frozen, state_shardings(frozen, mesh))
     rows = lambda shape, dtype: placed(shape, dtype, ("batch", *(None,) * (len(shape) - 1)), mesh)  # noqa: E731
     batch = TreeBatch(
         rows((pairs, PROMPT), jnp.int32),
@@ -159,7 +149,7 @@ def generation(mesh: Any, folder: Path) -> None:
 
 
 def main(name: str, *programs: str) -> None:
-    devices = topologies.get_topology_desc(name, platform="tpu").devices
+    devices = topology_devices(name)
     mesh = make_mesh(MeshConfig(data=1, fsdp=len(devices) // 2, tensor=2), devices)
     if "generation" in programs:
         with tempfile.TemporaryDirectory() as folder:
