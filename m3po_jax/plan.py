@@ -27,9 +27,10 @@ from jax.sharding import Mesh
 from m3po_jax.config import Recipe
 from m3po_jax.data.collation import TreeBatch
 from m3po_jax.errors import UserError
-from m3po_jax.generation.engine import Generator, PromptBatch, fuse_layers
+from m3po_jax.generation.engine import Generator, PromptBatch
 from m3po_jax.generation.fused import FusedLayer
 from m3po_jax.generation.memory import GIB
+from m3po_jax.generation.programs import fuse_layers
 from m3po_jax.generation.settings import sampling_config
 from m3po_jax.models import lora
 from m3po_jax.models.kernels.choice import with_attention

@@ -6,7 +6,7 @@ import re
 
 from m3po_jax.models import tensor_names
 from m3po_jax.models.dual_encoder import DualEncoderConfig
-from m3po_jax.models.weights import Path, Source
+from m3po_jax.models.tensor_map import Path, Source
 
 _SKIPPED = re.compile(r"\.embeddings\.position_ids$")  # a buffer that older versions saved
 

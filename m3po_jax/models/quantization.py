@@ -56,6 +56,12 @@ def kind_of(codes: Any) -> str:
     return "int8" if codes.dtype == jnp.int8 else "nf4"
 
 
+def kernel_shape(codes: Any) -> tuple[int, ...]:
+    """The shape of the kernel that stacked codes stand for."""
+    *layers, rows, out = codes.shape
+    return (*layers, rows if kind_of(codes) == "int8" else 2 * rows, out)
+
+
 def applies(kind: str, fan_in: int) -> bool:
     """Whether a kernel of this many inputs can be quantised; the few that cannot stay as they are."""
     return kind == "int8" or (kind == "nf4" and fan_in % BLOCK == 0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from m3po_jax.models.llama import LlamaConfig
+from m3po_jax.models.tensor_map import Path, Source
 from m3po_jax.models.vit import ViTConfig
-from m3po_jax.models.weights import Path, Source
 
 
 def linear(path: Path, name: str, *, bias: bool) -> dict[Path, Source]:

@@ -6,6 +6,7 @@ Shape suffixes: B prompts, P prefix tokens, K branches (answers) of a prompt, T 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -38,6 +39,58 @@ def pad_answers(
     return ids, mask
 
 
+def features_of(
+    model: VisionLanguageModel, arrays: dict[str, jax.Array], images: int
+) -> Float[jax.Array, "b m n v"] | None:
+    """Features of the images of the rows: `images` blank ones, those given, or the tower's."""
+    if images:
+        one = arrays["blank"]
+        return jnp.broadcast_to(one, (arrays["prefix_ids"].shape[0], images, *one.shape[1:]))
+    given = arrays.get("features")
+    return encode_images(model, arrays.get("pixel_values")) if given is None else given
+
+
+def branch_inputs(
+    model: VisionLanguageModel, arrays: dict[str, jax.Array], images: int
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array]:
+    """What the functions of `models.forward` take after the model."""
+    features = features_of(model, arrays, images)
+    return arrays["prefix_ids"], arrays["prefix_mask"], features, arrays["branch_ids"], arrays["branch_mask"]
+
+
+# Programs of this module, not of a scorer: all scorers of one architecture share them, whatever their weights, so
+# that another round, arm or seed compiles nothing. `images`: how many blank ones a row has in place of its own.
+
+
+@partial(jax.jit, static_argnums=0)
+def encode_blank(
+    graph: nnx.GraphDef, state: nnx.State, pixels: Float[jax.Array, "1 h w 3"]
+) -> Float[jax.Array, "1 n v"]:
+    return nnx.merge(graph, state).image_features(pixels)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def log_probs_program(
+    graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], images: int
+) -> Float[jax.Array, "b k t"]:
+    model = nnx.merge(graph, state)
+    return branch_log_probs(model, *branch_inputs(model, arrays, images))
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def choices_program(
+    graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], images: int
+) -> Float[jax.Array, "b k c"]:
+    model = nnx.merge(graph, state)
+    inputs = branch_inputs(model, arrays, images)
+    hidden = branch_hidden(model, *inputs)
+    after = jnp.sum(inputs[-1], axis=2, dtype=jnp.int32)[:, :, None, None]
+    last = jnp.take_along_axis(hidden, after, axis=2)[:, :, 0]
+    logits = model.decoder.logits(last)
+    probabilities = jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+    return jnp.take(probabilities, arrays["choices"], axis=-1)
+
+
 class Scorer:
     """Scores answers under one model on one mesh.
 
@@ -57,12 +110,6 @@ class Scorer:
     ):
         self.mesh, self.prefix_bucket, self.branch_bucket = mesh, prefix_bucket, branch_bucket
         self.batch_size = bucket(batch_size, mesh.shape["data"] * mesh.shape["fsdp"])
-        self.compilations = 0
-        self._log_probs = jax.jit(self._log_probs_program, static_argnums=(0, 3))
-        self._choices = jax.jit(self._choices_program, static_argnums=(0, 3))
-        self._encode_blank = jax.jit(
-            lambda graph, state, pixels: nnx.merge(graph, state).image_features(pixels), static_argnums=0
-        )
         self.load(model)
 
     def load(self, model: VisionLanguageModel) -> None:
@@ -98,7 +145,7 @@ class Scorer:
         ids = self._pad_branches(branch_ids.astype(np.int32), bucket(t, self.branch_bucket))
         mask = self._pad_branches(branch_mask.astype(bool), bucket(t, self.branch_bucket))
         arrays = {"branch_ids": ids, "branch_mask": mask}
-        return self._run(self._log_probs, batch, arrays, {}, blank_images, reference)[:, :k, :t]
+        return self._run(log_probs_program, batch, arrays, {}, blank_images, reference)[:, :k, :t]
 
     def choice_probabilities(
         self,
@@ -126,7 +173,7 @@ class Scorer:
             "branch_mask": self._pad_branches(branch_mask.astype(bool), width),
         }
         choices = {"choices": np.asarray(token_ids, np.int32)}
-        return self._run(self._choices, batch, arrays, choices, blank_images, reference)[:, :k]
+        return self._run(choices_program, batch, arrays, choices, blank_images, reference)[:, :k]
 
     @staticmethod
     def _pad_branches(x: np.ndarray, width: int) -> np.ndarray:
@@ -193,7 +240,7 @@ class Scorer:
         with use_mesh(self.mesh):
             choices = {"choices": np.zeros(2, np.int32)}
             inputs = self._filled(batch, branches, choices, slice(0, self.batch_size))
-        return self._choices, (self.graph, self.state, inputs, 0)
+        return choices_program, (self.graph, self.state, inputs, 0)
 
     def _images_a_row(self, batch: PromptBatch) -> int:
         """The most images that a prompt has room for, by its image tokens."""
@@ -206,50 +253,5 @@ class Scorer:
             graph, size = self.reference_graph if reference else self.graph, self.model_config.vision.image_size
             with use_mesh(self.mesh):
                 pixels = replicate(np.zeros((1, size, size, 3), np.float32), self.mesh)
-                self._blank[reference] = self._encode_blank(graph, self.state, pixels)
+                self._blank[reference] = encode_blank(graph, self.state, pixels)
         return self._blank[reference]
-
-    @staticmethod
-    def _features(
-        model: VisionLanguageModel, arrays: dict[str, jax.Array], images: int
-    ) -> Float[jax.Array, "b m n v"] | None:
-        """Features of the images of the rows: `images` blank ones, those given, or the tower's."""
-        if images:
-            one = arrays["blank"]
-            return jnp.broadcast_to(one, (arrays["prefix_ids"].shape[0], images, *one.shape[1:]))
-        given = arrays.get("features")
-        return encode_images(model, arrays.get("pixel_values")) if given is None else given
-
-    def _log_probs_program(
-        self, graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], images: int
-    ) -> Float[jax.Array, "b k t"]:
-        self.compilations += 1
-        model = nnx.merge(graph, state)
-        return branch_log_probs(
-            model,
-            arrays["prefix_ids"],
-            arrays["prefix_mask"],
-            self._features(model, arrays, images),
-            arrays["branch_ids"],
-            arrays["branch_mask"],
-        )
-
-    def _choices_program(
-        self, graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], images: int
-    ) -> Float[jax.Array, "b k c"]:
-        self.compilations += 1
-        model = nnx.merge(graph, state)
-        mask = arrays["branch_mask"]
-        hidden = branch_hidden(
-            model,
-            arrays["prefix_ids"],
-            arrays["prefix_mask"],
-            self._features(model, arrays, images),
-            arrays["branch_ids"],
-            mask,
-        )
-        after = jnp.sum(mask, axis=2, dtype=jnp.int32)[:, :, None, None]
-        last = jnp.take_along_axis(hidden, after, axis=2)[:, :, 0]
-        logits = model.decoder.logits(last)
-        probabilities = jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
-        return jnp.take(probabilities, arrays["choices"], axis=-1)

@@ -55,20 +55,16 @@ def base_learns(config: TrainConfig) -> bool:
     return config.lora.lora_rank == 0
 
 
+def branch_inputs(batch: Any, features: Any) -> tuple[Any, ...]:
+    """What the functions of `models.forward` and `models.heads` take after the model, of a `TreeBatch` or alike."""
+    return batch.prefix_ids, batch.prefix_mask, features, batch.branch_ids, batch.branch_mask
+
+
 def answer_scores(
     model: Any, batch: Any, features: Any, *, remat: str = "none", base_learns: bool = False
 ) -> TokenScores:
     """`models.forward.branch_scores` of the answers [b, k, t] of a `TreeBatch` or what has its fields, float32."""
-    return branch_scores(
-        model,
-        batch.prefix_ids,
-        batch.prefix_mask,
-        features,
-        batch.branch_ids,
-        batch.branch_mask,
-        remat=remat,
-        base_learns=base_learns,
-    )
+    return branch_scores(model, *branch_inputs(batch, features), remat=remat, base_learns=base_learns)
 
 
 def answer_log_probs(
@@ -160,8 +156,7 @@ def preference(
     reference_model: Any = None,
     remat: str = "none",
 ) -> LossOutput:
-    """A preference loss of the family in `objectives.preference` on chosen (branch 0) and rejected (branch
-    1).
+    """A preference loss of the family in `objectives.preference` on chosen (branch 0) and rejected (branch 1).
 
     Both answers and the prompt go through the policy in one pass. Loss = mean(losses) + `chosen_nll_weight` ×
     token-mean NLL of the chosen answers (RPO, arXiv:2404.19733) + `conditional_weight` × mean conditional loss +

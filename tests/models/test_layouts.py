@@ -28,7 +28,7 @@ from m3po_jax.models.llava.config import llava_config
 from m3po_jax.models.llava.weights import canonical_name, tensor_map
 from m3po_jax.models.registry import describe, load_model, resolve_directory
 from m3po_jax.models.safetensors_io import PendingTensor, open_directory, write_directory
-from m3po_jax.models.weights import Source, expected_tensors, parameters
+from m3po_jax.models.tensor_map import Source, expected_tensors, parameters
 from m3po_jax.sharding import make_mesh
 
 

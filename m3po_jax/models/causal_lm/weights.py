@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from m3po_jax.models import tensor_names
 from m3po_jax.models.causal_lm.model import CausalLMConfig
-from m3po_jax.models.weights import Path, Source
+from m3po_jax.models.tensor_map import Path, Source
 
 
 def canonical_name(name: str) -> str | None:

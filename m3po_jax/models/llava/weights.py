@@ -13,7 +13,7 @@ from typing import Any
 from m3po_jax.errors import UserError
 from m3po_jax.models import tensor_names
 from m3po_jax.models.llava.config import LlavaConfig
-from m3po_jax.models.weights import Path, Source
+from m3po_jax.models.tensor_map import Path, Source
 
 # Published prefix -> canonical prefix; the first match wins. No name means two things in two layouts.
 _PREFIXES = (
