@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Float32, Int
 
+from m3po_jax.data.collation import padded_length
 from m3po_jax.errors import UserError
 from m3po_jax.generation.engine import PromptBatch, bucket, pad_rows
 from m3po_jax.models import lora
@@ -37,6 +38,14 @@ def pad_answers(
         for k, tokens in enumerate(own):
             ids[b, k, : len(tokens)], mask[b, k, : len(tokens)] = tokens, True
     return ids, mask
+
+
+def answer_bucket(tokens: int) -> int:
+    """What answers are padded to: 8, 12, 16, 24, 32, 48 or 64 tokens, then multiples of 32.
+
+    Short answers are the most frequent, and half of a program padded for longer ones would be wasted.
+    """
+    return padded_length(tokens) if tokens <= 64 else bucket(tokens, 32)
 
 
 def features_of(
@@ -95,8 +104,8 @@ class Scorer:
     """Scores answers under one model on one mesh.
 
     Shapes are padded to buckets, so that few programs are compiled: rows to `batch_size` (longer inputs are
-    cut into several batches), prompts and answers to multiples of their bucket, more than four answers to a
-    multiple of four.
+    cut into several batches), prompts to multiples of `prefix_bucket`, answers to `answer_bucket`, more than four
+    of them to a multiple of four.
     """
 
     def __init__(
@@ -106,9 +115,8 @@ class Scorer:
         *,
         batch_size: int = 16,
         prefix_bucket: int = 32,
-        branch_bucket: int = 32,
     ):
-        self.mesh, self.prefix_bucket, self.branch_bucket = mesh, prefix_bucket, branch_bucket
+        self.mesh, self.prefix_bucket = mesh, prefix_bucket
         self.batch_size = bucket(batch_size, mesh.shape["data"] * mesh.shape["fsdp"])
         self.load(model)
 
@@ -142,8 +150,8 @@ class Scorer:
             UserError: a score is not finite; names the prompt.
         """
         _, k, t = branch_ids.shape
-        ids = self._pad_branches(branch_ids.astype(np.int32), bucket(t, self.branch_bucket))
-        mask = self._pad_branches(branch_mask.astype(bool), bucket(t, self.branch_bucket))
+        ids = self._pad_branches(branch_ids.astype(np.int32), answer_bucket(t))
+        mask = self._pad_branches(branch_mask.astype(bool), answer_bucket(t))
         arrays = {"branch_ids": ids, "branch_mask": mask}
         return self._run(log_probs_program, batch, arrays, {}, blank_images, reference)[:, :k, :t]
 
@@ -167,7 +175,7 @@ class Scorer:
             branch_ids, branch_mask = np.zeros((rows, 1, 0), np.int32), np.zeros((rows, 1, 0), bool)
         _, k, t = branch_ids.shape
         # One more slot than the longest branch: the state that predicts the token after it.
-        width = bucket(t + 1, self.branch_bucket) if t else 1
+        width = answer_bucket(t + 1) if t else 1
         arrays = {
             "branch_ids": self._pad_branches(branch_ids.astype(np.int32), width),
             "branch_mask": self._pad_branches(branch_mask.astype(bool), width),
@@ -235,7 +243,7 @@ class Scorer:
         Returns:
             The jitted function and its arguments; nothing is computed.
         """
-        shape = (len(batch.ids), questions, bucket(tokens + 1, self.branch_bucket))
+        shape = (len(batch.ids), questions, answer_bucket(tokens + 1))
         branches = {"branch_ids": np.zeros(shape, np.int32), "branch_mask": np.ones(shape, bool)}
         with use_mesh(self.mesh):
             choices = {"choices": np.zeros(2, np.int32)}
