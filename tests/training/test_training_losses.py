@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,16 +31,6 @@ from m3po_jax.training.losses import preference as preference_of
 from m3po_jax.training.losses import sft as sft_of
 from m3po_jax.training.objectives import check_objective
 from m3po_jax.training.step import split_model
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation() -> Iterator[None]:
-    """These programs run once: compiling them is all the time they take."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
 
 preference, sft = jitted(preference_of), jitted(sft_of)
 
