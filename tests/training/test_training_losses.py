@@ -80,6 +80,26 @@ def test_no_logits_over_the_prompt() -> None:
     assert max(np.prod(s) for s in logits) == rows * branches * answer * vocabulary
 
 
+def trl_mean_logits(policy: Any, batch: Any) -> dict[str, list[float]]:
+    """What `DPOTrainer` averages as ``logits/chosen`` and ``logits/rejected``: its head's numbers, one a token."""
+    import torch
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(policy, outputs=("log_probs", "mean_logits"))
+    found: dict[str, list[float]] = {"logits/chosen": [], "logits/rejected": []}
+    for row, branch in np.ndindex(batch.branch_ids.shape[:2]):
+        prefix = batch.prefix_ids[row][batch.prefix_mask[row]]
+        answer = batch.branch_ids[row, branch][batch.branch_mask[row, branch]]
+        ids = torch.tensor(np.concatenate([prefix, answer]))[None].long()
+        labels = ids.clone()
+        labels[:, : len(prefix)] = -100
+        pixels = torch.tensor(batch.pixel_values[row]).permute(0, 3, 1, 2)
+        inputs = {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
+        out = policy(**inputs, labels=labels, fused_lm_head=True)
+        found["logits/rejected" if branch else "logits/chosen"] += out.mean_logits[out.label_mask].tolist()
+    return found
+
+
 def test_whole_step_equals_torch(tmp_path: Path) -> None:
     """DPO on a transformers checkpoint: loss, rewards and gradients equal torch's on the same pairs."""
     torch = pytest.importorskip("torch")
@@ -155,6 +175,10 @@ def test_whole_step_equals_torch(tmp_path: Path) -> None:
         total, count = token_sums[name]
         assert count == len(values)
         np.testing.assert_allclose(total / count, np.mean(values), rtol=1e-5, err_msg=name)
+    for name, values in trl_mean_logits(policy, batch).items():
+        total, count = token_sums[name]
+        assert count == len(values)
+        np.testing.assert_allclose(total / count, np.mean(values), rtol=1e-4, atol=1e-6, err_msg=name)
     theirs = dict(policy.named_parameters())
     head = next(value for name, value in theirs.items() if name.endswith("lm_head.weight"))
     projector = next(value for name, value in theirs.items() if name.endswith("linear_1.weight"))
