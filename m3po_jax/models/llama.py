@@ -48,7 +48,7 @@ class TokenScores(NamedTuple):
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes and constants of a decoder by Hugging Face's names; `num_heads` · `head_dim` may differ from `hidden_size`."""
+    """Sizes and constants of a decoder by Hugging Face's names; `num_heads` · `head_dim` is the queries' width."""
 
     vocab_size: int
     hidden_size: int
