@@ -41,7 +41,7 @@ from m3po_jax.scoring.engine import Scorer
 from m3po_jax.sharding import describe as describe_on
 from m3po_jax.sharding import make_mesh, shard_batch, state_shardings, use_mesh
 from m3po_jax.training.flops import peak_flops, step_cost
-from m3po_jax.training.loop import without_free_settings
+from m3po_jax.training.stage import without_free_settings
 from m3po_jax.training.step import make_step, split_model
 
 

@@ -12,10 +12,12 @@ _SKIPPED = re.compile(r"\.embeddings\.position_ids$")  # a buffer that older ver
 
 
 def canonical_name(name: str) -> str | None:
+    """The stored name itself; None: a buffer of older versions, which nothing needs."""
     return None if _SKIPPED.search(name) else name
 
 
 def tensor_map(config: DualEncoderConfig) -> dict[Path, Source]:
+    """The stored tensor of every parameter."""
     text = ("text_tower",)
     tensors: dict[Path, Source] = {
         **tensor_names.vision_transformer(config.vision, ("vision_tower",), "vision_model", pooled=True),

@@ -48,11 +48,13 @@ Weight = jax.Array | Codes
 
 
 def check_quantization(kind: str) -> None:
+    """Raises UserError unless `kind` is one of `QUANTIZATION`."""
     if kind not in QUANTIZATION:
         raise UserError(f"quantization {kind!r}{nearest(kind, QUANTIZATION)}", where="model.quantization")
 
 
 def kind_of(codes: Any) -> str:
+    """``int8`` or ``nf4``, by the type of the codes."""
     return "int8" if codes.dtype == jnp.int8 else "nf4"
 
 

@@ -31,6 +31,7 @@ def _stacked(model: nnx.Module, scope: str) -> Iterator[Linear]:
 
 
 def scale_axes(axes: Axes, kind: str) -> Axes:
+    """Logical axes of a stacked kernel's scales, from the kernel's."""
     return (axes[0], *axes[2:]) if kind == "int8" else axes
 
 
@@ -46,6 +47,7 @@ def quantize_base(model: nnx.Module, kind: str, *, scope: str) -> None:
 
 
 def is_quantized(model: nnx.Module) -> bool:
+    """Whether any kernel is codes."""
     return bool(jax.tree.leaves(nnx.state(model, Quantized)))
 
 

@@ -48,6 +48,7 @@ class Source:
     value: float = 0.0
 
     def layer(self, index: int | None) -> str:
+        """The stored name of layer `index`; None: of a parameter that is not stacked."""
         assert self.name is not None
         return self.name if index is None else self.name.format(index)
 
@@ -116,10 +117,12 @@ class Parameter:
 
     @property
     def layers(self) -> int | None:
+        """How many layers are stacked in it; None: it is not stacked."""
         return self.shape[0] if self.axes[:1] == ("layers",) else None
 
     @property
     def layer_shape(self) -> Shape:
+        """The shape without the layer axis."""
         return self.shape[1:] if self.layers is not None else self.shape
 
     def stored(self) -> dict[str, Shape]:

@@ -16,6 +16,7 @@ def linear(path: Path, name: str, *, bias: bool) -> dict[Path, Source]:
 
 
 def layer_norm(path: Path, name: str) -> dict[Path, Source]:
+    """A norm's gain and bias."""
     return {(*path, "scale"): Source(f"{name}.weight"), (*path, "bias"): Source(f"{name}.bias")}
 
 

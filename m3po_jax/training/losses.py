@@ -236,10 +236,15 @@ def preference(
         anchor = anchor_loss(policy[:, 0], reference[:, 0], config.beta, config.anchor_delta)
         row_losses = row_losses + config.anchor_weight * anchor
         metrics["loss/anchor"] = jnp.mean(anchor)
+    # TRL's: the mean of all logits of the vocabulary, over the tokens of either answer.
+    logits_sums = {
+        f"logits/{side}": (jnp.sum(scores.mean_logits[:, k]), jnp.sum(batch.branch_mask[:, k], dtype=jnp.float32))
+        for k, side in enumerate(("chosen", "rejected"))
+    }
     loss = jnp.mean(row_losses)
     if config.chosen_nll_weight:
         loss = loss + config.chosen_nll_weight * nll
-    return LossOutput(loss, metrics, row_losses, token_sums(scores, batch.branch_mask))
+    return LossOutput(loss, metrics, row_losses, token_sums(scores, batch.branch_mask) | logits_sums)
 
 
 def text_only_accuracies(model: Any, batch: TreeBatch, *, reference_model: Any) -> dict[str, Float[Array, ""]]:

@@ -208,7 +208,7 @@ def test_sharded_loading_on_eight_devices() -> None:
             "-k",
             "sharded_loading_equals",
         ],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -57,6 +57,7 @@ def tower_name(name: str) -> str | None:
 
 
 def tensor_map(config: LlavaConfig) -> dict[Path, Source]:
+    """The canonical stored tensor of every parameter: the names of transformers before 4.52."""
     tensors = tensor_names.decoder(config.text, ("decoder",), "language_model.model", "language_model.lm_head")
     for name in ("linear_1", "linear_2"):
         tensors |= tensor_names.linear(
