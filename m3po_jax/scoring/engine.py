@@ -237,6 +237,18 @@ class Scorer:
         }
         return {**shard_batch(arrays, self.mesh), **replicate(constants, self.mesh)}
 
+    def log_probs_program(self, batch: PromptBatch, answers: int, tokens: int) -> tuple[Any, tuple[Any, ...]]:
+        """What `log_probs` runs on the first rows of `batch`, for those who compile or measure it.
+
+        Returns:
+            The jitted function and its arguments; nothing is computed.
+        """
+        ids = self._pad_branches(np.zeros((len(batch.ids), answers, tokens), np.int32), answer_bucket(tokens))
+        branches = {"branch_ids": ids, "branch_mask": np.ones(ids.shape, bool)}
+        with use_mesh(self.mesh):
+            inputs = self._filled(batch, branches, {}, slice(0, self.batch_size))
+        return log_probs_program, (self.graph, self.state, inputs, 0)
+
     def choices_program(self, batch: PromptBatch, questions: int, tokens: int) -> tuple[Any, tuple[Any, ...]]:
         """What `choice_probabilities` runs on the first rows of `batch`, for those who compile or measure it.
 
