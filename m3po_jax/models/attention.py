@@ -25,7 +25,7 @@ from m3po_jax.models.layers import KEPT, matmul_precision
 KV = tuple[jax.Array, jax.Array]
 
 
-QUERY_BLOCK = 64  # least queries that causal attention takes at a time, to the keys up to them
+QUERY_BLOCK = 128  # least queries that causal attention takes at a time, to the keys up to them
 MAX_BLOCKS = 12
 
 
