@@ -24,6 +24,7 @@ from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.lengths import padding_share
 from m3po_jax.data.tables import write_json
 from m3po_jax.errors import Interrupted, UserError
+from m3po_jax.hosts import first_failure
 from m3po_jax.sharding import shard_batch, to_host
 from m3po_jax.training import guards as checks
 from m3po_jax.training.checkpoint import Checkpointer, Progress, best_step, restore_trainable
@@ -236,7 +237,7 @@ def train(
                     # The step has kept its state, and `progress` is still the position before this batch.
                     saved.save(done, state, progress)
                     saved.wait()
-                    raise UserError(
+                    raise unreadable(batches.failures, batch.row_index) or UserError(
                         broken,
                         where=str(output),
                         remedy=f"the checkpoint of step {done} is from before, and the same command goes on from it "
@@ -393,6 +394,13 @@ def without_free_settings(config: TrainConfig) -> TrainConfig:
 def _fingerprint(**content: Any) -> str:
     """A hash of everything that decides what a continuation computes, the frozen weights excepted."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def unreadable(failures: Mapping[int, UserError], rows: Sequence[int]) -> UserError | None:
+    """Why a row of a batch could not be read by the host that needs it; the same on all hosts, which all ask."""
+    own = next(((place, failures[row]) for place, row in enumerate(map(int, rows)) if row in failures), None)
+    found = first_failure(own)
+    return None if found is None else found[1]
 
 
 def _read_marker(path: Path) -> dict[str, Any] | None:

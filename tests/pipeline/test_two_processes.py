@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from mini_run import m3po, rows, same_run, write_data, write_recipe
+from mini_run import free_port, m3po, rows, same_run, write_data, write_recipe
 
 pytestmark = pytest.mark.slow
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def hosts(*arguments: str) -> list[subprocess.Popen[str]]:
