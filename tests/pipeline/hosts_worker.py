@@ -1,4 +1,4 @@
-"""Run by `test_hosts.py` as each of two processes with two devices: what each reads, and how both stop at a bad image.
+"""Run by `test_hosts.py` as each of two processes with two devices: what each reads, and how both stop.
 
 Writes one JSON object per process.
 """
@@ -78,7 +78,7 @@ def main(folder: Path) -> None:
     assert jax.device_count() == 4 and jax.process_count() == 2
     check_own_rows()
     Processor.pixel_values = counted(Processor.pixel_values)  # type: ignore[method-assign]
-    recipe = load_recipe(folder / "mini.yaml", ["cache.vision_features=auto"])
+    recipe = load_recipe(folder / "mini.yaml")
     source = read_prompts(recipe.data)
     prompts = [prompt for prompt in source if prompt.metadata["kind"] == "caption"]
     mesh = make_mesh(MeshConfig())
@@ -104,14 +104,15 @@ def main(folder: Path) -> None:
         made = sorted(tables.read_rows(out), key=lambda row: (row["id"], row["candidate"])) if out.exists() else []
         return found | {"made": [[row["id"], row["candidate"], row["token_ids"]] for row in made]}
 
+    def cached(name: str) -> Any:
+        own = load_recipe(folder / "mini.yaml", [f"cache.vision_features={folder / name}"])
+        return vision_features(own, policy, processor, mesh)
+
     results = {"pixels": generated("pixels"), "bad_12": generated("bad_12", 12), "bad_13": generated("bad_13", 13)}
-    features = vision_features(recipe, policy, processor, mesh)
-    results["uncached_3"] = generated("uncached_3", 3, features)
-    results["uncached_12"] = generated("uncached_12", 12, features)
-    features = vision_features(
-        load_recipe(folder / "mini.yaml", ["cache.vision_features=" + str(folder / "other")]), policy, processor, mesh
-    )
-    results["cached"] = generated("cached", features=features)
+    one = cached("one")
+    results["uncached_3"] = generated("uncached_3", 3, one)
+    results["uncached_12"] = generated("uncached_12", 12, one)
+    results["cached"] = generated("cached", features=cached("other"))
 
     learning = base_config(max_steps=6, save_steps=100)
     pairs = pair_batches(pair_rows(7), OneIsDamaged(), batch_size=4, seed=3, own=shared_out(mesh))

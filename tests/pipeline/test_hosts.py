@@ -88,6 +88,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list
     write_recipe(folder, data)
     variables = environment(devices=2)
     variables["PYTHONPATH"] += f":{ROOT / 'tests/pipeline'}:{ROOT / 'tests/training'}"
+    variables |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling is most of the time
     variables |= {"M3PO_COORDINATOR": f"127.0.0.1:{free_port()}", "M3PO_NUM_PROCESSES": "2"}
     processes = [
         subprocess.Popen(
@@ -121,7 +122,7 @@ def test_each_host_reads_its_share(found: tuple[Path, list[dict[str, Any]]]) -> 
 
 @pytest.mark.slow
 def test_all_stop_at_an_image_that_one_cannot_read(found: tuple[Path, list[dict[str, Any]]]) -> None:
-    folder, results = found
+    _, results = found
     readers = []
     for bad in (12, 13):
         one, other = (result[f"bad_{bad}"] for result in results)
@@ -144,10 +145,7 @@ def test_training_stops_at_an_image_that_one_cannot_read(found: tuple[Path, list
     assert [result["train"]["error"] for result in results] == ["row-5: a damaged image"] * 2
     reads = [result["train"]["reads"] for result in results]
     assert min(map(len, reads)) >= 0.4 * sum(map(len, reads))
-    lines = (
-        (folder / "train/metrics.jsonl").read_text().splitlines() if (folder / "train/metrics.jsonl").exists() else []
-    )
-    # The step that met it changed nothing: what is saved is the state of the last good one.
-    assert [path.name for path in (folder / "train/checkpoints").iterdir() if path.name.isdigit()] == [
-        str(len(lines))
-    ]
+    # The step that met it changed nothing: what is saved is the state after the last good one.
+    log = folder / "train/metrics.jsonl"
+    steps = len(log.read_text().splitlines()) if log.exists() else 0
+    assert [path.name for path in (folder / "train/checkpoints").iterdir() if path.name.isdigit()] == [str(steps)]
