@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.version import __version__
 
 # sysexits.h: a launcher that sees EX_TEMPFAIL requeues the same command.
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 75
+# Verbs that look for a signal at every step of theirs and save before they stop; any other ends at once.
+RESUMABLE = frozenset({"run", "generate", "score", "select", "train", "evaluate", "compare"})
 
 VERBS: dict[str, tuple[str, str]] = {
     "run": (
@@ -131,24 +130,6 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM between two stages, where nobody waits for it, ends the command as it does within one."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        # Not `Interrupted`, which a handler of bad images and the like would take for an error of its own.
-        raise KeyboardInterrupt("stopped by SIGTERM; what is finished is saved")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status (0, 2 for a user's error, 75 when stopped and resumable)."""
     parser = make_parser()
@@ -160,9 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     try:
         from m3po_jax.pipeline import verbs
+        from m3po_jax.training.signals import noted
 
         verb: Callable[[argparse.Namespace], None] = getattr(verbs, options.verb)
-        with _terminable():
+        with noted() if options.verb in RESUMABLE else nullcontext():
             verb(options)
     except UserError as error:
         print(f"m3po: {error}", file=sys.stderr)

@@ -176,6 +176,7 @@ class SelectConfig:
     budget: float = 1.0  # the share of pairs that is kept
     max_pairs: int | None = None  # at most so many are kept
     budget_by: str = "value"  # value: the best pairs | random: any, the same prompts for every rule
+    budget_within: str = ""  # a key of the prompts' metadata (kind, say) in whose groups values are ranked apart
     seed: int = 0
 
 

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,7 @@ class Pool:
         mas: Alignment scores; not finite: the scorer abstained.
         confidence: Any variant; not finite: unknown.
         dispreferred_confidence: The variant for the rejected role, where it is another (arm `m3po_prior`).
+        group: Of prompts whose pairs' values can be compared, for the budget.
     """
 
     id: str
@@ -81,6 +82,7 @@ class Pool:
     mas: Float[np.ndarray, " candidates"]
     confidence: Float[np.ndarray, " candidates"]
     dispreferred_confidence: Float[np.ndarray, " candidates"] | None = None
+    group: str = ""
 
     def __post_init__(self) -> None:
         columns: list[Any] = [self.texts, self.lengths, self.mas, self.confidence]
@@ -108,6 +110,7 @@ class Pool:
             np.asarray(self.mas, np.float64)[index],
             np.asarray(self.confidence, np.float64)[index],
             None if other is None else np.asarray(other, np.float64)[index],
+            self.group,
         )
 
 
@@ -351,13 +354,21 @@ def _pair(pool: Pool, chosen: int, rejected: int) -> Pair:
     )
 
 
-def apply_budget(pairs: Sequence[Pair], config: SelectConfig) -> tuple[list[Pair], list[Drop]]:
+def apply_budget(
+    pairs: Sequence[Pair], config: SelectConfig, groups: Mapping[str, str] | None = None
+) -> tuple[list[Pair], list[Drop]]:
     """The pairs that `config.budget` (rounded up) and `config.max_pairs` leave, in order; the rest as drops.
 
     ``budget_by: value`` keeps the most valuable ones, equal values by prompt id, so that the order of prompts does
     not matter. ``random`` ranks prompts by a hash of (seed, prompt id): whatever the rule that made the pairs, the
     same prompts come first, so that subsets of different rules and sizes overlap as far as they can.
+
+    Args:
+        groups: Group of a prompt id. With several, a pair's rank is the share of its own group's pairs that come
+            before it: MAS gaps of unlike prompts (captions, yes/no questions) do not compare, so that every group
+            keeps its share of the pairs, up to rounding.
     """
+    groups = groups or {}
     count = math.ceil(len(pairs) * config.budget - 1e-9)
     if config.max_pairs is not None:
         count = min(count, config.max_pairs)
@@ -367,7 +378,16 @@ def apply_budget(pairs: Sequence[Pair], config: SelectConfig) -> tuple[list[Pair
             return hashlib.sha256(f"budget\0{config.seed}\0{pair.id}".encode()).digest(), pair.id
         return -pair.value, pair.id
 
-    kept = {pair.id for pair in sorted(pairs, key=rank)[:count]}
+    members: dict[str, list[Pair]] = {}
+    for pair in sorted(pairs, key=rank):
+        members.setdefault(groups.get(pair.id, ""), []).append(pair)
+    # Middles of equal parts of [0, 1]; those of one group alone are in its order.
+    places = [
+        ((number + 0.5) / len(group), rank(pair), pair.id)
+        for group in members.values()
+        for number, pair in enumerate(group)
+    ]
+    kept = {key for *_, key in sorted(places)[:count]}
     return (
         [pair for pair in pairs if pair.id in kept],
         [Drop(pair.id, Reason.OVER_BUDGET) for pair in pairs if pair.id not in kept],
@@ -400,7 +420,7 @@ def select_pools(pools: Sequence[Pool], config: SelectConfig, pairs_per_prompt: 
             drops.append(found)
         else:
             pairs += [found] if isinstance(found, Pair) else found
-    pairs, over = apply_budget(pairs, config)
+    pairs, over = apply_budget(pairs, config, {pool.id: pool.group for pool in pools})
     drops += over
 
     correlations = [correlation(pool.mas, pool.rejected_confidence) for pool in pools]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,21 @@ def _check_row(row: Any, where: str) -> None:
         raise UserError(f"{len(ids)} token_ids but {len(log_probs)} token_logprobs", where=where)
 
 
+def _group(row: dict[str, Any], key: str, where: str) -> str:
+    """The group of a row's prompt, whose pairs' values are compared; one for all without a key."""
+    if not key:
+        return ""
+    metadata = row.get("metadata")
+    if not isinstance(metadata, Mapping) or key not in metadata:
+        known = sorted(metadata) if isinstance(metadata, Mapping) else []
+        raise UserError(
+            f"the metadata of {row['id']!r} has no {key!r}{nearest(key, known)}",
+            where=where,
+            remedy=f"select.budget_within: {', '.join(known) or 'leave it empty'}",
+        )
+    return str(metadata[key])
+
+
 def _length(row: dict[str, Any]) -> int:
     """Response tokens; without recorded tokens the words, plus one for EOS."""
     for key in ("token_ids", "token_logprobs"):
@@ -86,7 +101,8 @@ def select_rows(
 
     Args:
         rows: With ``id``, ``candidate``, ``text``, ``mas``; ``confidence_<variant>`` (or ``confidence``, for
-            the variant mean) where the rule uses it; ``token_ids`` and ``token_logprobs`` if recorded. A null
+            the variant mean) where the rule uses it; ``token_ids`` and ``token_logprobs`` if recorded;
+            ``metadata`` (a mapping) where `config.budget_within` names a key of it. A null
             or NaN ``mas`` means that the scorer abstained: that candidate does not take part; likewise a null
             confidence under a rule that uses it. ``instruction`` and ``images`` are carried over where
             present.
@@ -133,6 +149,7 @@ def select_rows(
                 mas_column,
                 confidence,
                 rejected if variants[0] != variants[1] else None,
+                _group(members[0], config.budget_within, where),
             )
         )
     selection = select_pools(pools, config, pairs_per_prompt)

@@ -341,6 +341,45 @@ def test_budget_keeps_the_most_valuable_share(values, budget):
     assert all(drop.reason is Reason.OVER_BUDGET for drop in dropped)
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from([0.1, 0.2, 0.9, 1.0])), min_size=1, max_size=24),
+    st.sampled_from([0.1, 0.25, 0.5, 1.0]),
+)
+def test_a_budget_within_groups_keeps_the_best_share_of_each(rows, budget):
+    pairs = [Pair(f"p{i}", 0, 1, 0.9, 0.1, -1.0, -1.0, value) for i, (_, value) in enumerate(rows)]
+    groups = {f"p{i}": group for i, (group, _) in enumerate(rows)}
+    config = SelectConfig(budget=budget)
+    kept, dropped = apply_budget(pairs, config, groups)
+    assert len(kept) == math.ceil(round(len(pairs) * budget, 9))
+    assert sorted(p.id for p in kept + [Pair(d.id, 0, 1, 0, 0, 0, 0, 0) for d in dropped]) == sorted(groups)
+    for group in "ab":
+        own = [pair for pair in pairs if groups[pair.id] == group]
+        chosen = [pair for pair in own if pair in kept]
+        assert abs(len(chosen) - len(own) * len(kept) / len(pairs)) <= 1, "every group keeps its share"
+        lost = [pair.value for pair in own if pair not in kept]
+        assert not lost or not chosen or min(p.value for p in chosen) >= max(lost)
+    one = apply_budget(pairs, config, dict.fromkeys(groups, "a"))[0]
+    assert one == apply_budget(pairs, config)[0], "one group is none"
+
+
+def test_rows_name_the_group_by_a_key_of_their_metadata():
+    def rows(prompt, kind, gap):
+        made = [(0.9, -0.1), (0.9 - gap, -0.2)]
+        return [
+            {"id": prompt, "candidate": i, "text": f"answer {i} " * (i + 1), "mas": mas, "confidence": confidence}
+            | {"token_ids": [1, 2], "token_logprobs": [-0.1, -0.1], "metadata": {"kind": kind}}
+            for i, (mas, confidence) in enumerate(made)
+        ]
+
+    given = [row for i in range(4) for row in rows(f"q{i}", "yesno", 0.9) + rows(f"c{i}", "caption", 0.2 + i / 100)]
+    config = SelectConfig(budget=0.5, min_rejected_z=-9.0, max_similarity=1.0)
+    assert {pair["id"][0] for pair in select_rows(given, config)[0]} == {"q"}
+    found = select_rows(given, replace(config, budget_within="kind"))[0]
+    assert sorted(pair["id"] for pair in found) == ["c2", "c3", "q0", "q1"]
+    with pytest.raises(UserError, match=r"has no 'kinds'.*did you mean 'kind'"):
+        select_rows(given, replace(config, budget_within="kinds"))
+
+
 def test_a_random_budget_takes_the_same_prompts_whatever_made_the_pairs():
     def pairs(values):
         return [Pair(f"p{i}", 0, 1, 0.9, 0.1, -1.0, -1.0, value) for i, value in enumerate(values)]

@@ -26,7 +26,7 @@ from m3po_jax.pipeline.rlhf import rollout_costs, train_rlhf
 from m3po_jax.pipeline.rundir import is_writer, read_json
 from m3po_jax.pipeline.score import NEED_BLANK_IMAGE, score
 from m3po_jax.pipeline.select import select
-from m3po_jax.pipeline.stopping import agreed, barrier
+from m3po_jax.pipeline.stopping import agreed, barrier, look
 from m3po_jax.pipeline.systems import System, base_systems, greedy
 from m3po_jax.pipeline.train import Trained, read_pairs, train_on_pairs, train_on_references
 from m3po_jax.scoring.alignment import Backend
@@ -91,6 +91,7 @@ class Run(Resources):
 
     def generate_stage(self, round: int, arm: str | None = None) -> None:
         """Draws a round's candidates into ``round-R/candidates/``, as far as they are missing."""
+        look("generating")
         recipe, folder = self.arm_recipe(arm), self.directory.round(round, arm) / "candidates"
         config = recipe.generate
         sampling = sampling_config(config, recipe.seed * 1000 + round)
@@ -109,6 +110,7 @@ class Run(Resources):
 
     def score_stage(self, round: int, arm: str | None = None) -> None:
         """Scores a round's candidates into ``round-R/scores/``, and says what its judge is worth."""
+        look("scoring")
         recipe = self.arm_recipe(arm)
         candidates = self.directory.round(round, self.candidates_owner(round, arm)) / "candidates"
         inputs = tables.content_hash(
@@ -183,6 +185,7 @@ class Run(Resources):
 
     def select_stage(self, round: int, arm: str | None = None) -> dict[str, Any]:
         """Pairs an arm's candidates into its ``round-R/pairs/``; returns the selection's summary."""
+        look("selecting")
         recipe = self.arm_recipe(arm)
         found = select(
             self.directory.round(round, self.candidates_owner(round, arm)) / "candidates",
@@ -210,6 +213,7 @@ class Run(Resources):
 
     @functools.cached_property
     def reward_model(self) -> rewarding.TrainedReward:
+        look("training a reward model")
         recipe, folder = self.recipe, self.reward_folder
         finished = agreed([(folder / "results.json").exists()])[0]
         if recipe.reward.pairs:
@@ -276,6 +280,7 @@ class Run(Resources):
         return trained
 
     def _train(self, round: int, arm: str | None, recipe: Recipe, start: Any, folder: Path) -> Trained:
+        look("training")
         seed, reference = recipe.seed + round, None
         if recipe.train.objective == "rlhf":
             part = rewarding.policy_part(recipe)
@@ -322,6 +327,7 @@ class Run(Resources):
 
     def evaluate_stage(self, round: int, arm: str | None = None) -> None:
         """Evaluates one trained system on every benchmark."""
+        look("evaluating")
         name = summary.main_name(self.recipe) if arm is None else arm
         if round < self.recipe.rounds:
             name = f"{name}, round {round}"
@@ -347,6 +353,7 @@ class Run(Resources):
             self.weights_identity(0),
         )
         for system, benchmarks in systems:
+            look("evaluating the base")
             self.evaluator.evaluate(system, benchmarks)
 
     def execute(self) -> Path:

@@ -21,7 +21,7 @@ SHOWN_DROPS = 60
 
 
 def joined_rows(candidates: Path, scores: Path, prompts: Mapping[str, Prompt]) -> Iterator[dict[str, Any]]:
-    """Candidate rows with their scores and their prompt's instruction.
+    """Candidate rows with their scores and their prompt's instruction and metadata.
 
     Raises:
         UserError: there is nothing, or candidates and scores do not belong together.
@@ -39,7 +39,8 @@ def joined_rows(candidates: Path, scores: Path, prompts: Mapping[str, Prompt]) -
             raise UserError(
                 f"a candidate of a prompt that the data does not have ({row['id']!r})", where=str(candidates)
             )
-        yield row | by_key[key] | {"instruction": prompts[row["id"]].instruction}
+        prompt = prompts[row["id"]]
+        yield row | by_key[key] | {"instruction": prompt.instruction, "metadata": prompt.metadata}
 
 
 def select(

@@ -30,6 +30,19 @@ def stoppable(items: Iterable[T], what: str) -> Iterator[T]:
             yield item
 
 
+def look(what: str) -> None:
+    """Stops here if a signal has arrived since the last look, on all hosts together.
+
+    Raises:
+        Interrupted: before `what` has begun.
+    """
+    with stop_signal() as stop:
+        if stop.any_host():
+            raise Interrupted(
+                f"stopped by {stop.received or 'another host'} before {what}; what is finished is saved"
+            )
+
+
 def agreed(done: Sequence[bool]) -> list[bool]:
     """Process 0's view of what is done, on every process: file systems may show a file late."""
     if jax.process_count() == 1:

@@ -137,7 +137,7 @@ def test_a_terminated_comparison_ends_bit_equal(finished: Path, tmp_path: Path):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=300)
-    assert process.returncode == 75 and "the same command continues" in errors
+    assert process.returncode == 75 and "the same command continues" in errors, errors
     assert main(["compare", "--config", str(recipe)]) == 0
     told = {"metrics.jsonl", "items.jsonl", "drops.jsonl", "pairs-cap.json", "calibration.json"}
     made = sorted(path.relative_to(finished) for path in (finished / "seed-0").rglob("*") if path.name in told)

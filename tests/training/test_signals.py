@@ -12,9 +12,9 @@ import pytest
 
 from m3po_jax import cli
 from m3po_jax.errors import Interrupted
-from m3po_jax.pipeline.stopping import stoppable
+from m3po_jax.pipeline.stopping import look, stoppable
 from m3po_jax.training import signals
-from m3po_jax.training.signals import stop_signal
+from m3po_jax.training.signals import noted, stop_signal
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
@@ -91,7 +91,7 @@ def test_on_several_hosts_the_next_stage_sees_it(monkeypatch: pytest.MonkeyPatch
 
 @BOTH
 def test_the_command_ends_with_75_where_the_last_piece_was_told(
-    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The stage's work is whole, and what would follow it does not start."""
     from m3po_jax.pipeline import verbs
@@ -103,10 +103,59 @@ def test_the_command_ends_with_75_where_the_last_piece_was_told(
             done.append(item)
             if item == "last":
                 tell(number)
+        look("the next stage")
         done.append("the next stage")
 
     monkeypatch.setattr(verbs, "run", run)
     assert cli.main(["run", "--config", "quickstart.yaml"]) == cli.EXIT_INTERRUPTED
     assert done == ["first", "last"]
-    assert "what is finished is saved; the same command continues" in capsys.readouterr().err
+    told = capfd.readouterr().err
+    assert f"stopped by {number.name} before the next stage; what is finished is saved; the same command" in told
+    assert ("Ctrl-C again" in told) == (number == signal.SIGINT)
     assert signals._unseen == []
+
+
+def test_a_signal_between_stages_disturbs_nothing_and_is_not_lost() -> None:
+    """An exception out of a handler would be swallowed in a finalizer, and taken for another one in a library."""
+
+    class Finalized:
+        def __del__(self) -> None:
+            tell(signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="stopped by SIGTERM before scoring"), noted():
+        held = Finalized()
+        del held
+        look("scoring")
+        pytest.fail("the look must stop here")
+    assert signals._unseen == []
+
+
+def test_a_signal_that_no_look_has_seen_is_raised_at_the_end() -> None:
+    """Work that is whole, but the script that called for it must not go on to the next command."""
+    finished: list[bool] = []
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; what is finished is saved"), noted():
+        tell(signal.SIGTERM)
+        finished.append(True)
+    assert finished and signals._unseen == []
+
+
+def test_a_second_interrupt_does_not_wait() -> None:
+    with pytest.raises(KeyboardInterrupt), noted():
+        tell(signal.SIGINT)
+        tell(signal.SIGINT)
+        pytest.fail("the second one must stop here")
+    assert signals._unseen == []
+
+
+def test_other_verbs_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of theirs looks for a signal."""
+    from m3po_jax.pipeline import verbs
+
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        monkeypatch.setattr(verbs, "report", lambda options: tell(signal.SIGTERM))
+        assert cli.main(["report", "--config", "quickstart.yaml"]) == 0
+        assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
