@@ -108,6 +108,23 @@ def together(make: Callable[[], T]) -> T:
     return made
 
 
+def shared_hashes(count: int, hash_of: Callable[[int], str]) -> list[str]:
+    """`hash_of(place)`, a SHA-256 in hex, of all places; each process makes its share of them, and all get all.
+
+    Raises:
+        UserError: on every process, what the first place raised on its own.
+    """
+    hosts = jax.process_count()
+    made = load_shared(hash_of, lambda _: "00" * 32, np.arange(count) % hosts == jax.process_index())
+    if hosts == 1 or count == 0:
+        return made
+    from jax.experimental import multihost_utils
+
+    table = np.array([list(bytes.fromhex(key)) for key in made], np.uint8)
+    whole = np.max(multihost_utils.process_allgather(table), axis=0).astype(np.uint8)
+    return [row.tobytes().hex() for row in whole]
+
+
 def load_shared(load: Callable[[int], T], absent: Callable[[int], T], needed: Sequence[bool] | np.ndarray) -> list[T]:
     """`load(place)` for the places that this process needs, `absent(place)` for the others.
 
