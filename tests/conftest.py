@@ -30,8 +30,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
 
-import jax  # noqa: E402
 import pytest  # noqa: E402
+from compile_log import noted_compilations  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 # The same examples in every run: a test that passed here passes elsewhere.
@@ -49,13 +49,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def compiled() -> Iterator[list[str]]:
-    """Names of the functions that jax compiles, or finds in its cache on disk, while the test runs."""
-    names: list[str] = []
-
-    def note(event: str, seconds: float, **facts: str) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(facts["fun_name"].removeprefix("jit(").removesuffix(")"))
-
-    jax.monitoring.register_event_duration_secs_listener(note)
-    yield names
-    jax.monitoring.unregister_event_duration_listener(note)
+    """Names of the functions that were compiled since the test began."""
+    with noted_compilations() as names:
+        yield names

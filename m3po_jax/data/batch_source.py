@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import grain
@@ -17,8 +17,10 @@ import numpy as np
 
 from m3po_jax.data.lengths import Order, Shape
 from m3po_jax.errors import UserError
+from m3po_jax.hosts import OwnRows, load_shared
 
 Batch = TypeVar("Batch")
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class BatchSource(Generic[Batch]):
         row_key: Row number to a hash of its prompt, images and answers.
         answer_tokens: Mean number of tokens of the answers that an NLL is taken of (sft's, a pair's chosen one).
         shapes: The (prefix width, branch width) that batches are padded to; empty: any of `LENGTHS`.
+        failures: Why rows were spoilt, see `SharedRows`.
     """
 
     dataset: grain.MapDataset
@@ -47,6 +50,7 @@ class BatchSource(Generic[Batch]):
     row_key: Callable[[int], str] | None = None
     answer_tokens: float | None = None
     shapes: tuple[Shape, ...] = ()
+    failures: Mapping[int, UserError] = field(default_factory=dict)
 
     def __iter__(self) -> grain.DatasetIterator:
         # Grain's default keeps 500 elements, here whole batches, in flight.
@@ -61,10 +65,52 @@ class BatchSource(Generic[Batch]):
         return [self.ids[i] for i in row_index if i >= 0]
 
 
-def endless_batches(order: Order, load: Callable[[int], Any], collate: Any) -> Any:
+class SharedRows(Generic[Row]):
+    """Rows of training batches; on several hosts each reads the images of the rows on its own devices.
+
+    There a row that cannot be read is known to one host, in one of its loading threads, while all must stop at
+    the same step. It becomes *spoilt*: with NaN for its images, so that the step finds a loss that is not finite,
+    keeps its state, and says so on every host. The training loop then looks into `failures` for the reason.
+
+    Args:
+        read: Row number, and whether its images are needed (else zeros stand for them), to an element.
+        spoil: An element to the same with NaN for its images.
+        own: Size of a batch to the rows whose images this process needs. None: it is alone, needs all of them, and
+            raises what cannot be read.
+    """
+
+    def __init__(self, read: Callable[[int, bool], Row], spoil: Callable[[Row], Row], own: OwnRows | None = None):
+        self.read, self.spoil, self.own = read, spoil, own
+        self.failures: dict[int, UserError] = {}
+
+    def of_batch(self, rows: Sequence[int]) -> list[Row]:
+        """The elements of a batch, for loading threads.
+
+        Raises:
+            UserError: what is wrong with a row's text; alone, also with its images.
+        """
+        if self.own is None:
+            return [self.read(row, True) for row in rows]
+        return [self._read(row, bool(needed)) for row, needed in zip(rows, self.own(len(rows)), strict=True)]
+
+    def _read(self, row: int, needed: bool) -> Row:
+        try:
+            return self.read(row, needed)
+        except UserError as error:
+            blank = self.read(row, False)
+            self.failures[row] = error
+            return self.spoil(blank)
+
+    def together(self, rows: Sequence[int]) -> list[Row]:
+        """The elements of a batch, in a call that all processes make; what cannot be read is raised by all."""
+        needed = [True] * len(rows) if self.own is None else self.own(len(rows))
+        return load_shared(lambda at: self.read(rows[at], True), lambda at: self.read(rows[at], False), needed)
+
+
+def endless_batches(order: Order, shared: SharedRows[Row], collate: Callable[[list[Row]], Any]) -> Any:
     """Batches of an endless stream that visits all rows once an epoch, each epoch in an order of its own."""
     dataset = grain.MapDataset.range(order.batches)
-    return dataset.map(lambda number: collate([load(row) for row in order.rows(number)]))
+    return dataset.map(lambda number: collate(shared.of_batch(order.rows(number))))
 
 
 def fingerprint_of(*parts: Any) -> str:

@@ -13,8 +13,9 @@ from typing import Any
 import grain
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Bool
 
-from m3po_jax.data.batch_source import BatchSource, endless_batches, fingerprint_of, require_rows
+from m3po_jax.data.batch_source import BatchSource, SharedRows, endless_batches, fingerprint_of, require_rows
 from m3po_jax.data.collation import PromptBatch, TreeBatch, TreeRow, collation
 from m3po_jax.data.feature_cache import PromptFeatures
 from m3po_jax.data.lengths import Lengths, Order, plan_shapes
@@ -23,6 +24,7 @@ from m3po_jax.data.row_inputs import PromptProcessor, checked_answer, prompt_ids
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import UserError
+from m3po_jax.hosts import OwnRows
 
 
 def pair_batches(
@@ -36,6 +38,7 @@ def pair_batches(
     features: PromptFeatures | None = None,
     length_window: int = 1,
     max_shapes: int = 1,
+    own: OwnRows | None = None,
 ) -> BatchSource[TreeBatch]:
     """Preference pairs (PAIR rows) as branches 0 (chosen) and 1 (rejected) of their prompt, endless and
     shuffled.
@@ -47,6 +50,7 @@ def pair_batches(
         features: Cached vision features, which take the pixels' place in the batches.
         length_window: Batches of the shuffled order whose rows are exchanged until each holds similar lengths.
         max_shapes: Most pairs of widths that batches are padded to (programs that are compiled).
+        own: On several hosts: the rows of a batch whose images this one reads, see `SharedRows`.
 
     Raises:
         UserError: no rows, an answer that is empty or too long, log-probs that do not match their tokens.
@@ -73,9 +77,9 @@ def pair_batches(
     def prompt_of(index: int) -> Prompt:
         return pair_prompt(rows[index], f"{where}:{index + 1} (id {ids[index]!r})")
 
-    def load(index: int) -> TreeRow:
+    def load(index: int, needed: bool) -> TreeRow:
         prompt = prompt_of(index)
-        pixels, seen = seen_images(processor, prompt, features)
+        pixels, seen = seen_images(processor, prompt, features, needed=needed)
         return TreeRow(prompt_ids(processor, prompt), pixels, answers[index], references[index], index, seen)
 
     def key(index: int) -> str:
@@ -94,6 +98,7 @@ def pair_batches(
             length_window=length_window,
             max_shapes=max_shapes,
             features=features,
+            own=own,
         ),
         ids=tuple(ids),
         fingerprint=fingerprint_of(seed, batch_size, ids, answers, references, length_window, max_shapes),
@@ -113,13 +118,14 @@ def sft_batches(
     features: PromptFeatures | None = None,
     length_window: int = 1,
     max_shapes: int = 1,
+    own: OwnRows | None = None,
 ) -> BatchSource[TreeBatch]:
     """Prompts with their reference answers as the only branch (K = 1), endless and shuffled.
 
     Args:
         answer_ids: Token ids to learn instead of the references' (sampled answers, which tokenising their text
             again need not give back).
-        features, length_window, max_shapes: As of `pair_batches`.
+        features, length_window, max_shapes, own: As of `pair_batches`.
 
     Raises:
         UserError: no rows, or an answer that is missing, empty or too long.
@@ -139,9 +145,9 @@ def sft_batches(
         instructions.append(prompt.instruction)
         answers.append(checked_answer(tokens, max_answer_tokens, where_of(prompt)))
 
-    def load(index: int) -> TreeRow:
+    def load(index: int, needed: bool) -> TreeRow:
         prompt = prompts[index]
-        pixels, seen = seen_images(processor, prompt, features)
+        pixels, seen = seen_images(processor, prompt, features, needed=needed)
         return TreeRow(prompt_ids(processor, prompt), pixels, (answers[index],), (math.nan,), index, seen)
 
     return BatchSource(
@@ -154,6 +160,7 @@ def sft_batches(
             length_window=length_window,
             max_shapes=max_shapes,
             features=features,
+            own=own,
         ),
         ids=tuple(ids),
         fingerprint=fingerprint_of(seed, batch_size, ids, instructions, answers, length_window, max_shapes),
@@ -167,12 +174,14 @@ def prompt_batches(
     batch_size: int,
     features: PromptFeatures | None = None,
     images: bool = True,
+    needed: Bool[np.ndarray, " b"] | None = None,
 ) -> BatchSource[PromptBatch]:
     """Prompts once, in order, for generation and scoring; copies of the last row fill the last batch.
 
     Args:
         features: Cached features of the vision tower, which then stand for the images.
         images: False: neither is read, for who blanks the images.
+        needed: Rows of a batch whose images this process needs; the others are zeros. None: all.
     """
     require_rows(len(prompts), batch_size)
     ids = tuple(prompt.id for prompt in prompts)
@@ -182,7 +191,8 @@ def prompt_batches(
         prompt = prompts[min(index, len(prompts) - 1)]
         prefix = prompt_ids(processor, prompt)
         place = index if index < len(prompts) else -1
-        pixels, seen = seen_images(processor, prompt, features) if images else (None, None)
+        here = needed is None or bool(needed[index % batch_size])
+        pixels, seen = seen_images(processor, prompt, features, needed=here) if images else (None, None)
         return TreeRow(prefix, pixels, (), (), place, features=seen)
 
     def collate(rows: Sequence[TreeRow]) -> PromptBatch:
@@ -200,13 +210,14 @@ def prompt_batches(
 def _tree_source(
     answers: Sequence[Sequence[np.ndarray]],
     prefix_of: Callable[[int], np.ndarray],
-    load: Callable[[int], TreeRow],
+    load: Callable[[int, bool], TreeRow],
     *,
     batch_size: int,
     seed: int,
     length_window: int,
     max_shapes: int,
     features: PromptFeatures | None,
+    own: OwnRows | None,
 ) -> dict[str, Any]:
     """What the sources of prompts with answers have in common: fields of `BatchSource`."""
     for name, value in (("length_window", length_window), ("max_shapes", max_shapes)):
@@ -220,13 +231,20 @@ def _tree_source(
     order = Order(len(answers), seed, batch_size, length_window, lengths)
     shapes = plan_shapes(order, lengths, max_shapes)
     collate = collation(features, shapes)
+    shared = SharedRows(load, _spoilt, own)
     return {
-        "dataset": endless_batches(order, load, collate),
+        "dataset": endless_batches(order, shared, collate),
         "batch_size": batch_size,
-        "take": lambda rows: collate([load(row) for row in rows]),
+        "take": lambda rows: collate(shared.together(rows)),
+        "failures": shared.failures,
         "answer_tokens": float(np.mean([len(row[0]) for row in answers])),
         "shapes": shapes,
     }
+
+
+def _spoilt(row: TreeRow) -> TreeRow:
+    broken = [None if x is None else np.full_like(x, np.nan) for x in (row.pixels, row.features)]
+    return row._replace(pixels=broken[0], features=broken[1])
 
 
 def _reference_sum(logprobs: Sequence[float] | None, answer: np.ndarray, where: str) -> float:

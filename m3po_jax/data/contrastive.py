@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from m3po_jax.data.batch_source import BatchSource, endless_batches, fingerprint_of, require_rows
+from m3po_jax.data.batch_source import BatchSource, SharedRows, endless_batches, fingerprint_of, require_rows
 from m3po_jax.data.lengths import Order
-from m3po_jax.data.row_inputs import PixelProcessor, pixels_of, where_of
+from m3po_jax.data.row_inputs import PixelProcessor, seen_images, where_of
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
+from m3po_jax.hosts import OwnRows
 
 
 class ContrastiveBatch(NamedTuple):
@@ -34,6 +35,7 @@ def contrastive_batches(
     seed: int,
     claim_template: str = "{claim}",
     max_texts: int = 256,
+    own: OwnRows | None = None,
 ) -> BatchSource[ContrastiveBatch]:
     """Images against the claims that are true of them, which each prompt lists in ``metadata["objects"]``.
 
@@ -45,6 +47,7 @@ def contrastive_batches(
         processor: Gives the pixels, at the dual encoder's size; an example has exactly one image.
         encode_texts: Texts to (ids [C, T], mask [C, T]) at a fixed T, by the dual encoder's tokenizer.
         claim_template: Text that stands for one claim, e.g. ``a photo of {claim}``.
+        own: On several hosts: the rows of a batch whose images this one reads, see `SharedRows`.
 
     Raises:
         UserError: no rows, a row without objects or without exactly one image, or a batch with too many
@@ -66,10 +69,12 @@ def contrastive_batches(
     text_ids, text_mask = encode_texts([claim_template.replace("{claim}", claim) for claim in vocabulary])
     column = {claim: place for place, claim in enumerate(vocabulary)}
 
-    def load(index: int) -> tuple[np.ndarray, int]:
-        pixels = pixels_of(processor, prompts[index])
+    def load(index: int, needed: bool) -> tuple[np.ndarray, int]:
+        pixels, _ = seen_images(processor, prompts[index], None, needed=needed)
         assert pixels is not None
         return pixels[0], index
+
+    shared = SharedRows(load, lambda row: (np.full_like(row[0], np.nan), row[1]), own)
 
     def collate(rows: Sequence[tuple[np.ndarray, int]]) -> ContrastiveBatch:
         chosen = np.arange(len(vocabulary))
@@ -95,7 +100,8 @@ def contrastive_batches(
         )
 
     return BatchSource(
-        dataset=endless_batches(Order(len(prompts), seed, batch_size), load, collate),
+        dataset=endless_batches(Order(len(prompts), seed, batch_size), shared, collate),
+        failures=shared.failures,
         ids=tuple(ids),
         batch_size=batch_size,
         fingerprint=fingerprint_of(

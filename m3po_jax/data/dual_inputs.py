@@ -93,6 +93,11 @@ class DualEncoderProcessor:
             text = text.replace(token, " ")
         return text
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of one image's pixels."""
+        return self.image_processor.height, self.image_processor.width, 3
+
     def pixel_values(self, prompt: Prompt) -> Float[np.ndarray, "images h w 3"]:
         """Normalised pixels of every image of the prompt.
 

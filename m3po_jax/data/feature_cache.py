@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.tables import atomic_write
@@ -88,7 +88,9 @@ class PromptFeatures:
     Args:
         image_keys: Prompt -> content hashes of its images.
         pixels: Prompt -> its images' pixels [m, H, W, 3].
-        encode: Pixels [i, H, W, 3] -> features [i, n, v]. All processes must call it together.
+        encode: Pixels of images [H, W, 3] -> features [i, n, v]. All processes must call it together; None stands
+            for an image that another of them reads.
+        own: Which images of a group this process reads, where the processes share them out.
         together: Several processes take part: what only one of them finds missing cannot be computed by it alone.
     """
 
@@ -98,12 +100,14 @@ class PromptFeatures:
         *,
         image_keys: Callable[[Prompt], list[str]],
         pixels: Callable[[Prompt], np.ndarray],
-        encode: Callable[[np.ndarray], np.ndarray],
+        encode: Callable[[Sequence[np.ndarray | None] | np.ndarray], np.ndarray],
         blank: Float[np.ndarray, "1 n v"],
+        own: Bool[np.ndarray, " i"] | None = None,
         together: bool = False,
     ):
         self.cache, self.image_keys, self.pixels, self.encode = cache, image_keys, pixels, encode
         self.blank, self.together = blank, together
+        self.own = np.ones(1, bool) if own is None else own
 
     def missing(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, int, str]]:
         """(prompt, image in it, key) of every image that is not stored, each key once."""
@@ -113,6 +117,10 @@ class PromptFeatures:
                 if key not in seen and key not in self.cache:
                     yield number, place, key
                 seen.add(key)
+
+    def absent(self, prompt: Prompt) -> Float[np.ndarray, "m n v"]:
+        """Zeros that take no memory, where another host needs the features of the prompt's images."""
+        return np.broadcast_to(np.zeros((), self.cache.dtype), (len(prompt.images), *self.cache.shape))
 
     def __call__(self, prompt: Prompt) -> Float[np.ndarray, "m n v"] | None:
         """The features of a prompt's images; None without images.

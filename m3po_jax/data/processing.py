@@ -264,6 +264,11 @@ class Processor:
                 raise UserError(error.what, where=where, remedy=error.remedy) from None
         return pixels
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of one image's pixels."""
+        return self.image_processor.height, self.image_processor.width, 3
+
     def image_keys(self, prompt: schema.Prompt) -> list[str]:
         """Content hashes of the prompt's images, as they are encoded."""
         where = prompt.where or f"id {prompt.id!r}"

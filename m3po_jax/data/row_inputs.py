@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+from jaxtyping import Float32
 
 from m3po_jax.data.feature_cache import PromptFeatures
 from m3po_jax.data.schema import Prompt
@@ -14,6 +15,9 @@ from m3po_jax.errors import UserError
 
 class PixelProcessor(Protocol):
     """What `contrastive_batches` needs of `data.dual_inputs.DualEncoderProcessor`."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
 
     def pixel_values(self, prompt: Prompt) -> np.ndarray: ...
 
@@ -44,10 +48,17 @@ def pixels_of(processor: PixelProcessor, prompt: Prompt) -> np.ndarray | None:
         ) from error
 
 
+def no_pixels(processor: PixelProcessor, prompt: Prompt) -> Float32[np.ndarray, "m h w 3"]:
+    """Zeros that take no memory, where another host needs the prompt's images."""
+    return np.broadcast_to(np.float32(0), (len(prompt.images), *processor.image_shape))
+
+
 def seen_images(
-    processor: PixelProcessor, prompt: Prompt, features: PromptFeatures | None
+    processor: PixelProcessor, prompt: Prompt, features: PromptFeatures | None, *, needed: bool = True
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """(pixels, features) of a prompt's images, of which one is given at most."""
+    """(pixels, features) of a prompt's images, of which one is given at most; zeros where they are not needed."""
+    if not needed and prompt.images:
+        return (no_pixels(processor, prompt), None) if features is None else (None, features.absent(prompt))
     if features is None:
         return pixels_of(processor, prompt), None
     return None, features(prompt)

@@ -79,9 +79,12 @@ def free_slots(pending: Bool[Array, "n k"], lane: Int[Array, "n k"], lanes: int)
 def wants_prompts(
     busy: Bool[Array, " l"], pending: Bool[Array, "n k"], free: Bool[Array, " n"], quota: Int[Array, ""]
 ) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
-    """Whether the shard has room for `quota` prompts, and whether it has room and lanes with nothing to do."""
+    """Whether the shard has room for `quota` prompts, and whether it has room for those and lanes with nothing to do.
+
+    Without prompts for it (`quota` 0) a shard keeps no other waiting, and starves for nothing.
+    """
     room = jnp.sum(free)
-    starving = (room > 0) & ~jnp.any(pending) & ~jnp.all(busy)
+    starving = (quota > 0) & (room > 0) & ~jnp.any(pending) & ~jnp.all(busy)
     return room >= quota, starving
 
 

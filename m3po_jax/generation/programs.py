@@ -167,9 +167,10 @@ class Programs:
         lanes: Lanes,
         cache: Cache,
         constants: dict[str, jax.Array],
-        quota: Int[Array, ""],
+        quota: Int[Array, " a"],
     ) -> tuple[Board, Lanes, Cache, Report]:
-        """Tokens for all lanes until none is left, `quota` prompts (0: none) should come or the cache is full."""
+        """Tokens for all lanes until none is left, `quota` prompts a shard (0: none) should come or the cache is
+        full."""
         self.compilations += 1
         model = nnx.merge(graph, weights.state)
         a, n, k, views, count = sizes.shards, sizes.slots, sizes.candidates, sizes.views, sizes.lanes
@@ -267,8 +268,8 @@ class Programs:
         def goes_on(carry: tuple[Board, Lanes, Cache]) -> jax.Array:
             board, lanes, cache = carry
             free = jax.vmap(partial(lane.free_slots, lanes=count))(board.pending, board.lane)
-            room, starving = jax.vmap(lane.wants_prompts, (0, 0, 0, None))(lanes.busy, board.pending, free, quota)
-            more = (quota > 0) & (jnp.all(room) | jnp.any(starving))
+            room, starving = jax.vmap(lane.wants_prompts)(lanes.busy, board.pending, free, quota)
+            more = jnp.any(quota > 0) & (jnp.all(room) | jnp.any(starving))
             work = jnp.any(lanes.busy) | jnp.any(board.pending)
             return work & ~more & ~grows(lanes, cache) & ~jnp.any(board.broken)
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
+from m3po_jax.hosts import Hosts
+
 
 @dataclass
 class PromptBatch:
@@ -32,9 +34,10 @@ class Request:
 
     Attributes:
         images: its m images, normalised [m, h, w, 3], or, with `encoded`, their features [m, n, v]; None for
-            text alone.
+            text alone. Zeros where the process is not one of `hosts`.
         wanted: candidates to draw; the others come back empty. None: all.
         attempt: which of a candidate's random streams to draw from; 0 is the first.
+        hosts: the processes that have its images, and on whose devices it is answered; None: all have them.
     """
 
     id: str
@@ -43,6 +46,7 @@ class Request:
     encoded: bool = False
     wanted: tuple[int, ...] | None = None
     attempt: int = 0
+    hosts: Hosts | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ the host prepares those. All processes of a run go through the same steps, since
 
 from __future__ import annotations
 
-from collections import deque
+import math
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
@@ -21,6 +22,7 @@ from m3po_jax.generation.prompts import Candidates, Request, prompt_bucket
 from m3po_jax.generation.sampling import candidate_keys
 from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.generation.state import Board, Cache, Lanes, Layout, Prompts, Report, Sizes
+from m3po_jax.hosts import shard_hosts
 from m3po_jax.sharding import replicate, shard_batch, to_host, use_mesh
 
 
@@ -72,6 +74,7 @@ class Stream:
     def __init__(self, engine: Engine, requests: Iterable[Request | None], count: int | None = None):
         self.engine, self.source = engine, iter(requests)
         self.count = count
+        self.hosts = shard_hosts(engine.mesh)  # of each shard
         self.queue: deque[Request] = deque()  # drawn from the source, not yet on the device
         self.held: dict[tuple[int, int], Request] = {}  # by (shard, slot)
         self.exhausted = False
@@ -125,7 +128,7 @@ class Stream:
             given.append((engine.graph, engine.weights, prompts, board, self._arrays()))
         state = size((prompts, board, lanes))
         found = [Program("prefill", engine.prefill, given[0], len(given), 0, state, 0)]
-        quota, filled = replicate(np.int32(0), engine.mesh), 0
+        quota, filled = replicate(np.zeros(self.sizes.shards, np.int32), engine.mesh), 0
         for capacity in capacities(self.sizes.tokens):
             cache = engine.layout.empty_cache.eval_shape(self.sizes, capacity)
             before = (engine.graph, self.sizes, engine.weights, prompts, board, lanes, cache)
@@ -137,12 +140,8 @@ class Stream:
         return found
 
     def _draw(self, most: int = 0) -> None:
-        """Requests from the source: those that fit, and those of the next two calls of prefill."""
-        if not most:
-            shards = self.sizes.shards
-            # More than fit, or the device would be told that none is left and run until all answers have ended.
-            most = shards * self.sizes.slots - len(self.held) + 2 * shards * self.rows
-        while not self.exhausted and len(self.queue) < most:
+        """Requests from the source: `most`, or those that fit, and those of the next two calls of prefill."""
+        while not self.exhausted and (len(self.queue) < most if most else self._lacking() > 0):
             try:
                 request = next(self.source)
             except StopIteration:
@@ -154,6 +153,15 @@ class Stream:
                     return
                 self.queue.append(request)
 
+    def _lacking(self) -> int:
+        """How many requests the queue needs, so that all shards find what they may take."""
+        held = Counter(self.hosts[shard] for shard, _ in self.held)
+        waiting = Counter(request.hosts for request in self.queue)
+        # More than fit, or the device would be told that none is left and run until all answers have ended.
+        most = self.sizes.slots + 2 * self.rows
+        lacking = [max(n * most - held[of] - waiting[of], 0) for of, n in Counter(self.hosts).items()]
+        return sum(lacking) - waiting[None]
+
     def _measure(self) -> None:
         """Room for the longest prompt of the queue; an eighth more at least, so that growth costs few programs."""
         multiple = self.engine.prefix_bucket
@@ -164,7 +172,7 @@ class Stream:
 
     def _fill(self) -> None:
         """Prompts into free slots, a few at a time."""
-        while self.queue and len(self.held) < self.sizes.shards * self.sizes.slots:
+        while self._takes():
             before = self.prefix
             self._measure()
             if self.prompts is None:
@@ -175,19 +183,37 @@ class Stream:
                 self.engine.graph, self.engine.weights, self.prompts, self.board, self._arrays()
             )
 
-    def _arrays(self) -> dict[str, jax.Array]:
-        """The next requests of the queue, padded, with the slots that they get."""
-        sizes, engine = self.sizes, self.engine
-        rows = self.rows
+    def _takes(self) -> bool:
+        """Whether a request of the queue fits into a shard that may have it."""
+        held = Counter(shard for shard, _ in self.held)
+        roomy = (shard for shard in range(self.sizes.shards) if held[shard] < self.sizes.slots)
+        return any(self._next(shard) is not None for shard in roomy)
+
+    def _next(self, shard: int) -> int | None:
+        """Place in the queue of the first request that the shard may take; on one host the first of all."""
+        allowed = (None, self.hosts[shard])
+        return next((place for place, request in enumerate(self.queue) if request.hosts in allowed), None)
+
+    def _chosen(self) -> dict[int, tuple[int, Request]]:
+        """Rows of the program, and the slot and request that each gets; these leave the queue."""
+        sizes = self.sizes
         free = [[n for n in range(sizes.slots) if (shard, n) not in self.held] for shard in range(sizes.shards)]
-        chosen: dict[int, tuple[int, Request]] = {}  # row of the program -> slot and request
-        for row in range(rows):
+        chosen: dict[int, tuple[int, Request]] = {}
+        for row in range(self.rows):
             # The emptiest shard first, so that all have work when prompts run out.
             for shard in sorted(range(sizes.shards), key=lambda shard: -len(free[shard])):
-                if free[shard] and self.queue and _alike(self.queue[0], chosen.values()):
-                    slot, request = free[shard].pop(0), self.queue.popleft()
+                place = self._next(shard) if free[shard] else None
+                if place is not None and _alike(self.queue[place], chosen.values()):
+                    slot, request = free[shard].pop(0), self.queue[place]
+                    del self.queue[place]
                     self.held[shard, slot] = request
-                    chosen[shard * rows + row] = (slot, request)
+                    chosen[shard * self.rows + row] = (slot, request)
+        return chosen
+
+    def _arrays(self) -> dict[str, jax.Array]:
+        """The next requests of the queue, padded, with the slots that they get."""
+        sizes, engine, rows = self.sizes, self.engine, self.rows
+        chosen = self._chosen()
         first = next(iter(chosen.values()))[1]
         filled = [chosen.get(row, (sizes.slots, first)) for row in range(sizes.shards * rows)]
         requests = [request for _, request in filled]
@@ -212,18 +238,20 @@ class Stream:
         }
         if first.images is not None:
             count = max(len(request.images) for request in requests)  # type: ignore[arg-type]
-            arrays["features" if first.encoded else "images"] = np.stack(
-                [_padded(request.images, count) for request in requests]
-            )
+            images = np.zeros((len(filled), count, *first.images.shape[1:]), first.images.dtype)
+            for row, (_, request) in chosen.items():
+                if request.images is not None and _here(request):
+                    images[row, : len(request.images)] = request.images
+            arrays["features" if first.encoded else "images"] = images
         return shard_batch(arrays, engine.mesh)
 
     def _decode(self) -> Report:
         engine = self.engine
         if self.cache is None:
             self.cache = engine.layout.empty_cache(self.sizes, self.capacities[0])
-        quota = 0
-        if self.queue:
-            quota = min(self.rows, -(-len(self.queue) // self.sizes.shards))
+        shards, waiting = Counter(self.hosts), Counter(request.hosts for request in self.queue)
+        of = [waiting[hosts] / shards[hosts] + waiting[None] / len(self.hosts) for hosts in self.hosts]
+        quota = np.array([min(self.rows, math.ceil(count)) for count in of], np.int32)
         self.board, self.lanes, self.cache, report = engine.decode(
             engine.graph,
             self.sizes,
@@ -233,7 +261,7 @@ class Stream:
             self.lanes,
             self.cache,
             engine.constants,
-            replicate(np.int32(quota), engine.mesh),
+            replicate(quota, engine.mesh),
         )
         return report
 
@@ -259,6 +287,11 @@ class Stream:
             )
 
 
+def _here(request: Request) -> bool:
+    """Whether this process has the request's images."""
+    return request.hosts is None or jax.process_index() in request.hosts
+
+
 def len_of(request: Request) -> int:
     return len(request.token_ids)
 
@@ -267,8 +300,3 @@ def _alike(request: Request, others: Iterable[tuple[int, Request]]) -> bool:
     """Whether a request can share a program with the others: all have images of one kind, or none has."""
     kind = lambda r: (r.encoded, None if r.images is None else r.images.shape[1:])  # noqa: E731
     return all(kind(other) == kind(request) for _, other in others)
-
-
-def _padded(images: np.ndarray | None, count: int) -> np.ndarray:
-    assert images is not None
-    return np.pad(images, [(0, count - len(images)), *[(0, 0)] * (images.ndim - 1)])

@@ -20,6 +20,8 @@ from m3po_jax.data.feature_cache import FeatureCache, PromptFeatures
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.tables import content_hash
+from m3po_jax.generation.prompts import bucket
+from m3po_jax.hosts import load_shared, own_rows
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.models import Policy
 from m3po_jax.pipeline.stopping import barrier
@@ -72,19 +74,22 @@ def vision_features(recipe: Recipe, policy: Policy, processor: Processor, mesh: 
     identity = content_hash(_tower_identities[policy.identity], processor.preprocessing_key())
     graph, state = nnx.split(model)
 
-    def encode(pixels: np.ndarray) -> np.ndarray:
-        """Features of any number of images; always `IMAGES_AT_ONCE` at a time, so that one program is compiled."""
+    at_once = bucket(IMAGES_AT_ONCE, mesh.shape["data"] * mesh.shape["fsdp"])
+
+    def encode(pixels: Sequence[np.ndarray | None] | np.ndarray) -> np.ndarray:
+        """Features of any number of images; always `at_once` at a time, so that one program is compiled."""
         done = []
-        for start in range(0, len(pixels), IMAGES_AT_ONCE):
-            part = pixels[start : start + IMAGES_AT_ONCE]
-            padded = np.zeros((IMAGES_AT_ONCE, *part.shape[1:]), np.float32)
-            padded[: len(part)] = part
+        for start in range(0, len(pixels), at_once):
+            part = pixels[start : start + at_once]
+            padded = np.zeros((at_once, *processor.image_shape), np.float32)
+            for row, image in enumerate(part):
+                if image is not None:
+                    padded[row] = image
             with use_mesh(mesh):
                 done.append(to_host(image_features(graph, state, shard_batch(padded, mesh)))[: len(part)])
         return np.concatenate(done)
 
-    size = (processor.image_processor.height, processor.image_processor.width)
-    blank = encode(np.zeros((1, *size, 3), np.float32))
+    blank = encode([None])
     cache = FeatureCache(folder, identity, shape=blank.shape[1:], dtype=blank.dtype)
     return PromptFeatures(
         cache,
@@ -92,6 +97,7 @@ def vision_features(recipe: Recipe, policy: Policy, processor: Processor, mesh: 
         pixels=processor.pixel_values,
         encode=encode,
         blank=blank,
+        own=own_rows(at_once, mesh),
         together=jax.process_count() > 1,
     )
 
@@ -99,15 +105,22 @@ def vision_features(recipe: Recipe, policy: Policy, processor: Processor, mesh: 
 def fill(features: PromptFeatures, prompts: Sequence[Prompt]) -> int:
     """Computes and stores what is missing for `prompts`, and returns for how many images; says what it holds.
 
-    On several hosts all of them compute together, and each stores what its own disk lacks.
+    On several hosts each reads the images of its own devices' rows; all get the features, and each stores what its
+    own disk lacks.
+
+    Raises:
+        UserError: an image that cannot be read, on all hosts; the features of the groups before it are stored.
     """
-    missing = list(features.missing(prompts))
-    if jax.process_count() > 1:
-        missing = _of_any_process(missing, prompts, features)
-    for start in range(0, len(missing), IMAGES_AT_ONCE):
-        part = missing[start : start + IMAGES_AT_ONCE]
-        pixels = np.stack([features.pixels(prompts[number])[place] for number, place, _ in part])
-        for (_, _, key), made in zip(part, features.encode(pixels), strict=True):
+    missing = list(features.missing(prompts)) if jax.process_count() == 1 else _missing_anywhere(prompts, features)
+    for start in range(0, len(missing), len(features.own)):
+        part = missing[start : start + len(features.own)]
+
+        def pixels(row: int, part: Sequence[tuple[int, int, str]] = part) -> np.ndarray | None:
+            number, place, _ = part[row]
+            return features.pixels(prompts[number])[place]
+
+        shown = load_shared(pixels, lambda _: None, features.own[: len(part)])
+        for (_, _, key), made in zip(part, features.encode(shown), strict=True):
             if key not in features.cache:
                 features.cache.put(key, made)
     barrier("vision features are stored")
@@ -116,18 +129,33 @@ def fill(features: PromptFeatures, prompts: Sequence[Prompt]) -> int:
     return len(missing)
 
 
-def _of_any_process(
-    mine: list[tuple[int, int, str]], prompts: Sequence[Prompt], features: PromptFeatures
-) -> list[tuple[int, int, str]]:
-    """What at least one process misses, in the same order everywhere."""
+def _missing_anywhere(prompts: Sequence[Prompt], features: PromptFeatures) -> list[tuple[int, int, str]]:
+    """As `PromptFeatures.missing`: what any process misses; each hashes the images of its share of prompts."""
     from jax.experimental import multihost_utils
 
-    places = [(number, place) for number, prompt in enumerate(prompts) for place in range(len(prompt.images))]
-    wanted = {(number, place) for number, place, _ in mine}
-    flags = multihost_utils.process_allgather(np.array([place in wanted for place in places], bool))
-    chosen = [place for place, flag in zip(places, np.any(flags, axis=0), strict=True) if flag]
-    keys = {number: features.image_keys(prompts[number]) for number, _ in chosen}
-    return [(number, place, keys[number][place]) for number, place in chosen]
+    own = np.arange(len(prompts)) % jax.process_count() == jax.process_index()
+
+    def hashed(number: int) -> list[str]:
+        return features.image_keys(prompts[number]) if prompts[number].images else []
+
+    keys = load_shared(hashed, lambda _: [], own)
+    rows = [(number, place, key) for number, of_prompt in enumerate(keys) for place, key in enumerate(of_prompt)]
+    # Every process's rows, padded to the longest list: number, place and the bytes of the key.
+    size = int(np.max(multihost_utils.process_allgather(np.int32(len(rows)))))
+    if size == 0:
+        return []
+    heads, hashes = np.full((size, 2), -1, np.int32), np.zeros((size, 32), np.uint8)
+    for row, (number, place, key) in enumerate(rows):
+        heads[row], hashes[row] = (number, place), np.frombuffer(bytes.fromhex(key), np.uint8)
+    gathered = multihost_utils.process_allgather((heads, hashes))
+    told = zip(*(np.asarray(part).reshape(-1, part.shape[-1]) for part in gathered), strict=True)
+    known: dict[str, tuple[int, int]] = {}
+    for first, second, key in sorted((*head.tolist(), digest.tobytes().hex()) for head, digest in told):
+        if first >= 0:
+            known.setdefault(key, (first, second))
+    absent = np.array([key not in features.cache for key in known], bool)
+    absent = np.any(multihost_utils.process_allgather(absent), axis=0)
+    return [(*place, key) for (key, place), flag in zip(known.items(), absent, strict=True) if flag]
 
 
 def cached_reference(

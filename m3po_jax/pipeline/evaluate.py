@@ -16,6 +16,7 @@ from m3po_jax.data.sources import PromptSource, fingerprint, read_prompts
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.evaluation.registry import METRICS, image_of
 from m3po_jax.generation.engine import Generator
+from m3po_jax.hosts import Shares
 from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.generate import requests
 from m3po_jax.pipeline.rundir import is_writer, now, read_json, write_json
@@ -111,9 +112,11 @@ def evaluate(
     processor = dataclasses.replace(processor, image_root=benchmark.image_root)
     texts: dict[str, dict[str, Any]] = {}
     cut = 0
-    made = generator.stream(requests(benchmark.prompts, processor), len(benchmark.prompts))
+    shares = Shares(generator.mesh)
+    made = generator.stream(requests(benchmark.prompts, processor, shares), len(benchmark.prompts))
     shown = progress(made, f"{system}: {benchmark.name}", len(benchmark.prompts))
     for answer in stoppable(shown, f"evaluating {system} on {benchmark.name}"):
+        shares.answered(answer.request.hosts)
         length, name = int(answer.lengths[0]), answer.request.id
         texts[name] = {"id": name, "text": processor.decode(answer.token_ids[0, :length]), "tokens": length}
         cut += not bool(answer.finished[0])

@@ -7,12 +7,15 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import grain
+import jax
 import numpy as np
+from jaxtyping import Bool
 
 from m3po_jax.config import GenerateConfig
 from m3po_jax.data import batches, row_inputs, tables
@@ -24,10 +27,13 @@ from m3po_jax.errors import UserError
 from m3po_jax.generation.answers import finish, repeats
 from m3po_jax.generation.engine import Candidates, Generator, PromptBatch, Request
 from m3po_jax.generation.settings import sampling_record
+from m3po_jax.hosts import Hosts, Shares, first_failure, together
 from m3po_jax.pipeline.caches import fill
 from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.rundir import is_writer
 from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
+
+LOADED_AHEAD = 16  # prompts whose images a host reads before the engine asks for them
 
 
 @dataclass(frozen=True)
@@ -82,15 +88,25 @@ def prompt_batches(
     *,
     features: PromptFeatures | None = None,
     images: bool = True,
+    needed: Bool[np.ndarray, " b"] | None = None,
 ) -> Iterator[tuple[list[Prompt], PromptBatch]]:
     """Batches of prompts, in order, with the arrays that the engines take.
 
     Args:
         features: Cached features of the vision tower, which then stand for the images.
         images: False: no image is read; for passes that blank them.
+        needed: Rows of a batch whose images this process needs (`scoring.engine.Scorer.own_rows`); None: all.
+
+    Raises:
+        UserError: a row that cannot be used; on all hosts before the same batch.
     """
-    source = batches.prompt_batches(prompts, processor, batch_size=batch_size, features=features, images=images)
-    for batch in source:
+    source = iter(
+        batches.prompt_batches(
+            prompts, processor, batch_size=batch_size, features=features, images=images, needed=needed
+        )
+    )
+    for _ in range(0, len(prompts), batch_size):
+        batch = together(lambda: next(source))
         real = [int(i) for i in batch.row_index if i >= 0]
         n = len(real)
         pixels, seen = (None if x is None else x[:n] for x in (batch.pixel_values, batch.features))
@@ -99,26 +115,55 @@ def prompt_batches(
 
 
 def requests(
-    prompts: Sequence[Prompt], processor: Processor, features: PromptFeatures | None = None
+    prompts: Sequence[Prompt], processor: Processor, shares: Shares, features: PromptFeatures | None = None
 ) -> Iterator[Request]:
     """What the engine takes, in order; threads read, decode and resize images ahead of it.
+
+    Every process gets all requests, with the images of those that `shares` deals to it.
 
     Args:
         features: Cached features of the vision tower, which then stand for the images.
 
     Raises:
-        UserError: a row that cannot be used, when its turn comes.
+        UserError: a row that cannot be used, when its turn comes; on all hosts at the same one.
     """
+    hosts = jax.process_count()
+    together = 1 if hosts == 1 else LOADED_AHEAD // 2 * hosts  # processes agree so many at a time
 
-    def load(index: int) -> Request:
+    def load(index: int, owners: Hosts) -> Request:
         prompt = prompts[index]
         token_ids = np.asarray(processor.encode_prompt(prompt), np.int32)
-        if features is not None and prompt.images:
-            return Request(prompt.id, token_ids, features(prompt), encoded=True)
-        return Request(prompt.id, token_ids, row_inputs.pixels_of(processor, prompt))
+        here = jax.process_index() in owners
+        pixels, seen = row_inputs.seen_images(processor, prompt, features, needed=here)
+        images, encoded = (pixels, False) if seen is None else (seen, True)
+        return Request(prompt.id, token_ids, images, encoded, hosts=owners)
 
-    ahead = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
-    yield from grain.MapDataset.range(len(prompts)).map(load).to_iter_dataset(ahead)
+    pool = ThreadPoolExecutor(4)
+    numbers = iter(range(len(prompts)))
+    loading: deque[Future[Request]] = deque()
+
+    def load_ahead() -> None:
+        for index in islice(numbers, LOADED_AHEAD * hosts - len(loading)):
+            loading.append(pool.submit(load, index, shares.deal()))
+
+    try:
+        load_ahead()
+        while loading:
+            ready: list[Request] = []
+            failure = None
+            try:
+                for future in [loading.popleft() for _ in range(min(together, len(loading)))]:
+                    ready.append(future.result())
+            except UserError as error:
+                failure = len(ready), error
+            failure = first_failure(failure)
+            for request in ready if failure is None else ready[: failure[0]]:
+                load_ahead()
+                yield request
+            if failure is not None:
+                raise failure[1]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def candidate_row(
@@ -188,9 +233,10 @@ def candidate_pools(
     random = [k for k in k_all if records[k]["temperature"] > 0]
     flying: dict[str, _Flight] = {}
     again: deque[Request] = deque()
+    shares = Shares(generator.mesh)
 
     def source() -> Iterator[Request | None]:
-        fresh, failure = enumerate(requests(prompts, processor, features)), None
+        fresh, failure = enumerate(requests(prompts, processor, shares, features)), None
         more = True
         while more or again or flying:
             if again:
@@ -226,6 +272,7 @@ def candidate_pools(
             again.append(dataclasses.replace(request, wanted=tuple(found), attempt=attempt + 1))
             continue
         del flying[request.id]
+        shares.answered(request.hosts)
         _agree(flight.rows)
         tally.tokens += sum(len(row["token_ids"]) for row in flight.rows)
         yield flight.index, flight.rows

@@ -23,6 +23,7 @@ from m3po_jax.data import batches, pair_rows, tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.errors import UserError
 from m3po_jax.evaluation.bootstrap import bootstrap
+from m3po_jax.hosts import shared_out
 from m3po_jax.models.heads import attach_head
 from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy
 from m3po_jax.pipeline.rundir import is_writer, read_json
@@ -199,6 +200,7 @@ def reward_of_pairs(
         where=str(out / "pairs"),
         length_window=config.length_window,
         max_shapes=config.max_shapes,
+        own=shared_out(mesh),
     )
     with use_mesh(mesh):
         result = train(start, source, config, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)

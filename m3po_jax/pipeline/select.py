@@ -12,9 +12,10 @@ from m3po_jax.data import tables
 from m3po_jax.data.images import read_encoded
 from m3po_jax.data.schema import PAIR, PROMPT, Prompt, prompt_to_row
 from m3po_jax.errors import UserError
+from m3po_jax.hosts import together
 from m3po_jax.pipeline.reward import Part
 from m3po_jax.pipeline.rundir import is_writer, read_json, write_json
-from m3po_jax.pipeline.stopping import agreed, barrier
+from m3po_jax.pipeline.stopping import agreed
 from m3po_jax.selection_rows import select_rows
 
 SHOWN_DROPS = 60
@@ -78,19 +79,6 @@ def select(
         pairs_per_prompt=pairs_per_prompt,
         where=str(scores),
     )
-    for pair in pairs:
-        prompt = prompts[pair["id"]]
-        pair["images"] = [
-            {"bytes": read_encoded(image, root=image_root, where=prompt.where), "path": image.path}
-            for image in prompt.images
-        ]
-        pair["prompt"] = [
-            {
-                "role": "user",
-                "content": [{"type": "image", "text": None} for _ in prompt.images]
-                + [{"type": "text", "text": prompt.instruction}],
-            }
-        ]
     summary |= {
         "inputs": inputs,
         "rule": config.rule,
@@ -98,15 +86,29 @@ def select(
         "drops": summary["dropped"],
         "correlation_mas_confidence": summary["correlation"],
     }
-    if is_writer():
+
+    def write() -> None:
+        rows = [pair | _shown(prompts[pair["id"]], image_root) for pair in pairs]
         for stale in tables.shards(out):
             stale.unlink()
-        tables.write_table(path, pairs, PAIR)
+        tables.write_table(path, rows, PAIR)
         tables.write_json_lines(out / "drops.jsonl", drops)
         tables.write_table(out.parent / "prompts.parquet", prompt_rows(prompts, drops, image_root), PROMPT)
         write_json(out / "summary.json", summary)
-    barrier("selected")
+
+    # The others read no image; they wait here, and hear of one that is gone.
+    together(lambda: write() if is_writer() else None)
     return summary | {"seconds": time.monotonic() - started}
+
+
+def _shown(prompt: Prompt, image_root: Path) -> dict[str, Any]:
+    """What a pair shows of its prompt: the encoded images and the user's message."""
+    images = [
+        {"bytes": read_encoded(image, root=image_root, where=prompt.where), "path": image.path}
+        for image in prompt.images
+    ]
+    content = [{"type": "image", "text": None} for _ in images] + [{"type": "text", "text": prompt.instruction}]
+    return {"images": images, "prompt": [{"role": "user", "content": content}]}
 
 
 def prompt_rows(

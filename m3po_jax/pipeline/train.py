@@ -17,6 +17,7 @@ from m3po_jax.data import batches, contrastive, pair_rows, tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
+from m3po_jax.hosts import shared_out
 from m3po_jax.pipeline.caches import cached_reference, fill, vision_features
 from m3po_jax.pipeline.models import Joined, Policy, attach_adapter, load_dual_encoder, load_policy, read_rows
 from m3po_jax.sharding import use_mesh
@@ -111,6 +112,7 @@ def train_on_pairs(
             seed=seed,
             max_answer_tokens=longest,
             features=features,
+            own=shared_out(mesh),
             **widths,
         )
     else:
@@ -122,6 +124,7 @@ def train_on_pairs(
             max_answer_tokens=longest,
             where=str(out / "pairs"),
             features=features,
+            own=shared_out(mesh),
             **widths,
         )
         compared = start if reference is None else reference
@@ -158,6 +161,7 @@ def train_on_references(recipe: Recipe, policy: Policy, out: Path, mesh: Mesh, *
         seed=seed,
         max_answer_tokens=recipe.train.max_answer_tokens,
         features=features,
+        own=shared_out(mesh),
         length_window=recipe.train.length_window,
         max_shapes=recipe.train.max_shapes,
     )
@@ -221,6 +225,7 @@ def _contrastive(recipe: Recipe, rows: Joined, mesh: Mesh) -> tuple[_Start, Any]
         batch_size=recipe.train.batch_size,
         seed=recipe.seed,
         claim_template=recipe.score.claim_template,
+        own=shared_out(mesh),
     )
     return _Start(loaded.model, loaded), source
 
@@ -249,6 +254,7 @@ def _sft(recipe: Recipe, rows: Joined, mesh: Mesh) -> tuple[_Start, Any]:
         seed=recipe.seed,
         max_answer_tokens=recipe.train.max_answer_tokens,
         features=features,
+        own=shared_out(mesh),
         length_window=recipe.train.length_window,
         max_shapes=recipe.train.max_shapes,
     )

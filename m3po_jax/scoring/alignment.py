@@ -20,7 +20,10 @@ from m3po_jax.data.dual_inputs import DualEncoderProcessor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.evaluation.short_answer import normalize
+from m3po_jax.generation.prompts import bucket
+from m3po_jax.hosts import own_rows
 from m3po_jax.scoring.claims import Claim, object_vocabulary, polarity, split_claims
+from m3po_jax.scoring.shown_images import shared_pixels
 from m3po_jax.sharding import shard_batch, to_host, use_mesh
 
 Scores = list[np.ndarray]
@@ -167,7 +170,7 @@ class Similarity:
         self.aggregate = "mean" if unit == "whole" else aggregate
         self.objects = list(vocabulary)
         self.vocabulary = object_vocabulary(vocabulary)
-        self.template, self.batch_size = template, batch_size
+        self.template, self.batch_size = template, bucket(batch_size, mesh.shape["data"] * mesh.shape["fsdp"])
         self.graph, self.state = nnx.split(model)
         self.probabilistic = model.config.kind == "siglip" or model.config.pooling == "patches"
         self.texts: dict[str, np.ndarray] = {}
@@ -220,12 +223,18 @@ class Similarity:
 
     def _embed_images(self, prompts: Sequence[Prompt]) -> list[np.ndarray | None]:
         """The embeddings [m, n, e] of each prompt's m images, None where it has none."""
-        pixels = [self.processor.pixel_values(prompt) for prompt in prompts]
-        flat = np.concatenate(pixels)
-        if not len(flat):
+        counts = [len(prompt.images) for prompt in prompts]
+        total = sum(counts)
+        if not total:
             return [None] * len(prompts)
-        count = -(-len(flat) // self.batch_size) * self.batch_size
-        padded = np.concatenate([flat, np.repeat(flat[-1:], count - len(flat), axis=0)])
+        count = bucket(total, self.batch_size)
+        # A prompt's images are read together, where at least one of them is needed.
+        of_rows = np.resize(own_rows(self.batch_size, self.mesh), count)
+        ends = np.cumsum(counts)
+        needed = [bool(of_rows[end - n : end].any()) for end, n in zip(ends, counts, strict=True)]
+        pixels = shared_pixels(self.processor, prompts, needed)
+        flat = np.concatenate(pixels)
+        padded = np.concatenate([flat, np.repeat(flat[-1:], count - total, axis=0)])
         parts = [
             to_host(
                 _image_embeddings(self.graph, self.state, shard_batch(padded[i : i + self.batch_size], self.mesh))

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Float32, Int
 from m3po_jax.data.collation import padded_length
 from m3po_jax.errors import UserError
 from m3po_jax.generation.engine import PromptBatch, bucket, pad_rows
+from m3po_jax.hosts import own_rows
 from m3po_jax.models import lora
 from m3po_jax.models.forward import VisionLanguageModel, branch_hidden, branch_log_probs, encode_images
 from m3po_jax.sharding import replicate, shard_batch, to_host, use_mesh
@@ -106,6 +107,9 @@ class Scorer:
     Shapes are padded to buckets, so that few programs are compiled: rows to `batch_size` (longer inputs are
     cut into several batches), prompts to multiples of `prefix_bucket`, answers to `answer_bucket`, more than four
     of them to a multiple of four.
+
+    Attributes:
+        own_rows: which rows of a full batch lie on this process's devices; the images of others are not used.
     """
 
     def __init__(
@@ -118,6 +122,7 @@ class Scorer:
     ):
         self.mesh, self.prefix_bucket = mesh, prefix_bucket
         self.batch_size = bucket(batch_size, mesh.shape["data"] * mesh.shape["fsdp"])
+        self.own_rows = own_rows(self.batch_size, mesh)
         self.load(model)
 
     def load(self, model: VisionLanguageModel) -> None:

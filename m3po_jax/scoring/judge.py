@@ -19,6 +19,7 @@ from m3po_jax.generation.engine import PromptBatch
 from m3po_jax.scoring.alignment import NO_IMAGE, Scores, check_aggregate, pool_scores
 from m3po_jax.scoring.claims import Claim, object_vocabulary, split_claims
 from m3po_jax.scoring.engine import Scorer
+from m3po_jax.scoring.shown_images import shared_pixels
 
 STATEMENT_QUESTION = "{claim} Is this statement about the image correct? Answer yes or no."
 OBJECT_QUESTION = "Is there {article} {claim} in the image? Answer yes or no."
@@ -132,9 +133,9 @@ def _ask_batch(
 ) -> Float[np.ndarray, "rows width choices"]:
     """One batch; what stands in unused branches means nothing."""
     rows = []
-    for index, question in enumerate(block):
+    shown = shared_pixels(processor, [question.prompt for question in block], scorer.own_rows)
+    for index, (question, pixels) in enumerate(zip(block, shown, strict=True)):
         branches = [*question.branches, *[np.zeros(0, np.int32)] * (width - len(question.branches))]
-        pixels = processor.pixel_values(question.prompt)
         rows.append(TreeRow(question.prefix, pixels, tuple(branches), (math.nan,) * width, index))
     tree = collate_tree(rows)
     batch = PromptBatch(

@@ -20,6 +20,7 @@ from m3po_jax.models.forward import branch_hidden
 from m3po_jax.models.heads import answer_rewards
 from m3po_jax.scoring.alignment import Scores
 from m3po_jax.scoring.engine import Scorer, answer_bucket, branch_inputs
+from m3po_jax.scoring.shown_images import shared_pixels
 
 
 @partial(jax.jit, static_argnums=(0, 3))
@@ -96,10 +97,11 @@ class Reward:
         size = self.scorer.batch_size
         for start in range(0, len(prompts), size):
             block = list(zip(prompts[start : start + size], answers[start : start + size], strict=True))
+            shown = shared_pixels(self.processor, [prompt for prompt, _ in block], self.scorer.own_rows)
             rows = [
                 TreeRow(
                     np.asarray(self.processor.encode_prompt(prompt), np.int32),
-                    self.processor.pixel_values(prompt) if prompt.images else None,
+                    shown[index] if prompt.images else None,
                     tuple(np.asarray(ids, np.int32) for ids in pool) + (np.zeros(0, np.int32),) * (most - len(pool)),
                     (math.nan,) * most,
                     index,

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.lengths import padding_share
 from m3po_jax.data.tables import write_json
 from m3po_jax.errors import Interrupted, UserError
+from m3po_jax.hosts import first_failure
 from m3po_jax.sharding import to_host
 from m3po_jax.training import guards as checks
 from m3po_jax.training.checkpoint import Checkpointer, Progress, best_step, restore_trainable
@@ -189,7 +190,7 @@ def _run_steps(
             batch, compiled = stage.next_batch(), stage.step.compilations
             at.state, numbers, broken = stage.update(at.state, batch, at.done + 1)
             if broken is not None:
-                raise _rescued(stage, at, saved, broken)
+                raise _rescued(stage, at, saved, broken, batch.row_index)
             tokens = batch_tokens(batch)
             at.progress = Progress(stage.batches_taken.get_state(), at.progress.num_tokens + tokens)
             at.last = {**numbers, "num_tokens": float(at.progress.num_tokens), "padding": padding_share(batch)}
@@ -227,14 +228,14 @@ def _save(stage: Stage, at: _Position, saved: Checkpointer, value: float | None 
     saved.save(at.done, at.state, at.progress, value=value)
 
 
-def _rescued(stage: Stage, at: _Position, saved: Checkpointer, broken: str) -> UserError:
+def _rescued(stage: Stage, at: _Position, saved: Checkpointer, broken: str, rows: Sequence[int]) -> UserError:
     """The error of a step that is not finite, once the state before it is on disk.
 
     The step has kept its state, and `at.progress` is still the position before this batch.
     """
     _save(stage, at, saved)
     saved.wait()
-    return UserError(
+    return unreadable(stage.batches.failures, rows) or UserError(
         broken,
         where=str(stage.output),
         remedy=f"the checkpoint of step {at.done} is from before, and the same command goes on from it "
@@ -310,6 +311,13 @@ def _result(
 def _fingerprint(**content: Any) -> str:
     """A hash of everything that decides what a continuation computes, the frozen weights excepted."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def unreadable(failures: Mapping[int, UserError], rows: Sequence[int]) -> UserError | None:
+    """Why a row of a batch could not be read by the host that needs it; the same on all hosts, which all ask."""
+    own = next(((place, failures[row]) for place, row in enumerate(map(int, rows)) if row in failures), None)
+    found = first_failure(own)
+    return None if found is None else found[1]
 
 
 def _read_marker(path: Path) -> dict[str, Any] | None:

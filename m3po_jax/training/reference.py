@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.tables import atomic_write, content_hash, shards
+from m3po_jax.hosts import shared_hashes
 from m3po_jax.sharding import shard_batch, to_host, use_mesh
 from m3po_jax.training.guards import check_recorded
 from m3po_jax.training.losses import reference_sums
@@ -113,7 +114,7 @@ def with_cached_reference(
         rows_at_once: Rows of one forward pass; what is finished is stored every thousand rows or so.
     """
     assert batches.take is not None and batches.row_key is not None
-    keys = [batches.row_key(index) for index in range(len(batches.ids))]
+    keys = shared_hashes(len(batches.ids), batches.row_key)
     stored = cache.load()
     branches = np.shape(batches.take([0]).reference)[1]
     usable = lambda sums: sums is not None and len(sums) == branches and all(map(math.isfinite, sums))  # noqa: E731

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -142,6 +142,7 @@ class RolloutSource:
     has_reference: bool = False
     take: None = None  # no row can be had by itself
     answer_tokens: None = None  # known only once they are sampled
+    failures: Mapping[int, UserError] = field(default_factory=dict)  # every host reads all images
 
     def __post_init__(self) -> None:
         if not len(self.prompts):

@@ -1,11 +1,17 @@
 """Run by test_generation_mesh.py in a process with eight simulated devices: one device against two meshes."""
 
+import dataclasses
+
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 from tiny_llava import make_generator, one_device, prompts, take, tiny_model
 
+from m3po_jax import hosts
 from m3po_jax.config import MeshConfig
+from m3po_jax.generation import stream
+from m3po_jax.generation.prompts import requests_of
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.sharding import make_mesh, state_shardings
 
@@ -13,6 +19,26 @@ from m3po_jax.sharding import make_mesh, state_shardings
 def on_mesh(model, mesh):
     graph, state = nnx.split(model)
     return nnx.merge(graph, jax.device_put(state, state_shardings(state, mesh)))
+
+
+def streamed(generator, batch, processes):
+    """Answers by id and the occupancy, with the prompts dealt to `processes` hosts of equally many devices."""
+    owners = lambda mesh: [(device.id * processes // mesh.size,) for device in mesh.devices.flat]  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hosts, "shard_hosts", owners)
+        patch.setattr(stream, "shard_hosts", owners)
+        patch.setattr(stream, "_here", lambda request: True)
+        shares = hosts.Shares(generator.mesh)
+        dealt = (
+            dataclasses.replace(request, hosts=shares.deal(), wanted=(0,) if place % 2 else None)
+            for place, request in enumerate(requests_of(batch))
+        )
+        before, answers, tokens = generator.slot_steps, {}, 0
+        for made in generator.stream(dealt, len(batch.ids)):
+            shares.answered(made.request.hosts)
+            answers[made.request.id] = made.token_ids.tolist()
+            tokens += int(made.lengths.sum())
+    return answers, tokens / (generator.slot_steps - before)
 
 
 def main():
@@ -41,6 +67,17 @@ def main():
         again = Scorer(placed, mesh, batch_size=6).log_probs(batch, expected.token_ids, mask)
         np.testing.assert_allclose(again, scores, atol=1e-5)
         print("equal on", sizes)
+    # Prompts with three and with one candidate alternate: dealt in turn, one of two hosts would do three quarters of
+    # the work, and lanes would be two thirds as busy.
+    many = take(prompts((3, 9, 6, 1, 4, 2, 8, 7) * 12), range(96))
+    many.ids = [f"{name}-{i}" for i, name in enumerate(many.ids)]
+    mesh = make_mesh(MeshConfig(8, 1, 1))
+    generator = make_generator(on_mesh(model, mesh), mesh, batch_size=8, stop_bias=2.0)
+    alone, busy = streamed(generator, many, 1)
+    for processes in (2, 4):
+        dealt, share = streamed(generator, many, processes)
+        assert dealt == alone and share > 0.8 * busy, (processes, share, busy)
+        print("equal on", processes, "hosts, occupancy", round(share, 3), "of", round(busy, 3))
 
 
 main()

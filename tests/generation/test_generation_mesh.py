@@ -8,7 +8,8 @@ import pytest
 
 @pytest.mark.slow
 def test_eight_devices_equal_one():
-    """Token ids exactly and log-probabilities to 1e-5, data parallel and split three ways."""
+    """Token ids exactly and log-probabilities to 1e-5, data parallel and split three ways; the same
+    answers and lanes as busy where prompts are dealt to several hosts."""
     here = Path(__file__).parent
     environment = {
         **os.environ,
@@ -24,4 +25,4 @@ def test_eight_devices_equal_one():
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("equal on") == 2
+    assert done.stdout.count("equal on") == 4

@@ -7,8 +7,11 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
+from compile_log import noted_compilations
 from mini_run import m3po, rows, write_data, write_recipe
 
 from m3po_jax.cli import main
@@ -32,11 +35,36 @@ def recipe_in(folder: Path, data: Path, **compare: object) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compiled_by_seed() -> dict[int, list[str]]:
+    """What was compiled for each seed of `finished`."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, compiled_by_seed: dict[int, list[str]]) -> Path:
     """The comparison's folder, undisturbed."""
     folder = tmp_path_factory.mktemp("compare")
-    assert main(["compare", "--config", str(recipe_in(folder, write_data(folder / "data")))]) == 0
+    one_seed = execute._one_seed
+
+    def noted(run: Any, seed: int, *rest: Any) -> Any:
+        with noted_compilations() as names:
+            result = one_seed(run, seed, *rest)
+        compiled_by_seed[seed] = names
+        return result
+
+    jax.clear_caches()  # of other tests
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execute, "_one_seed", noted)
+        assert main(["compare", "--config", str(recipe_in(folder, write_data(folder / "data")))]) == 0
     return folder / "runs" / "mini" / "compare"
+
+
+def test_a_second_seed_runs_the_programs_of_the_first(finished: Path, compiled_by_seed: dict[int, list[str]]):
+    programs = {"_prefill", "_decode", "fuse_layers", "log_probs_program", "encode_blank", "_text_embeddings"}
+    assert programs <= set(compiled_by_seed[0])
+    assert not programs & set(compiled_by_seed[1])
+    # Pairs of other lengths may need another shape of the step, of which `train.max_shapes` are two.
+    assert compiled_by_seed[1].count("step") <= 1
 
 
 def results_of(folder: Path) -> dict:

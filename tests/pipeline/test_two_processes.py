@@ -4,30 +4,43 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from mini_run import m3po, rows, same_run, write_data, write_recipe
+from mini_run import ROOT, free_port, m3po, rows, same_run, write_data, write_recipe
 
 pytestmark = pytest.mark.slow
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+# Imported by Python as it starts: writes down the rows whose images the process decodes.
+READ_LOG = """
+import os
+from m3po_jax.data import images
+decode = images.decode
+def logged(*given, where, **more):
+    with open(f"{os.environ['READ_LOG']}-{os.environ.get('M3PO_PROCESS_ID', 'alone')}", "a") as log:
+        print(where, file=log)
+    return decode(*given, where=where, **more)
+images.decode = logged
+"""
 
 
-def hosts(*arguments: str) -> list[subprocess.Popen[str]]:
+def read_log(folder: Path) -> dict[str, str]:
+    """The environment of processes that write ``folder/reads-*``."""
+    (folder / "sitecustomize.py").write_text(READ_LOG)
+    return {"PYTHONPATH": f"{folder}:{ROOT}", "READ_LOG": str(folder / "reads")}
+
+
+def reads(folder: Path, process: str) -> int:
+    return len((folder / f"reads-{process}").read_text().splitlines())
+
+
+def hosts(*arguments: str, **variables: str) -> list[subprocess.Popen[str]]:
     """The same command in two processes that know of each other; each has one device."""
-    address = f"127.0.0.1:{free_port()}"
-    return [
-        m3po(*arguments, M3PO_COORDINATOR=address, M3PO_NUM_PROCESSES="2", M3PO_PROCESS_ID=str(index))
-        for index in range(2)
-    ]
+    variables |= {"M3PO_COORDINATOR": f"127.0.0.1:{free_port()}", "M3PO_NUM_PROCESSES": "2"}
+    return [m3po(*arguments, **variables | {"M3PO_PROCESS_ID": str(index)}) for index in range(2)]
 
 
 def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
@@ -44,17 +57,21 @@ def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of one process."""
     folder = tmp_path_factory.mktemp("alone")
-    [(status, errors)] = ends([m3po("run", "--config", str(write_recipe(folder, write_data(folder / "data"))))])
+    recipe = write_recipe(folder, write_data(folder / "data"))
+    [(status, errors)] = ends([m3po("run", "--config", str(recipe), **read_log(folder))])
     assert status == 0, errors
     return folder / "runs" / "mini"
 
 
 def test_two_processes_make_the_same_run(alone: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, alone.parents[1] / "data" / "prompts.jsonl")
-    for status, errors in ends(hosts("run", "--config", str(recipe))):
+    for status, errors in ends(hosts("run", "--config", str(recipe), **read_log(tmp_path))):
         assert status == 0, errors
     run = tmp_path / "runs" / "mini"
     same_run(alone, run, tolerance=2e-3)
+    # About half each: threads that load ahead may or may not have read a batch that training did not come to.
+    whole, shares = reads(alone.parents[1], "alone"), [reads(tmp_path, str(process)) for process in range(2)]
+    assert all(0.35 * whole < share < 0.65 * whole for share in shares), (whole, shares)
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["processes"] == 2 and manifest["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1}
     assert not list(run.rglob("*.tmp")) and (run / "report.html").exists()

@@ -98,7 +98,8 @@ class Counting:
     """A scorer that counts the tokens it is given, padding aside."""
 
     def __init__(self, scorer):
-        self.scorer, self.batch_size, self.prefix, self.branch = scorer, scorer.batch_size, 0, 0
+        self.scorer, self.batch_size, self.own_rows = scorer, scorer.batch_size, scorer.own_rows
+        self.prefix = self.branch = 0
 
     def choice_probabilities(self, batch, token_ids, branch_ids, branch_mask):
         self.prefix += int(batch.mask.sum())

@@ -102,7 +102,8 @@ class Counting:
     """A scorer that counts the rows and the questions it is asked."""
 
     def __init__(self, scorer):
-        self.scorer, self.batch_size, self.rows, self.questions = scorer, scorer.batch_size, 0, 0
+        self.scorer, self.batch_size, self.own_rows = scorer, scorer.batch_size, scorer.own_rows
+        self.rows = self.questions = 0
 
     def choice_probabilities(self, batch, token_ids, branch_ids, branch_mask):
         self.rows += len(batch.ids)
@@ -112,7 +113,7 @@ class Counting:
 
 def test_spellings_add_up(policy):
     class Stub:
-        batch_size = 4
+        batch_size, own_rows = 4, np.ones(4, bool)
 
         def choice_probabilities(self, batch, token_ids, branch_ids, branch_mask):
             of = {policy.processor.text.decode([token]): token for token in token_ids}

@@ -33,6 +33,8 @@ CONFIG = LlavaConfig(
 class TinyProcessor:
     """Letters as ids; an image path is the seed of its pixels."""
 
+    image_shape = (8, 8, 3)
+
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         text = [3 + ord(letter) % 60 for letter in prompt.instruction]
         return [1] + [IMAGE_ID] * TOKENS_PER_IMAGE * len(prompt.images) + text
