@@ -120,15 +120,6 @@ class Ours:
         scorer = Scorer(self.model, self.mesh, batch_size=s.prompts)
         mask = np.ones(given_answers.shape, bool)
         run = lambda: scorer.log_probs(self.batch, given_answers, mask)  # noqa: E731
-        program, seen = scorer._log_probs, []
-
-        def record(*args: Any) -> np.ndarray:
-            seen.append(args)
-            return np.zeros(args[2]["branch_ids"].shape)
-
-        scorer._log_probs = record
-        run()
-        scorer._log_probs = program
         minimum = counting.scoring_minimum(
             self.model.config,
             prompts=s.prompts,
@@ -136,7 +127,8 @@ class Ours:
             candidates=s.candidates,
             new_tokens=s.new_tokens,
         )
-        return run, compile_figures(program, seen[0], self.mesh, minimum)
+        program, given = scorer.log_probs_program(self.batch, *given_answers.shape[1:])
+        return run, compile_figures(program, given, self.mesh, minimum)
 
 
 def compile_figures(

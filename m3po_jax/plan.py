@@ -27,9 +27,10 @@ from jax.sharding import Mesh
 from m3po_jax.config import Recipe
 from m3po_jax.data.collation import TreeBatch
 from m3po_jax.errors import UserError
-from m3po_jax.generation.engine import Generator, PromptBatch, fuse_layers
+from m3po_jax.generation.engine import Generator, PromptBatch
 from m3po_jax.generation.fused import FusedLayer
 from m3po_jax.generation.memory import GIB
+from m3po_jax.generation.programs import fuse_layers
 from m3po_jax.generation.settings import sampling_config
 from m3po_jax.models import lora
 from m3po_jax.models.kernels.choice import with_attention
@@ -40,7 +41,7 @@ from m3po_jax.scoring.engine import Scorer
 from m3po_jax.sharding import describe as describe_on
 from m3po_jax.sharding import make_mesh, shard_batch, state_shardings, use_mesh
 from m3po_jax.training.flops import peak_flops, step_cost
-from m3po_jax.training.loop import without_free_settings
+from m3po_jax.training.stage import without_free_settings
 from m3po_jax.training.step import make_step, split_model
 
 

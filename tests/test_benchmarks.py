@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import checkpoint  # noqa: E402
 import counting  # noqa: E402
+import decode_breakdown  # noqa: E402
 import expert_torch  # noqa: E402
 import measuring  # noqa: E402
 import table  # noqa: E402
@@ -52,6 +53,15 @@ def check_report(report, peers):
             unclean = abs(row[f"{side}_cpu_s"] - row[f"{side}_s"]) > 0.1 * row[f"{side}_s"]
             name = "ours" if side == "ours" else row["peer"]
             assert unclean == any(warning.startswith(f"{name}:") for warning in row["warnings"])
+
+
+def test_layouts_of_a_product_are_one_product():
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(4, 8)).astype(np.float32), rng.normal(size=(8, 6)).astype(np.float32)
+    for equation, left in decode_breakdown.EQUATIONS.values():
+        own = weight if equation == "mk,kn->mn" else weight.T
+        (made,) = decode_breakdown.multiply(x, [own], equation, left)
+        np.testing.assert_allclose(np.asarray(made).T if left else made, x @ weight, rtol=1e-5)
 
 
 @pytest.mark.slow

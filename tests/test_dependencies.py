@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import sys
 import tomllib
@@ -82,3 +83,19 @@ def test_every_dependency_has_a_version_or_is_an_accelerator_s(extra: str) -> No
     """An open lower bound would let an installer choose a release that was never tried."""
     for line in PROJECT["optional-dependencies"][extra]:
         assert re.search(r"[<>=~]=", line) or extra in ("tpu", "cuda", "plan") or line.startswith("m3po-jax["), line
+
+
+def test_no_module_needs_itself() -> None:
+    """Imports inside functions and for type checkers count too: what two modules need lies in a third."""
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / "m3po_jax").rglob("*.py")
+    }
+    files = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    needs: dict[str, set[str]] = {}
+    for name, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module in files:
+                named = {f"{node.module}.{alias.name}" for alias in node.names}
+                needs.setdefault(name, set()).update((named & files.keys()) or {node.module})
+    assert len(needs) > 100
+    graphlib.TopologicalSorter(needs).prepare()  # raises CycleError, which names them

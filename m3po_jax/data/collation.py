@@ -30,7 +30,7 @@ class TreeBatch(NamedTuple):
     branch_ids: Int[Any, "b k t"]
     branch_mask: Bool[Any, "b k t"]
     reference: Float[Any, "b k"]
-    row_index: Int[Any, b]
+    row_index: Int[Any, " b"]
     features: Float[Any, "b m n v"] | None = None
     blank_features: Float[Any, "1 n v"] | None = None
 
@@ -44,7 +44,7 @@ class PromptBatch(NamedTuple):
     prefix_ids: Int[Any, "b p"]
     prefix_mask: Bool[Any, "b p"]
     pixel_values: Float[Any, "b m h w 3"] | None
-    row_index: Int[Any, b]
+    row_index: Int[Any, " b"]
     features: Float[Any, "b m n v"] | None = None
 
 

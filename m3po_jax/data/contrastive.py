@@ -23,7 +23,7 @@ class ContrastiveBatch(NamedTuple):
     labels: Int[Any, "b c"]
     text_ids: Int[Any, "c t"]
     text_mask: Bool[Any, "c t"]
-    row_index: Int[Any, b]
+    row_index: Int[Any, " b"]
 
 
 def contrastive_batches(

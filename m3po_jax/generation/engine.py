@@ -1,33 +1,27 @@
 """The generation engine: K candidates of every prompt, with the raw log-probability of every token.
 
 A prompt's image is encoded once and its prefix prefilled once; its candidates decode against that one copy. Two
-programs do the work. `prefill` puts a few prompts into free slots; `decode` is one loop over tokens in which every
-free lane takes the next waiting candidate, without a trip to the host. It returns when all is done, when the host
-should bring more prompts, or when the answers' cache is full. `stream.py` is the host's part.
-
-Shape suffixes: as in `state.py`; F prompts that a shard prefills at once.
+programs do the work, those of `programs.py`. `prefill` puts a few prompts into free slots; `decode` is one loop over
+tokens in which every free lane takes the next waiting candidate, without a trip to the host. It returns when all is
+done, when the host should bring more prompts, or when the answers' cache is full. `stream.py` is the host's part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool
 
 from m3po_jax.errors import UserError
-from m3po_jax.generation import lanes as lane
 from m3po_jax.generation import sampling as draw
-from m3po_jax.generation.attention import KV
-from m3po_jax.generation.decoder import decode_step, pin_stationary, prefill
-from m3po_jax.generation.fused import FusedLayer, fuse
+from m3po_jax.generation.fused import FusedLayer
 from m3po_jax.generation.memory import CacheShape, explain_exhaustion
+from m3po_jax.generation.programs import Weights, fuse_layers, programs_for
 from m3po_jax.generation.prompts import (
     Candidates,
     Generated,
@@ -39,11 +33,11 @@ from m3po_jax.generation.prompts import (
     right_pad,
 )
 from m3po_jax.generation.settings import SamplingConfig
-from m3po_jax.generation.state import Board, Cache, Lanes, Layout, Prompts, Report, Sizes
+from m3po_jax.generation.state import Sizes
 from m3po_jax.generation.stream import Program, Stream
-from m3po_jax.models.forward import VisionLanguageModel, encode_images
+from m3po_jax.models.forward import VisionLanguageModel
 from m3po_jax.models.llama import Llama
-from m3po_jax.sharding import constrain, replicate, use_mesh
+from m3po_jax.sharding import replicate, use_mesh
 
 __all__ = [
     "Candidates", "Generated", "Generator", "PromptBatch", "Request", "SamplingConfig", "bucket", "pad_rows",
@@ -51,19 +45,6 @@ __all__ = [
 ]  # fmt: skip
 
 PREFILL_TOKENS = 512  # prompts are prefilled one at a time from this length on; it fills a matrix unit
-
-
-class Weights(NamedTuple):
-    """The model as the programs take it: the decoder's layers fused, the rest as it is."""
-
-    state: nnx.State
-    layers: tuple[FusedLayer, ...]
-
-
-@partial(jax.jit, static_argnums=0)
-def fuse_layers(graph: Any, state: Any) -> tuple[FusedLayer, ...]:
-    """Compiled once for all generators and all updates of the weights of one kind of model."""
-    return fuse(nnx.merge(graph, state))
 
 
 class Generator:
@@ -113,24 +94,20 @@ class Generator:
         penalty = self.settings["repetition_penalty"]
         self.counts_seen = isinstance(penalty, list) or penalty != 1.0
         self.model_config = config
-        self.compilations = self.slot_steps = 0
+        self.slot_steps = 0
         per_candidate = {name: np.asarray(x) for name, x in self.settings.items() if isinstance(x, list)}
         self.constants = replicate({"never": self.never, "bias": self.bias, **per_candidate}, mesh)
-        self.layout = Layout(mesh, config.text, model.decoder.dtype, vocab)
-        where = self.layout
-        self.prefill = jax.jit(
-            self._prefill,
-            static_argnums=0,
-            donate_argnums=(2, 3),
-            out_shardings=(where.prompts_sharding, where.rows),
+        programs = programs_for(
+            mesh, config.text, model.decoder.dtype, sampling, eos_token_id=eos_token_id, pad_token_id=pad_token_id
         )
-        self.decode = jax.jit(
-            self._decode,
-            static_argnums=(0, 1),
-            donate_argnums=(4, 5, 6),
-            out_shardings=(where.rows, where.rows, where.cache_sharding, where.whole),
-        )
+        self.layout, self.prefill, self.decode = programs.layout, programs.prefill, programs.decode
+        self._programs, self._compiled_before = programs, programs.compilations
         self.load(model)
+
+    @property
+    def compilations(self) -> int:
+        """Shapes that were compiled since the generator was made."""
+        return self._programs.compilations - self._compiled_before
 
     def load(self, model: VisionLanguageModel) -> None:
         """Takes the model's present weights (and adapters) for all later prompts.
@@ -220,246 +197,3 @@ class Generator:
             new_tokens=sizes.tokens,
         )
         return explain_exhaustion(text, shape, jnp.dtype(self.layout.dtype).itemsize)
-
-    def _prefill(
-        self, graph: nnx.GraphDef, weights: Weights, prompts: Prompts, board: Board, arrays: dict[str, jax.Array]
-    ) -> tuple[Prompts, Board]:
-        """Puts F prompts a shard into the slots named in `arrays`; slot N stands for no prompt."""
-        self.compilations += 1
-        model, s = nnx.merge(graph, weights.state), self.sampling
-        token_ids, length, slots = arrays["token_ids"], arrays["length"], arrays["slot"]
-        a, f = slots.shape
-        features = arrays.get("features")
-        if features is None:
-            features = encode_images(model, arrays.get("images"))
-        # Contrastive decoding runs every prompt twice, in neighbouring rows: with its image and with a blank.
-        views = prompts.hidden.shape[2]
-        mask = jnp.arange(token_ids.shape[1]) < length[:, None]
-        if views == 2:
-            blank = features
-            if features is not None:
-                size = model.config.vision.image_size
-                blank = jnp.broadcast_to(model.image_features(jnp.zeros((1, size, size, 3))), features.shape)
-                features = jnp.stack([features, blank], axis=1).reshape(-1, *features.shape[1:])
-            token_ids, mask = jnp.repeat(token_ids, 2, axis=0), jnp.repeat(mask, 2, axis=0)
-        places = (slots[:, :, None] * views + jnp.arange(views)).reshape(a, f * views)
-
-        def put(into: jax.Array, new: jax.Array, places: jax.Array = slots) -> jax.Array:
-            """Rows `new` [A·F, ...] into the shards' `places`; those beyond the end are dropped."""
-            new = new.reshape(a, -1, *new.shape[1:]).astype(into.dtype)
-            return jax.vmap(lambda x, y, at: x.at[at].set(y, mode="drop"))(into, new, places)
-
-        kv = list(prompts.kv)
-
-        def keep(index: int, own: KV) -> None:
-            """Keys and values into the slots; what lies beyond the prompt's length is never read."""
-
-            def write(old: jax.Array, new: jax.Array) -> jax.Array:
-                x, y = (z.reshape(a, -1, *z.shape[1:]) for z in (old, new))
-                into = jax.vmap(lambda x, y, at: x.at[at, :, : y.shape[2]].set(y, mode="drop"))
-                return into(x, y, places).reshape(old.shape)
-
-            kv[index] = (write(kv[index][0], own[0]), write(kv[index][1], own[1]))
-
-        x = model.embed_prompts(token_ids, features)
-        hidden = prefill(model.config.text, weights.layers, x, mask, keep)
-        seen = prompts.seen
-        if seen is not None:
-            fresh = jnp.zeros((a * f, seen.shape[-1]), bool)
-            if s.repetition_penalty_prompt:
-                fresh = fresh.at[jnp.arange(a * f)[:, None], arrays["token_ids"]].max(mask[::views])
-            seen = put(seen, fresh)
-        prompts = Prompts(
-            kv,
-            put(prompts.length, length),
-            put(prompts.hidden, hidden.reshape(a * f, views, -1)),
-            put(prompts.keys, arrays["keys"]),
-            put(prompts.arrival, arrays["arrival"]),
-            seen,
-        )
-        clear = lambda x, value: put(x, jnp.full((a * f, *x.shape[2:]), value, x.dtype))  # noqa: E731
-        return prompts, Board(
-            put(board.pending, arrays["wanted"]),
-            board.lane,
-            clear(board.token_ids, self.pad_token_id),
-            clear(board.log_probs, 0.0),
-            clear(board.lengths, 0),
-            clear(board.finished, False),
-            board.broken,
-        )
-
-    def _decode(
-        self,
-        graph: nnx.GraphDef,
-        sizes: Sizes,
-        weights: Weights,
-        prompts: Prompts,
-        board: Board,
-        lanes: Lanes,
-        cache: Cache,
-        constants: dict[str, jax.Array],
-        quota: Int[Array, " a"],
-    ) -> tuple[Board, Lanes, Cache, Report]:
-        """Tokens for all lanes until none is left, `quota` prompts a shard (0: none) should come or the cache is
-        full."""
-        self.compilations += 1
-        model = nnx.merge(graph, weights.state)
-        a, n, k, views, count = sizes.shards, sizes.slots, sizes.candidates, sizes.views, sizes.lanes
-        first_step, capacity = cache.step, cache.written.shape[0]
-        rows = lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1))  # noqa: E731
-
-        def to_grid(x: jax.Array, at: jax.Array) -> jax.Array:
-            """[A, L, ...] to [A, N, K, ...]; of no meaning where no lane decodes."""
-            if not sizes.identity:
-                x = lane.take(x, at.reshape(a, n * k))
-            return x.reshape(a, n, k, *x.shape[2:])
-
-        def from_grid(x: jax.Array, place: jax.Array) -> jax.Array:
-            x = x.reshape(a, n * k, *x.shape[3:])
-            return x if sizes.identity else lane.take(x, place)
-
-        def apart(y: jax.Array) -> jax.Array:
-            return y.reshape(a, count, views, *y.shape[2:])
-
-        def rows_to_grid(y: jax.Array, at: jax.Array) -> jax.Array:
-            """[A·L·V, ...] to [A·N·V, K, ...]."""
-            grid = to_grid(y.reshape(a, count, views, *y.shape[1:]), at)
-            return jnp.moveaxis(grid, 3, 2).reshape(a * n * views, k, *y.shape[1:])
-
-        def rows_from_grid(y: jax.Array, place: jax.Array) -> jax.Array:
-            grid = jnp.moveaxis(y.reshape(a, n, views, k, *y.shape[2:]), 2, 3)
-            return from_grid(grid, place).reshape(a * count * views, *y.shape[2:])
-
-        def refill(board: Board, lanes: Lanes, start: jax.Array) -> tuple[Board, Lanes, jax.Array]:
-            taken = jax.vmap(partial(lane.assign, identity=sizes.identity))(
-                lanes.busy, lanes.place, board.pending, board.lane, prompts.arrival
-            )
-            fresh, seen = taken.fresh, lanes.seen
-            if seen is not None:
-                assert prompts.seen is not None
-                seen = jnp.where(fresh[..., None], lane.take(prompts.seen, taken.place // k), seen)
-            lanes = Lanes(
-                taken.place,
-                jnp.where(fresh, 0, lanes.age),
-                jnp.where(fresh, start, lanes.start),
-                lanes.token,
-                lanes.busy | fresh,
-                seen,
-            )
-            return board._replace(pending=taken.pending, lane=taken.lane), lanes, fresh
-
-        def advance(
-            hidden: Float[Array, "a l v e"], board: Board, lanes: Lanes, live: Bool[Array, "a l"]
-        ) -> tuple[Board, Lanes]:
-            """Draws the next token of every live lane from the state that predicts it."""
-            with jax.named_scope("head"):
-                # A few rows of states and logits travel, the vocabulary's weights stay.
-                hidden = pin_stationary(model.decoder.norm(hidden.reshape(a, count * views, -1)))
-                logits = model.decoder.logits(hidden)
-            logits = constrain(logits, "batch", None, None).reshape(a * count, views, -1)
-            raw = logits[:, 0]
-            with jax.named_scope("sampling"):
-                token, log_prob, bad = self._drawn(raw, logits[:, -1], prompts, lanes, constants)
-            token, log_prob, bad = (x.reshape(a, count) for x in (token, log_prob, bad))
-            token = jnp.where(live, token, self.pad_token_id)
-            stop = token == self.eos_token_id
-            ends = live & (stop | bad | (lanes.age + 1 >= sizes.tokens))
-            seen = lanes.seen
-            if seen is not None:
-                seen |= token[..., None] == jnp.arange(seen.shape[-1])
-            running = board.lane < count
-            grid = lambda x: to_grid(x, board.lane)  # noqa: E731
-            drawn = running & grid(live)
-            age = grid(lanes.age)
-            here = drawn[..., None] & (age[..., None] == jnp.arange(sizes.tokens))
-            board = Board(
-                board.pending,
-                rows(jnp.where(drawn & grid(ends), count, board.lane)),
-                rows(jnp.where(here, grid(token)[..., None], board.token_ids)),
-                rows(jnp.where(here, grid(log_prob)[..., None], board.log_probs)),
-                rows(jnp.where(drawn, age + 1, board.lengths)),
-                rows(board.finished | (drawn & grid(stop))),
-                rows(board.broken | jnp.any(drawn & grid(bad), axis=2)),
-            )
-            lanes = Lanes(
-                rows(lanes.place),
-                rows(lanes.age + live),
-                rows(lanes.start),
-                rows(jnp.where(live, token, lanes.token)),
-                rows(lanes.busy & ~ends),
-                seen,
-            )
-            return board, lanes
-
-        def grows(lanes: Lanes, cache: Cache) -> jax.Array:
-            if capacity >= sizes.tokens - 1:
-                return jnp.bool_(False)
-            return lane.needs_growth(cache.written, lanes.busy, lanes.start)
-
-        def goes_on(carry: tuple[Board, Lanes, Cache]) -> jax.Array:
-            board, lanes, cache = carry
-            free = jax.vmap(partial(lane.free_slots, lanes=count))(board.pending, board.lane)
-            room, starving = jax.vmap(lane.wants_prompts)(lanes.busy, board.pending, free, quota)
-            more = jnp.any(quota > 0) & (jnp.all(room) | jnp.any(starving))
-            work = jnp.any(lanes.busy) | jnp.any(board.pending)
-            return work & ~more & ~grows(lanes, cache) & ~jnp.any(board.broken)
-
-        def body(carry: tuple[Board, Lanes, Cache]) -> tuple[Board, Lanes, Cache]:
-            board, lanes, cache = carry
-            board, lanes, fresh = refill(board, lanes, cache.step + 1)
-            slot = lane.slot_to_write(cache.written)
-            written = jnp.where(jnp.arange(capacity) == slot, cache.step, cache.written)
-            length = lane.take(prompts.length, lanes.place // k)
-            each = lambda x: jnp.repeat(x, views, axis=1)  # noqa: E731
-            hidden, kv = decode_step(
-                model.config.text,
-                weights.layers,
-                model.decoder.embed_tokens(each(lanes.token)),
-                each(length + lanes.age - 1),
-                prefix=prompts.kv,
-                # A kernel leaves out the prompts of which nothing is being decoded.
-                length=each(jnp.where(jnp.any(board.lane < count, axis=2), prompts.length, 0)).reshape(-1),
-                to_grid=lambda y: rows_to_grid(y, board.lane),
-                from_grid=lambda y: rows_from_grid(y, lanes.place),
-                cache=cache.kv,
-                slot=slot,
-                seen=each(written >= lanes.start[..., None]).reshape(-1, capacity),
-            )
-            first = lane.take(prompts.hidden, lanes.place // k)
-            hidden = jnp.where(fresh[..., None, None], first, apart(hidden))
-            board, lanes = advance(hidden, board, lanes, lanes.busy)
-            return board, lanes, Cache(kv, written, cache.step + 1)
-
-        # First tokens need no step of the decoder. Where every lane is free that step is left out; later, lanes that
-        # take a candidate draw its first token while the others decode.
-        def begin() -> tuple[Board, Lanes]:
-            taken, begun, fresh = refill(board, lanes, cache.step)
-            return advance(lane.take(prompts.hidden, begun.place // k), taken, begun, fresh)
-
-        begins = ~jnp.any(lanes.busy) & jnp.any(board.pending)
-        board, lanes = jax.lax.cond(begins, begin, lambda: (board, lanes))
-        board, lanes, cache = jax.lax.while_loop(goes_on, body, (board, lanes, cache))
-        free = jax.vmap(partial(lane.free_slots, lanes=count))(board.pending, board.lane)
-        steps = cache.step - first_step + begins
-        return board, lanes, cache, Report(free, board.broken, grows(lanes, cache), steps)
-
-    def _drawn(
-        self, raw: jax.Array, blank: jax.Array, prompts: Prompts, lanes: Lanes, constants: dict[str, jax.Array]
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Tokens, their raw log-probabilities, and whether logits are not finite, of all lanes [A·L]."""
-        s, k = self.sampling, self.sampling.num_candidates
-        a, count = lanes.place.shape
-        keys = lane.take(prompts.keys.reshape(a, -1, 2), lanes.place).reshape(a * count, 2)
-        age, candidate = lanes.age.reshape(-1), (lanes.place % k).reshape(-1)
-        own = {name: constants[name][candidate][:, None] for name, x in self.settings.items() if isinstance(x, list)}
-        settings = draw.Settings(**{**self.settings, **own})
-        shaped = raw
-        if s.contrast_alpha > 0:
-            shaped = draw.contrast(raw, blank, s.contrast_alpha, s.contrast_beta)
-        shaped = jnp.where(constants["never"], -jnp.inf, shaped + constants["bias"])
-        seen = None if lanes.seen is None else lanes.seen.reshape(a * count, -1)
-        shaped = draw.process(shaped, settings, step=age[:, None], eos_token_id=self.eos_token_id, seen=seen)
-        token = draw.choose(draw.step_keys(keys, age), shaped, settings).astype(jnp.int32)
-        normaliser = jax.nn.logsumexp(raw, axis=-1)
-        log_prob = jnp.take_along_axis(raw, token[:, None], axis=-1)[:, 0] - normaliser
-        return token, log_prob, ~jnp.isfinite(normaliser)

@@ -9,21 +9,44 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from m3po_jax.errors import UserError
 from m3po_jax.generation.lanes import capacities
 from m3po_jax.generation.prompts import Candidates, Request, prompt_bucket
 from m3po_jax.generation.sampling import candidate_keys
-from m3po_jax.generation.state import Board, Cache, Lanes, Prompts, Report
+from m3po_jax.generation.settings import SamplingConfig
+from m3po_jax.generation.state import Board, Cache, Lanes, Layout, Prompts, Report, Sizes
 from m3po_jax.hosts import shard_hosts
 from m3po_jax.sharding import replicate, shard_batch, to_host, use_mesh
 
-if TYPE_CHECKING:
-    from m3po_jax.generation.engine import Generator
+
+class Engine(Protocol):
+    """What a stream works with; `engine.Generator` tells what each is."""
+
+    mesh: Mesh
+    sampling: SamplingConfig
+    graph: Any
+    weights: Any
+    constants: dict[str, jax.Array]
+    layout: Layout
+    prefill: Any
+    decode: Any
+    batch_size: int
+    prefix_bucket: int
+    pad_token_id: int
+    slot_steps: int
+
+    def sizes(self, count: int | None, prefix: int) -> Sizes: ...
+
+    def prefill_rows(self, length: int) -> int: ...
+
+    def explained(self, sizes: Sizes, prefix: int) -> AbstractContextManager[None]: ...
 
 
 class Program(NamedTuple):
@@ -48,7 +71,7 @@ class Program(NamedTuple):
 class Stream:
     """One pass over requests; iterate over it once."""
 
-    def __init__(self, engine: Generator, requests: Iterable[Request | None], count: int | None = None):
+    def __init__(self, engine: Engine, requests: Iterable[Request | None], count: int | None = None):
         self.engine, self.source = engine, iter(requests)
         self.count = count
         self.hosts = shard_hosts(engine.mesh)  # of each shard
@@ -123,7 +146,7 @@ class Stream:
                 request = next(self.source)
             except StopIteration:
                 self.exhausted = True
-            except Exception as error:
+            except Exception as error:  # whatever it is, it waits: requests drawn before it are answered first
                 self.exhausted, self.failure = True, error
             else:
                 if request is None:

@@ -25,7 +25,7 @@ from m3po_jax.models.layers import KEPT, matmul_precision
 KV = tuple[jax.Array, jax.Array]
 
 
-QUERY_BLOCK = 64  # least queries that causal attention takes at a time, to the keys up to them
+QUERY_BLOCK = 128  # least queries that causal attention takes at a time, to the keys up to them
 MAX_BLOCKS = 12
 
 
@@ -180,13 +180,15 @@ def branch_attention(
 class Layout(Protocol):
     """Who attends to whom. `cache` and the second result are one layer's keys and values, or None."""
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, Any]: ...
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        """Queries [B, Q, H, D] against keys and values [B, S, G, D] of one layer: [B, Q, H, D], and the cache."""
 
 
 class LastLayout(Layout, Protocol):
     """A layout of the last layer, whose queries are only the tokens that `pick` takes of a row."""
 
-    def pick(self, x: jax.Array) -> jax.Array: ...
+    def pick(self, x: jax.Array) -> jax.Array:
+        """[B, S, ...] to [B, N, ...]: the tokens that have queries."""
 
 
 class Causal(NamedTuple):
@@ -196,6 +198,7 @@ class Causal(NamedTuple):
     attention: str = "xla"  # see `models/kernels`
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, KV]:
+        """q [B, S, H, D], k and v [B, S, G, D] to [B, S, H, D]; no cache is read."""
         if choice.fits(self.attention, q.shape[-1]):
             return choice.self_attention(q, k, v, self.mask_BS, causal=True, kind=self.attention), (k, v)
         return causal_attention(q, k, v, self.mask_BS), (k, v)
@@ -208,6 +211,7 @@ class Bidirectional(NamedTuple):
     attention: str = "xla"
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, None]:
+        """q, k and v [B, S, H, D] to [B, S, H, D]; there is no cache."""
         if choice.fits(self.attention, q.shape[-1]):
             return choice.self_attention(q, k, v, self.mask_BS, causal=False, kind=self.attention), None
         return dense_attention(q, k, v, self.mask_BS[:, None, :]), None
@@ -234,6 +238,7 @@ class Tree(NamedTuple):
     attention: str = "xla"  # of the prefix to itself; branches are short
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, None]:
+        """q [B, P + K·T, H, D], k and v [B, P + K·T, G, D] to [B, P + K·T, H, D]; there is no cache."""
         p = self.prefix_mask_BP.shape[1]
         prefix, _ = Causal(self.prefix_mask_BP, self.attention)(q[:, :p], k[:, :p], v[:, :p], None)
         return jnp.concatenate([prefix, self.branches(q[:, p:], k, v)], axis=1), None
@@ -270,6 +275,7 @@ class TreeEnd(NamedTuple):
         return jnp.concatenate([last_valid(x[:, :p], self.tree.prefix_mask_BP), x[:, p:]], axis=1)
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, None]:
+        """q [B, 1 + K·T, H, D], k and v [B, P + K·T, G, D] to [B, 1 + K·T, H, D]; there is no cache."""
         mask = self.tree.prefix_mask_BP
         p = mask.shape[1]
         end = dense_attention(q[:, :1], k[:, :p], v[:, :p], mask[:, None, :])
@@ -297,6 +303,7 @@ class Decode(NamedTuple):
     step: Int[Array, ""]  # the cache slot that this token takes
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: DecodeCache) -> tuple[jax.Array, DecodeCache]:
+        """q [B, K, H, D], k and v [B, K, G, D] to [B, K, H, D]; the cache comes back with slot `step` written."""
         b, c = q.shape[0], self.num_candidates
         split = lambda x: x.reshape(b, c, 1, *x.shape[2:])  # noqa: E731
         own_k, own_v = cache.own

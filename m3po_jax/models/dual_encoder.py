@@ -25,6 +25,8 @@ POOLINGS = ("pooled", "patches")
 
 @dataclass(frozen=True)
 class TextConfig:
+    """A text tower; `max_positions` is its window in tokens."""
+
     encoder: EncoderConfig
     vocab_size: int
     max_positions: int
@@ -48,6 +50,8 @@ class DualEncoderConfig:
 
 
 class TextTransformer(nnx.Module):
+    """CLIP's or SigLIP's text tower, one vector a text."""
+
     def __init__(self, config: DualEncoderConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         text, kinds = config.text, {"dtype": dtype, "param_dtype": param_dtype}
         width = text.encoder.hidden_size
@@ -64,6 +68,7 @@ class TextTransformer(nnx.Module):
         )
 
     def __call__(self, token_ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, "b d"]:
+        """Texts padded on the right to at most `max_positions` tokens; not normalised."""
         x = self.token_embedding(token_ids) + self.position_embedding(jnp.arange(token_ids.shape[1]))
         if self.kind == "siglip":
             # SigLIP was trained on texts padded to the full length, padding attended to, pooled at the last slot.
@@ -77,6 +82,7 @@ class TextTransformer(nnx.Module):
 
 
 def normalize(x: Float[Array, "... e"]) -> Float[Array, "... e"]:
+    """Vectors of length 1, float32; 0 stays 0."""
     x = x.astype(jnp.float32)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
@@ -172,4 +178,5 @@ def dual_encoder_config(raw: dict[str, Any], where: str) -> DualEncoderConfig:
 
 
 def build(config: DualEncoderConfig, *, dtype: Any, param_dtype: Any, seed: int = 0) -> DualEncoder:
+    """A randomly initialised model; see `llava.model.build`."""
     return DualEncoder(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(seed))

@@ -6,16 +6,18 @@ import re
 
 from m3po_jax.models import tensor_names
 from m3po_jax.models.dual_encoder import DualEncoderConfig
-from m3po_jax.models.weights import Path, Source
+from m3po_jax.models.tensor_map import Path, Source
 
 _SKIPPED = re.compile(r"\.embeddings\.position_ids$")  # a buffer that older versions saved
 
 
 def canonical_name(name: str) -> str | None:
+    """The stored name itself; None: a buffer of older versions, which nothing needs."""
     return None if _SKIPPED.search(name) else name
 
 
 def tensor_map(config: DualEncoderConfig) -> dict[Path, Source]:
+    """The stored tensor of every parameter."""
     text = ("text_tower",)
     tensors: dict[Path, Source] = {
         **tensor_names.vision_transformer(config.vision, ("vision_tower",), "vision_model", pooled=True),

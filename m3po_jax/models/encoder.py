@@ -16,6 +16,8 @@ from m3po_jax.sharding import constrain
 
 @dataclass(frozen=True)
 class EncoderConfig:
+    """Sizes of an encoder; `activation` is a key of `layers.ACTIVATIONS`."""
+
     hidden_size: int
     intermediate_size: int
     num_layers: int
@@ -26,6 +28,8 @@ class EncoderConfig:
 
 
 class EncoderAttention(nnx.Module):
+    """Multi-head self-attention with biases."""
+
     def __init__(self, config: EncoderConfig, **kinds: Any):
         d = config.hidden_size
         self.q_proj = Linear(d, d, axes=("embed", "heads"), use_bias=True, **kinds)
@@ -35,12 +39,15 @@ class EncoderAttention(nnx.Module):
         self.num_heads = config.num_heads
 
     def __call__(self, x: jax.Array, layout: Layout) -> jax.Array:
+        """[B, S, D] to [B, S, D]."""
         heads = lambda y: y.reshape(*y.shape[:2], self.num_heads, -1)  # noqa: E731
         out, _ = layout(heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x)), None)
         return self.out_proj(out.reshape(x.shape))
 
 
 class EncoderMLP(nnx.Module):
+    """Two linear layers around an activation."""
+
     def __init__(self, config: EncoderConfig, **kinds: Any):
         d, f = config.hidden_size, config.intermediate_size
         self.fc1 = Linear(d, f, axes=("embed", "mlp"), use_bias=True, **kinds)
@@ -48,10 +55,13 @@ class EncoderMLP(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] to [..., D]."""
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 
 class EncoderLayer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
     def __init__(self, config: EncoderConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         norm = {"eps": config.layer_norm_eps, "dtype": dtype, "param_dtype": param_dtype}
@@ -61,11 +71,14 @@ class EncoderLayer(nnx.Module):
         self.mlp = EncoderMLP(config, **kinds)
 
     def __call__(self, x: jax.Array, layout: Layout) -> jax.Array:
+        """[B, S, D] to [B, S, D]."""
         x = constrain(x + self.self_attn(self.layer_norm1(x), layout), "batch", None, None)
         return constrain(x + self.mlp(self.layer_norm2(x)), "batch", None, None)
 
 
 class Encoder(nnx.Module):
+    """The layers, stacked and scanned; no embedding and no final norm."""
+
     def __init__(self, config: EncoderConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         kinds = {"dtype": dtype, "param_dtype": param_dtype}
         self.layers = stack_layers(lambda r: EncoderLayer(config, rngs=r, **kinds), config.num_layers, rngs)

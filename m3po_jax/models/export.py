@@ -38,7 +38,7 @@ from m3po_jax.models.safetensors_io import (
     write_directory,
     write_file,
 )
-from m3po_jax.models.weights import Parameter, parameters
+from m3po_jax.models.tensor_map import Parameter, parameters
 from m3po_jax.sharding import sharding_for, to_host
 
 EXPORT_DTYPES = {"float32": DTYPES["F32"], "float16": DTYPES["F16"], "bfloat16": DTYPES["BF16"]}

@@ -22,9 +22,11 @@ class VisionLanguageModel(Protocol):
     config: Any
     decoder: Llama
 
-    def image_features(self, pixel_values: jax.Array, *, remat: str = "none") -> jax.Array: ...
+    def image_features(self, pixel_values: jax.Array, *, remat: str = "none") -> jax.Array:
+        """Images [I, H, W, 3] to the tower's features [I, N, V]."""
 
-    def embed_prompts(self, token_ids: jax.Array, features: jax.Array | None) -> jax.Array: ...
+    def embed_prompts(self, token_ids: jax.Array, features: jax.Array | None) -> jax.Array:
+        """Token ids [B, S] and features [B, M, N, V] of their images to decoder inputs [B, S, D]."""
 
 
 def encode_images(

@@ -26,6 +26,7 @@ class ScalarHead(nnx.Module):
         self.kernel = nnx.Param(kernel, axes=("embed",))
 
     def __call__(self, hidden: Float[Array, "... d"]) -> Float[Array, ...]:
+        """A number for each state."""
         precision = jax.lax.Precision.HIGHEST
         return jnp.matmul(hidden.astype(jnp.float32), self.kernel[...].astype(jnp.float32), precision=precision)
 

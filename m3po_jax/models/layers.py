@@ -97,6 +97,8 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
+    """A table of `rows` vectors, drawn from N(0, std²)."""
+
     def __init__(
         self,
         rows: int,
@@ -113,6 +115,7 @@ class Embedding(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, ids: Int[Array, ...]) -> Float[Array, "... features"]:
+        """The ids' rows, in `dtype`; ids must lie in [0, rows)."""
         return jnp.take(self.table[...], ids, axis=0).astype(self.dtype)
 
 
@@ -124,18 +127,22 @@ class RMSNorm(nnx.Module):
         self.eps, self.dtype = eps, dtype
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        """Over the last axis; the result is in `dtype`."""
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
         return self.scale[...].astype(self.dtype) * x.astype(self.dtype)
 
 
 class LayerNorm(nnx.Module):
+    """(x − mean) / std · g + b over the last axis, in float32 (Ba et al., arXiv:1607.06450)."""
+
     def __init__(self, features: int, *, eps: float, dtype: Any, param_dtype: Any):
         self.scale = nnx.Param(jnp.ones((features,), param_dtype), axes=("norm",))
         self.bias = nnx.Param(jnp.zeros((features,), param_dtype), axes=("norm",))
         self.eps, self.dtype = eps, dtype
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        """Over the last axis; the result is in `dtype`."""
         x = x.astype(jnp.float32)
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)

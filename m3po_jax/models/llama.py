@@ -37,15 +37,19 @@ class TokenScores(NamedTuple):
         log_probs: log π(token), nats.
         entropy: Of the whole distribution, −Σ π log π, nats.
         is_top1: No token is more likely.
+        mean_logits: Of the logits of the whole vocabulary.
     """
 
     log_probs: Float[Array, "b n"]
     entropy: Float[Array, "b n"]
     is_top1: Bool[Array, "b n"]
+    mean_logits: Float[Array, "b n"]
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
+    """Sizes and constants of a decoder by Hugging Face's names; `num_heads` · `head_dim` is the queries' width."""
+
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -72,6 +76,7 @@ def rotary_tables(
 
 
 def apply_rotary(x: Float[Array, "b s h d"], tables: tuple[jax.Array, jax.Array]) -> Float[Array, "b s h d"]:
+    """Queries or keys turned by the `rotary_tables` of their positions, in float32; the dtype stays."""
     cos, sin = tables
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([-second, first], axis=-1)
@@ -79,6 +84,8 @@ def apply_rotary(x: Float[Array, "b s h d"], tables: tuple[jax.Array, jax.Array]
 
 
 class LlamaAttention(nnx.Module):
+    """Grouped-query self-attention with rotary positions; `layout` says who sees whom."""
+
     def __init__(self, config: LlamaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         c = config
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -101,6 +108,8 @@ class LlamaAttention(nnx.Module):
 
 
 class LlamaMLP(nnx.Module):
+    """down(act(gate(x)) · up(x)) (SwiGLU, Shazeer, arXiv:2002.05202)."""
+
     def __init__(self, config: LlamaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         d, f = config.hidden_size, config.intermediate_size
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -110,10 +119,13 @@ class LlamaMLP(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] to [..., D]."""
         return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
 
 
 class LlamaLayer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
     def __init__(self, config: LlamaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         norm = {"eps": config.rms_norm_eps, "dtype": dtype, "param_dtype": param_dtype}
         self.input_norm = RMSNorm(config.hidden_size, **norm)
@@ -154,6 +166,7 @@ class Llama(nnx.Module):
         )
 
     def rotary(self, positions: Int[Array, "b s"]) -> tuple[jax.Array, jax.Array]:
+        """cos and sin [B, S, 1, head_dim] of the positions."""
         return rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
 
     def __call__(
@@ -219,6 +232,9 @@ class Llama(nnx.Module):
         mesh = jax.sharding.get_abstract_mesh()
         shards = 1 if mesh.empty else mesh.size
         chunks = -(-token_ids.size * vocabulary // (MAX_LOGITS * shards))
+        # The head is linear: one more column of it, the mean of all, says what no logits are needed for.
+        mean = self.logits(hidden, lambda w, axis: jnp.mean(w, axis=axis, keepdims=True))[..., 0]
+        mean = jax.lax.stop_gradient(mean)
         if chunks <= 1:
             logits = self.logits(hidden)
             chosen = jnp.take_along_axis(logits, token_ids[..., None], axis=-1)[..., 0]
@@ -226,10 +242,13 @@ class Llama(nnx.Module):
             all_log_probs = jax.lax.stop_gradient(logits - total[..., None])
             entropy = -jnp.sum(jnp.exp(all_log_probs) * all_log_probs, axis=-1)
             is_top1 = jax.lax.stop_gradient(chosen) >= jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-            return TokenScores(chosen - total, entropy, is_top1)
-        return self._chunked_scores(hidden, token_ids, chunks)
+            return TokenScores(chosen - total, entropy, is_top1, mean)
+        return TokenScores(*self._chunked_scores(hidden, token_ids, chunks), mean)
 
-    def _chunked_scores(self, hidden: jax.Array, token_ids: jax.Array, chunks: int) -> TokenScores:
+    def _chunked_scores(
+        self, hidden: jax.Array, token_ids: jax.Array, chunks: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """log π, entropy and whether no token is likelier, as in `TokenScores`."""
         vocabulary = self.config.vocab_size
         mesh = jax.sharding.get_abstract_mesh()
         # A chunk takes its share of every device's part of the vocabulary, so that no weights travel.
@@ -268,7 +287,7 @@ class Llama(nnx.Module):
         start = (jnp.full(token_ids.shape, -1e30), zeros, zeros, zeros)
         (top, total, chosen, weighted), _ = jax.lax.scan(chunk, start, jnp.arange(chunks))
         entropy = jax.lax.stop_gradient(jnp.log(total) - weighted / total)
-        return TokenScores(chosen - top - jnp.log(total), entropy, jax.lax.stop_gradient(chosen) >= top)
+        return chosen - top - jnp.log(total), entropy, jax.lax.stop_gradient(chosen) >= top
 
     def logits(
         self, hidden: Float[Array, "... d"], columns: Columns = lambda w, axis: w

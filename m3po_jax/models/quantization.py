@@ -48,12 +48,20 @@ Weight = jax.Array | Codes
 
 
 def check_quantization(kind: str) -> None:
+    """Raises UserError unless `kind` is one of `QUANTIZATION`."""
     if kind not in QUANTIZATION:
         raise UserError(f"quantization {kind!r}{nearest(kind, QUANTIZATION)}", where="model.quantization")
 
 
 def kind_of(codes: Any) -> str:
+    """``int8`` or ``nf4``, by the type of the codes."""
     return "int8" if codes.dtype == jnp.int8 else "nf4"
+
+
+def kernel_shape(codes: Any) -> tuple[int, ...]:
+    """The shape of the kernel that stacked codes stand for."""
+    *layers, rows, out = codes.shape
+    return (*layers, rows if kind_of(codes) == "int8" else 2 * rows, out)
 
 
 def applies(kind: str, fan_in: int) -> bool:

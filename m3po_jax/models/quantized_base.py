@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,10 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from m3po_jax.models.layers import Linear
-from m3po_jax.models.quantization import BLOCK, Codes, Quantized, applies, kind_of, quantize
+from m3po_jax.models.quantization import BLOCK, Codes, Quantized, applies, quantize
 from m3po_jax.models.safetensors_io import StoredTensor
+from m3po_jax.models.tensor_map import Parameter
 from m3po_jax.sharding import Axes, sharding_for
-
-if TYPE_CHECKING:
-    from m3po_jax.models.weights import Parameter
 
 LAYERS = "layers"
 
@@ -33,6 +31,7 @@ def _stacked(model: nnx.Module, scope: str) -> Iterator[Linear]:
 
 
 def scale_axes(axes: Axes, kind: str) -> Axes:
+    """Logical axes of a stacked kernel's scales, from the kernel's."""
     return (axes[0], *axes[2:]) if kind == "int8" else axes
 
 
@@ -48,13 +47,8 @@ def quantize_base(model: nnx.Module, kind: str, *, scope: str) -> None:
 
 
 def is_quantized(model: nnx.Module) -> bool:
+    """Whether any kernel is codes."""
     return bool(jax.tree.leaves(nnx.state(model, Quantized)))
-
-
-def kernel_shape(codes: Any) -> tuple[int, ...]:
-    """The shape of the kernel that stacked codes stand for."""
-    *layers, rows, out = codes.shape
-    return (*layers, rows if kind_of(codes) == "int8" else 2 * rows, out)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "rows"), donate_argnums=0)

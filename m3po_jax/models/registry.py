@@ -27,14 +27,8 @@ from m3po_jax.models.llava import weights as llava_weights
 from m3po_jax.models.quantization import check_quantization
 from m3po_jax.models.quantized_base import quantize_base
 from m3po_jax.models.safetensors_io import StoredTensor, open_directory, read_json
-from m3po_jax.models.weights import (
-    TensorMap,
-    check_tensors,
-    initialise_parameters,
-    load_parameters,
-    parameters,
-    replace_parameters,
-)
+from m3po_jax.models.tensor_map import TensorMap, check_tensors, parameters
+from m3po_jax.models.weights import initialise_parameters, load_parameters, replace_parameters
 
 
 @dataclass(frozen=True)

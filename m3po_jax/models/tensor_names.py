@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from m3po_jax.models.llama import LlamaConfig
+from m3po_jax.models.tensor_map import Path, Source
 from m3po_jax.models.vit import ViTConfig
-from m3po_jax.models.weights import Path, Source
 
 
 def linear(path: Path, name: str, *, bias: bool) -> dict[Path, Source]:
@@ -16,6 +16,7 @@ def linear(path: Path, name: str, *, bias: bool) -> dict[Path, Source]:
 
 
 def layer_norm(path: Path, name: str) -> dict[Path, Source]:
+    """A norm's gain and bias."""
     return {(*path, "scale"): Source(f"{name}.weight"), (*path, "bias"): Source(f"{name}.bias")}
 
 

@@ -27,6 +27,7 @@ class ViTConfig:
 
     @property
     def num_patches(self) -> int:
+        """Of the square image; a class token is not one."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -54,6 +55,7 @@ class AttentionPool(nnx.Module):
         self.num_heads = config.num_heads
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+        """One vector an image."""
         heads = lambda y: y.reshape(*y.shape[:2], self.num_heads, -1)  # noqa: E731
         probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
         everything = jnp.ones((x.shape[0], 1, x.shape[1]), bool)
@@ -63,6 +65,8 @@ class AttentionPool(nnx.Module):
 
 
 class VisionTransformer(nnx.Module):
+    """A tower: normalised images in, a state for each patch (and CLIP's class token) out."""
+
     def __init__(self, config: ViTConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs, pooled: bool = True):
         """`pooled=False` leaves out SigLIP's pooling head, for use as a tower only."""
         d, clip = config.encoder.hidden_size, config.kind == "clip"
@@ -81,6 +85,7 @@ class VisionTransformer(nnx.Module):
         self.head = None if clip or not pooled else AttentionPool(config.encoder, rngs=rngs, **kinds)
 
     def embed(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
+        """Patch embeddings with positions (CLIP: the class token first, then normed): what layer 1 reads."""
         x = self.patch_embedding(patchify(images, self.config.patch_size))
         if self.class_embedding is not None:
             token = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (x.shape[0], 1, x.shape[2]))

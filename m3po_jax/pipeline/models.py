@@ -18,6 +18,8 @@ from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import UserError
+from m3po_jax.generation.engine import Generator
+from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.models import lora
 from m3po_jax.models.quantization import check_quantization
 from m3po_jax.models.registry import Loaded, load_model, resolve_directory
@@ -122,6 +124,21 @@ def attach_adapter(policy: Policy, recipe: Recipe, mesh: Mesh) -> Any:
     with_scope = policy.loaded.family.lora_scope
     lora.attach(model, recipe.train.lora, scope=with_scope, rngs=nnx.Rngs(recipe.seed))
     return model
+
+
+def make_generator(
+    processor: Processor, model: Any, mesh: Mesh, *, sampling: SamplingConfig, batch_size: int
+) -> Generator:
+    """An engine that draws answers of `model`, of which `processor` is; its programs are compiled on first use."""
+    return Generator(
+        model,
+        eos_token_id=processor.eos_token_id,
+        pad_token_id=processor.pad_token_id,
+        mesh=mesh,
+        sampling=sampling,
+        batch_size=batch_size,
+        tokenizer_size=processor.text.size,
+    )
 
 
 def load_dual_encoder(

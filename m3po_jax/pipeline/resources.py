@@ -14,7 +14,7 @@ from m3po_jax.generation.engine import Generator
 from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.evaluate import Benchmark, read_benchmark
-from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy
+from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy, make_generator
 from m3po_jax.pipeline.rundir import RunDirectory
 from m3po_jax.pipeline.systems import SystemEvaluator
 from m3po_jax.sharding import make_mesh, use_mesh
@@ -72,16 +72,7 @@ class Resources:
 
     def generator(self, model: Any, sampling: SamplingConfig, batch_size: int) -> Generator:
         """An engine that draws answers of `model`; its programs are compiled on first use."""
-        processor = self.policy.processor
-        return Generator(
-            model,
-            eos_token_id=processor.eos_token_id,
-            pad_token_id=processor.pad_token_id,
-            mesh=self.mesh,
-            sampling=sampling,
-            batch_size=batch_size,
-            tokenizer_size=processor.text.size,
-        )
+        return make_generator(self.policy.processor, model, self.mesh, sampling=sampling, batch_size=batch_size)
 
     def open(self) -> None:
         """Creates or continues the run directory, after opening everything that a later stage will read.

@@ -13,10 +13,9 @@ from jax.sharding import Mesh
 
 from m3po_jax.config import Recipe
 from m3po_jax.data.schema import Prompt
-from m3po_jax.generation.engine import Generator
 from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.models.heads import attach_head, detach_head
-from m3po_jax.pipeline.models import Policy
+from m3po_jax.pipeline.models import Policy, make_generator
 from m3po_jax.pipeline.reward import TrainedReward
 from m3po_jax.pipeline.train import Trained
 from m3po_jax.scoring.engine import Scorer
@@ -74,15 +73,8 @@ def train_rlhf(
         if config.rl.algorithm == "ppo":
             model = attach_head(nnx.merge(*nnx.split(start)), recipe.seed)
             values = HeadScorer(model, mesh, batch_size=size)
-        generator = Generator(
-            model,
-            eos_token_id=processor.eos_token_id,
-            pad_token_id=processor.pad_token_id,
-            mesh=mesh,
-            sampling=rollout_sampling(recipe, seed),
-            batch_size=recipe.generate.batch_size,
-            tokenizer_size=processor.text.size,
-        )
+        sampling = rollout_sampling(recipe, seed)
+        generator = make_generator(processor, model, mesh, sampling=sampling, batch_size=recipe.generate.batch_size)
         source: Any = RolloutSource(
             prompts,
             processor,

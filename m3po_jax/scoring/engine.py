@@ -6,6 +6,7 @@ Shape suffixes: B prompts, P prefix tokens, K branches (answers) of a prompt, T 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Float32, Int
 
+from m3po_jax.data.collation import padded_length
 from m3po_jax.errors import UserError
 from m3po_jax.generation.engine import PromptBatch, bucket, pad_rows
 from m3po_jax.hosts import own_rows
@@ -39,12 +41,72 @@ def pad_answers(
     return ids, mask
 
 
+def answer_bucket(tokens: int) -> int:
+    """What answers are padded to: 8, 12, 16, 24, 32, 48 or 64 tokens, then multiples of 32.
+
+    Short answers are the most frequent, and half of a program padded for longer ones would be wasted.
+    """
+    return padded_length(tokens) if tokens <= 64 else bucket(tokens, 32)
+
+
+def features_of(
+    model: VisionLanguageModel, arrays: dict[str, jax.Array], images: int
+) -> Float[jax.Array, "b m n v"] | None:
+    """Features of the images of the rows: `images` blank ones, those given, or the tower's."""
+    if images:
+        one = arrays["blank"]
+        return jnp.broadcast_to(one, (arrays["prefix_ids"].shape[0], images, *one.shape[1:]))
+    given = arrays.get("features")
+    return encode_images(model, arrays.get("pixel_values")) if given is None else given
+
+
+def branch_inputs(
+    model: VisionLanguageModel, arrays: dict[str, jax.Array], images: int
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array]:
+    """What the functions of `models.forward` take after the model."""
+    features = features_of(model, arrays, images)
+    return arrays["prefix_ids"], arrays["prefix_mask"], features, arrays["branch_ids"], arrays["branch_mask"]
+
+
+# Programs of this module, not of a scorer: all scorers of one architecture share them, whatever their weights, so
+# that another round, arm or seed compiles nothing. `images`: how many blank ones a row has in place of its own.
+
+
+@partial(jax.jit, static_argnums=0)
+def encode_blank(
+    graph: nnx.GraphDef, state: nnx.State, pixels: Float[jax.Array, "1 h w 3"]
+) -> Float[jax.Array, "1 n v"]:
+    return nnx.merge(graph, state).image_features(pixels)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def log_probs_program(
+    graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], images: int
+) -> Float[jax.Array, "b k t"]:
+    model = nnx.merge(graph, state)
+    return branch_log_probs(model, *branch_inputs(model, arrays, images))
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def choices_program(
+    graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], images: int
+) -> Float[jax.Array, "b k c"]:
+    model = nnx.merge(graph, state)
+    inputs = branch_inputs(model, arrays, images)
+    hidden = branch_hidden(model, *inputs)
+    after = jnp.sum(inputs[-1], axis=2, dtype=jnp.int32)[:, :, None, None]
+    last = jnp.take_along_axis(hidden, after, axis=2)[:, :, 0]
+    logits = model.decoder.logits(last)
+    probabilities = jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+    return jnp.take(probabilities, arrays["choices"], axis=-1)
+
+
 class Scorer:
     """Scores answers under one model on one mesh.
 
     Shapes are padded to buckets, so that few programs are compiled: rows to `batch_size` (longer inputs are
-    cut into several batches), prompts and answers to multiples of their bucket, more than four answers to a
-    multiple of four.
+    cut into several batches), prompts to multiples of `prefix_bucket`, answers to `answer_bucket`, more than four
+    of them to a multiple of four.
 
     Attributes:
         own_rows: which rows of a full batch lie on this process's devices; the images of others are not used.
@@ -57,17 +119,10 @@ class Scorer:
         *,
         batch_size: int = 16,
         prefix_bucket: int = 32,
-        branch_bucket: int = 32,
     ):
-        self.mesh, self.prefix_bucket, self.branch_bucket = mesh, prefix_bucket, branch_bucket
+        self.mesh, self.prefix_bucket = mesh, prefix_bucket
         self.batch_size = bucket(batch_size, mesh.shape["data"] * mesh.shape["fsdp"])
         self.own_rows = own_rows(self.batch_size, mesh)
-        self.compilations = 0
-        self._log_probs = jax.jit(self._log_probs_program, static_argnums=(0, 3))
-        self._choices = jax.jit(self._choices_program, static_argnums=(0, 3))
-        self._encode_blank = jax.jit(
-            lambda graph, state, pixels: nnx.merge(graph, state).image_features(pixels), static_argnums=0
-        )
         self.load(model)
 
     def load(self, model: VisionLanguageModel) -> None:
@@ -100,10 +155,10 @@ class Scorer:
             UserError: a score is not finite; names the prompt.
         """
         _, k, t = branch_ids.shape
-        ids = self._pad_branches(branch_ids.astype(np.int32), bucket(t, self.branch_bucket))
-        mask = self._pad_branches(branch_mask.astype(bool), bucket(t, self.branch_bucket))
+        ids = self._pad_branches(branch_ids.astype(np.int32), answer_bucket(t))
+        mask = self._pad_branches(branch_mask.astype(bool), answer_bucket(t))
         arrays = {"branch_ids": ids, "branch_mask": mask}
-        return self._run(self._log_probs, batch, arrays, {}, blank_images, reference)[:, :k, :t]
+        return self._run(log_probs_program, batch, arrays, {}, blank_images, reference)[:, :k, :t]
 
     def choice_probabilities(
         self,
@@ -125,13 +180,13 @@ class Scorer:
             branch_ids, branch_mask = np.zeros((rows, 1, 0), np.int32), np.zeros((rows, 1, 0), bool)
         _, k, t = branch_ids.shape
         # One more slot than the longest branch: the state that predicts the token after it.
-        width = bucket(t + 1, self.branch_bucket) if t else 1
+        width = answer_bucket(t + 1) if t else 1
         arrays = {
             "branch_ids": self._pad_branches(branch_ids.astype(np.int32), width),
             "branch_mask": self._pad_branches(branch_mask.astype(bool), width),
         }
         choices = {"choices": np.asarray(token_ids, np.int32)}
-        return self._run(self._choices, batch, arrays, choices, blank_images, reference)[:, :k]
+        return self._run(choices_program, batch, arrays, choices, blank_images, reference)[:, :k]
 
     @staticmethod
     def _pad_branches(x: np.ndarray, width: int) -> np.ndarray:
@@ -187,18 +242,30 @@ class Scorer:
         }
         return {**shard_batch(arrays, self.mesh), **replicate(constants, self.mesh)}
 
+    def log_probs_program(self, batch: PromptBatch, answers: int, tokens: int) -> tuple[Any, tuple[Any, ...]]:
+        """What `log_probs` runs on the first rows of `batch`, for those who compile or measure it.
+
+        Returns:
+            The jitted function and its arguments; nothing is computed.
+        """
+        ids = self._pad_branches(np.zeros((len(batch.ids), answers, tokens), np.int32), answer_bucket(tokens))
+        branches = {"branch_ids": ids, "branch_mask": np.ones(ids.shape, bool)}
+        with use_mesh(self.mesh):
+            inputs = self._filled(batch, branches, {}, slice(0, self.batch_size))
+        return log_probs_program, (self.graph, self.state, inputs, 0)
+
     def choices_program(self, batch: PromptBatch, questions: int, tokens: int) -> tuple[Any, tuple[Any, ...]]:
         """What `choice_probabilities` runs on the first rows of `batch`, for those who compile or measure it.
 
         Returns:
             The jitted function and its arguments; nothing is computed.
         """
-        shape = (len(batch.ids), questions, bucket(tokens + 1, self.branch_bucket))
+        shape = (len(batch.ids), questions, answer_bucket(tokens + 1))
         branches = {"branch_ids": np.zeros(shape, np.int32), "branch_mask": np.ones(shape, bool)}
         with use_mesh(self.mesh):
             choices = {"choices": np.zeros(2, np.int32)}
             inputs = self._filled(batch, branches, choices, slice(0, self.batch_size))
-        return self._choices, (self.graph, self.state, inputs, 0)
+        return choices_program, (self.graph, self.state, inputs, 0)
 
     def _images_a_row(self, batch: PromptBatch) -> int:
         """The most images that a prompt has room for, by its image tokens."""
@@ -211,50 +278,5 @@ class Scorer:
             graph, size = self.reference_graph if reference else self.graph, self.model_config.vision.image_size
             with use_mesh(self.mesh):
                 pixels = replicate(np.zeros((1, size, size, 3), np.float32), self.mesh)
-                self._blank[reference] = self._encode_blank(graph, self.state, pixels)
+                self._blank[reference] = encode_blank(graph, self.state, pixels)
         return self._blank[reference]
-
-    @staticmethod
-    def _features(
-        model: VisionLanguageModel, arrays: dict[str, jax.Array], images: int
-    ) -> Float[jax.Array, "b m n v"] | None:
-        """Features of the images of the rows: `images` blank ones, those given, or the tower's."""
-        if images:
-            one = arrays["blank"]
-            return jnp.broadcast_to(one, (arrays["prefix_ids"].shape[0], images, *one.shape[1:]))
-        given = arrays.get("features")
-        return encode_images(model, arrays.get("pixel_values")) if given is None else given
-
-    def _log_probs_program(
-        self, graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], images: int
-    ) -> Float[jax.Array, "b k t"]:
-        self.compilations += 1
-        model = nnx.merge(graph, state)
-        return branch_log_probs(
-            model,
-            arrays["prefix_ids"],
-            arrays["prefix_mask"],
-            self._features(model, arrays, images),
-            arrays["branch_ids"],
-            arrays["branch_mask"],
-        )
-
-    def _choices_program(
-        self, graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], images: int
-    ) -> Float[jax.Array, "b k c"]:
-        self.compilations += 1
-        model = nnx.merge(graph, state)
-        mask = arrays["branch_mask"]
-        hidden = branch_hidden(
-            model,
-            arrays["prefix_ids"],
-            arrays["prefix_mask"],
-            self._features(model, arrays, images),
-            arrays["branch_ids"],
-            mask,
-        )
-        after = jnp.sum(mask, axis=2, dtype=jnp.int32)[:, :, None, None]
-        last = jnp.take_along_axis(hidden, after, axis=2)[:, :, 0]
-        logits = model.decoder.logits(last)
-        probabilities = jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
-        return jnp.take(probabilities, arrays["choices"], axis=-1)

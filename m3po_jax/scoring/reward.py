@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Float32, Int
 
 from m3po_jax.data.collation import TreeRow, collate_tree
@@ -20,17 +19,29 @@ from m3po_jax.generation.engine import PromptBatch
 from m3po_jax.models.forward import branch_hidden
 from m3po_jax.models.heads import answer_rewards
 from m3po_jax.scoring.alignment import Scores
-from m3po_jax.scoring.engine import Scorer
+from m3po_jax.scoring.engine import Scorer, answer_bucket, branch_inputs
 from m3po_jax.scoring.shown_images import shared_pixels
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def rewards_program(
+    graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], images: int
+) -> Float[jax.Array, "b k"]:
+    model = nnx.merge(graph, state)
+    return answer_rewards(model, *branch_inputs(model, arrays, images))
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def values_program(
+    graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], images: int
+) -> Float[jax.Array, "b k t"]:
+    model = nnx.merge(graph, state)
+    values = model.scalar_head(branch_hidden(model, *branch_inputs(model, arrays, images)))
+    return jnp.where(arrays["branch_mask"], values, 0.0)
 
 
 class HeadScorer(Scorer):
     """A `Scorer` of a model with a scalar head: what the head says of answers or of every state in them."""
-
-    def __init__(self, model: Any, mesh: Mesh, *, batch_size: int = 16):
-        self._rewards = jax.jit(self._rewards_program, static_argnums=(0, 3))
-        self._values = jax.jit(self._values_program, static_argnums=(0, 3))
-        super().__init__(model, mesh, batch_size=batch_size)
 
     def rewards(
         self, batch: PromptBatch, branch_ids: Int[np.ndarray, "b k t"], branch_mask: Bool[np.ndarray, "b k t"]
@@ -41,7 +52,7 @@ class HeadScorer(Scorer):
             UserError: a reward is not finite; names the prompt.
         """
         arrays = self._branches(branch_ids, branch_mask)
-        found = self._run(self._rewards, batch, arrays, {})
+        found = self._run(rewards_program, batch, arrays, {})
         return found[:, : branch_ids.shape[1]]
 
     def values(
@@ -49,35 +60,15 @@ class HeadScorer(Scorer):
     ) -> Float32[np.ndarray, "b k t"]:
         """The value of the state before each token; 0 where masked."""
         arrays = self._branches(branch_ids, branch_mask)
-        found = self._run(self._values, batch, arrays, {})
+        found = self._run(values_program, batch, arrays, {})
         return found[:, : branch_ids.shape[1], : branch_ids.shape[2]]
 
     def _branches(self, branch_ids: np.ndarray, branch_mask: np.ndarray) -> dict[str, np.ndarray]:
-        width = -(-branch_ids.shape[2] // self.branch_bucket) * self.branch_bucket
+        width = answer_bucket(branch_ids.shape[2])
         return {
             "branch_ids": self._pad_branches(branch_ids.astype(np.int32), width),
             "branch_mask": self._pad_branches(branch_mask.astype(bool), width),
         }
-
-    def _inputs(self, graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], images: int) -> Any:
-        model = nnx.merge(graph, state)
-        features = self._features(model, arrays, images)
-        names = ("prefix_ids", "prefix_mask", "branch_ids", "branch_mask")
-        prefix_ids, prefix_mask, branch_ids, branch_mask = (arrays[name] for name in names)
-        return model, prefix_ids, prefix_mask, features, branch_ids, branch_mask
-
-    def _rewards_program(
-        self, graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], images: int
-    ) -> Float[jax.Array, "b k"]:
-        self.compilations += 1
-        return answer_rewards(*self._inputs(graph, state, arrays, images))
-
-    def _values_program(
-        self, graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], images: int
-    ) -> Float[jax.Array, "b k t"]:
-        self.compilations += 1
-        inputs = self._inputs(graph, state, arrays, images)
-        return jnp.where(arrays["branch_mask"], inputs[0].scalar_head(branch_hidden(*inputs)), 0.0)
 
 
 class Reward:

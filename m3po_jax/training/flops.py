@@ -16,8 +16,7 @@ import numpy as np
 from flax import nnx
 
 from m3po_jax.models.layers import Linear, LoRAParam
-from m3po_jax.models.quantization import Quantized
-from m3po_jax.models.quantized_base import kernel_shape
+from m3po_jax.models.quantization import Quantized, kernel_shape
 
 # Dense bfloat16 peak in FLOP/s of one jax device, by `device_kind`; makers' data sheets, without sparsity.
 # Chips with two devices each (TPU v2, v3, 7x) and unknown ones are left out: no figure beats a wrong one.

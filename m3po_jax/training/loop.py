@@ -5,17 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -25,36 +22,17 @@ from m3po_jax.data.lengths import padding_share
 from m3po_jax.data.tables import write_json
 from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.hosts import first_failure
-from m3po_jax.sharding import shard_batch, to_host
+from m3po_jax.sharding import to_host
 from m3po_jax.training import guards as checks
 from m3po_jax.training.checkpoint import Checkpointer, Progress, best_step, restore_trainable
-from m3po_jax.training.flops import step_cost
-from m3po_jax.training.harm import make_harm_metrics
-from m3po_jax.training.losses import needs_reference_pass
-from m3po_jax.training.metrics_log import MetricsLog, Trackers
-from m3po_jax.training.objectives import check_objective
+from m3po_jax.training.journal import Journal
+from m3po_jax.training.metrics_log import Trackers
 from m3po_jax.training.progress import progress_bar
 from m3po_jax.training.reference import check_sample
-from m3po_jax.training.rollouts import RolloutIterator
 from m3po_jax.training.signals import stop_signal
-from m3po_jax.training.step import Parameters, Partition, make_step, place_frozen, place_trainable, split_model
+from m3po_jax.training.stage import Stage, prepare, without_free_settings
+from m3po_jax.training.step import TrainState, place_frozen, place_trainable, split_model
 from m3po_jax.training.timing import StepTimer, batch_flops, batch_tokens
-
-# Settings that may change between a run and its continuation.
-_FREE_SETTINGS = (
-    "save_steps",
-    "keep_checkpoints",
-    "keep_best",
-    "best_metric",
-    "weights",
-    "log_steps",
-    "report_to",
-    "harm_metrics_steps",
-    "collapse_warning",
-    "reference_check_rows",
-)
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,17 +54,14 @@ class TrainResult:
     compilations: int
 
 
-@dataclass(frozen=True)
-class _Reference:
-    """The model that the policy is compared with.
+@dataclass
+class _Position:
+    """How far a stage has come: `progress` is the position of the data, `last` the last step's metrics."""
 
-    Attributes:
-        base: Its leaves that training would change, for `step.reference_model`; None: it does not run.
-        agrees: It computes what the starting policy computes.
-    """
-
-    base: Parameters | None
-    agrees: bool
+    state: TrainState
+    progress: Progress
+    done: int
+    last: dict[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -122,57 +97,17 @@ def train(
         Interrupted: SIGTERM or SIGINT arrived; everything is saved.
     """
     output = Path(output_dir)
-    objective = check_objective(config)
-    checks.check_settings(config, batches)
-    total = batches.steps(config.epochs) if config.max_steps is None else config.max_steps
-    partition, start, frozen = split_model(model, config)
-    compares = _reference(partition, start, config, batches, reference) if objective.uses_reference else None
-    base = None if compares is None else compares.base
-    step_fn = make_step(
-        partition,
-        start,
-        without_free_settings(config),
-        total_steps=total,
-        mesh=mesh,
-        remat=remat,
-        compute_reference=base is not None,
-    )
-    frozen = place_frozen(frozen, mesh)
-    if base is not None:
-        # A copy: the state is donated, and on one device it would be the same buffers.
-        placed = {name: jax.device_put(value, step_fn.shardings.trainable[name]) for name, value in base.items()}
-        base = jax.tree.map(jnp.copy, placed)
-    cost = step_cost(model, set(start))
-    per_row = batches.answer_tokens if config.token_mean == "data" else None
-    per_batch = None if per_row is None else per_row * batches.batch_size
-    state = step_fn.init(start)
-    harm_steps = config.harm_metrics_steps if objective.uses_reference else 0
-    harm_metrics = make_harm_metrics(partition, config, mesh)
-    compiled_before = step_fn.compilations
-    first = jax.process_index() == 0
-    output.mkdir(parents=True, exist_ok=True)
-    logs = [MetricsLog(output / f"{name}.jsonl", enabled=first) for name in ("metrics", "warnings", "timing")]
-    log, warnings, timing = logs
+    stage, start = prepare(model, batches, config, output, mesh, remat=remat, reference=reference)
+    compiled_before = stage.step.compilations
     fingerprint = _fingerprint(
         config=dataclasses.asdict(without_free_settings(config)),
         data=batches.fingerprint,
-        parameters={name: state.trainable[name].shape for name in partition.names},
-        total=total,
+        parameters={name: start[name].shape for name in stage.partition.names},
+        total=stage.total,
         seed=seed,
     )
-    guards = checks.Guards(
-        config,
-        batches,
-        str(output),
-        agrees=compares is None or compares.agrees,
-        tolerance=checks.sum_tolerance(model),
-    )
-    images = _image_tokens(model)
-    iterator = iter(batches)
-    rollouts = iterator if isinstance(iterator, RolloutIterator) else None
-    if rollouts is not None:
-        rollouts.follow(lambda: partition.merge(state.trainable, frozen))
-    last: dict[str, float] = {}
+    output.mkdir(parents=True, exist_ok=True)
+    journal = Journal(output, config, enabled=jax.process_index() == 0)
     with Checkpointer(
         output / "checkpoints",
         keep=config.keep_checkpoints,
@@ -180,127 +115,167 @@ def train(
         keep_best=config.keep_best,
         metric=config.best_metric,
     ) as saved:
-        restored = saved.restore(state)
-        progress = Progress(iterator.get_state()) if restored is None else restored[1]
-        if restored is not None:
-            state = restored[0]
-            iterator.set_state(progress.iterator)
-        done = int(to_host(state.step))
+        at = _restored(stage, saved, stage.step.init(start))
         marker = _read_marker(output / "done.json")
-        if marker is not None and done == total:
-            return _result(model, config, output, mesh, total, marker["metrics"], 0)
-        for file in logs:
-            file.truncate(done)
-        history = log.lines(done)
-        warned = any(line["kind"] == "collapse" for line in warnings.lines(done))
-        watch = checks.CollapseWatch(config.collapse_warning, history, warned=warned)
-
-        def warn(step: int, kind: str, message: str) -> None:
-            warnings.write(step, {"kind": kind, "message": message})
-            if first:
-                _logger.warning("step %d: %s", step, message)
-
-        checks_reference = compares is not None and config.reference == "recorded" and done == 0
-        if checks_reference and config.reference_check_rows and batches.take is not None:
-            frozen_reference = reference if reference is not None else model
-            check_sample(frozen_reference, batches, mesh, config.reference_check_rows, checks.token_tolerance(model))
-        started, first_step = time.monotonic(), done
-        with (
-            Trackers(
-                config.report_to,
-                output,
-                name=f"{output.parent.name}-{output.name}-{fingerprint[:8]}",
-                settings=dataclasses.asdict(config),
-                done=done,
-                first=first,
-            ) as trackers,
-            stop_signal() as stop,
-            progress_bar(total, done, enabled=first) as bar,
-        ):
-            timer = StepTimer(mesh)
-            while done < total:
-                batch, compiled = next(iterator), step_fn.compilations
-                if images is not None and hasattr(batch, "prefix_ids"):
-                    checks.check_image_tokens(batch, batches.ids, *images)
-                placed = shard_batch(batch, mesh)
-                measures = harm_steps > 0 and (done + 1) % harm_steps == 0
-                harm = harm_metrics(state.trainable, frozen, base, placed) if measures else {}
-                state, metrics, row_losses = step_fn(state, frozen, base, placed, per_batch)
-                tokens = batch_tokens(batch)
-                numbers = {name: float(to_host(value)) for name, value in {**metrics, **harm}.items()}
-                broken = guards.finite(done, numbers, to_host(row_losses), batch.row_index)
-                if rollouts is not None:
-                    numbers |= rollouts.metrics
-                if broken is not None:
-                    if rollouts is not None:
-                        rollouts.keep()
-                    # The step has kept its state, and `progress` is still the position before this batch.
-                    saved.save(done, state, progress)
-                    saved.wait()
-                    raise unreadable(batches.failures, batch.row_index) or UserError(
-                        broken,
-                        where=str(output),
-                        remedy=f"the checkpoint of step {done} is from before, and the same command goes on from it "
-                        "once what these rows hold is mended; without them, or with a lower train.learning_rate, it "
-                        "is another training: give it another name=..., or remove its folder to start it anew",
-                    )
-                progress = Progress(iterator.get_state(), progress.num_tokens + tokens)
-                last = {**numbers, "num_tokens": float(progress.num_tokens), "padding": padding_share(batch)}
-                if done == 0 and objective.needs_first_gradient:
-                    idle = checks.idle_leaves(state.optimizer, partition.adapters_by_name)
-                    guards.first_step(last, idle)
-                    if idle:
-                        names = ", ".join(idle)
-                        warn(1, "idle", f"no gradient reaches {names}: these parameters are trained in name only")
-                done += 1
-                epoch = {"epoch": done * batches.batch_size / len(batches.ids)}
-                if done % config.log_steps == 0 or measures or done == total:
-                    history.append(log.write(done, {**epoch, **last}))
-                    collapse = watch.see(history[-1])
-                    if collapse is not None:
-                        warn(done, "collapse", collapse)
-                flops = batch_flops(cost, batch, images=images, reference=base is not None)
-                took = timer.lap(
-                    rows=batches.batch_size, tokens=tokens, flops=flops, compiled=step_fn.compilations > compiled
-                )
-                if done % config.log_steps == 0 or done == total:
-                    timing.write(done, took)
-                    trackers.log(done, {**epoch, **last, **took})
-                bar(done, last)
-                stopping = done < total and stop.any_host()
-                scheduled = done % config.save_steps == 0 or done == total
-                if scheduled or stopping:
-                    if rollouts is not None:
-                        rollouts.keep()
-                    value = _since(history, done, config) if scheduled and config.keep_best else None
-                    saved.save(done, state, progress, value=value)
-                if on_step is not None:
-                    on_step(done, last)
-                if stopping:
-                    saved.wait()
-                    raise Interrupted(
-                        f"stopped by {stop.received or 'another host'} after step {done} of {total}; all is saved"
-                    )
+        if marker is not None and at.done == stage.total:
+            return _result(model, config, output, mesh, stage.total, marker["metrics"], 0)
+        journal.continue_from(at.done)
+        if stage.agrees is not None and config.reference == "recorded" and at.done == 0:
+            _check_recorded(stage, reference if reference is not None else model)
+        started, first_step = time.monotonic(), at.done
+        name = f"{output.parent.name}-{output.name}-{fingerprint[:8]}"
+        _run_steps(stage, at, saved, journal, name=name, on_step=on_step)
         saved.wait()
-    if first:
+    _mark_done(stage, at.last, seconds=time.monotonic() - started, steps=stage.total - first_step)
+    compilations = stage.step.compilations - compiled_before
+    if config.weights == "best":
+        return _result(model, config, output, mesh, stage.total, at.last, compilations)
+    learned = at.state.ema if config.weights == "ema" else at.state.trainable
+    return TrainResult(stage.partition.merge(learned, stage.frozen), stage.total, journal.path, at.last, compilations)
+
+
+def _restored(stage: Stage, saved: Checkpointer, state: TrainState) -> _Position:
+    """The position of the last checkpoint, the data's included; without one that of `state`, the first."""
+    restored = saved.restore(state)
+    if restored is None:
+        progress = Progress(stage.batches_taken.get_state())
+    else:
+        state, progress = restored
+        stage.batches_taken.set_state(progress.iterator)
+    return _Position(state, progress, int(to_host(state.step)))
+
+
+def _check_recorded(stage: Stage, reference: nnx.Module) -> None:
+    """Recorded log-probs of some rows against those of the reference model.
+
+    Raises:
+        UserError: they are not its own.
+    """
+    rows = stage.config.reference_check_rows
+    if rows and stage.batches.take is not None:
+        check_sample(reference, stage.batches, stage.mesh, rows, checks.token_tolerance(reference))
+
+
+def _run_steps(
+    stage: Stage,
+    at: _Position,
+    saved: Checkpointer,
+    journal: Journal,
+    *,
+    name: str,
+    on_step: Callable[[int, dict[str, float]], None] | None,
+) -> None:
+    """Takes the steps that are left, and moves `at` along; `name` is what trackers call the stage.
+
+    Raises:
+        UserError, Interrupted: as `train`.
+    """
+    config, first = stage.config, jax.process_index() == 0
+    if stage.rollouts is not None:
+        stage.rollouts.follow(lambda: stage.partition.merge(at.state.trainable, stage.frozen))
+    with (
+        Trackers(
+            config.report_to,
+            stage.output,
+            name=name,
+            settings=dataclasses.asdict(config),
+            done=at.done,
+            first=first,
+        ) as trackers,
+        stop_signal() as stop,
+        progress_bar(stage.total, at.done, enabled=first) as bar,
+    ):
+        timer = StepTimer(stage.mesh)
+        while at.done < stage.total:
+            batch, compiled = stage.next_batch(), stage.step.compilations
+            at.state, numbers, broken = stage.update(at.state, batch, at.done + 1)
+            if broken is not None:
+                raise _rescued(stage, at, saved, broken, batch.row_index)
+            tokens = batch_tokens(batch)
+            at.progress = Progress(stage.batches_taken.get_state(), at.progress.num_tokens + tokens)
+            at.last = {**numbers, "num_tokens": float(at.progress.num_tokens), "padding": padding_share(batch)}
+            if at.done == 0 and stage.objective.needs_first_gradient:
+                _check_first_step(stage, at, journal)
+            at.done += 1
+            last_step = at.done == stage.total
+            logged = {"epoch": at.done * stage.batches.batch_size / len(stage.batches.ids), **at.last}
+            if at.done % config.log_steps == 0 or stage.measures(at.done) or last_step:
+                journal.metrics(at.done, logged)
+            flops = batch_flops(stage.cost, batch, images=stage.images, reference=stage.base is not None)
+            fresh = stage.step.compilations > compiled
+            took = timer.lap(rows=stage.batches.batch_size, tokens=tokens, flops=flops, compiled=fresh)
+            if at.done % config.log_steps == 0 or last_step:
+                journal.timing(at.done, took)
+                trackers.log(at.done, {**logged, **took})
+            bar(at.done, at.last)
+            stopping = not last_step and stop.any_host()
+            scheduled = at.done % config.save_steps == 0 or last_step
+            if scheduled or stopping:
+                value = journal.value_of(at.done) if scheduled and config.keep_best else None
+                _save(stage, at, saved, value)
+            if on_step is not None:
+                on_step(at.done, at.last)
+            if stopping:
+                saved.wait()
+                signal = stop.received or "another host"
+                raise Interrupted(f"stopped by {signal} after step {at.done} of {stage.total}; all is saved")
+
+
+def _save(stage: Stage, at: _Position, saved: Checkpointer, value: float | None = None) -> None:
+    """A checkpoint of the position, with the rollout that it is in the midst of."""
+    if stage.rollouts is not None:
+        stage.rollouts.keep()
+    saved.save(at.done, at.state, at.progress, value=value)
+
+
+def _rescued(stage: Stage, at: _Position, saved: Checkpointer, broken: str, rows: Sequence[int]) -> UserError:
+    """The error of a step on `rows` that is not finite, once the state before it is on disk.
+
+    The step has kept its state, and `at.progress` is still the position before this batch. One of several hosts may
+    have spoilt it because it could not read a row (`batch_source.SharedRows`): then that is the error.
+    """
+    _save(stage, at, saved)
+    saved.wait()
+    failures = stage.batches.failures
+    unread = first_failure(
+        next(((i, failures[row]) for i, row in enumerate(map(int, rows)) if row in failures), None)
+    )
+    if unread is not None:
+        return unread[1]
+    return UserError(
+        broken,
+        where=str(stage.output),
+        remedy=f"the checkpoint of step {at.done} is from before, and the same command goes on from it "
+        "once what these rows hold is mended; without them, or with a lower train.learning_rate, it "
+        "is another training: give it another name=..., or remove its folder to start it anew",
+    )
+
+
+def _check_first_step(stage: Stage, at: _Position, journal: Journal) -> None:
+    """What is known of the first step; leaves that learn nothing are told of."""
+    idle = checks.idle_leaves(at.state.optimizer, stage.partition.adapters_by_name)
+    stage.guards.first_step(at.last, idle)
+    if idle:
+        names = ", ".join(idle)
+        journal.warn(1, "idle", f"no gradient reaches {names}: these parameters are trained in name only")
+
+
+def _mark_done(stage: Stage, last: dict[str, float], *, seconds: float, steps: int) -> None:
+    """Writes ``done.json``; no host goes on before it is there."""
+    if jax.process_index() == 0:
         content = {
-            "steps": total,
+            "steps": stage.total,
             "metrics": {name: value if math.isfinite(value) else None for name, value in last.items()},
-            "seconds": time.monotonic() - started,
-            "steps_in_this_process": total - first_step,
+            "seconds": seconds,
+            "steps_in_this_process": steps,
         }
-        if config.keep_best:
-            content["best_step"] = best_step(output / "checkpoints", config.best_metric)
-        write_json(output / "done.json", content)
+        if stage.config.keep_best:
+            content["best_step"] = best_step(stage.output / "checkpoints", stage.config.best_metric)
+        write_json(stage.output / "done.json", content)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices("trained")  # the others look for the marker too
-    compilations = step_fn.compilations - compiled_before
-    if config.weights == "best":
-        return _result(model, config, output, mesh, total, last, compilations)
-    trained = partition.merge(state.ema if config.weights == "ema" else state.trainable, frozen)
-    return TrainResult(trained, total, log.path, last, compilations)
 
 
 def load_trained(model: nnx.Module, config: TrainConfig, *, output_dir: str | Path, mesh: Mesh) -> TrainResult:
@@ -340,67 +315,9 @@ def _result(
     return TrainResult(merged, steps, output / "metrics.jsonl", metrics, compilations)
 
 
-def _reference(
-    partition: Partition,
-    start: Parameters,
-    config: TrainConfig,
-    batches: BatchSource,
-    given: nnx.Module | None,
-) -> _Reference:
-    """The reference's own leaves, where it must run, and whether it is the starting policy."""
-    leaves = start if given is None else split_model(given, config)[1]
-    factors = [name for name, adapter in partition.adapters_by_name.items() if adapter and name.endswith("lora_b")]
-    active = any(np.any(to_host(leaves[name])) for name in factors)
-    agrees = given is None or all(np.array_equal(to_host(leaves[name]), to_host(start[name])) for name in start)
-    computed = config.reference == "computed" or not batches.has_reference
-    # What no record holds is computed by the policy without adapters, which is not the reference of every round.
-    computed = computed or (needs_reference_pass(config) and (active or not agrees))
-    if not computed:
-        return _Reference(None, agrees)
-    # Adapters that do nothing are switched off rather than computed.
-    return _Reference(dict(leaves) if active else partition.base_weights(leaves), agrees)
-
-
-def _image_tokens(model: Any) -> tuple[int, int] | None:
-    """(image token id, tokens per image) of a vision-language model."""
-    settings = getattr(model, "config", None)
-    found = getattr(settings, "image_token_id", None), getattr(settings, "tokens_per_image", None)
-    return None if found[0] is None or found[1] is None else (int(found[0]), int(found[1]))
-
-
-def _since(history: Sequence[Mapping[str, Any]], done: int, config: TrainConfig) -> float:
-    """Mean of `best_metric` over the lines logged since the scheduled checkpoint before.
-
-    Raises:
-        UserError: the metric is not logged.
-    """
-    before = (done - 1) // config.save_steps * config.save_steps
-    values = [line.get(config.best_metric) for line in history if line["step"] > before]
-    known = [value for value in values if value is not None]
-    if not known:
-        names = ", ".join(sorted(history[-1])) if history else "nothing"
-        raise UserError(
-            f"{config.best_metric!r} is not logged", where="train.best_metric", remedy=f"there are {names}"
-        )
-    return float(np.mean(known))
-
-
-def without_free_settings(config: TrainConfig) -> TrainConfig:
-    """The settings that decide what is learned, the others at their defaults."""
-    default = TrainConfig()
-    return dataclasses.replace(config, **{name: getattr(default, name) for name in _FREE_SETTINGS})
-
-
 def _fingerprint(**content: Any) -> str:
     """A hash of everything that decides what a continuation computes, the frozen weights excepted."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def unreadable(failures: Mapping[int, UserError], rows: Sequence[int]) -> UserError | None:
-    """Why a row of a batch could not be read by the host that needs it; the same on all hosts, which all ask."""
-    own = next(((place, failures[row]) for place, row in enumerate(map(int, rows)) if row in failures), None)
-    found = first_failure(own)
-    return None if found is None else found[1]
 
 
 def _read_marker(path: Path) -> dict[str, Any] | None:

@@ -55,20 +55,16 @@ def base_learns(config: TrainConfig) -> bool:
     return config.lora.lora_rank == 0
 
 
+def branch_inputs(batch: Any, features: Any) -> tuple[Any, ...]:
+    """What the functions of `models.forward` and `models.heads` take after the model, of a `TreeBatch` or alike."""
+    return batch.prefix_ids, batch.prefix_mask, features, batch.branch_ids, batch.branch_mask
+
+
 def answer_scores(
     model: Any, batch: Any, features: Any, *, remat: str = "none", base_learns: bool = False
 ) -> TokenScores:
     """`models.forward.branch_scores` of the answers [b, k, t] of a `TreeBatch` or what has its fields, float32."""
-    return branch_scores(
-        model,
-        batch.prefix_ids,
-        batch.prefix_mask,
-        features,
-        batch.branch_ids,
-        batch.branch_mask,
-        remat=remat,
-        base_learns=base_learns,
-    )
+    return branch_scores(model, *branch_inputs(batch, features), remat=remat, base_learns=base_learns)
 
 
 def answer_log_probs(
@@ -160,8 +156,7 @@ def preference(
     reference_model: Any = None,
     remat: str = "none",
 ) -> LossOutput:
-    """A preference loss of the family in `objectives.preference` on chosen (branch 0) and rejected (branch
-    1).
+    """A preference loss of the family in `objectives.preference` on chosen (branch 0) and rejected (branch 1).
 
     Both answers and the prompt go through the policy in one pass. Loss = mean(losses) + `chosen_nll_weight` ×
     token-mean NLL of the chosen answers (RPO, arXiv:2404.19733) + `conditional_weight` × mean conditional loss +
@@ -241,10 +236,15 @@ def preference(
         anchor = anchor_loss(policy[:, 0], reference[:, 0], config.beta, config.anchor_delta)
         row_losses = row_losses + config.anchor_weight * anchor
         metrics["loss/anchor"] = jnp.mean(anchor)
+    # TRL's: the mean of all logits of the vocabulary, over the tokens of either answer.
+    logits_sums = {
+        f"logits/{side}": (jnp.sum(scores.mean_logits[:, k]), jnp.sum(batch.branch_mask[:, k], dtype=jnp.float32))
+        for k, side in enumerate(("chosen", "rejected"))
+    }
     loss = jnp.mean(row_losses)
     if config.chosen_nll_weight:
         loss = loss + config.chosen_nll_weight * nll
-    return LossOutput(loss, metrics, row_losses, token_sums(scores, batch.branch_mask))
+    return LossOutput(loss, metrics, row_losses, token_sums(scores, batch.branch_mask) | logits_sums)
 
 
 def text_only_accuracies(model: Any, batch: TreeBatch, *, reference_model: Any) -> dict[str, Float[Array, ""]]:

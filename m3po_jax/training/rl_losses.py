@@ -19,7 +19,7 @@ from m3po_jax.models.forward import branch_hidden, states_scores
 from m3po_jax.models.heads import answer_rewards
 from m3po_jax.objectives.policy_gradient import ALGORITHMS, KL_ESTIMATORS, policy_loss, value_loss
 from m3po_jax.objectives.reward import reward_loss
-from m3po_jax.training.losses import LossOutput, answer_log_probs, base_learns, image_features
+from m3po_jax.training.losses import LossOutput, answer_log_probs, base_learns, branch_inputs, image_features
 
 
 class RolloutBatch(NamedTuple):
@@ -36,7 +36,7 @@ class RolloutBatch(NamedTuple):
     branch_ids: Int[Any, "b k t"]
     branch_mask: Bool[Any, "b k t"]
     reference: Float[Any, "b k"]
-    row_index: Int[Any, b]
+    row_index: Int[Any, " b"]
     old_log_probs: Float[Any, "b k t"]
     advantages: Float[Any, "b k t"]
     old_values: Float[Any, "b k t"]
@@ -55,16 +55,7 @@ def reward(
 ) -> LossOutput:
     """The pairwise logistic loss on chosen (branch 0) and rejected (branch 1), nats per pair; TRL's metrics."""
     features = image_features(model, batch, remat=remat)
-    rewards = answer_rewards(
-        model,
-        batch.prefix_ids,
-        batch.prefix_mask,
-        features,
-        batch.branch_ids,
-        batch.branch_mask,
-        remat=remat,
-        base_learns=base_learns(config),
-    )
+    rewards = answer_rewards(model, *branch_inputs(batch, features), remat=remat, base_learns=base_learns(config))
     chosen, rejected = rewards[:, 0], rewards[:, 1]
     losses = reward_loss(
         chosen,
@@ -100,8 +91,7 @@ def policy_gradient(
     features = image_features(model, batch, remat=remat)
     passes: dict[str, Any] = {"remat": remat, "base_learns": base_learns(config)}
     if rl.algorithm == "ppo":
-        inputs = (batch.prefix_ids, batch.prefix_mask, features, batch.branch_ids, mask)
-        hidden = branch_hidden(model, *inputs, **passes)
+        hidden = branch_hidden(model, *branch_inputs(batch, features), **passes)
         log_probs = jnp.where(mask, states_scores(model, hidden, batch.branch_ids).log_probs, 0.0)
     else:
         log_probs = answer_log_probs(model, batch, features, **passes)

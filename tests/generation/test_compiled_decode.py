@@ -1,11 +1,16 @@
 """What the compiled program must not hold: K copies of a prefix cache, or cache copies in the decode loop."""
 
 import re
+import sys
+from pathlib import Path
 
 import pytest
 from tiny_llava import make_generator, prompts, tiny_model
 
 from m3po_jax.sharding import use_mesh
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import decode_breakdown
 
 PROMPTS, CANDIDATES, PREFIX, WIDTH, GROUPS, SLOTS = 3, 5, 32, 8, 2, 64
 
@@ -70,3 +75,9 @@ def test_no_cache_is_copied_in_the_decode_loop(kind, slots, request):
     moved = [line for line in loop_lines(text) if re.search(r" (copy|transpose)\(", line)]
     assert moved  # the small ones: a step's queries and keys
     assert not [line for line in moved if shape(line) in caches]
+
+
+def test_every_part_of_a_step_is_found_by_its_scope(program):
+    """`benchmarks/decode_breakdown.py` adds up a step's time by these names."""
+    found = {decode_breakdown.part_of(line) for line in loop_lines(program) if " = " in line}
+    assert found == {*decode_breakdown.PARTS, decode_breakdown.OTHER}

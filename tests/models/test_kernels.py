@@ -244,6 +244,6 @@ def test_what_a_kernel_cannot_run_is_refused_in_one_line():
 
 def test_the_kernels_run_on_each_devices_own_rows_and_heads():
     worker = Path(__file__).with_name("mesh_kernels.py")
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
     done = subprocess.run([sys.executable, str(worker)], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -28,7 +28,7 @@ from m3po_jax.models.llava.config import llava_config
 from m3po_jax.models.llava.weights import canonical_name, tensor_map
 from m3po_jax.models.registry import describe, load_model, resolve_directory
 from m3po_jax.models.safetensors_io import PendingTensor, open_directory, write_directory
-from m3po_jax.models.weights import Source, expected_tensors, parameters
+from m3po_jax.models.tensor_map import Source, expected_tensors, parameters
 from m3po_jax.sharding import make_mesh
 
 
@@ -208,7 +208,7 @@ def test_sharded_loading_on_eight_devices() -> None:
             "-k",
             "sharded_loading_equals",
         ],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -265,7 +265,7 @@ def test_layers_whose_inputs_are_no_whole_blocks_stay_as_they_are(tmp_path: Path
 
 def test_eight_devices_hold_the_codes_that_one_does(directory: Path) -> None:
     worker = Path(__file__).with_name("mesh_quantization.py")
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
     done = subprocess.run(
         [sys.executable, str(worker), str(directory)], env=env, capture_output=True, text=True, check=False
     )

@@ -103,9 +103,9 @@ def free_port() -> int:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """For a subprocess: one thread an operation, `devices` simulated CPU devices."""
-    flags = f"--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    """For a subprocess: compiles as the tests do, for `devices` simulated CPU devices."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
 
 
 def m3po(*arguments: str, devices: int = 1, **variables: str) -> subprocess.Popen[str]:

@@ -18,7 +18,6 @@ from m3po_jax.pipeline.arms import SYSTEMS, VCD, arm_recipe, overrides_of
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.compare import execute, plan
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 COMPARE = {"arms": ["mas_dpo", "m3po_prior"], "main": "m3po_prior", "seeds": [0, 1], "resamples": 40}
 CHANGES = {
     "arms": {},

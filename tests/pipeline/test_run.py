@@ -15,8 +15,6 @@ from mini_run import m3po, rows, same_run, write_data, write_recipe
 from m3po_jax.cli import main
 from m3po_jax.data import tables
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:

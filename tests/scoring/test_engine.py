@@ -18,7 +18,8 @@ from m3po_jax.errors import UserError
 from m3po_jax.models import lora
 from m3po_jax.models.forward import encode_images
 from m3po_jax.models.llava.model import reference_forward
-from m3po_jax.scoring.engine import Scorer, pad_answers
+from m3po_jax.scoring import engine
+from m3po_jax.scoring.engine import Scorer, answer_bucket, pad_answers
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_padded_answers_are_the_answers(answers):
 
 @pytest.fixture(scope="module")
 def scorer(model):
-    return Scorer(model, one_device(), batch_size=2, branch_bucket=8)
+    return Scorer(model, one_device(), batch_size=2)
 
 
 def answers(batch, count=5, width=6, seed=0):
@@ -113,12 +114,12 @@ def test_features_stand_for_the_images(model, scorer):
             np.testing.assert_array_equal(found, prior)
 
 
-def test_a_blank_image_is_encoded_once_for_the_weights_of_the_moment(model):
-    scorer, batch = Scorer(model, one_device(), batch_size=2, branch_bucket=8), prompts((3, 9, 6))
+def test_a_blank_image_is_encoded_once_for_the_weights_of_the_moment(model, monkeypatch):
+    scorer, batch = Scorer(model, one_device(), batch_size=2), prompts((3, 9, 6))
     ids, mask = answers(batch)
     encoded = []
-    encode = scorer._encode_blank
-    scorer._encode_blank = lambda *args: encoded.append(args) or encode(*args)
+    encode = engine.encode_blank
+    monkeypatch.setattr(engine, "encode_blank", lambda *args: encoded.append(args) or encode(*args))
     first = scorer.log_probs(batch, ids, mask, blank_images=True)
     np.testing.assert_array_equal(scorer.log_probs(batch, ids, mask, blank_images=True), first)
     assert len(encoded) == 1
@@ -136,7 +137,7 @@ def test_the_reference_is_the_model_without_its_adapters(model, scorer):
     reference = scorer.log_probs(batch, ids, mask, reference=True)
     bare = nnx.merge(*nnx.split(model))
     lora.set_scale(bare, 0.0)
-    expected = Scorer(bare, one_device(), batch_size=2, branch_bucket=8).log_probs(batch, ids, mask)
+    expected = Scorer(bare, one_device(), batch_size=2).log_probs(batch, ids, mask)
     np.testing.assert_array_equal(reference, expected)
     assert np.abs(reference - scorer.log_probs(batch, ids, mask))[mask].max() > 1e-2
     assert model.decoder.layers.mlp.up_proj.lora_scale == 2.0
@@ -168,12 +169,39 @@ def test_choice_probabilities(scorer):
     np.testing.assert_allclose(ours[..., 1], np.exp(expected), rtol=1e-4)
 
 
-def test_buckets_bound_the_number_of_programs(model):
-    scorer = Scorer(model, one_device(), batch_size=2, branch_bucket=8)
+def test_buckets_bound_the_number_of_programs(model, compiled):
+    scorer = Scorer(model, one_device(), batch_size=2, prefix_bucket=36)  # as no other test has it
     for lengths, count, width in (((3, 9), 5, 6), ((1, 2, 7), 8, 8), ((4,), 6, 3)):
         batch = prompts(lengths)
         assert scorer.log_probs(batch, *answers(batch, count, width)).shape == (len(lengths), count, width)
-    assert scorer.compilations == 1
+    assert compiled.count("log_probs_program") == 1
+
+
+def test_answers_are_padded_little_and_to_few_widths():
+    widths = [answer_bucket(tokens) for tokens in range(1, 257)]
+    assert len(set(widths)) == 13
+    assert all(tokens <= width <= max(8, 1.5 * tokens) for tokens, width in enumerate(widths, start=1))
+
+
+def test_scorers_share_their_programs_whatever_their_weights(model, compiled):
+    """Another seed's model, loaded anew, compiles nothing; another architecture does."""
+    batch = prompts((3, 9, 6))
+    ids, mask = answers(batch)
+
+    def all_scores(model):
+        scorer = Scorer(model, one_device(), batch_size=2, prefix_bucket=40)
+        scores = [scorer.log_probs(batch, ids, mask, reference=reference) for reference in (False, True)]
+        scores += [scorer.log_probs(batch, ids, mask, blank_images=True), scorer.choice_probabilities(batch, [7])]
+        return scores
+
+    other = tiny_model(adapters=True, scale=1.5)
+    first, before = all_scores(model), len(compiled)
+    assert compiled.count("log_probs_program") == 3 and compiled.count("choices_program") == 1
+    second = all_scores(other)
+    assert compiled[before:] == []
+    assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(first, second, strict=True))
+    all_scores(tiny_model(kv_heads=4, adapters=True))
+    assert compiled[before:].count("log_probs_program") == 3
 
 
 def test_scores_that_are_not_finite_name_the_prompt(scorer):

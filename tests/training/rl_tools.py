@@ -51,7 +51,7 @@ def source(
             model, eos_token_id=EOS_ID, pad_token_id=0, mesh=mesh, sampling=sampling, batch_size=4, prefix_bucket=16
         ),
         reward,
-        Scorer(model, mesh, batch_size=4, prefix_bucket=16, branch_bucket=8),
+        Scorer(model, mesh, batch_size=4, prefix_bucket=16),
         config.rl,
         config.batch_size,
         seed=11,

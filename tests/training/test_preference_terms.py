@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,6 @@ from m3po_jax.training.objectives import check_objective, first_preference_value
 from m3po_jax.training.step import split_model
 
 MPO = {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation() -> Iterator[None]:
-    """These programs run once: compiling them is all the time they take."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def active_and_base(config: Any) -> tuple[Any, Any]:

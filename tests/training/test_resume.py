@@ -31,8 +31,6 @@ def start(folder: Path, programs: Path, *arguments: object, **environment: str) 
         [sys.executable, str(Path(__file__).with_name("resume_worker.py")), str(folder), *map(str, arguments)],
         env={
             **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "",
             "JAX_COMPILATION_CACHE_DIR": str(programs),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": str(root),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,16 +31,6 @@ from m3po_jax.training.losses import preference as preference_of
 from m3po_jax.training.losses import sft as sft_of
 from m3po_jax.training.objectives import check_objective
 from m3po_jax.training.step import split_model
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation() -> Iterator[None]:
-    """These programs run once: compiling them is all the time they take."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
 
 preference, sft = jitted(preference_of), jitted(sft_of)
 
@@ -89,6 +78,26 @@ def test_no_logits_over_the_prompt() -> None:
     logits = {s for s in shapes if s[-1] == vocabulary and len(s) > 2}
     assert (rows, branches * answer, vocabulary) in logits
     assert max(np.prod(s) for s in logits) == rows * branches * answer * vocabulary
+
+
+def trl_mean_logits(policy: Any, batch: Any) -> dict[str, list[float]]:
+    """What `DPOTrainer` averages as ``logits/chosen`` and ``logits/rejected``: its head's numbers, one a token."""
+    import torch
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(policy, outputs=("log_probs", "mean_logits"))
+    found: dict[str, list[float]] = {"logits/chosen": [], "logits/rejected": []}
+    for row, branch in np.ndindex(batch.branch_ids.shape[:2]):
+        prefix = batch.prefix_ids[row][batch.prefix_mask[row]]
+        answer = batch.branch_ids[row, branch][batch.branch_mask[row, branch]]
+        ids = torch.tensor(np.concatenate([prefix, answer]))[None].long()
+        labels = ids.clone()
+        labels[:, : len(prefix)] = -100
+        pixels = torch.tensor(batch.pixel_values[row]).permute(0, 3, 1, 2)
+        inputs = {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
+        out = policy(**inputs, labels=labels, fused_lm_head=True)
+        found["logits/rejected" if branch else "logits/chosen"] += out.mean_logits[out.label_mask].tolist()
+    return found
 
 
 def test_whole_step_equals_torch(tmp_path: Path) -> None:
@@ -166,6 +175,10 @@ def test_whole_step_equals_torch(tmp_path: Path) -> None:
         total, count = token_sums[name]
         assert count == len(values)
         np.testing.assert_allclose(total / count, np.mean(values), rtol=1e-5, err_msg=name)
+    for name, values in trl_mean_logits(policy, batch).items():
+        total, count = token_sums[name]
+        assert count == len(values)
+        np.testing.assert_allclose(total / count, np.mean(values), rtol=1e-4, atol=1e-6, err_msg=name)
     theirs = dict(policy.named_parameters())
     head = next(value for name, value in theirs.items() if name.endswith("lm_head.weight"))
     projector = next(value for name, value in theirs.items() if name.endswith("linear_1.weight"))

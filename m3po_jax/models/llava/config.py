@@ -14,6 +14,8 @@ from m3po_jax.models.vit import ViTConfig
 
 @dataclass(frozen=True)
 class LlavaConfig:
+    """A tower, a projector and a decoder; layer indices as of `vit.VisionTransformer.features`."""
+
     text: LlamaConfig
     vision: ViTConfig
     image_token_id: int
@@ -24,10 +26,12 @@ class LlavaConfig:
 
     @property
     def tokens_per_image(self) -> int:
+        """Image tokens that a prompt holds for each image."""
         return self.vision.num_patches + (1 if self.keep_class_token else 0)
 
     @property
     def feature_width(self) -> int:
+        """Width of the features that the projector reads."""
         return self.vision.encoder.hidden_size * len(self.vision_feature_layers)
 
 

@@ -16,6 +16,8 @@ from m3po_jax.models.vit import VisionTransformer
 
 
 class Projector(nnx.Module):
+    """Two linear layers around an activation: tower features to the decoder's width."""
+
     def __init__(self, config: LlavaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs, "use_bias": config.projector_bias}
         self.linear_1 = Linear(config.feature_width, config.text.hidden_size, axes=("embed", "mlp"), **kinds)
@@ -23,6 +25,7 @@ class Projector(nnx.Module):
         self.activation = config.projector_activation
 
     def __call__(self, features: Float[Array, "... v"]) -> Float[Array, "... d"]:
+        """Each feature on its own."""
         return self.linear_2(ACTIVATIONS[self.activation](self.linear_1(features)))
 
 

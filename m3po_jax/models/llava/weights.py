@@ -13,7 +13,7 @@ from typing import Any
 from m3po_jax.errors import UserError
 from m3po_jax.models import tensor_names
 from m3po_jax.models.llava.config import LlavaConfig
-from m3po_jax.models.weights import Path, Source
+from m3po_jax.models.tensor_map import Path, Source
 
 # Published prefix -> canonical prefix; the first match wins. No name means two things in two layouts.
 _PREFIXES = (
@@ -57,6 +57,7 @@ def tower_name(name: str) -> str | None:
 
 
 def tensor_map(config: LlavaConfig) -> dict[Path, Source]:
+    """The canonical stored tensor of every parameter: the names of transformers before 4.52."""
     tensors = tensor_names.decoder(config.text, ("decoder",), "language_model.model", "language_model.lm_head")
     for name in ("linear_1", "linear_2"):
         tensors |= tensor_names.linear(
