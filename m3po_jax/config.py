@@ -287,7 +287,8 @@ class RewardConfig:
     rule: str = "vanilla"  # how its pairs are made from scored candidates; a `select.rule`
     pairs_per_prompt: int = 1  # at most so many different pairs of a prompt; more than one: vanilla or random alone
     pairs: str = ""  # a folder or file of pairs to learn from instead (TRL's vision format); the split does not apply
-    learning_rate: float | None = None  # null: that of `train`; so are the next three
+    learning_rate: float | None = None  # null: that of `train`; so are the next four
+    lora_rank: int | None = None  # 0: its backbone learns as a whole, while the policy has adapters
     batch_size: int | None = None  # pairs of one optimizer step
     epochs: float | None = None  # passes over its pairs
     max_steps: int | None = None  # overrides epochs; null where `epochs` is given here: by epochs

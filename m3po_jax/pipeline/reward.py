@@ -113,6 +113,8 @@ def reward_train_config(recipe: Recipe) -> TrainConfig:
     }
     if own.epochs is not None and own.max_steps is None:
         changes["max_steps"] = None
+    if own.lora_rank is not None:
+        changes["lora"] = dataclasses.replace(train.lora, lora_rank=own.lora_rank)
     # What names metrics of another objective, or belongs to one, means nothing here.
     return dataclasses.replace(
         train, objective="reward", keep_best=0, weights="last", harm_metrics_steps=0, **changes
@@ -164,9 +166,9 @@ def check_reward_config(recipe: Recipe) -> None:
             raise UserError(f"must lie between 0 and 1, not {value}", where=f"reward.{name}")
 
 
-def start_reward(policy: Policy, recipe: Recipe, mesh: Mesh) -> Any:
-    """The policy's weights with fresh adapters and a fresh head; the policy stays as it is."""
-    model = attach_adapter(policy, recipe, mesh)
+def start_reward(policy: Policy, recipe: Recipe, config: TrainConfig, mesh: Mesh) -> Any:
+    """The policy's weights with `config`'s fresh adapters and a fresh head; the policy stays as it is."""
+    model = attach_adapter(policy, dataclasses.replace(recipe, train=config), mesh)
     return attach_head(nnx.merge(*nnx.split(model)), recipe.seed)
 
 
@@ -188,7 +190,7 @@ def reward_of_pairs(
     ids = pairs.column("id").to_pylist()
     test = held_out(ids, recipe.reward.holdout)
     learned = pairs.filter(pa.array([key not in test for key in ids]))
-    start = start_reward(policy, recipe, mesh)
+    start = start_reward(policy, recipe, config, mesh)
     source = batches.pair_batches(
         learned,
         policy.processor,
@@ -291,7 +293,7 @@ def load_reward(path: str, mesh: Mesh, *, image_root: str | Path = ".", batch_si
     )
     policy = load_policy(recipe, mesh, image_root=image_root)
     with use_mesh(mesh):
-        start = start_reward(policy, recipe, mesh)
+        start = start_reward(policy, recipe, recipe.train, mesh)
         model = load_trained(start, recipe.train, output_dir=folder, mesh=mesh).model
     return Reward(HeadScorer(model, mesh, batch_size=batch_size), policy.processor)
 

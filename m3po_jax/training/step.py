@@ -80,7 +80,7 @@ def trainable_filter(config: TrainConfig) -> Callable[[Any, Any], bool]:
     - contrastive: every parameter of the dual encoder;
     - `lora_rank` > 0: the adapters, wherever they are, plus the projector with `train_projector`;
     - `lora_rank` 0: everything but the parts in `freeze` (full fine-tuning; the projector alone with
-      ``freeze: [decoder]``);
+      ``freeze: [decoder]``); for a reward model without the head over the vocabulary, which it does not read;
     - `train_vision` adds the vision tower, which is frozen otherwise;
     - a scalar head (reward or value) always.
     """
@@ -94,7 +94,8 @@ def trainable_filter(config: TrainConfig) -> Callable[[Any, Any], bool]:
         if path[0] == "vision_tower":
             return config.train_vision
         if config.lora.lora_rank == 0:
-            return path[0] not in config.freeze
+            unread = config.objective == "reward" and "lm_head" in path  # a reward is read from the hidden state
+            return path[0] not in config.freeze and not unread
         return path[0] == "projector" and config.lora.train_projector
 
     return trains

@@ -29,7 +29,7 @@ CHANGES: dict[str, Any] = {
     "train": {"max_steps": 2},
     "score": {"confidence": ["mean"]},
     "evaluate": {"stop_bias": [], "contrast_alpha": []},
-    "reward": {"learning_rate": 0.01, "max_steps": 3, "pairs_per_prompt": 4},
+    "reward": {"learning_rate": 0.01, "lora_rank": 0, "max_steps": 3, "pairs_per_prompt": 4},
 }
 
 
@@ -87,6 +87,16 @@ def test_accuracy_is_told_wherever_one_looks(finished: Path) -> None:
     assert lines[-1]["eval_accuracy"] == results["accuracy"] and [line["step"] for line in lines] == [1, 2, 3, 3]
     stages = {stage["stage"]: stage for stage in json.loads((finished / "manifest.json").read_text())["stages"]}
     assert stages["reward"]["accuracy"] == results["accuracy"]
+
+
+def test_the_reward_model_learns_as_a_whole_and_the_policy_by_adapters(finished: Path) -> None:
+    known = json.loads((finished / "round-1/reward/reward.json").read_text())
+    assert known["train"]["lora"]["lora_rank"] == 0 and known["train"]["objective"] == "reward"
+    sizes = {
+        path: sum(file.stat().st_size for file in (finished / path).rglob("*") if file.is_file())
+        for path in ("round-1/reward/checkpoints", "arms/rm_dpo/round-1/checkpoints")
+    }
+    assert sizes["round-1/reward/checkpoints"] > 2 * sizes["arms/rm_dpo/round-1/checkpoints"], sizes
 
 
 def test_rm_dpo_pairs_are_the_extremes_of_the_rewards(finished: Path) -> None:

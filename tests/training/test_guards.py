@@ -15,6 +15,7 @@ from training_tools import IMAGE_ID, TinyProcessor, base_config, pair_rows, tiny
 
 from m3po_jax.data.batches import pair_batches
 from m3po_jax.errors import UserError
+from m3po_jax.models.heads import attach_head
 from m3po_jax.objectives.preference import LOSSES, preference_loss
 from m3po_jax.training.checkpoint import restore_trainable
 from m3po_jax.training.guards import COLLAPSE_WINDOW, CollapseWatch, check_image_tokens, check_recorded
@@ -179,6 +180,16 @@ def test_leaves_without_gradient_are_named(tmp_path: Path, one_device: Mesh) -> 
     assert line["kind"] == "idle" and line["step"] == 1
     assert "vision_tower.post_layernorm.scale" in line["message"]
     assert "patch_embedding" not in line["message"] and "decoder" not in line["message"]
+
+
+def test_a_reward_model_leaves_the_vocabulary_alone() -> None:
+    """Its reward is read from the hidden state, which the head over the vocabulary has no part in."""
+    config = base_config(objective="reward")
+    config = replace(config, lora=replace(config.lora, lora_rank=0))
+    model = attach_head(tiny_model(config))
+    learned = set(split_model(model, config)[1])
+    assert "decoder.lm_head.kernel" not in learned and {"scalar_head.kernel", "decoder.norm.scale"} <= learned
+    assert "decoder.lm_head.kernel" in set(split_model(model, replace(config, objective="sft"))[1])
 
 
 def falling(count: int, drop: float, growth: float) -> list[dict[str, float]]:
