@@ -88,7 +88,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list
     write_recipe(folder, data)
     variables = environment(devices=2)
     variables["PYTHONPATH"] += f":{ROOT / 'tests/pipeline'}:{ROOT / 'tests/training'}"
-    variables |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling is most of the time
     variables |= {"M3PO_COORDINATOR": f"127.0.0.1:{free_port()}", "M3PO_NUM_PROCESSES": "2"}
     processes = [
         subprocess.Popen(
