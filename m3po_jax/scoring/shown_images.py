@@ -20,8 +20,7 @@ def shared_pixels(
     Raises:
         UserError: an image that cannot be read; on all hosts.
     """
+    here = [bool(row) and bool(prompt.images) for row, prompt in zip(needed, prompts, strict=False)]
     return load_shared(
-        lambda place: processor.pixel_values(prompts[place]),
-        lambda place: no_pixels(processor, prompts[place]),
-        needed[: len(prompts)],
+        lambda place: processor.pixel_values(prompts[place]), lambda place: no_pixels(processor, prompts[place]), here
     )
