@@ -114,21 +114,21 @@ class Ours:
         """A call that scores, and the compiled program's figures."""
         import counting
 
-        from m3po_jax.scoring.engine import Scorer
+        from m3po_jax.scoring import engine
 
         s = self.shapes
-        scorer = Scorer(self.model, self.mesh, batch_size=s.prompts)
+        scorer = engine.Scorer(self.model, self.mesh, batch_size=s.prompts)
         mask = np.ones(given_answers.shape, bool)
         run = lambda: scorer.log_probs(self.batch, given_answers, mask)  # noqa: E731
-        program, seen = scorer._log_probs, []
+        program, seen = engine.log_probs_program, []
 
         def record(*args: Any) -> np.ndarray:
             seen.append(args)
             return np.zeros(args[2]["branch_ids"].shape)
 
-        scorer._log_probs = record
+        engine.log_probs_program = record
         run()
-        scorer._log_probs = program
+        engine.log_probs_program = program
         minimum = counting.scoring_minimum(
             self.model.config,
             prompts=s.prompts,
