@@ -383,9 +383,7 @@ def apply_budget(
         members.setdefault(groups.get(pair.id, ""), []).append(pair)
     # Middles of equal parts of [0, 1]; those of one group alone are in its order.
     places = [
-        ((number + 0.5) / len(group), rank(pair), pair.id)
-        for group in members.values()
-        for number, pair in enumerate(group)
+        ((number + 0.5) / len(group), *rank(pair)) for group in members.values() for number, pair in enumerate(group)
     ]
     kept = {key for *_, key in sorted(places)[:count]}
     return (

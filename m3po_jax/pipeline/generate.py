@@ -128,7 +128,7 @@ def requests(
         UserError: a row that cannot be used, when its turn comes; on all hosts at the same one.
     """
     hosts = jax.process_count()
-    together = 1 if hosts == 1 else LOADED_AHEAD // 2 * hosts  # processes agree so many at a time
+    group = 1 if hosts == 1 else LOADED_AHEAD // 2 * hosts  # prompts about which processes agree at once
 
     def load(index: int, owners: Hosts) -> Request:
         prompt = prompts[index]
@@ -152,7 +152,7 @@ def requests(
             ready: list[Request] = []
             failure = None
             try:
-                for future in [loading.popleft() for _ in range(min(together, len(loading)))]:
+                for future in [loading.popleft() for _ in range(min(group, len(loading)))]:
                     ready.append(future.result())
             except UserError as error:
                 failure = len(ready), error

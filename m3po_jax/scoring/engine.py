@@ -155,9 +155,7 @@ class Scorer:
             UserError: a score is not finite; names the prompt.
         """
         _, k, t = branch_ids.shape
-        ids = self._pad_branches(branch_ids.astype(np.int32), answer_bucket(t))
-        mask = self._pad_branches(branch_mask.astype(bool), answer_bucket(t))
-        arrays = {"branch_ids": ids, "branch_mask": mask}
+        arrays = self._branches(branch_ids, branch_mask)
         return self._run(log_probs_program, batch, arrays, {}, blank_images, reference)[:, :k, :t]
 
     def choice_probabilities(
@@ -187,6 +185,13 @@ class Scorer:
         }
         choices = {"choices": np.asarray(token_ids, np.int32)}
         return self._run(choices_program, batch, arrays, choices, blank_images, reference)[:, :k]
+
+    def _branches(self, branch_ids: np.ndarray, branch_mask: np.ndarray) -> dict[str, np.ndarray]:
+        width = answer_bucket(branch_ids.shape[2])
+        return {
+            "branch_ids": self._pad_branches(branch_ids.astype(np.int32), width),
+            "branch_mask": self._pad_branches(branch_mask.astype(bool), width),
+        }
 
     @staticmethod
     def _pad_branches(x: np.ndarray, width: int) -> np.ndarray:
@@ -248,8 +253,8 @@ class Scorer:
         Returns:
             The jitted function and its arguments; nothing is computed.
         """
-        ids = self._pad_branches(np.zeros((len(batch.ids), answers, tokens), np.int32), answer_bucket(tokens))
-        branches = {"branch_ids": ids, "branch_mask": np.ones(ids.shape, bool)}
+        ids = np.zeros((len(batch.ids), answers, tokens), np.int32)
+        branches = self._branches(ids, np.ones(ids.shape, bool))
         with use_mesh(self.mesh):
             inputs = self._filled(batch, branches, {}, slice(0, self.batch_size))
         return log_probs_program, (self.graph, self.state, inputs, 0)

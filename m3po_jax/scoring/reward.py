@@ -19,7 +19,7 @@ from m3po_jax.generation.engine import PromptBatch
 from m3po_jax.models.forward import branch_hidden
 from m3po_jax.models.heads import answer_rewards
 from m3po_jax.scoring.alignment import Scores
-from m3po_jax.scoring.engine import Scorer, answer_bucket, branch_inputs
+from m3po_jax.scoring.engine import Scorer, branch_inputs
 from m3po_jax.scoring.shown_images import shared_pixels
 
 
@@ -62,13 +62,6 @@ class HeadScorer(Scorer):
         arrays = self._branches(branch_ids, branch_mask)
         found = self._run(values_program, batch, arrays, {})
         return found[:, : branch_ids.shape[1], : branch_ids.shape[2]]
-
-    def _branches(self, branch_ids: np.ndarray, branch_mask: np.ndarray) -> dict[str, np.ndarray]:
-        width = answer_bucket(branch_ids.shape[2])
-        return {
-            "branch_ids": self._pad_branches(branch_ids.astype(np.int32), width),
-            "branch_mask": self._pad_branches(branch_mask.astype(bool), width),
-        }
 
 
 class Reward:

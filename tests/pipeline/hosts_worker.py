@@ -24,12 +24,11 @@ from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.data.sources import read_prompts
 from m3po_jax.errors import UserError
-from m3po_jax.generation.engine import Generator
 from m3po_jax.generation.settings import sampling_config
 from m3po_jax.hosts import own_rows, shared_out
 from m3po_jax.pipeline.caches import vision_features
 from m3po_jax.pipeline.generate import generate
-from m3po_jax.pipeline.models import load_policy
+from m3po_jax.pipeline.models import load_policy, make_generator
 from m3po_jax.sharding import initialize_distributed, make_mesh, sharding_for
 from m3po_jax.training.loop import train
 
@@ -85,14 +84,8 @@ def main(folder: Path) -> None:
     policy = load_policy(recipe, mesh, image_root=source.image_root)
     processor = policy.processor
     config = dataclasses.replace(recipe.generate, num_candidates=2, max_new_tokens=8)
-    generator = Generator(
-        policy.model,
-        eos_token_id=processor.eos_token_id,
-        pad_token_id=processor.pad_token_id,
-        mesh=mesh,
-        sampling=sampling_config(config, 7),
-        batch_size=config.batch_size,
-        tokenizer_size=processor.text.size,
+    generator = make_generator(
+        processor, policy.model, mesh, sampling=sampling_config(config, 7), batch_size=config.batch_size
     )
 
     def generated(name: str, bad: int | None = None, features: Any = None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from m3po_jax.generation.settings import sampling_config, sampling_record
 from m3po_jax.models.registry import load_model, resolve_directory
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.generate import Tally, candidate_pools, generate
+from m3po_jax.pipeline.models import make_generator
 from m3po_jax.quickstart.builder import encode_png
 from m3po_jax.quickstart.language import CAPTION_INSTRUCTION
 from m3po_jax.quickstart.scenes import scene
@@ -36,14 +37,8 @@ def setting() -> tuple[Generator, Processor]:
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     model = load_model(directory, dtype="float32", param_dtype="float32", mesh=mesh).model
     processor = Processor.from_pretrained(directory, "plain", "stretch")
-    generator = Generator(
-        model,
-        eos_token_id=processor.eos_token_id,
-        pad_token_id=processor.pad_token_id,
-        mesh=mesh,
-        sampling=sampling_config(CONFIG, 7),
-        batch_size=CONFIG.batch_size,
-        tokenizer_size=processor.text.size,
+    generator = make_generator(
+        processor, model, mesh, sampling=sampling_config(CONFIG, 7), batch_size=CONFIG.batch_size
     )
     return generator, processor
 
