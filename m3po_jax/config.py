@@ -173,6 +173,7 @@ class SelectConfig:
     min_contrast: float = 1e-3  # least standard deviation of MAS within a pool
     lexicographic: list[float] = field(default_factory=lambda: [0.7, 0.4])  # τ₊, τ₋
     candidates: int | None = None  # only each prompt's first so many candidates take part: a smaller K on one pool
+    cut: str = "drop"  # answers cut at generate.max_new_tokens: drop (they are in no pair) | keep
     budget: float = 1.0  # the share of pairs that is kept
     max_pairs: int | None = None  # at most so many are kept
     budget_by: str = "value"  # value: the best pairs | random: any, the same prompts for every rule

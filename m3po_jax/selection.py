@@ -40,6 +40,7 @@ _UNCONSTRAINED = ("vanilla", "extremes")  # any two answers of different text an
 RANDOM_RULES = ("random", "vanilla")  # any pair that satisfies their constraints
 RULES = (*_TWO_STEP, *_JOINT)
 BUDGET_ORDERS = ("value", "random")
+CUT_RULES = ("drop", "keep")
 CORRELATION_LIMIT = 0.4  # above it confidence says little that MAS does not (METHOD section 5)
 
 
@@ -47,6 +48,7 @@ class Reason(enum.StrEnum):
     """Why a prompt gave no pair. Constraints thin out the candidates in turn: the one that took the last."""
 
     TOO_FEW_CANDIDATES = "too_few_candidates"
+    CUT = "cut"  # answers cut at the token limit left out, fewer than two are left
     ABSTAINED = "abstained"  # MAS absent, so that fewer than two candidates are left
     NO_CONFIDENCE = "no_confidence"  # likewise confidence, under a rule that uses it
     NO_CONTRAST = "no_contrast"  # MAS hardly varies within the pool
@@ -73,6 +75,7 @@ class Pool:
         confidence: Any variant; not finite: unknown.
         dispreferred_confidence: The variant for the rejected role, where it is another (arm `m3po_prior`).
         group: Of prompts whose pairs' values can be compared, for the budget.
+        cut: Whether an answer was cut at the token limit, so that it has no end; None: no answer was.
     """
 
     id: str
@@ -83,11 +86,11 @@ class Pool:
     confidence: Float[np.ndarray, " candidates"]
     dispreferred_confidence: Float[np.ndarray, " candidates"] | None = None
     group: str = ""
+    cut: Sequence[bool] | None = None
 
     def __post_init__(self) -> None:
         columns: list[Any] = [self.texts, self.lengths, self.mas, self.confidence]
-        if self.dispreferred_confidence is not None:
-            columns.append(self.dispreferred_confidence)
+        columns += [column for column in (self.dispreferred_confidence, self.cut) if column is not None]
         if any(len(column) != len(self.candidates) for column in columns):
             raise UserError("columns of different lengths", where=f"id {self.id!r}")
         repeated = [number for number, count in Counter(self.candidates).items() if count > 1]
@@ -111,6 +114,7 @@ class Pool:
             np.asarray(self.confidence, np.float64)[index],
             None if other is None else np.asarray(other, np.float64)[index],
             self.group,
+            None if self.cut is None else [self.cut[i] for i in index],
         )
 
 
@@ -159,6 +163,8 @@ def check_config(config: SelectConfig) -> None:
         raise UserError(
             f"unknown order {config.budget_by!r}{nearest(config.budget_by, BUDGET_ORDERS)}", where="select.budget_by"
         )
+    if config.cut not in CUT_RULES:
+        raise UserError(f"unknown rule {config.cut!r}{nearest(config.cut, CUT_RULES)}", where="select.cut")
     for name, least in (("candidates", 2), ("max_pairs", 1)):
         count = getattr(config, name)
         if count is not None and count < least:
@@ -187,6 +193,11 @@ def _usable(pool: Pool, config: SelectConfig) -> Pool | Drop:
     if len(pool.candidates) < 2:
         return Drop(pool.id, Reason.TOO_FEW_CANDIDATES)
     order = sorted(range(len(pool.candidates)), key=lambda i: pool.candidates[i])
+    if config.cut == "drop" and pool.cut is not None:
+        # An answer without its end would teach the model to stop nowhere, whichever role it played.
+        order = [i for i in order if not pool.cut[i]]
+        if len(order) < 2:
+            return Drop(pool.id, Reason.CUT)
     order = [i for i in order if np.isfinite(pool.mas[i])]
     if len(order) < 2:
         return Drop(pool.id, Reason.ABSTAINED)
@@ -461,4 +472,9 @@ def _warnings(summary: dict[str, Any]) -> list[str]:
     if summary["prompts"] and not summary["pairs"]:
         reason, count = max(summary["dropped"].items(), key=lambda item: item[1])
         lines.append(f"no prompt gave a pair; most often because of {reason} ({count} prompts)")
+    if cut := summary["dropped"].get(Reason.CUT, 0):
+        lines.append(
+            f"{cut} of {summary['prompts']} prompts have fewer than two answers that were not cut at "
+            "generate.max_new_tokens: raise it, or pair cut answers too (select.cut=keep)"
+        )
     return lines

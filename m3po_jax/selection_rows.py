@@ -102,7 +102,8 @@ def select_rows(
     Args:
         rows: With ``id``, ``candidate``, ``text``, ``mas``; ``confidence_<variant>`` (or ``confidence``, for
             the variant mean) where the rule uses it; ``token_ids`` and ``token_logprobs`` if recorded;
-            ``metadata`` (a mapping) where `config.budget_within` names a key of it. A null
+            ``metadata`` (a mapping) where `config.budget_within` names a key of it; ``finish_reason``, which is
+            ``length`` where an answer was cut (`config.cut`). A null
             or NaN ``mas`` means that the scorer abstained: that candidate does not take part; likewise a null
             confidence under a rule that uses it. ``instruction`` and ``images`` are carried over where
             present.
@@ -150,6 +151,7 @@ def select_rows(
                 confidence,
                 rejected if variants[0] != variants[1] else None,
                 _group(members[0], config.budget_within, where),
+                [row.get("finish_reason") == "length" for row in members],
             )
         )
     selection = select_pools(pools, config, pairs_per_prompt)

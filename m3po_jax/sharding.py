@@ -148,7 +148,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 def to_host(x: jax.Array) -> np.ndarray:
     """The whole array on this host, whatever its sharding."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
         from jax.experimental import multihost_utils
 
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))

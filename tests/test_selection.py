@@ -32,7 +32,7 @@ WORDS = ["red", "car", "dog", "cat", "street", "house", "tree", "blue", "two", "
 TEXTS = [" ".join(WORDS[i : i + n]) for n in (1, 3, 5) for i in range(6)]
 
 
-def make_pool(mas, confidence=None, texts=None, *, lengths=None, candidates=None, id="p", other=None):
+def make_pool(mas, confidence=None, texts=None, *, lengths=None, candidates=None, id="p", other=None, cut=None):
     count = len(mas)
     return Pool(
         id,
@@ -42,6 +42,7 @@ def make_pool(mas, confidence=None, texts=None, *, lengths=None, candidates=None
         np.asarray(mas, float),
         np.full(count, np.nan) if confidence is None else np.asarray(confidence, float),
         None if other is None else np.asarray(other, float),
+        cut=cut,
     )
 
 
@@ -248,6 +249,9 @@ NAN = float("nan")
     [
         ("too_few_candidates", make_pool([0.9], [-1]), {}),
         ("too_few_candidates", make_pool([], []), {}),
+        ("cut", make_pool([0.9, 0.1, 0.5], [-1, -1, -1], cut=[True, False, True]), {}),
+        ("cut", make_pool([0.9, 0.1], cut=[False, True]), {"rule": "vanilla"}),
+        ("abstained", make_pool([NAN, 0.9, 0.1], [-1, -1, -1], cut=[False, False, True]), {}),
         ("abstained", make_pool([NAN, NAN], [-1, -1]), {}),
         ("abstained", make_pool([0.9, NAN, math.inf], [-1, -1, -1]), {}),
         ("no_confidence", make_pool([0.9, 0.1], [-1, NAN]), {}),
@@ -285,6 +289,44 @@ def test_constraints_hold_at_their_limits():
     assert isinstance(select_pair(pool, SelectConfig(margin=0.25, chosen_floor=0.75)), Pair)
     # An answer of EOS alone is a length of 1.
     assert isinstance(select_pair(make_pool([0.9, 0.1], [-1, -2], lengths=[2, 1]), SelectConfig()), Pair)
+
+
+@given(pools(), configs, st.data())
+@settings(deadline=None)
+def test_cut_answers_are_as_if_they_had_never_been_drawn(pool, config, data):
+    flags = data.draw(st.lists(st.booleans(), min_size=len(pool.candidates), max_size=len(pool.candidates)))
+    marked = replace(pool, cut=flags)
+    whole = [i for i, cut in enumerate(flags) if not cut]
+    if len(whole) >= 2:
+        assert select_pair(marked, config) == select_pair(pool.take(whole), config)
+    else:
+        assert select_pair(marked, config) == Drop(pool.id, Reason.CUT)
+    assert select_pair(marked, replace(config, cut="keep")) == select_pair(pool, config)
+
+
+def test_rows_say_by_their_finish_reason_which_answers_were_cut():
+    def row(candidate, mas, **more):
+        return {"id": "a", "candidate": candidate, "text": f"answer {WORDS[candidate]}", "mas": mas, **more}
+
+    rows = [
+        row(0, 0.9, finish_reason="length"),
+        row(1, 0.8, finish_reason="stop"),
+        row(2, 0.1, finish_reason="stop_string"),
+        row(3, 0.0, finish_reason="length"),
+    ]
+    config = SelectConfig(rule="mas_only", min_rejected_z=-9.0)
+    (pair,), _, _ = select_rows(rows, config)
+    assert (pair["chosen_candidate"], pair["rejected_candidate"]) == (1, 2)
+    (pair,), _, _ = select_rows(rows, replace(config, cut="keep"))
+    assert (pair["chosen_candidate"], pair["rejected_candidate"]) == (0, 3)
+    # Rows of other programs say nothing of how their answers ended.
+    (pair,), _, _ = select_rows([row(0, 0.9), row(1, 0.1)], config)
+    assert (pair["chosen_candidate"], pair["rejected_candidate"]) == (0, 1)
+    _, drops, summary = select_rows([rows[0], rows[1], rows[3]], config)
+    assert [drop["reason"] for drop in drops] == ["cut"]
+    assert any("1 of 1 prompts" in line and "select.cut=keep" in line for line in summary["warnings"])
+    with pytest.raises(UserError, match=r"select.cut: unknown rule 'kep'.*'keep'"):
+        select_rows(rows, replace(config, cut="kep"))
 
 
 def test_rules_without_confidence_need_none():

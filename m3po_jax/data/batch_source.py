@@ -36,6 +36,7 @@ class BatchSource(Generic[Batch]):
         take: Row numbers to one batch of these rows.
         row_key: Row number to a hash of its prompt, images and answers.
         answer_tokens: Mean number of tokens of the answers that an NLL is taken of (sft's, a pair's chosen one).
+        cut_answers: How many of these answers have no end token.
         shapes: The (prefix width, branch width) that batches are padded to; empty: any of `LENGTHS`.
         failures: Why rows were spoilt, see `SharedRows`.
     """
@@ -49,6 +50,7 @@ class BatchSource(Generic[Batch]):
     take: Callable[[Sequence[int]], Batch] | None = None
     row_key: Callable[[int], str] | None = None
     answer_tokens: float | None = None
+    cut_answers: int = 0
     shapes: tuple[Shape, ...] = ()
     failures: Mapping[int, UserError] = field(default_factory=dict)
 

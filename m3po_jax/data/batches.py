@@ -102,6 +102,7 @@ def pair_batches(
         ),
         ids=tuple(ids),
         fingerprint=fingerprint_of(seed, batch_size, ids, answers, references, length_window, max_shapes),
+        cut_answers=_without_end([chosen for chosen, _ in answers], processor),
         has_reference=not np.isnan(references).any(),
         row_key=key,
     )
@@ -164,6 +165,7 @@ def sft_batches(
         ),
         ids=tuple(ids),
         fingerprint=fingerprint_of(seed, batch_size, ids, instructions, answers, length_window, max_shapes),
+        cut_answers=_without_end(answers, processor),
     )
 
 
@@ -240,6 +242,11 @@ def _tree_source(
         "answer_tokens": float(np.mean([len(row[0]) for row in answers])),
         "shapes": shapes,
     }
+
+
+def _without_end(answers: Sequence[np.ndarray], processor: PromptProcessor) -> int:
+    """How many answers do not close with the end token: they were cut at generation's limit or at a stop string."""
+    return sum(int(answer[-1]) != processor.eos_token_id for answer in answers)
 
 
 def _spoilt(row: TreeRow) -> TreeRow:

@@ -25,6 +25,9 @@ class PixelProcessor(Protocol):
 class PromptProcessor(PixelProcessor, Protocol):
     """What the other pipelines need of `data.processing.Processor`."""
 
+    @property
+    def eos_token_id(self) -> int: ...
+
     def encode_prompt(self, prompt: Prompt) -> Sequence[int] | np.ndarray: ...
 
     def encode_answer(self, text: str) -> Sequence[int] | np.ndarray: ...

@@ -56,7 +56,8 @@ def shrink(recipe: Recipe) -> Recipe:
             shard_rows=8,
         ),
         score=_tiny_judge(recipe.score),
-        select=replace(recipe.select, chosen_floor=0.0, margin=0.0),
+        # In so few tokens many answers do not come to their end.
+        select=replace(recipe.select, chosen_floor=0.0, margin=0.0, cut="keep"),
         train=replace(
             recipe.train,
             data=[] if recipe.train.objective in ("preference", "rlhf", "reward") else [_rows("validation")],

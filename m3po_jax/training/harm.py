@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m3po_jax.config import TrainConfig
 from m3po_jax.sharding import use_mesh
@@ -39,7 +39,7 @@ def make_harm_metrics(
         rows, complete = micro_batches(batch, groups, shared)
         return jax.tree.map(jnp.mean, jax.lax.map(lambda group: one(complete(group)), rows))
 
-    jitted = jax.jit(measure)
+    jitted = jax.jit(measure, out_shardings=NamedSharding(mesh, PartitionSpec()))  # read as whole numbers anywhere
 
     def harm_metrics(
         trainable: Parameters, frozen: nnx.State, base: Parameters | None, batch: Batch

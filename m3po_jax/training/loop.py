@@ -30,7 +30,7 @@ from m3po_jax.training.metrics_log import Trackers
 from m3po_jax.training.progress import progress_bar
 from m3po_jax.training.reference import check_sample
 from m3po_jax.training.signals import stop_signal
-from m3po_jax.training.stage import Stage, prepare, without_free_settings
+from m3po_jax.training.stage import Stage, StepOutput, prepare, without_free_settings
 from m3po_jax.training.step import TrainState, place_frozen, place_trainable, split_model
 from m3po_jax.training.timing import StepTimer, batch_flops, batch_tokens
 
@@ -89,7 +89,7 @@ def train(
         reference: The reference model of preference training, of the structure of `model`; default: `model` as
             given. Log-probs that the batches bring along are its own (``reference: recorded``); the others are
             computed in the step.
-        on_step: Called after each step with its number and metrics.
+        on_step: Called with each step's number and metrics, when these are read: the next step may be under way.
 
     Raises:
         UserError: settings or data that cannot be trained on; a loss or gradient that is not finite (the rows
@@ -185,40 +185,116 @@ def _run_steps(
         stop_signal() as stop,
         progress_bar(stage.total, at.done, enabled=first) as bar,
     ):
-        timer = StepTimer(stage.mesh)
-        while at.done < stage.total:
-            batch, compiled = stage.next_batch(), stage.step.compilations
-            at.state, numbers, broken = stage.update(at.state, batch, at.done + 1)
-            if broken is not None:
-                raise _rescued(stage, at, saved, broken, batch.row_index)
-            tokens = batch_tokens(batch)
-            at.progress = Progress(stage.batches_taken.get_state(), at.progress.num_tokens + tokens)
-            at.last = {**numbers, "num_tokens": float(at.progress.num_tokens), "padding": padding_share(batch)}
-            if at.done == 0 and stage.objective.needs_first_gradient:
-                _check_first_step(stage, at, journal)
-            at.done += 1
-            last_step = at.done == stage.total
-            logged = {"epoch": at.done * stage.batches.batch_size / len(stage.batches.ids), **at.last}
-            if at.done % config.log_steps == 0 or stage.measures(at.done) or last_step:
-                journal.metrics(at.done, logged)
-            flops = batch_flops(stage.cost, batch, images=stage.images, reference=stage.base is not None)
-            fresh = stage.step.compilations > compiled
-            took = timer.lap(rows=stage.batches.batch_size, tokens=tokens, flops=flops, compiled=fresh)
-            if at.done % config.log_steps == 0 or last_step:
-                journal.timing(at.done, took)
-                trackers.log(at.done, {**logged, **took})
-            bar(at.done, at.last)
+        run = _Steps(stage, at, saved, journal, trackers, bar, on_step)
+        while run.dispatched < stage.total:
+            run.take()
+            last_step = run.dispatched == stage.total
             stopping = not last_step and stop.any_host()
-            scheduled = at.done % config.save_steps == 0 or last_step
+            scheduled = run.dispatched % config.save_steps == 0 or last_step
             if scheduled or stopping:
-                value = journal.value_of(at.done) if scheduled and config.keep_best else None
-                _save(stage, at, saved, value)
-            if on_step is not None:
-                on_step(at.done, at.last)
+                run.read()
+                _save(stage, at, saved, journal.value_of(at.done) if scheduled and config.keep_best else None)
             if stopping:
                 saved.wait()
                 signal = stop.received or "another host"
                 raise Interrupted(f"stopped by {signal} after step {at.done} of {stage.total}; all is saved")
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """A step that was dispatched and whose numbers are not read yet.
+
+    Attributes:
+        after: The position of the data behind its batch.
+    """
+
+    number: int
+    batch: Any
+    output: StepOutput
+    after: Progress
+    tokens: int
+    compiled: bool
+
+
+class _Steps:
+    """Takes the steps of a stage, each dispatched before the numbers of the one before it are read.
+
+    The devices then always have work: a step's numbers are fetched in one transfer while the next step computes.
+    `at` holds the newest state; its other fields speak of the last step whose numbers were read. The two agree
+    after `read`.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        at: _Position,
+        saved: Checkpointer,
+        journal: Journal,
+        trackers: Trackers,
+        bar: Callable[[int, Mapping[str, float]], None],
+        on_step: Callable[[int, dict[str, float]], None] | None,
+    ):
+        self.stage, self.at, self.saved, self.journal = stage, at, saved, journal
+        self.trackers, self.bar, self.on_step = trackers, bar, on_step
+        self.timer, self.dispatched = StepTimer(stage.mesh), at.done
+        self._under_way: _UnderWay | None = None
+
+    def take(self) -> None:
+        """Dispatches the next step, and reads the numbers of the one before.
+
+        Raises:
+            UserError: as `read`.
+        """
+        stage, compiled = self.stage, self.stage.step.compilations
+        batch = stage.next_batch()
+        number, tokens = self.dispatched + 1, batch_tokens(batch)
+        self.at.state, output = stage.dispatch(self.at.state, batch, number)
+        before = self.at.progress if self._under_way is None else self._under_way.after
+        after = Progress(stage.batches_taken.get_state(), before.num_tokens + tokens)
+        fresh = stage.step.compilations > compiled
+        step = _UnderWay(number, batch, output, after, tokens, fresh)
+        self.read()
+        self._under_way, self.dispatched = step, number
+        # The first step tells whether the stage is sound at all.
+        if number == 1 or not stage.reads_late:
+            self.read()
+
+    def read(self) -> None:
+        """Reads the numbers of the step that is under way, if any, and writes them down.
+
+        Raises:
+            UserError: they are not finite, or not what the first step's must be. The state before them is saved.
+        """
+        if self._under_way is None:
+            return
+        step, self._under_way = self._under_way, None
+        stage, at, config = self.stage, self.at, self.stage.config
+        numbers, broken = stage.read(step.output, step.batch, step.number)
+        if broken is not None:
+            raise _rescued(stage, at, self.saved, broken, step.batch.row_index)
+        at.progress = step.after
+        at.last = {
+            **numbers,
+            "num_tokens": float(at.progress.num_tokens),
+            "padding": padding_share(step.batch),
+        }
+        if step.number == 1:
+            _check_first_step(stage, at, self.journal)
+        at.done = step.number
+        last_step = at.done == stage.total
+        logged = {"epoch": at.done * stage.batches.batch_size / len(stage.batches.ids), **at.last}
+        due = at.done % config.log_steps == 0 or last_step
+        if due or stage.measures(at.done):
+            self.journal.metrics(at.done, logged)
+        flops = batch_flops(stage.cost, step.batch, images=stage.images, reference=stage.base is not None)
+        rows = stage.batches.batch_size
+        took = self.timer.lap(rows=rows, tokens=step.tokens, flops=flops, compiled=step.compiled)
+        if due:
+            self.journal.timing(at.done, took)
+            self.trackers.log(at.done, {**logged, **took})
+        self.bar(at.done, at.last)
+        if self.on_step is not None:
+            self.on_step(at.done, at.last)
 
 
 def _save(stage: Stage, at: _Position, saved: Checkpointer, value: float | None = None) -> None:
@@ -231,7 +307,8 @@ def _save(stage: Stage, at: _Position, saved: Checkpointer, value: float | None 
 def _rescued(stage: Stage, at: _Position, saved: Checkpointer, broken: str, rows: Sequence[int]) -> UserError:
     """The error of a step that is not finite, once the state before it is on disk.
 
-    The step has kept its state, and `at.progress` is still the position before this batch.
+    The step has kept its state, a step that was dispatched behind it likewise, and `at.progress` is still the
+    position before this batch.
     """
     _save(stage, at, saved)
     saved.wait()
@@ -245,7 +322,17 @@ def _rescued(stage: Stage, at: _Position, saved: Checkpointer, broken: str, rows
 
 
 def _check_first_step(stage: Stage, at: _Position, journal: Journal) -> None:
-    """What is known of the first step; leaves that learn nothing are told of."""
+    """What is known of the first step; answers without an end and leaves that learn nothing are told of."""
+    if cut := stage.batches.cut_answers:
+        journal.warn(
+            1,
+            "cut",
+            f"{cut} of {len(stage.batches.ids)} answers to learn from have no end token (cut at "
+            "generate.max_new_tokens, or at a stop string): they teach the model not to stop; raise the limit, or "
+            "leave them out (select.cut=drop)",
+        )
+    if not stage.objective.needs_first_gradient:
+        return
     idle = checks.idle_leaves(at.state.optimizer, stage.partition.adapters_by_name)
     stage.guards.first_step(at.last, idle)
     if idle:

@@ -142,6 +142,7 @@ class RolloutSource:
     has_reference: bool = False
     take: None = None  # no row can be had by itself
     answer_tokens: None = None  # known only once they are sampled
+    cut_answers: int = 0
     failures: Mapping[int, UserError] = field(default_factory=dict)  # every host reads all images
 
     def __post_init__(self) -> None:

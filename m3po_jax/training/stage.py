@@ -41,6 +41,21 @@ _FREE_SETTINGS = (
 
 
 @dataclass(frozen=True)
+class StepOutput:
+    """What a step that was dispatched will have measured.
+
+    Attributes:
+        metrics: Scalars, and
+        row_losses: the loss of each row; both on the devices, whole on each.
+        rollout: Numbers of the rollout that the batch belongs to.
+    """
+
+    metrics: dict[str, jax.Array]
+    row_losses: jax.Array
+    rollout: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Stage:
     """A stage that is ready to run: what its steps need and none of them changes.
 
@@ -87,15 +102,36 @@ class Stage:
             checks.check_image_tokens(batch, self.batches.ids, *self.images)
         return batch
 
-    def update(self, state: TrainState, batch: Any, step: int) -> tuple[TrainState, dict[str, float], str | None]:
-        """Step number `step`: the next state, its metrics, and the error text where they are not finite."""
+    def dispatch(self, state: TrainState, batch: Any, step: int) -> tuple[TrainState, StepOutput]:
+        """Step number `step` (from 1), under way on the devices: the next state, and what its numbers will be.
+
+        Nothing is waited for. Where the step before was not finite, the state stays as that one had found it.
+        """
         placed = shard_batch(batch, self.mesh)
         # First, because the step consumes the state.
         harm = self.harm_metrics(state.trainable, self.frozen, self.base, placed) if self.measures(step) else {}
-        state, metrics, row_losses = self.step(state, self.frozen, self.base, placed, self.tokens)
-        numbers = {name: float(to_host(value)) for name, value in {**metrics, **harm}.items()}
-        broken = self.guards.finite(step - 1, numbers, to_host(row_losses), batch.row_index)
-        return state, numbers | (self.rollouts.metrics if self.rollouts is not None else {}), broken
+        state, metrics, row_losses = self.step(
+            state, self.frozen, self.base, placed, self.tokens, step - 1 if self.reads_late else None
+        )
+        numbers = {**metrics, **harm}
+        for value in (*numbers.values(), row_losses):
+            value.copy_to_host_async()
+        return state, StepOutput(numbers, row_losses, self.rollouts.metrics if self.rollouts is not None else {})
+
+    @property
+    def reads_late(self) -> bool:
+        """Whether a step's numbers are read when the next one is under way, so that the devices never wait.
+
+        A rollout is made from the weights of the moment and must not be made from a step that is not finite.
+        """
+        return self.rollouts is None
+
+    def read(self, output: StepOutput, batch: Any, step: int) -> tuple[dict[str, float], str | None]:
+        """The metrics of step number `step`, in one transfer, and the error text where they are not finite."""
+        scalars, row_losses = jax.device_get((output.metrics, output.row_losses))
+        numbers = {name: float(value) for name, value in scalars.items()}
+        broken = self.guards.finite(step - 1, numbers, row_losses, batch.row_index)
+        return numbers | output.rollout, broken
 
 
 def prepare(

@@ -194,14 +194,25 @@ class TrainStep:
         base: Parameters | None,
         batch: Batch,
         tokens: float | None = None,
+        taken: int | None = None,
     ) -> tuple[TrainState, dict[str, Float[Array, ""]], Float[Array, " b"]]:
         """(next state, metrics, loss per row). `state` is donated: do not touch it afterwards.
 
         `tokens` is what NLL sums of the whole batch are divided by; None: its answer tokens (see `training.losses`).
+        `taken` is how many steps the caller has dispatched before this one: where the state has fewer behind it,
+        one of them was not finite, and this step keeps the state as well, so that the caller may look at a step's
+        numbers after it has dispatched the next. None: the state is taken as it comes.
         Where the loss or a gradient is not finite, the next state is the one given: nothing is poisoned.
         """
         with use_mesh(self.mesh):
-            return self.jitted(state, frozen, base, batch, None if tokens is None else np.float32(tokens))
+            return self.jitted(
+                state,
+                frozen,
+                base,
+                batch,
+                None if tokens is None else np.float32(tokens),
+                None if taken is None else np.int32(taken),
+            )
 
     @property
     def compilations(self) -> int:
@@ -292,7 +303,12 @@ def _make_step(
         return out, jax.tree.map(lambda x: x / groups, total)
 
     def step(
-        state: TrainState, frozen: nnx.State, base: Parameters | None, batch: Batch, tokens: Any = None
+        state: TrainState,
+        frozen: nnx.State,
+        base: Parameters | None,
+        batch: Batch,
+        tokens: Any = None,
+        taken: Any = None,
     ) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
         out, grads = gradients(state.trainable, frozen, base, batch, tokens)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
@@ -307,6 +323,8 @@ def _make_step(
             "learning_rate": schedule(state.step),
         }
         finite = jnp.isfinite(out.loss) & jnp.isfinite(grad_norm)
+        if taken is not None:
+            finite &= state.step == taken
         updated = TrainState(state.step + 1, trainable, optimizer_state, ema)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
         return kept, metrics, out.row_losses

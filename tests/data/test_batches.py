@@ -23,6 +23,8 @@ from m3po_jax.errors import UserError
 class Letters:
     """Letters as ids; an image path is the seed of its pixels; ``broken`` does not decode."""
 
+    eos_token_id = 2
+
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         return [1] + [99] * len(prompt.images) + [3 + ord(letter) for letter in prompt.instruction]
 
@@ -245,3 +247,15 @@ def test_a_bad_image_names_its_row() -> None:
     rows = [row | {"images": [{"bytes": None, "path": "broken"}]} for row in pairs(1)]
     with pytest.raises(UserError, match=r"pairs:1 \(id 'row-0'\): cannot read the image"):
         next(iter(pair_batches(rows, Letters(), batch_size=1, seed=0)))
+
+
+def test_answers_without_an_end_are_counted() -> None:
+    """The chosen ones of pairs, and those that SFT learns; a rejected one teaches nobody to go on."""
+    rows = pairs(4)
+    for row, chosen, rejected in zip(rows, ([5, 2], [5, 6], [5, 7], [2]), ([5], [5, 2], [5, 2], [5, 2]), strict=True):
+        row |= {"chosen_token_ids": chosen, "rejected_token_ids": rejected}
+    assert pair_batches(rows, Letters(), batch_size=2, seed=0).cut_answers == 2
+    assert pair_batches(pairs(4), Letters(), batch_size=2, seed=0).cut_answers == 0
+    prompts = [pair_prompt(row) for row in rows]
+    answers = [row["chosen_token_ids"] for row in rows]
+    assert sft_batches(prompts, Letters(), batch_size=2, seed=0, answer_ids=answers).cut_answers == 2

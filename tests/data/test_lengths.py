@@ -130,6 +130,8 @@ def test_rounding_adds_little(length: int) -> None:
 class Counted:
     """Prompts and answers of given lengths; a prompt's instruction is its length."""
 
+    eos_token_id = 6
+
     def encode_prompt(self, prompt: Prompt) -> np.ndarray:
         return np.full(int(prompt.instruction), 5)
 

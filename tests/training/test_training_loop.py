@@ -12,13 +12,16 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from training_tools import TinyProcessor, base_config, pair_rows, tiny_model, tiny_pairs
+from training_tools import EOS_ID, TinyProcessor, base_config, pair_rows, tiny_model, tiny_pairs
 
 from m3po_jax.data.batches import pair_batches
 from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.models.layers import LoRAParam
+from m3po_jax.training.checkpoint import restore_trainable
 from m3po_jax.training.loop import TrainResult, train
 from m3po_jax.training.metrics_log import read_metrics
+from m3po_jax.training.stage import Stage
+from m3po_jax.training.step import split_model
 
 
 def leaves(model: Any) -> dict[str, np.ndarray]:
@@ -83,6 +86,82 @@ def test_crash_between_checkpoints(uninterrupted: TrainResult, tmp_path: Path, o
         file.write('{"step": 6, "lo')  # a line cut short
     resumed = run(tmp_path, one_device, save_steps=4)
     assert resumed.metrics_path.read_bytes() == uninterrupted.metrics_path.read_bytes()
+
+
+def test_numbers_are_read_while_the_next_step_is_under_way(
+    tmp_path: Path, one_device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step's numbers come in one transfer, one step late; the first and the saved ones at once."""
+    seen: list[str] = []
+    dispatch, read, get = Stage.dispatch, Stage.read, jax.device_get
+
+    def dispatched(self: Stage, state: Any, batch: Any, step: int) -> Any:
+        seen.append(f"dispatch {step}")
+        return dispatch(self, state, batch, step)
+
+    def counted(tree: Any) -> Any:
+        seen.append("transfer")
+        return get(tree)
+
+    def was_read(self: Stage, output: Any, batch: Any, step: int) -> Any:
+        seen.append(f"read {step}")
+        monkeypatch.setattr(jax, "device_get", counted)
+        result = read(self, output, batch, step)
+        monkeypatch.setattr(jax, "device_get", get)
+        return result
+
+    monkeypatch.setattr(Stage, "dispatch", dispatched)
+    monkeypatch.setattr(Stage, "read", was_read)
+    run(tmp_path, one_device, save_steps=4)
+    order = ["dispatch 1", "read 1", "dispatch 2", "dispatch 3", "read 2", "dispatch 4", "read 3", "read 4"]
+    order += ["dispatch 5", "dispatch 6", "read 5", "read 6"]
+    assert [word for word in seen if word != "transfer"] == order
+    assert seen.count("transfer") == 6
+
+
+def test_a_step_behind_one_that_is_not_finite_changes_nothing(tmp_path: Path, one_device: Any) -> None:
+    """It was dispatched before anybody knew; what is saved is the state before the broken step, bit by bit."""
+
+    class Killed(BaseException):
+        pass
+
+    class Poisoned(TinyProcessor):
+        def pixel_values(self, prompt: Any) -> np.ndarray:
+            pixels = super().pixel_values(prompt)
+            return pixels * np.nan if prompt.id == poisoned else pixels
+
+    config = base_config(save_steps=1)
+    batches = pair_batches(pair_rows(7), TinyProcessor(), batch_size=config.batch_size, seed=3)
+    taken = [batches.row_ids(next(steps).row_index) for steps in [iter(batches)] for _ in range(2)]
+    poisoned = next(name for name in taken[1] if name not in taken[0])
+
+    def die(step: int, metrics: dict[str, float]) -> None:
+        if step == 2:
+            raise Killed
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    with pytest.raises(Killed):
+        train(tiny_model(config), batches, config, output_dir=whole, mesh=one_device, on_step=die)
+    pairs = pair_batches(pair_rows(7), Poisoned(), batch_size=config.batch_size, seed=3)
+    late = replace(config, save_steps=50)  # so that step 3 is under way when 2 is read
+    with pytest.raises(UserError, match=rf"not finite at step 2, rows .*{poisoned}"):
+        train(tiny_model(late), pairs, late, output_dir=broken, mesh=one_device)
+    trained = [split_model(tiny_model(config), config)[1] for _ in range(2)]
+    states = [restore_trainable(folder / "checkpoints", trained[i]) for i, folder in enumerate((whole, broken))]
+    for name, value in states[0].items():
+        np.testing.assert_array_equal(value, states[1][name], err_msg=name)
+    assert [line["step"] for line in read_metrics(broken / "metrics.jsonl")] == [1]
+
+
+def test_answers_without_an_end_are_told_of(tmp_path: Path, one_device: Any) -> None:
+    rows = pair_rows(7)
+    for row in rows[:3]:
+        row |= {"chosen_token_ids": [9, 10, 11], "rejected_token_ids": [9, 12, EOS_ID]}
+    config = base_config(max_steps=1)
+    pairs = pair_batches(rows, TinyProcessor(), batch_size=config.batch_size, seed=3)
+    train(tiny_model(config), pairs, config, output_dir=tmp_path, mesh=one_device)
+    (line,) = [line for line in read_metrics(tmp_path / "warnings.jsonl") if line["kind"] == "cut"]
+    assert line["step"] == 1 and line["message"].startswith("3 of 7 answers to learn from have no end token")
 
 
 def test_finished_stage_is_not_repeated(uninterrupted: TrainResult, one_device: Any) -> None:
