@@ -7,7 +7,8 @@ from typing import TypeVar
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from m3po_jax.training.progress import progress_bar
 
 T = TypeVar("T")
 
@@ -21,16 +22,10 @@ def say(text: str, style: str | None = None) -> None:
 
 
 def progress(items: Iterable[T], title: str, total: int) -> Iterator[T]:
-    """Yields `items` with a progress bar where someone watches."""
-    if jax.process_index() != 0 or not console.is_terminal:
-        yield from items
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        yield from bar.track(items, total=total, description=title)
+    """Yields `items`, and shows how many of them are done."""
+    with progress_bar(title, total, enabled=jax.process_index() == 0, console=console) as advance:
+        for number, item in enumerate(items):
+            if number:
+                advance(number)
+            yield item
+        advance(total)

@@ -27,7 +27,7 @@ from m3po_jax.training import guards as checks
 from m3po_jax.training.checkpoint import Checkpointer, Progress, best_step, restore_trainable
 from m3po_jax.training.journal import Journal
 from m3po_jax.training.metrics_log import Trackers
-from m3po_jax.training.progress import progress_bar
+from m3po_jax.training.progress import Advance, describe, progress_bar
 from m3po_jax.training.reference import check_sample
 from m3po_jax.training.signals import stop_signal
 from m3po_jax.training.stage import Stage, StepOutput, prepare, without_free_settings
@@ -183,7 +183,7 @@ def _run_steps(
             first=first,
         ) as trackers,
         stop_signal() as stop,
-        progress_bar(stage.total, at.done, enabled=first) as bar,
+        progress_bar("training", stage.total, at.done, enabled=first) as bar,
     ):
         run = _Steps(stage, at, saved, journal, trackers, bar, on_step)
         while run.dispatched < stage.total:
@@ -231,7 +231,7 @@ class _Steps:
         saved: Checkpointer,
         journal: Journal,
         trackers: Trackers,
-        bar: Callable[[int, Mapping[str, float]], None],
+        bar: Advance,
         on_step: Callable[[int, dict[str, float]], None] | None,
     ):
         self.stage, self.at, self.saved, self.journal = stage, at, saved, journal
@@ -292,7 +292,7 @@ class _Steps:
         if due:
             self.journal.timing(at.done, took)
             self.trackers.log(at.done, {**logged, **took})
-        self.bar(at.done, at.last)
+        self.bar(at.done, describe(at.last))
         if self.on_step is not None:
             self.on_step(at.done, at.last)
 

@@ -8,6 +8,10 @@ would keep the others waiting, the next stage's first look finds it, and all of 
 Between two stages the command line listens with `noted`, and the next look finds what it noted. It raises nothing by
 itself: an exception out of nowhere is taken for something else by the library that it happens in (a configuration
 that cannot be read, say), or swallowed whole (in a callback of the garbage collector).
+
+A second Ctrl-C does not wait for anything: a thread hears of signals even while the main one compiles or computes,
+and ends the process there and then, as a kill would. Files appear whole or not at all, so that nothing is lost but
+the work since the last of them.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import numpy as np
 from m3po_jax.errors import Interrupted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_STOPPED = 75  # EX_TEMPFAIL of sysexits.h, as `cli` ends when it is stopped
 _unseen: list[str] = []  # a signal that the next look has yet to see
 
 
@@ -69,42 +74,76 @@ def stop_signal() -> Iterator[StopSignal]:
     if stop.received is None:
         return
     if jax.process_count() == 1:
-        signal.raise_signal(signal.Signals[stop.received])
+        number = signal.Signals[stop.received]
+        handler = previous[number]
+        if callable(handler):
+            handler(number, None)  # not raised again: it would count as a second Ctrl-C
+        else:
+            signal.raise_signal(number)
     else:
         _unseen[:] = [stop.received]
 
 
 @contextmanager
 def noted() -> Iterator[None]:
-    """SIGTERM and SIGINT between stages wait for the next look while the block runs; a second SIGINT does not wait.
+    """SIGTERM and SIGINT between stages wait for the next look while the block runs; a second SIGINT ends it all.
 
-    One that no look has seen when the block ends is raised there.
+    A signal that no look has seen when the block ends is raised there.
 
     Raises:
         Interrupted: at the block's end.
-        KeyboardInterrupt: on a second SIGINT, wherever that is.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def note(number: int, frame: FrameType | None) -> None:
-        again = bool(_unseen)
         _unseen[:] = [signal.Signals(number).name]
-        if number == signal.SIGINT:
-            if again:
-                _unseen.clear()
-                raise KeyboardInterrupt
-            # Not `print`, which a signal handler may have interrupted.
-            os.write(2, b"m3po: stopping as soon as that is safe; press Ctrl-C again to stop at once\n")
 
     _unseen.clear()
     previous = {number: signal.signal(number, note) for number in _SIGNALS}
     try:
-        yield
+        with _second_interrupt_ends():
+            yield
         if _unseen:
             raise Interrupted(f"stopped by {_unseen[0]}; what is finished is saved")
     finally:
         _unseen.clear()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _second_interrupt_ends() -> Iterator[None]:
+    """Answers SIGINT at once, whatever the main thread is busy with: the first with a word, the second by ending."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    # The interpreter writes the number of each signal there as it arrives, before any handler of Python's can run.
+    before = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=_watch_interrupts, args=(read_end,), name="interrupts", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(write_end)
+        watcher.join()
+        os.close(read_end)
+
+
+def _watch_interrupts(read_end: int) -> None:
+    interrupts = 0
+    while numbers := os.read(read_end, 64):
+        for _ in range(numbers.count(signal.SIGINT)):
+            interrupts += 1
+            if interrupts == 1:
+                os.write(2, b"m3po: stopping as soon as that is safe; press Ctrl-C again to stop at once\n")
+            else:
+                _end_now()
+
+
+def _end_now() -> None:
+    """Ends this process without any of its clean-up, which could wait for a step, a compiler or another host."""
+    show_cursor = b"\x1b[?25h" if os.isatty(2) else b""
+    os.write(2, show_cursor + b"m3po: stopped at once; what is finished is saved; the same command continues\n")
+    os._exit(_STOPPED)

@@ -29,7 +29,7 @@ from m3po_jax.training.flops import PEAK_FLOPS, peak_flops, step_cost
 from m3po_jax.training.loop import load_trained, train
 from m3po_jax.training.metrics_log import MetricsLog, Trackers, read_metrics
 from m3po_jax.training.optimizer import learning_rate_schedule
-from m3po_jax.training.progress import progress_bar
+from m3po_jax.training.progress import describe, duration, progress_bar
 from m3po_jax.training.step import make_step, place_frozen, split_model
 from m3po_jax.training.timing import StepTimer
 
@@ -380,13 +380,37 @@ def test_the_bar_shows_loss_accuracy_margin_and_time_left(
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    with progress_bar(10, 2) as bar:
-        bar(3, numbers)
+    with progress_bar("training", 10, 2) as bar:
+        time.sleep(0.15)  # a bar is drawn ten times a second
+        bar(3, describe(numbers))
         time.sleep(0.01)
-        bar(4, numbers)
+        bar(4, describe(numbers))
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
-    last = [line for line in shown.splitlines() if "training" in line][-1]
-    assert re.search(r"4/10 +loss 0\.500  accuracy 0\.750  margin 1\.250 +\d+:\d\d:\d\d", last), last
-    with progress_bar(10, 2, enabled=False) as bar:
-        bar(3, numbers)
+    lines = [line for line in shown.splitlines() if "training" in line]
+    assert re.search(r"2/10 +compiling", lines[0]), lines[0]
+    assert re.search(r"4/10 +loss 0\.500  accuracy 0\.750  margin 1\.250 +\d+:\d\d:\d\d", lines[-1]), lines[-1]
+    with progress_bar("training", 10, 2, enabled=False) as bar:
+        bar(3, describe(numbers))
     assert capsys.readouterr().err == ""
+
+
+def test_without_a_terminal_a_line_a_minute_tells_the_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    with progress_bar("training", 5_000, 1_000, clock=lambda: now) as advance:
+        for done, seconds in ((1_001, 30.0), (1_011, 40.0), (1_041, 70.0), (1_051, 80.0), (1_200, 131.0)):
+            now = seconds
+            advance(done, "loss 0.500")
+        now = 9_000.0
+        advance(5_000)
+    # The first step, 30 s of which were the compiler's, does not count: one step takes a second, then half of one.
+    assert capsys.readouterr().err.splitlines() == [
+        "training: 1,041 of 5,000 (21%), 66 min left, loss 0.500",
+        "training: 1,200 of 5,000 (24%), 32 min left, loss 0.500",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (5_300, "88 min"), (12_000, "3 h 20 min")]
+)
+def test_durations_are_said_in_words(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import jax
@@ -139,12 +142,35 @@ def test_a_signal_that_no_look_has_seen_is_raised_at_the_end() -> None:
     assert finished and signals._unseen == []
 
 
-def test_a_second_interrupt_does_not_wait() -> None:
-    with pytest.raises(KeyboardInterrupt), noted():
-        tell(signal.SIGINT)
-        tell(signal.SIGINT)
-        pytest.fail("the second one must stop here")
-    assert signals._unseen == []
+# In C for a minute, where no handler of Python's runs, as in XLA's compiler.
+BUSY = """
+import ctypes, signal
+from m3po_jax.training.signals import noted, stop_signal
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+wait = ctypes.CDLL(None).clock_nanosleep
+until = (ctypes.c_long * 2)(60, 0)
+with noted(), stop_signal():
+    print("busy", flush=True)
+    while wait(1, 0, until, until):  # begins again where a signal has ended it
+        pass
+"""
+
+
+def test_a_second_interrupt_ends_a_stage_that_is_deep_in_the_compiler() -> None:
+    """The main thread runs no Python for a minute; the process ends at once, with the status of a stopped run."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "busy\n"
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None, "the first one waits"
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == cli.EXIT_INTERRUPTED and time.monotonic() - started < 10
+    assert "press Ctrl-C again to stop at once" in told and "stopped at once; what is finished is saved" in told
 
 
 def test_other_verbs_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
