@@ -9,11 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
-from m3po_jax.errors import Interrupted, UserError
+from m3po_jax import supervisor
+from m3po_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError
 from m3po_jax.version import __version__
 
-# sysexits.h: a launcher that sees EX_TEMPFAIL requeues the same command.
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 75
 # Verbs that look for a signal at every step of theirs and save before they stop; any other ends at once.
 RESUMABLE = frozenset({"run", "generate", "score", "select", "train", "evaluate", "compare"})
 
@@ -139,6 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.overrides += left
     _quiet_libraries()
+    several = options.verb in RESUMABLE and supervisor.runs_on_several_hosts()
+    if several and (status := supervisor.stay_behind()) is not None:
+        return status
     try:
         from m3po_jax.pipeline import verbs
         from m3po_jax.training.signals import noted
@@ -153,6 +155,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = str(stopped) or "interrupted; what is finished is saved"
         print(f"m3po: {reason}; the same command continues", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        if several and supervisor.is_lost_host(error):
+            supervisor.leave_after(error)
+        raise
     return 0
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# Exit statuses; sysexits.h: a launcher that sees EX_TEMPFAIL starts the same command again.
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 75
+
 
 class UserError(Exception):
     """One clear line: where, what is wrong, how to mend it.

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from m3po_jax.config import MeshConfig
 from m3po_jax.errors import UserError
+from m3po_jax.supervisor import HEARTBEAT_SECONDS
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -171,6 +172,8 @@ def initialize_distributed() -> None:
                 where="environment",
                 remedy="set all three, or none",
             ) from None
-        jax.distributed.initialize(coordinator, num_processes=count, process_id=index)
+        jax.distributed.initialize(
+            coordinator, num_processes=count, process_id=index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+        )
     elif os.environ.get("M3PO_MULTI_HOST") == "1":
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)

@@ -242,10 +242,17 @@ class TestSlurm:
         assert m3po_arguments(note["argv"]) == ["run", "--config", RECIPE, *OVERRIDES]
         assert note["environment"]["M3PO_MULTI_HOST"] == several
 
-    def test_stopped_goes_back_into_the_queue(self, sandbox):
-        sandbox.stub("srun", "exit 75")
-        assert sandbox.run("slurm.sbatch", RECIPE, SLURM_JOB_ID="7").returncode == 75
+    @pytest.mark.parametrize("status", [75, 137])
+    def test_stopped_or_killed_goes_back_into_the_queue(self, sandbox, status):
+        sandbox.stub("srun", f"exit {status}")
+        assert sandbox.run("slurm.sbatch", RECIPE, SLURM_JOB_ID="7").returncode == status
         assert sandbox.calls()[-1] == ["scontrol", "requeue", "7"]
+
+    def test_not_for_ever(self, sandbox):
+        sandbox.stub("srun", "exit 75")
+        job = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "3", "MAX_RESTARTS": "3"}
+        assert sandbox.run("slurm.sbatch", RECIPE, **job).returncode == 75
+        assert [call[0] for call in sandbox.calls()] == ["srun"]
 
     def test_an_error_does_not(self, sandbox):
         sandbox.stub("srun", "exit 2")

@@ -26,10 +26,9 @@ from types import FrameType
 import jax
 import numpy as np
 
-from m3po_jax.errors import Interrupted
+from m3po_jax.errors import EXIT_INTERRUPTED, Interrupted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_STOPPED = 75  # EX_TEMPFAIL of sysexits.h, as `cli` ends when it is stopped
 _unseen: list[str] = []  # a signal that the next look has yet to see
 
 
@@ -146,4 +145,4 @@ def _end_now() -> None:
     """Ends this process without any of its clean-up, which could wait for a step, a compiler or another host."""
     show_cursor = b"\x1b[?25h" if os.isatty(2) else b""
     os.write(2, show_cursor + b"m3po: stopped at once; what is finished is saved; the same command continues\n")
-    os._exit(_STOPPED)
+    os._exit(EXIT_INTERRUPTED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -99,3 +100,31 @@ def test_both_stop_when_one_is_told_and_continue_together(
         return
     for one, two in zip(rows(alone / "round-1/candidates"), rows(run / "round-1/candidates"), strict=True):
         assert (one["id"], one["candidate"], one["token_ids"]) == (two["id"], two["candidate"], two["token_ids"])
+
+
+@pytest.mark.parametrize(
+    ("verb", "moment", "killed"),
+    [("generate", "round-1/candidates/00000-*.parquet", 1), ("run", "round-1/checkpoints/2", 0)],
+)
+def test_when_one_is_killed_the_other_ends_as_one_that_is_started_again(
+    alone: Path, tmp_path: Path, verb: str, moment: str, killed: int
+) -> None:
+    """Within a minute, by one line and the status that launchers wait for, whichever of the two is lost."""
+    recipe = write_recipe(tmp_path, alone.parents[1] / "data" / "prompts.jsonl")
+    run = tmp_path / "runs" / "mini"
+    pair = hosts(verb, "--config", str(recipe))
+    deadline = time.monotonic() + 300
+    while not list(run.glob(moment)) and pair[0].poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    pair[killed].kill()
+    since = time.monotonic()
+    status, errors = ends(pair)[1 - killed]
+    assert time.monotonic() - since < 60
+    assert status == 75, errors
+    told = [line for line in errors.splitlines() if line.startswith("m3po: ")]
+    assert len(told) == 1 and "another host is gone" in told[0] and "the same command continues" in told[0], errors
+    assert not re.search(r"Traceback|Check failure|coordination|\.cc", errors), errors
+    for status, errors in ends(hosts(verb, "--config", str(recipe))):
+        assert status == 0, errors
+    if verb == "run":
+        same_run(alone, run, tolerance=2e-3)
