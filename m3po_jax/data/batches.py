@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool
 
+from m3po_jax.config import TrainConfig
 from m3po_jax.data.batch_source import BatchSource, SharedRows, endless_batches, fingerprint_of, require_rows
 from m3po_jax.data.collation import PromptBatch, TreeBatch, TreeRow, collation
 from m3po_jax.data.feature_cache import PromptFeatures
@@ -25,6 +26,7 @@ from m3po_jax.data.schema import Prompt
 from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import UserError
 from m3po_jax.hosts import OwnRows
+from m3po_jax.reading import check_value
 
 
 def pair_batches(
@@ -220,9 +222,8 @@ def _tree_source(
     own: OwnRows | None,
 ) -> dict[str, Any]:
     """What the sources of prompts with answers have in common: fields of `BatchSource`."""
-    for name, value in (("length_window", length_window), ("max_shapes", max_shapes)):
-        if value < 1:
-            raise UserError(f"{name} must be positive, not {value}", where=f"train.{name}")
+    check_value(TrainConfig, "length_window", length_window, "train")
+    check_value(TrainConfig, "max_shapes", max_shapes, "train")
     lengths = Lengths(
         np.array([len(prefix_of(row)) for row in range(len(answers))]),
         np.array([max(map(len, row)) for row in answers]),

@@ -21,6 +21,7 @@ from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.models import Policy, directory_identity, load_dual_encoder, load_policy
 from m3po_jax.pipeline.reward import find_reward, load_reward
 from m3po_jax.pipeline.stopping import from_writer
+from m3po_jax.reading import check_values
 from m3po_jax.scoring.alignment import Backend, Judged, Reference, Scores, Similarity
 from m3po_jax.scoring.blind_spots import shared_blind_spots
 from m3po_jax.scoring.chat import check_endpoint, read_key
@@ -78,8 +79,7 @@ def make_backend(
     Raises:
         UserError: an unknown backend (the nearest one is named), a missing or unsuitable model.
     """
-    if score.backend not in BACKENDS:
-        raise UserError(f"unknown backend {score.backend!r}{nearest(score.backend, BACKENDS)}", where="score.backend")
+    check_values(score, "score")
     noted = [] if warnings is None else warnings
     config = model_config or ModelConfig()
     setting = Setting(score, mesh, policy, Path(image_root), config, folder, noted, own_reward)
@@ -249,9 +249,13 @@ def _warn(setting: Setting, judge: Loaded) -> None:
         say(f"score.model: {warning}", style="yellow")
 
 
-def _ensemble(setting: Setting) -> Ensemble:
-    score = setting.score
-    members: list[Backend] = []
+def member_settings(score: ScoreConfig) -> list[ScoreConfig]:
+    """What each member of an ensemble is built from: `score` with its own backend and model.
+
+    Raises:
+        UserError: an unknown member, or fewer than two.
+    """
+    found: list[ScoreConfig] = []
     known = [name for name in BACKENDS if name != "ensemble"]
     for member in score.members:
         name, _, model = member.partition("=")
@@ -261,10 +265,17 @@ def _ensemble(setting: Setting) -> Ensemble:
         own = dataclasses.replace(score, backend=name, model=model or fallback, members=[])
         if name == "endpoint" and model:
             own = dataclasses.replace(own, endpoint=dataclasses.replace(score.endpoint, model=model))
-        members.append(BACKENDS[name](dataclasses.replace(setting, score=own)))
-    if len(members) < 2:
+        found.append(own)
+    if len(found) < 2:
         raise UserError("an ensemble has at least two members", where="score.members", remedy="name two backends")
-    rules = score.ensemble
+    return found
+
+
+def _ensemble(setting: Setting) -> Ensemble:
+    members = [
+        BACKENDS[own.backend](dataclasses.replace(setting, score=own)) for own in member_settings(setting.score)
+    ]
+    rules = setting.score.ensemble
     return Ensemble(
         members,
         correlation=rules.correlation,

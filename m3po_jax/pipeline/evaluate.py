@@ -13,7 +13,7 @@ from m3po_jax.data import tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import PromptSource, fingerprint, read_prompts
-from m3po_jax.errors import UserError, nearest
+from m3po_jax.errors import UserError
 from m3po_jax.evaluation.registry import METRICS, image_of
 from m3po_jax.generation.engine import Generator
 from m3po_jax.hosts import Shares
@@ -21,6 +21,7 @@ from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.generate import requests
 from m3po_jax.pipeline.rundir import is_writer, now, read_json, write_json
 from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
+from m3po_jax.reading import check_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +46,7 @@ def read_benchmark(name: str, config: BenchmarkConfig) -> Benchmark:
         UserError: an unknown metric, no rows, or rows without what the metric needs.
     """
     where = f"evaluate.benchmarks.{name}"
-    if config.metric not in METRICS:
-        raise UserError(f"unknown metric {config.metric!r}{nearest(config.metric, METRICS)}", where=where)
+    check_values(config, where)
     source: PromptSource = read_prompts(config.data)
     rows = [source[i] for i in range(len(source))]
     if config.kind:

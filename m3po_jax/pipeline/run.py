@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from m3po_jax.config import Recipe, essential
+from m3po_jax.config import Recipe
 from m3po_jax.data import tables
 from m3po_jax.errors import UserError
 from m3po_jax.generation.settings import sampling_config
@@ -29,6 +29,7 @@ from m3po_jax.pipeline.select import select
 from m3po_jax.pipeline.stopping import agreed, barrier, look
 from m3po_jax.pipeline.systems import System, base_systems, greedy
 from m3po_jax.pipeline.train import Trained, read_pairs, train_on_pairs, train_on_references
+from m3po_jax.recipes import essential
 from m3po_jax.scoring.alignment import Backend
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.sharding import use_mesh

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from m3po_jax.config import Recipe, load_recipe
+from m3po_jax.config import Recipe
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.pipeline import evaluate as evaluating
 from m3po_jax.pipeline import summary
@@ -21,6 +21,7 @@ from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.run import Run
 from m3po_jax.pipeline.rundir import RunDirectory, write_json
 from m3po_jax.pipeline.select import select_file
+from m3po_jax.recipes import load_recipe, shipped, summary_of
 from m3po_jax.sharding import initialize_distributed, make_mesh, use_mesh
 
 
@@ -121,6 +122,13 @@ def validate(options: argparse.Namespace) -> None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError(f"{count} in all", where="validate", remedy="each line above says how to mend it")
     say(f"no problems: {read}")
+
+
+def recipes(options: argparse.Namespace) -> None:
+    names = shipped()
+    width = max(map(len, names))
+    for name, path in names.items():
+        print(f"{name.ljust(width)}  {summary_of(path)}")
 
 
 def plan(options: argparse.Namespace) -> None:

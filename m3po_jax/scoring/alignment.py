@@ -106,6 +106,12 @@ def check_aggregate(rule: str, vocabulary: Sequence[str]) -> None:
         raise UserError("soft_f1 needs the claims that could be made", where="score.vocabulary")
 
 
+def check_template(template: str, where: str) -> None:
+    """UserError unless the template says where a claim goes."""
+    if "{claim}" not in template:
+        raise UserError(f"no {{claim}} in {template!r}", where=where)
+
+
 def pool_scores(
     pool: Sequence[Sequence[Claim]], probability: Callable[[Claim], float], rule: str, mass: float | None
 ) -> np.ndarray:
@@ -164,8 +170,7 @@ class Similarity:
         if unit not in UNITS:
             raise UserError(f"unknown unit {unit!r}{nearest(unit, UNITS)}", where="score.unit")
         check_aggregate(aggregate, vocabulary)
-        if "{claim}" not in template:
-            raise UserError(f"no {{claim}} in {template!r}", where="score.claim_template")
+        check_template(template, "score.claim_template")
         self.processor, self.mesh, self.unit = processor, mesh, unit
         self.aggregate = "mean" if unit == "whole" else aggregate
         self.objects = list(vocabulary)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from m3po_jax.config import GenerateConfig, MeshConfig, load_recipe
+from m3po_jax.config import GenerateConfig, MeshConfig
 from m3po_jax.data import tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Image, Prompt
@@ -24,6 +24,7 @@ from m3po_jax.pipeline.models import make_generator
 from m3po_jax.quickstart.builder import encode_png
 from m3po_jax.quickstart.language import CAPTION_INSTRUCTION
 from m3po_jax.quickstart.scenes import scene
+from m3po_jax.recipes import load_recipe
 from m3po_jax.sharding import make_mesh
 
 # A greedy candidate and three that often repeat it: every pool has duplicates.

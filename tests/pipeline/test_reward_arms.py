@@ -13,12 +13,12 @@ import yaml
 from mini_run import ROOT, rows, write_data, write_recipe
 
 from m3po_jax.cli import main
-from m3po_jax.config import load_recipe
 from m3po_jax.data import tables
 from m3po_jax.errors import UserError
 from m3po_jax.pipeline.arms import arm_recipe
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.reward import held_out, is_reward_prompt, uses_own_reward
+from m3po_jax.recipes import load_recipe
 
 ARMS = {
     "rm_dpo": {},
