@@ -179,7 +179,7 @@ def kind_at(cls: Any, parts: Sequence[str], key: str) -> Kind:
     known = fields_of(cls)
     head, *rest = parts
     if head not in known:
-        raise _unknown(key, head, known)
+        raise _unknown(_up_to(key, rest), head, known)
     kind = known[head]
     if not rest:
         return kind
@@ -198,6 +198,11 @@ def kind_at(cls: Any, parts: Sequence[str], key: str) -> Kind:
     raise Refused(key, f"{head} has no keys of its own", _takes(kind))
 
 
+def _up_to(key: str, rest: Sequence[str]) -> str:
+    """A dotted key without its last parts."""
+    return key.removesuffix("." + ".".join(rest)) if rest else key
+
+
 def _unknown(key: str, name: str, known: Iterable[str]) -> Refused:
     if "${" in name:
         return Refused(key, "is an interpolation, which recipes lack")
@@ -214,7 +219,7 @@ def assign(section: Any, parts: Sequence[str], value: Any, key: str) -> Any:
     known = fields_of(type(section))
     head, *rest = parts
     if head not in known:
-        raise _unknown(key, head, known)
+        raise _unknown(_up_to(key, rest), head, known)
     kind, current = known[head], getattr(section, head)
     if not rest:
         return dataclasses.replace(section, **{head: read_value(kind, value, key, current)})
@@ -233,7 +238,7 @@ def _assign_item(
     item, (head, *rest) = kind.item, parts
     overrides = [rule for rule in item.rules if isinstance(rule, Overrides)]
     if item.section:
-        name = _read_name(kind.key, head, key.removesuffix("." + ".".join(parts)))
+        name = _read_name(kind.key, head, _up_to(key, parts))
         before = current.get(name, item.base())
         made = assign(before, rest, value, key) if rest else read_value(item, value, key)
     elif overrides and rest:
@@ -242,7 +247,7 @@ def _assign_item(
         name = _read_name(kind.key, head, place.removesuffix(f".{head}"))
         made = dict(current.get(name, {})) | dict(_read_overrides(overrides[0].cls(), {dotted: value}, place, ""))
     else:
-        name = _read_name(kind.key, ".".join(parts), key.removesuffix("." + ".".join(parts)))
+        name = _read_name(kind.key, ".".join(parts), _up_to(key, parts))
         made = read_value(item, value, key)
     found = dict(current) | {name: made}
     check_case(kind, found, key)

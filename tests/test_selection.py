@@ -410,7 +410,7 @@ def test_fewer_candidates_are_the_first_ones():
         select_rows(rows, SelectConfig(candidates=1))
     with pytest.raises(UserError, match=r"select\.max_pairs"):
         select_rows(rows, SelectConfig(max_pairs=0))
-    with pytest.raises(UserError, match=r"unknown order 'valeu'.*value"):
+    with pytest.raises(UserError, match=r"budget_by: unknown value 'valeu' \(did you mean 'value'"):
         select_rows(rows, SelectConfig(budget_by="valeu"))
 
 

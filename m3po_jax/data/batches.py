@@ -109,6 +109,18 @@ def pair_batches(
     )
 
 
+def reference_tokens(prompt: Prompt, processor: PromptProcessor) -> Sequence[int]:
+    """Token ids of a row's reference answer, EOS included.
+
+    Raises:
+        UserError: there is none, or it is empty: a model that learned it would end at once.
+    """
+    if prompt.reference is None or not prompt.reference.strip():
+        what = "the row has no reference answer" if prompt.reference is None else "the reference answer is empty"
+        raise UserError(what, where=where_of(prompt), remedy="add `reference` or drop the row")
+    return processor.encode_answer(prompt.reference)
+
+
 def sft_batches(
     prompts: Sequence[Prompt],
     processor: PromptProcessor,
@@ -137,12 +149,8 @@ def sft_batches(
     for number, prompt in enumerate(prompts):
         if answer_ids is not None:
             tokens: Any = answer_ids[number]
-        elif prompt.reference is not None:
-            tokens = processor.encode_answer(prompt.reference)
         else:
-            raise UserError(
-                "the row has no reference answer", where=where_of(prompt), remedy="add `reference` or drop it"
-            )
+            tokens = reference_tokens(prompt, processor)
         ids.append(prompt.id)
         instructions.append(prompt.instruction)
         answers.append(checked_answer(tokens, max_answer_tokens, where_of(prompt)))

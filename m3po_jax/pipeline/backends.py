@@ -16,7 +16,7 @@ from m3po_jax.config import ModelConfig, Recipe, ScoreConfig
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.models.dual_encoder import DualEncoder
-from m3po_jax.models.registry import Loaded, describe, resolve_directory
+from m3po_jax.models.registry import Description, Loaded, describe, resolve_directory
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.models import Policy, directory_identity, load_dual_encoder, load_policy
 from m3po_jax.pipeline.reward import find_reward, load_reward
@@ -86,14 +86,33 @@ def make_backend(
     return BACKENDS[score.backend](setting)
 
 
-def _similarity(setting: Setting) -> Similarity:
-    score = setting.score
+def describe_dual_encoder(score: ScoreConfig) -> Description:
+    """UserError unless `score.model` is a dual encoder."""
     if not score.model:
         raise UserError("similarity needs a dual encoder", where="score.model", remedy="name a CLIP or SigLIP model")
-    if describe(score.model).family.model_class is not DualEncoder:
+    described = describe(score.model)
+    if described.family.model_class is not DualEncoder:
         raise UserError(
             "not a dual encoder", where=f"score.model {score.model!r}", remedy="take a CLIP or SigLIP model"
         )
+    return described
+
+
+def describe_judge(score: ScoreConfig) -> Description:
+    """UserError unless `score.model` is a vision-language model."""
+    described = describe(score.model)
+    if not hasattr(described.family.model_class, "image_features"):
+        raise UserError(
+            f"not a vision-language model, which the {score.backend} backend asks",
+            where=f"score.model {score.model!r}",
+            remedy="take one, or score.backend=similarity",
+        )
+    return described
+
+
+def _similarity(setting: Setting) -> Similarity:
+    score = setting.score
+    describe_dual_encoder(score)
     loaded, processor = load_dual_encoder(score.model, setting.mesh, image_root=setting.image_root, image_fit="")
     _warn(setting, loaded)
     return Similarity(
@@ -112,12 +131,7 @@ def _judge_model(setting: Setting) -> Policy:
     """The vision-language model that judges: `score.model`, or the policy itself."""
     score, policy = setting.score, setting.policy
     if score.model:
-        if not hasattr(describe(score.model).family.model_class, "image_features"):
-            raise UserError(
-                f"not a vision-language model, which the {score.backend} backend asks",
-                where=f"score.model {score.model!r}",
-                remedy="take one, or score.backend=similarity",
-            )
+        describe_judge(score)
         config = dataclasses.replace(setting.model_config, path=score.model, init="pretrained", vision_tower="")
         judge = load_policy(Recipe(model=config), setting.mesh, image_root=setting.image_root)
     elif policy is not None:

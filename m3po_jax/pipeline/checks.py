@@ -15,6 +15,7 @@ from m3po_jax.scoring.alignment import check_aggregate, check_template
 from m3po_jax.scoring.chat import check_endpoint
 from m3po_jax.scoring.grading import check_rubric
 from m3po_jax.selection import check_config
+from m3po_jax.sharding import check_mesh
 from m3po_jax.training.guards import check_settings
 from m3po_jax.training.objectives import check_objective
 from m3po_jax.training.optimizer import make_optimizer
@@ -31,6 +32,7 @@ def check_recipe(recipe: Recipe) -> None:
         UserError: names the key.
     """
     check_values(recipe, "")
+    check_mesh(recipe.mesh)
     _check_one(recipe, candidates=recipe.train.objective in WITH_CANDIDATES)
     if judges_by_own_reward(recipe):
         raise UserError(
@@ -125,10 +127,6 @@ def judges(score: ScoreConfig) -> list[ScoreConfig]:
 def check_score(score: ScoreConfig) -> None:
     """UserError where the settings of a judge cannot be meant; its model's files are not looked at."""
     for judge in judges(score):
-        if judge.backend == "similarity" and not judge.model:
-            raise UserError(
-                "similarity needs a dual encoder", where="score.model", remedy="name a CLIP or SigLIP model"
-            )
         if judge.backend in ("similarity", "claims"):
             check_aggregate(judge.aggregate, judge.vocabulary)
         if judge.backend == "similarity":

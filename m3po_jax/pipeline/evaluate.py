@@ -47,6 +47,8 @@ def read_benchmark(name: str, config: BenchmarkConfig) -> Benchmark:
     """
     where = f"evaluate.benchmarks.{name}"
     check_values(config, where)
+    if not config.data.path:
+        raise UserError("no questions", where=f"{where}.data.path", remedy="name a file, a folder or a builder")
     source: PromptSource = read_prompts(config.data)
     rows = [source[i] for i in range(len(source))]
     if config.kind:
@@ -57,6 +59,29 @@ def read_benchmark(name: str, config: BenchmarkConfig) -> Benchmark:
         if lacking := METRICS[config.metric].missing(row):
             raise UserError(lacking[0], where=row.where, remedy=f"{config.metric}: {lacking[1]}")
     return Benchmark(name, config, rows, source.image_root, fingerprint(source))
+
+
+def check_scoring(benchmark: Benchmark) -> None:
+    """Scores "yes" as the answer to every question: what a metric cannot read is found before a model has answered.
+
+    Raises:
+        UserError: fields of other shapes than the metric reads, files or packages that it lacks.
+    """
+    metric = METRICS[benchmark.config.metric]
+    if metric.judged:
+        return
+    answers = [{"id": prompt.id, "text": "yes", "tokens": 1} for prompt in benchmark.prompts]
+    try:
+        scored = score_answers(benchmark, answers)
+        intervals(benchmark, scored, 2, 0)
+    except UserError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{benchmark.config.metric} cannot score its rows ({type(error).__name__}: {error})",
+            where=f"evaluate.benchmarks.{benchmark.name}",
+            remedy="see evaluation.md for the fields that it reads",
+        ) from error
 
 
 def score_answers(benchmark: Benchmark, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from m3po_jax.generation.settings import sampling_config
 from m3po_jax.pipeline import reward as rewarding
 from m3po_jax.pipeline import rounds, summary
 from m3po_jax.pipeline.arms import arm_recipe, needs_pairs
-from m3po_jax.pipeline.backends import check_ready, judge_identities, make_backend
+from m3po_jax.pipeline.backends import judge_identities, make_backend
 from m3po_jax.pipeline.caches import vision_features
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.generate import generate
+from m3po_jax.pipeline.preflight import check_before_run
 from m3po_jax.pipeline.resources import Resources
 from m3po_jax.pipeline.rlhf import rollout_costs, train_rlhf
 from m3po_jax.pipeline.rundir import is_writer, read_json
@@ -371,7 +372,7 @@ class Run(Resources):
                 where="train.objective",
                 remedy="`m3po train` trains it; the arms rm_dpo and rlhf train their own",
             )
-        check_ready(self.recipe.score)
+        check_before_run(self.recipe)
         with self.directory.lock():
             self.open()
             arms: list[str | None] = [None, *self.recipe.arms]

@@ -17,6 +17,7 @@ from m3po_jax.errors import UserError, nearest
 from m3po_jax.pipeline import evaluate as evaluating
 from m3po_jax.pipeline import summary
 from m3po_jax.pipeline import train as training
+from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.run import Run
 from m3po_jax.pipeline.rundir import RunDirectory, write_json
@@ -195,6 +196,7 @@ def train(options: argparse.Namespace) -> None:
         with _stage(options) as running:
             running.train_stage(options.round, _arm(recipe, options))
         return
+    check_recipe(recipe)
     _start()
     directory = RunDirectory.of(recipe)
     mesh = make_mesh(recipe.mesh)

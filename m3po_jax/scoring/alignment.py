@@ -276,10 +276,23 @@ class Reference:
     def __init__(self, vocabulary: Sequence[str]):
         self.vocabulary = object_vocabulary(vocabulary)
 
+    def objects(self, prompt: Prompt) -> set[str]:
+        """What the image shows, where the vocabulary makes it count.
+
+        Raises:
+            UserError: the row lists something else than names.
+        """
+        named = prompt.metadata.get("objects") or []
+        if self.vocabulary is None:
+            return set()
+        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+            raise UserError("metadata.objects is not a list of texts", where=prompt.where or f"id {prompt.id!r}")
+        return set(named)
+
     def __call__(self, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Scores:
         scores: Scores = []
         for prompt, pool in zip(prompts, pools, strict=True):
-            objects = set(prompt.metadata.get("objects") or ())
+            objects = self.objects(prompt)
             if self.vocabulary is not None and objects and prompt.metadata.get("kind") == "caption":
                 scores.append(np.array([self._object_f1(answer, objects) for answer in pool], np.float64))
             elif prompt.reference is not None:

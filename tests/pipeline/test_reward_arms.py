@@ -194,7 +194,7 @@ def test_the_split_depends_on_ids_alone() -> None:
     [
         (["reward.split=0"], "reward.split"),
         (["reward.holdout=1"], "reward.holdout"),
-        (["reward.rule=best"], "unknown rule"),
+        (["reward.rule=best"], r"reward\.rule: unknown value 'best'"),
         (["reward.pairs_per_prompt=0"], "reward.pairs_per_prompt: 0 pairs of a prompt"),
         (["reward.rule=m3p", "reward.pairs_per_prompt=4"], "4 pairs of a prompt by the rule 'm3p'"),
         (["arms={rlhf: {train.rl.rloo_k: 1}}"], "rloo_k"),
