@@ -1,4 +1,4 @@
-"""Writes docs/recipes.md from the dataclasses and comments of m3po_jax/config.py.
+"""Writes docs/recipes.md from the dataclasses, annotations and comments of m3po_jax/config.py.
 
     python docs/make_recipes.py
 
@@ -12,11 +12,11 @@ import dataclasses
 import io
 import json
 import tokenize
-import typing
 from pathlib import Path
 from typing import Any
 
 from m3po_jax import config
+from m3po_jax.fields import fields_of
 
 OUTPUT = Path(__file__).with_name("recipes.md")
 
@@ -31,7 +31,15 @@ A recipe is a YAML file; it states only what it changes. Every key can be replac
 m3po run --config configs/llava15_7b_m3po.yaml name=trial train.beta=0.2 'select.length_ratio=[0.5, 3.0]'
 ```
 
-Unknown keys are errors that name the nearest known one. Quote a value that holds spaces, brackets or braces. The
+`m3po recipes` lists those that ship; `--config quickstart` and `--config configs/quickstart.yaml` find one anywhere,
+with or without a clone of the repository.
+
+Unknown keys are errors that name the nearest known one, and so are values that a key does not take; both are told
+before anything runs. What stands in a file is read by the key's type: `off` is the word where the key takes text,
+and the words that YAML would take for true, false or nothing are refused there unless they stand in quotes. Numbers
+are decimal. A section (`train={beta: 0.2}`) changes the keys that it names; a list or a mapping of names (`arms={}`)
+replaces the one before it. Paths are local: a URL is refused. There are no interpolations (`${...}`) and no tags.
+Quote a value that holds spaces, brackets or braces. The
 resolved recipe is saved as `config.yaml` in the run directory, and a run directory takes one recipe only: another
 value needs another `name` (limits and prices of `score.endpoint` excepted, which change no score). `--mock` runs any
 recipe with a tiny model and a handful of rows, to try its settings.
@@ -76,8 +84,7 @@ MEANINGS = {
     "data.limit": "only the first rows",
     "arms": "comparison systems trained on the same candidates: name → dotted overrides of this recipe. A name of "
     "compare.md starts from that system's own overrides",
-    "select.rule": "how pairs are made: m3p, mas_only, vanilla, random, low_confidence, product, lexicographic, "
-    "inversion, shared or extremes, see method.md",
+    "select.rule": "how pairs are made, see method.md",
     "select.lambda_preferred": "λ₊: weight of confidence for the chosen answer",
     "select.lambda_dispreferred": "λ₋: weight of confidence for the rejected answer",
     "select.lexicographic": "τ₊, τ₋ of that rule: least MAS of a chosen answer, and what a rejected one stays below",
@@ -140,28 +147,28 @@ def written(value: Any) -> str:
     return json.dumps(value)
 
 
-def sections() -> dict[str, list[tuple[str, str, str]]]:
-    """Section -> (key, default, meaning) of each key, in the order of config.py.
+def sections() -> dict[str, list[tuple[str, str, str, str]]]:
+    """Section -> (key, default, what it takes, meaning) of each key, in the order of config.py.
 
     Raises:
         SystemExit: a key has no meaning.
     """
     known = comments()
-    found: dict[str, list[tuple[str, str, str]]] = {}
+    found: dict[str, list[tuple[str, str, str, str]]] = {}
 
     def visit(cls: type, prefix: str) -> None:
         rows = found.setdefault(prefix, [])
-        defaults, hints = cls(), typing.get_type_hints(cls)
-        for field in dataclasses.fields(cls):
-            key = f"{prefix}.{field.name}" if prefix else field.name
-            default = getattr(defaults, field.name)
-            if dataclasses.is_dataclass(default) and key in SECTIONS:
-                visit(hints[field.name], key)
+        defaults = cls()
+        for name, kind in fields_of(cls).items():
+            key = f"{prefix}.{name}" if prefix else name
+            default = getattr(defaults, name)
+            if kind.section and key in SECTIONS:
+                visit(kind.base, key)
                 continue
-            meaning = MEANINGS.get(key) or known.get((cls.__name__, field.name))
+            meaning = MEANINGS.get(key) or known.get((cls.__name__, name))
             if meaning is None:
                 raise SystemExit(f"{key} has no meaning: add a comment in config.py, or tell it in MEANINGS")
-            rows.append((key, written(default), meaning))
+            rows.append((key, written(default), kind.words(), meaning))
             if key == "evaluate.benchmarks":
                 visit(config.BenchmarkConfig, f"{key}.NAME")
 
@@ -174,10 +181,10 @@ def render() -> str:
     parts = [INTRODUCTION]
     found = sections()
     for name, title in SECTIONS.items():
-        parts.append(f"\n## {title}\n\n| key | default | meaning |\n|---|---|---|\n")
-        for key, default, meaning in found[name]:
-            escaped = meaning.replace("|", "\\|")
-            parts.append(f"| `{key}` | `{default}` | {escaped} |\n")
+        parts.append(f"\n## {title}\n\n| key | default | takes | meaning |\n|---|---|---|---|\n")
+        for key, default, takes, meaning in found[name]:
+            cells = " | ".join(text.replace("|", "\\|") for text in (takes, meaning))
+            parts.append(f"| `{key}` | `{default}` | {cells} |\n")
     return "".join(parts)
 
 

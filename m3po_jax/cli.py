@@ -65,6 +65,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "Checks settings, the models' files, every row with its images, and every benchmark; prints one line a "
         "problem. No weights are loaded.",
     ),
+    "recipes": (
+        "the recipes that ship, by the names that --config takes",
+        "Prints the name and the first line of every recipe of configs/, which come with the package.",
+    ),
     "report": (
         "one self-contained report.html",
         "Writes report.html from whatever the run directory holds.",
@@ -77,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="m3po",
         description="Multimodal-model-guided preference optimization for large vision-language models, in JAX.",
-        epilog="m3po VERB --help tells what a verb reads and writes. Recipes are in configs/.",
+        epilog="m3po VERB --help tells what a verb reads and writes; m3po recipes lists the recipes that ship.",
     )
     parser.add_argument("--version", action="version", version=f"m3po_jax {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -86,9 +90,17 @@ def make_parser() -> argparse.ArgumentParser:
             name,
             help=summary,
             description=description,
-            epilog="Any key of the recipe can be replaced: dotted.key=value, e.g. train.beta=0.2 name=trial.",
+            epilog=None
+            if name == "recipes"
+            else "Any key of the recipe can be replaced: dotted.key=value, e.g. train.beta=0.2 name=trial.",
         )
-        verb.add_argument("--config", metavar="RECIPE.yaml", help="the recipe; without one, all defaults")
+        if name == "recipes":
+            continue
+        verb.add_argument(
+            "--config",
+            metavar="RECIPE.yaml",
+            help="the recipe: a file, or the name of one that ships (help: lists them); without one, all defaults",
+        )
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the recipe")
         if name != "report":
             verb.add_argument(
@@ -106,7 +118,9 @@ def make_parser() -> argparse.ArgumentParser:
             )
             verb.add_argument("--benchmark", help="the benchmark that --answers belongs to")
         if name == "plan":
-            verb.add_argument("--topology", metavar="NAME", required=True, help="v5e:2x4, v5p:2x2x1, v6e:2x4, ...")
+            verb.add_argument(
+                "--topology", metavar="NAME", required=True, help="v5e-8, v5litepod-8, v5e:2x4, v5p-8, ..."
+            )
             verb.add_argument(
                 "--prompt-tokens", type=int, metavar="N", help="of the longest prompt (default: one image and 64)"
             )
@@ -134,9 +148,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     # Overrides may stand anywhere, also behind options, which argparse leaves over.
     options, left = parser.parse_known_args(arguments)
-    if unknown := [word for word in left if word.startswith("-") or "=" not in word]:
+    takes_recipe = hasattr(options, "overrides")
+    if unknown := [word for word in left if word.startswith("-") or "=" not in word or not takes_recipe]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    options.overrides += left
+    if takes_recipe:
+        options.overrides += left
+        if options.config == "help":
+            options.verb = "recipes"
     _quiet_libraries()
     several = options.verb in RESUMABLE and supervisor.runs_on_several_hosts()
     if several and (status := supervisor.stay_behind()) is not None:

@@ -34,8 +34,14 @@ class Interrupted(Exception):
     """SIGTERM arrived and everything finished so far is saved; the same command continues from here."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for a misspelt `name`, or the sorted list of what is known."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})"
+def nearest(name: str, known: Iterable[str], *, listed: bool = True) -> str:
+    """`` (did you mean 'x'?)`` for a misspelt `name`, or the sorted list of what is known, unless not `listed`.
+
+    Only a near name is suggested: one that few letters away, or that continues or ends it.
+    """
+    known = sorted(set(known))
+    lowered = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.7)
+    if close:
+        return f" (did you mean {lowered[close[0]]!r}?)"
+    return f" (known: {', '.join(known)})" if listed and known else ""

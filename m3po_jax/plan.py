@@ -138,6 +138,41 @@ class Plan:
         return found
 
 
+# The slices that clouds sell: chips of a two-dimensional one, and of a three-dimensional one, by their number.
+_SLICES = {
+    2: {1: "1x1", 2: "1x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+    | {512: "16x32", 1024: "32x32"},
+    3: {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
+    | {1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16", 6144: "16x16x24"},
+}
+# Generation -> (dimensions, what its accelerator type counts for each chip: v4-8 has eight cores on four chips).
+_GENERATIONS = {"v2": (2, 2), "v3": (2, 2), "v4": (3, 2), "v5p": (3, 2), "v5e": (2, 1), "v6e": (2, 1)}
+_OTHER_NAMES = {"v5litepod": "v5e", "v5lite": "v5e", "v5lp": "v5e", "v6litepod": "v6e", "v6lite": "v6e", "v5": "v5p"}
+
+
+def topology_name(text: str) -> str:
+    """The compiler's name of a topology: an accelerator type (``v5litepod-8``, ``v5e-8``, ``v4-8``) or a shape
+    (``v5e:2x4``, ``v5p-2x2x1``), in any case. What is neither stays as it is, for the compiler to judge.
+
+    Raises:
+        UserError: a number of chips that no slice of the generation has.
+    """
+    parts = re.fullmatch(r"(?:tpu[-_ ]?)?(v\d+[a-z]*)[-:=_ ](\d+(?:x\d+)*)", text.strip().lower())
+    if parts is None:
+        return text
+    name, size = _OTHER_NAMES.get(parts[1], parts[1]), parts[2]
+    if name not in _GENERATIONS:
+        return text
+    dimensions, counted = _GENERATIONS[name]
+    if "x" in size:
+        return f"{name}:{size}" + "x1" * (dimensions - size.count("x") - 1)
+    chips, rest = divmod(int(size), counted)
+    if rest or chips not in _SLICES[dimensions]:
+        sizes = ", ".join(f"{name}-{number * counted}" for number in _SLICES[dimensions])
+        raise UserError(f"no slice of that size (there are {sizes})", where=f"--topology {text}")
+    return f"{name}:{_SLICES[dimensions][chips]}"
+
+
 REMEDIES = {
     "generate": "lower generate.batch_size, then generate.num_candidates or generate.max_new_tokens, or split the "
     "weights further (mesh.fsdp, mesh.tensor, model.quantization=int8)",
@@ -148,7 +183,7 @@ REMEDIES = {
 
 
 def topology_devices(topology: str) -> list[Any]:
-    """The devices of a TPU topology such as ``v5e:2x4``, to compile for.
+    """The devices of a TPU topology such as ``v5e:2x4`` or ``v5litepod-8``, to compile for.
 
     To be called before jax has started a backend: it keeps jax from taking an attached TPU.
 
@@ -164,13 +199,13 @@ def topology_devices(topology: str) -> list[Any]:
     from jax.experimental import topologies
 
     try:
-        return list(topologies.get_topology_desc(topology, platform="tpu").devices)
+        return list(topologies.get_topology_desc(topology_name(topology), platform="tpu").devices)
     except Exception as error:  # the compiler's own kinds; the name is the user's
         reason = str(error).strip().splitlines()
         raise UserError(
             f"no such TPU topology ({reason[0] if reason else type(error).__name__})",
             where=f"--topology {topology}",
-            remedy="give one like v4:2x2x1, v5e:2x4, v5p:2x2x1 or v6e:2x4",
+            remedy="give one like v5e-8, v5e:2x4, v4-8, v5p:2x2x1 or v6e-8",
         ) from None
 
 

@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Float
 
 from m3po_jax.config import SelectConfig
-from m3po_jax.errors import UserError, nearest
+from m3po_jax.errors import UserError
+from m3po_jax.reading import check_values
 from m3po_jax.scoring.calibration import correlation
 from m3po_jax.scoring.confidence import normalised_text, text_similarity
 from m3po_jax.scoring.m3p import m3p_scores, z_scores
@@ -147,33 +148,16 @@ class Drop:
 
 def check_config(config: SelectConfig) -> None:
     """Raises UserError where a setting cannot be meant."""
-    if config.rule not in RULES:
-        raise UserError(f"unknown rule {config.rule!r}{nearest(config.rule, RULES)}", where="select.rule")
-    low_high = config.length_ratio
-    if len(low_high) != 2 or not 0 <= low_high[0] <= low_high[1]:
-        raise UserError(f"expected two ascending numbers, not {low_high}", where="select.length_ratio")
-    if len(config.lexicographic) != 2 or config.lexicographic[0] < config.lexicographic[1]:
+    check_values(config, "select")
+    low, high = config.length_ratio
+    if low > high:
+        raise UserError(f"expected two ascending numbers, not {[low, high]}", where="select.length_ratio")
+    chosen, rejected = config.lexicographic
+    if chosen < rejected:
         raise UserError(
-            f"expected the chosen and a lower rejected threshold, not {config.lexicographic}",
+            f"expected the chosen and a lower rejected threshold, not {[chosen, rejected]}",
             where="select.lexicographic",
         )
-    if not 0 < config.budget <= 1:
-        raise UserError(f"must lie in (0, 1], not {config.budget}", where="select.budget")
-    if config.budget_by not in BUDGET_ORDERS:
-        raise UserError(
-            f"unknown order {config.budget_by!r}{nearest(config.budget_by, BUDGET_ORDERS)}", where="select.budget_by"
-        )
-    if config.cut not in CUT_RULES:
-        raise UserError(f"unknown rule {config.cut!r}{nearest(config.cut, CUT_RULES)}", where="select.cut")
-    for name, least in (("candidates", 2), ("max_pairs", 1)):
-        count = getattr(config, name)
-        if count is not None and count < least:
-            raise UserError(f"must be at least {least}, not {count}", where=f"select.{name}")
-    if not config.margin >= 0:
-        raise UserError(f"must not be negative, not {config.margin}", where="select.margin")
-    for name in ("lambda_preferred", "lambda_dispreferred", "chosen_floor", "min_rejected_z"):
-        if math.isnan(getattr(config, name)):
-            raise UserError("is not a number", where=f"select.{name}")
 
 
 def uses_confidence(config: SelectConfig) -> bool:
@@ -283,6 +267,11 @@ def select_pair(pool: Pool, config: SelectConfig) -> Pair | Drop:
         UserError: a setting that cannot be meant (`check_config`).
     """
     check_config(config)
+    return _select_pair(pool, config)
+
+
+def _select_pair(pool: Pool, config: SelectConfig) -> Pair | Drop:
+    """`select_pair` under settings that are checked: of many pools, once for all."""
     found = _valid_pairs(pool, config)
     if isinstance(found, Drop):
         return found
@@ -365,6 +354,14 @@ def _pair(pool: Pool, chosen: int, rejected: int) -> Pair:
     )
 
 
+_Key = tuple[str, int, int]
+
+
+def _key(pair: Pair) -> _Key:
+    """What tells a pair from all others, those of its own prompt included (`draw_pairs`)."""
+    return pair.id, pair.chosen, pair.rejected
+
+
 def apply_budget(
     pairs: Sequence[Pair], config: SelectConfig, groups: Mapping[str, str] | None = None
 ) -> tuple[list[Pair], list[Drop]]:
@@ -384,10 +381,11 @@ def apply_budget(
     if config.max_pairs is not None:
         count = min(count, config.max_pairs)
 
-    def rank(pair: Pair) -> tuple[float | bytes, str]:
+    def rank(pair: Pair) -> tuple[float | bytes, *_Key]:
         if config.budget_by == "random":
-            return hashlib.sha256(f"budget\0{config.seed}\0{pair.id}".encode()).digest(), pair.id
-        return -pair.value, pair.id
+            name = f"budget\0{config.seed}\0{pair.id}".encode("utf-8", "surrogatepass")
+            return hashlib.sha256(name).digest(), *_key(pair)
+        return -pair.value, *_key(pair)
 
     members: dict[str, list[Pair]] = {}
     for pair in sorted(pairs, key=rank):
@@ -396,10 +394,10 @@ def apply_budget(
     places = [
         ((number + 0.5) / len(group), *rank(pair)) for group in members.values() for number, pair in enumerate(group)
     ]
-    kept = {key for *_, key in sorted(places)[:count]}
+    kept = {tuple(key) for _, _, *key in sorted(places)[:count]}
     return (
-        [pair for pair in pairs if pair.id in kept],
-        [Drop(pair.id, Reason.OVER_BUDGET) for pair in pairs if pair.id not in kept],
+        [pair for pair in pairs if _key(pair) in kept],
+        [Drop(pair.id, Reason.OVER_BUDGET) for pair in pairs if _key(pair) not in kept],
     )
 
 
@@ -424,7 +422,7 @@ def select_pools(pools: Sequence[Pool], config: SelectConfig, pairs_per_prompt: 
     pairs: list[Pair] = []
     drops: list[Drop] = []
     for pool in pools:
-        found = select_pair(pool, config) if pairs_per_prompt == 1 else draw_pairs(pool, config, pairs_per_prompt)
+        found = _select_pair(pool, config) if pairs_per_prompt == 1 else draw_pairs(pool, config, pairs_per_prompt)
         if isinstance(found, Drop):
             drops.append(found)
         else:

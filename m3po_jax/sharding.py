@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from m3po_jax.config import MeshConfig
 from m3po_jax.errors import UserError
+from m3po_jax.reading import check_values
 from m3po_jax.supervisor import HEARTBEAT_SECONDS
 
 AXES = ("data", "fsdp", "tensor")
@@ -43,6 +44,14 @@ RULES: dict[str, tuple[str, ...] | None] = {
 Axes = tuple[str | None, ...]
 
 
+def check_mesh(config: MeshConfig) -> None:
+    """UserError for sizes that make no mesh of any number of devices."""
+    check_values(config, "mesh")
+    sizes = [config.data, config.fsdp, config.tensor]
+    if sizes.count(-1) > 1:
+        raise UserError(f"sizes {sizes} are not a mesh", where="mesh", remedy="at most one of them may be -1")
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config` over `devices` (default: all).
 
@@ -50,9 +59,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         UserError: the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
+    check_mesh(config)
     sizes = [config.data, config.fsdp, config.tensor]
-    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
-        raise UserError(f"sizes {sizes} are not a mesh", where="mesh", remedy="at most one of them may be -1")
     if -1 in sizes:
         fixed = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = max(len(devices) // fixed, 1)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from m3po_jax.config import LoRAConfig, Recipe, load_recipe, override
+from m3po_jax.config import LoRAConfig, Recipe
 from m3po_jax.data.images import IMAGE_FITS
 from m3po_jax.data.templates import get_template
 from m3po_jax.generation.engine import SamplingConfig
@@ -19,6 +19,7 @@ from m3po_jax.models.llava.config import llava_config
 from m3po_jax.models.llava.model import build
 from m3po_jax.objectives.preference import check_loss
 from m3po_jax.pipeline.mock import shrink
+from m3po_jax.recipes import load_recipe, override
 from m3po_jax.scoring.confidence import VARIANTS
 from m3po_jax.selection import check_config
 from m3po_jax.sharding import spec_for

@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 
 from m3po_jax import config
 from m3po_jax.cli import VERBS, make_parser
-from m3po_jax.config import DataConfig, Recipe, load_recipe
+from m3po_jax.config import DataConfig, Recipe
 from m3po_jax.data import schema
 from m3po_jax.data.sources import read_prompts
 from m3po_jax.objectives.preference import LOSSES
@@ -25,6 +25,7 @@ from m3po_jax.pipeline.arms import SYSTEMS
 from m3po_jax.pipeline.backends import BACKENDS
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.evaluate import read_benchmark
+from m3po_jax.recipes import load_recipe
 from m3po_jax.scoring.confidence import VARIANTS
 from m3po_jax.scoring.grading import check_rubric
 from m3po_jax.selection import RULES, Reason

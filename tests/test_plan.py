@@ -77,6 +77,42 @@ def test_an_unknown_topology() -> None:
     assert "--topology v5x:2x2: no such TPU topology" in line and "v5e:2x4" in line
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("v5e:2x4", "v5e:2x4"),
+        ("v5e-8", "v5e:2x4"),
+        ("V5E-8", "v5e:2x4"),
+        ("v5litepod-8", "v5e:2x4"),
+        ("v5litepod:2x4", "v5e:2x4"),
+        ("v5e-2x4", "v5e:2x4"),
+        ("v5litepod-256", "v5e:16x16"),
+        ("v6e-1", "v6e:1x1"),
+        ("v6e-16", "v6e:4x4"),
+        ("v6e_4x8", "v6e:4x8"),
+        ("v4-8", "v4:2x2x1"),
+        ("v4-64", "v4:2x4x4"),
+        ("v4:2x2", "v4:2x2x1"),
+        ("v5p-8", "v5p:2x2x1"),
+        ("v5p-128", "v5p:4x4x4"),
+        ("v5p:2x2x2", "v5p:2x2x2"),
+        ("v3-8", "v3:2x2"),
+        ("v2-32", "v2:4x4"),
+        ("v9:2x2", "v9:2x2"),
+    ],
+)
+def test_names_of_topologies(text: str, name: str) -> None:
+    """Accelerator types as Google Cloud lists them: v2 to v5p count cores (two a chip), v5e and v6e chips."""
+    assert planning.topology_name(text) == name
+
+
+@pytest.mark.parametrize("text", ["v5e-7", "v4-9", "v5p-2", "v6e-4096"])
+def test_sizes_that_no_slice_has(text: str) -> None:
+    with pytest.raises(UserError, match="no slice of that size") as caught:
+        planning.topology_name(text)
+    assert "v5e-8" in str(caught.value) or text[:3] != "v5e"
+
+
 def test_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'm3po-jax\[plan\]'"):

@@ -15,9 +15,11 @@ from typing import Any, Generic, TypeVar
 import grain
 import numpy as np
 
+from m3po_jax.config import TrainConfig
 from m3po_jax.data.lengths import Order, Shape
 from m3po_jax.errors import UserError
 from m3po_jax.hosts import OwnRows, load_shared
+from m3po_jax.reading import check_value
 
 Batch = TypeVar("Batch")
 Row = TypeVar("Row")
@@ -135,5 +137,4 @@ def fingerprint_of(*parts: Any) -> str:
 def require_rows(count: int, batch_size: int) -> None:
     if count == 0:
         raise UserError("there is no row to train on", remedy="look at the earlier stages' reports")
-    if batch_size < 1:
-        raise UserError(f"batch_size must be positive, not {batch_size}", where="train.batch_size")
+    check_value(TrainConfig, "batch_size", batch_size, "train")

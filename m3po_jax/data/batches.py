@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool
 
+from m3po_jax.config import TrainConfig
 from m3po_jax.data.batch_source import BatchSource, SharedRows, endless_batches, fingerprint_of, require_rows
 from m3po_jax.data.collation import PromptBatch, TreeBatch, TreeRow, collation
 from m3po_jax.data.feature_cache import PromptFeatures
@@ -25,6 +26,7 @@ from m3po_jax.data.schema import Prompt
 from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import UserError
 from m3po_jax.hosts import OwnRows
+from m3po_jax.reading import check_value
 
 
 def pair_batches(
@@ -108,6 +110,18 @@ def pair_batches(
     )
 
 
+def reference_tokens(prompt: Prompt, processor: PromptProcessor) -> Sequence[int]:
+    """Token ids of a row's reference answer, EOS included.
+
+    Raises:
+        UserError: there is none, or it is empty: a model that learned it would end at once.
+    """
+    if prompt.reference is None or not prompt.reference.strip():
+        what = "the row has no reference answer" if prompt.reference is None else "the reference answer is empty"
+        raise UserError(what, where=where_of(prompt), remedy="add `reference` or drop the row")
+    return processor.encode_answer(prompt.reference)
+
+
 def sft_batches(
     prompts: Sequence[Prompt],
     processor: PromptProcessor,
@@ -136,12 +150,8 @@ def sft_batches(
     for number, prompt in enumerate(prompts):
         if answer_ids is not None:
             tokens: Any = answer_ids[number]
-        elif prompt.reference is not None:
-            tokens = processor.encode_answer(prompt.reference)
         else:
-            raise UserError(
-                "the row has no reference answer", where=where_of(prompt), remedy="add `reference` or drop it"
-            )
+            tokens = reference_tokens(prompt, processor)
         ids.append(prompt.id)
         instructions.append(prompt.instruction)
         answers.append(checked_answer(tokens, max_answer_tokens, where_of(prompt)))
@@ -222,9 +232,8 @@ def _tree_source(
     own: OwnRows | None,
 ) -> dict[str, Any]:
     """What the sources of prompts with answers have in common: fields of `BatchSource`."""
-    for name, value in (("length_window", length_window), ("max_shapes", max_shapes)):
-        if value < 1:
-            raise UserError(f"{name} must be positive, not {value}", where=f"train.{name}")
+    check_value(TrainConfig, "length_window", length_window, "train")
+    check_value(TrainConfig, "max_shapes", max_shapes, "train")
     lengths = Lengths(
         np.array([len(prefix_of(row)) for row in range(len(answers))]),
         np.array([max(map(len, row)) for row in answers]),

@@ -26,6 +26,20 @@ class ContrastiveBatch(NamedTuple):
     row_index: Int[Any, " b"]
 
 
+def claims_of(prompt: Prompt) -> frozenset[str]:
+    """The claims that are true of a row's image.
+
+    Raises:
+        UserError: they are no list of texts, or there is not exactly one image.
+    """
+    named = prompt.metadata.get("objects")
+    if not isinstance(named, (list, tuple)) or not all(isinstance(claim, str) for claim in named):
+        raise UserError("metadata.objects is not a list of texts", where=where_of(prompt))
+    if len(prompt.images) != 1:
+        raise UserError(f"{len(prompt.images)} images where one is needed", where=where_of(prompt))
+    return frozenset(named)
+
+
 def contrastive_batches(
     prompts: Sequence[Prompt],
     processor: PixelProcessor,
@@ -56,13 +70,8 @@ def contrastive_batches(
     require_rows(len(prompts), batch_size)
     ids, objects = [], []
     for prompt in prompts:
-        named = prompt.metadata.get("objects")
-        if not isinstance(named, (list, tuple)) or not all(isinstance(claim, str) for claim in named):
-            raise UserError("metadata.objects is not a list of texts", where=where_of(prompt))
-        if len(prompt.images) != 1:
-            raise UserError(f"{len(prompt.images)} images where one is needed", where=where_of(prompt))
         ids.append(prompt.id)
-        objects.append(frozenset(named))
+        objects.append(claims_of(prompt))
     vocabulary = sorted(set().union(*objects))
     if not vocabulary:
         raise UserError("no row names an object", remedy="fill metadata.objects")

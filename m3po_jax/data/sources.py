@@ -17,7 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 from m3po_jax.config import DataConfig
 from m3po_jax.data import schema, tables, tfds_build
 from m3po_jax.data.rows import IMAGE_KEYS, parse_images, prompt_from_row
-from m3po_jax.errors import UserError, nearest
+from m3po_jax.errors import UserError
+from m3po_jax.reading import check_values
 
 
 @runtime_checkable
@@ -384,7 +385,7 @@ def _read_tfds(config: DataConfig, checker: _Checker) -> TfdsSource:
     return source
 
 
-_READERS: dict[str, Callable[[DataConfig, _Checker], PromptSource]] = {
+READERS: dict[str, Callable[[DataConfig, _Checker], PromptSource]] = {
     "jsonl": _read_json,
     "parquet": _read_parquet,
     "tfds": _read_tfds,
@@ -407,13 +408,10 @@ def read_prompts(
     Raises:
         UserError: an unknown source, a missing or damaged file, no rows at all, or a bad row.
     """
-    if config.source not in _READERS:
-        raise UserError(f"unknown source {config.source!r}{nearest(config.source, _READERS)}", where="data.source")
+    check_values(config, "data")
     if not config.path:
         raise UserError("data.path is empty", where="data", remedy="name a file, a folder or a builder")
-    if config.limit is not None and config.limit < 1:
-        raise UserError(f"data.limit is {config.limit}", where="data", remedy="give a positive number or none")
-    source = _READERS[config.source](config, _Checker(require_image, problems))
+    source = READERS[config.source](config, _Checker(require_image, problems))
     if not len(source) and not problems:
         raise UserError("no rows", where=config.path, remedy="check data.path and data.split")
     return source

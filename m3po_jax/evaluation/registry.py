@@ -31,12 +31,14 @@ class Metric:
         score: (rows, answers, settings) to ``summary``, ``items`` and more.
         intervals: (items, their images, resamples, seed) to 95 % bootstrap intervals over images by summary key.
         judged: The texts are a judge's reviews, not a model's answers.
+        rules: What `rule` of a benchmark may name; empty: the metric has one rule.
     """
 
     missing: Callable[[Prompt], tuple[str, str] | None]
     score: Callable[[Sequence[Prompt], Answers, BenchmarkConfig], dict[str, Any]]
     intervals: Callable[[Sequence[Scored], Sequence[str], int, int], Intervals]
     judged: bool = False
+    rules: tuple[str, ...] = ()
 
 
 def image_of(prompt: Prompt) -> str:
@@ -234,7 +236,9 @@ METRICS: dict[str, Metric] = {
     "chair": Metric(_needs("objects", list), _chair, _ratios(_CHAIR)),
     "short_answer": Metric(_needs_reference, _short_answer, _ratios({"accuracy": _correct})),
     "mme": Metric(_needs_reference, _mme, _mme_intervals),
-    "vqa": Metric(_needs("answers", list), _vqa, _ratios({"accuracy": lambda item: (item["accuracy"], 1.0)})),
+    "vqa": Metric(
+        _needs("answers", list), _vqa, _ratios({"accuracy": lambda item: (item["accuracy"], 1.0)}), rules=vqa.RULES
+    ),
     "amber_yes_no": Metric(
         _needs_reference,
         _amber_yes_no,

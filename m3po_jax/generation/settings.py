@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from m3po_jax.config import GenerateConfig
+from m3po_jax.config import EvaluateConfig, GenerateConfig
 from m3po_jax.errors import UserError
+from m3po_jax.reading import check_value, check_values
 
 # Settings that may differ between the candidates of one prompt.
 PER_CANDIDATE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens")
@@ -57,28 +57,18 @@ class SamplingConfig:
     greedy_member: bool = False
 
     def __post_init__(self) -> None:
-        rules: dict[str, tuple[Callable[[Any], bool], str]] = {
-            "num_candidates": (lambda x: x >= 1, "at least 1"),
-            "temperature": (lambda x: x >= 0, "0 (greedy) or more"),
-            "top_k": (lambda x: x >= 0, "0 (off) or more"),
-            "top_p": (lambda x: 0 < x <= 1, "in (0, 1]"),
-            "max_new_tokens": (lambda x: x >= 1, "at least 1"),
-            "contrast_alpha": (lambda x: x >= 0, "0 (off) or more"),
-            "contrast_beta": (lambda x: 0 < x <= 1, "in (0, 1]"),
-            "min_p": (lambda x: 0 <= x <= 1, "in [0, 1]"),
-            "repetition_penalty": (lambda x: 0 < x < float("inf"), "positive"),
-            "min_new_tokens": (
-                lambda x: 0 <= x <= self.max_new_tokens,
-                f"between 0 and max_new_tokens ({self.max_new_tokens})",
-            ),
-        }
-        for name, (holds, meaning) in rules.items():
+        for name in ("num_candidates", "max_new_tokens", *PER_CANDIDATE):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != self.num_candidates:
                 raise UserError(f"{len(value)} values for {self.num_candidates} candidates", where=f"generate.{name}")
             for x in value if isinstance(value, tuple) else (value,):
-                if not holds(x):
-                    raise UserError(f"{x} is not {meaning}", where=f"generate.{name}")
+                check_value(GenerateConfig, name, x, "generate")
+                if name == "min_new_tokens" and x > self.max_new_tokens:
+                    longest = f"max_new_tokens ({self.max_new_tokens})"
+                    raise UserError(f"{x} is more than {longest}", where=f"generate.{name}")
+        check_value(EvaluateConfig, "contrast_alpha", [self.contrast_alpha], "evaluate")
+        if not 0 < self.contrast_beta <= 1:
+            raise UserError(f"{self.contrast_beta} is not in (0, 1]", where="contrast_beta")
 
     def of_candidate(self, candidate: int) -> dict[str, Any]:
         """The settings of `PER_CANDIDATE` as candidate number `candidate` has them."""
@@ -101,11 +91,10 @@ def sampling_config(config: GenerateConfig, seed: int) -> SamplingConfig:
     Raises:
         UserError: names the key that cannot be meant.
     """
+    check_values(config, "generate")
     shared = {name: getattr(config, name) for name in PER_CANDIDATE}
     members: list[dict[str, Any]] = []
     for recipe in config.pool:
-        if recipe.count < 1:
-            raise UserError(f"{recipe.count} candidates", where="generate.pool", remedy="a count is at least 1")
         own = {name: getattr(recipe, name) for name in PER_CANDIDATE}
         merged = {name: shared[name] if value is None else value for name, value in own.items()}
         members += [merged] * recipe.count
@@ -115,10 +104,6 @@ def sampling_config(config: GenerateConfig, seed: int) -> SamplingConfig:
             where="generate.pool",
             remedy=f"set generate.num_candidates={len(members)}",
         )
-    if "" in config.stop:
-        raise UserError("an empty stop string stops every answer at once", where="generate.stop")
-    if config.resample_duplicates < 0:
-        raise UserError(f"{config.resample_duplicates} is not 0 or more", where="generate.resample_duplicates")
     per_candidate: dict[str, Any] = {
         name: tuple(m[name] for m in members) if members else shared[name] for name in PER_CANDIDATE
     }

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int8, UInt8
 
-from m3po_jax.errors import UserError, nearest
+from m3po_jax.config import ModelConfig
+from m3po_jax.reading import check_value
 
 QUANTIZATION = ("none", "int8", "nf4")
 BLOCK = 64  # inputs that share a scale in nf4
@@ -49,8 +50,7 @@ Weight = jax.Array | Codes
 
 def check_quantization(kind: str) -> None:
     """Raises UserError unless `kind` is one of `QUANTIZATION`."""
-    if kind not in QUANTIZATION:
-        raise UserError(f"quantization {kind!r}{nearest(kind, QUANTIZATION)}", where="model.quantization")
+    check_value(ModelConfig, "quantization", kind, "model")
 
 
 def kind_of(codes: Any) -> str:

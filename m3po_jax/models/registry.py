@@ -16,6 +16,7 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
+from m3po_jax.config import ModelConfig
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.models import dual_encoder, dual_encoder_weights
 from m3po_jax.models.causal_lm import model as causal_lm
@@ -29,6 +30,7 @@ from m3po_jax.models.quantized_base import quantize_base
 from m3po_jax.models.safetensors_io import StoredTensor, open_directory, read_json
 from m3po_jax.models.tensor_map import TensorMap, check_tensors, parameters
 from m3po_jax.models.weights import initialise_parameters, load_parameters, replace_parameters
+from m3po_jax.reading import check_value
 
 
 @dataclass(frozen=True)
@@ -306,8 +308,7 @@ def load_model(
     import jax
     import jax.numpy as jnp
 
-    if init not in ("pretrained", "random"):
-        raise UserError(f"init {init!r}{nearest(init, ('pretrained', 'random'))}", where="model.init")
+    check_value(ModelConfig, "init", init, "model")
     description = describe(directory, vision_tower=vision_tower)
     family = description.family
     platform = (jax.devices() if mesh is None else mesh.devices.flat)[0].platform

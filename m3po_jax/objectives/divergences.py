@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from m3po_jax.errors import UserError, nearest
+from m3po_jax.config import TrainConfig
+from m3po_jax.reading import check_value
 
 Scores = Float[Array, " pairs"]
 
@@ -55,16 +56,8 @@ def divergence_score(f_divergence_type: str, f_alpha_divergence_coef: float = 0.
     Raises:
         UserError: unknown name, or a coefficient that is not finite.
     """
-    if f_divergence_type not in DIVERGENCES:
-        raise UserError(
-            f"unknown f_divergence_type {f_divergence_type!r}{nearest(f_divergence_type, DIVERGENCES)}",
-            where="train.f_divergence_type",
-        )
-    if not math.isfinite(f_alpha_divergence_coef):
-        raise UserError(
-            f"f_alpha_divergence_coef must be finite, not {f_alpha_divergence_coef}",
-            where="train.f_alpha_divergence_coef",
-        )
+    check_value(TrainConfig, "f_divergence_type", f_divergence_type, "train")
+    check_value(TrainConfig, "f_alpha_divergence_coef", f_alpha_divergence_coef, "train")
     if f_divergence_type == "alpha_divergence":
         return functools.partial(alpha_divergence, coefficient=f_alpha_divergence_coef)
     return {"reverse_kl": reverse_kl, "forward_kl": forward_kl, "js_divergence": js_divergence}[f_divergence_type]

@@ -5,16 +5,17 @@ The formulas are in `objectives.loss_types`, the divergences in `objectives.dive
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from m3po_jax.errors import UserError, nearest
+from m3po_jax.config import TrainConfig
+from m3po_jax.errors import UserError
 from m3po_jax.objectives.divergences import divergence_score
 from m3po_jax.objectives.loss_types import LOSSES, LossParameters, PairLogProbs
+from m3po_jax.reading import check_value
 
 __all__ = ["LOSSES", "MIXTURE", "check_loss", "loss_mixture", "preference_loss"]
 
@@ -29,14 +30,8 @@ def check_loss(loss_type: str, beta: float, label_smoothing: float = 0.0) -> Non
         UserError: unknown `loss_type` (the nearest name is suggested), `beta` not positive, or a
             `label_smoothing` outside the loss's domain.
     """
-    if loss_type not in LOSSES and loss_type != MIXTURE:
-        raise UserError(
-            f"unknown loss_type {loss_type!r}{nearest(loss_type, (*LOSSES, MIXTURE))}", where="train.loss_type"
-        )
-    if not (math.isfinite(beta) and beta > 0):
-        raise UserError(f"beta must be positive, not {beta}", where="train.beta")
-    if not 0 <= label_smoothing <= 0.5:
-        raise UserError(f"label_smoothing must lie in [0, 0.5], not {label_smoothing}", where="train.label_smoothing")
+    for name, value in (("loss_type", loss_type), ("beta", beta), ("label_smoothing", label_smoothing)):
+        check_value(TrainConfig, name, value, "train")
     if loss_type == "robust" and label_smoothing == 0.5:
         raise UserError("loss_type 'robust' needs label_smoothing below 0.5", where="train.label_smoothing")
     if loss_type == "exo_pair" and label_smoothing == 0:
@@ -74,11 +69,7 @@ def loss_mixture(
             )
         mixture = {loss_type: 1.0}
     else:
-        for name, weight in (loss_weights or {}).items():
-            if name == MIXTURE or name not in LOSSES:
-                raise UserError(f"unknown loss {name!r}{nearest(name, LOSSES)}", where="train.loss_weights")
-            if not (math.isfinite(weight) and weight >= 0):
-                raise UserError(f"the weight of {name!r} must not be negative: {weight}", where="train.loss_weights")
+        check_value(TrainConfig, "loss_weights", dict(loss_weights or {}), "train")
         mixture = {name: float(weight) for name, weight in (loss_weights or {}).items() if weight > 0}
         if not mixture:
             raise UserError(
@@ -94,10 +85,8 @@ def loss_mixture(
                 where="train.f_divergence_type",
                 remedy="those with one are " + ", ".join(name for name, loss in LOSSES.items() if loss.divergences),
             )
-    if "discopop" in mixture and not (math.isfinite(discopop_tau) and discopop_tau > 0):
-        raise UserError(f"discopop_tau must be positive, not {discopop_tau}", where="train.discopop_tau")
-    if "simpo" in mixture and not math.isfinite(simpo_gamma):
-        raise UserError(f"simpo_gamma must be finite, not {simpo_gamma}", where="train.simpo_gamma")
+    check_value(TrainConfig, "discopop_tau", discopop_tau, "train")
+    check_value(TrainConfig, "simpo_gamma", simpo_gamma, "train")
     return mixture
 
 

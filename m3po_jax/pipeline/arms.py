@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from m3po_jax.config import Recipe, override
+from m3po_jax.config import Recipe
 from m3po_jax.errors import UserError, nearest
+from m3po_jax.recipes import override
 
 BASE, VCD = "base", "vcd"
 CONTRAST_ALPHA = 1.0  # of the arm vcd, where the recipe names none

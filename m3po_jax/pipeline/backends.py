@@ -16,11 +16,12 @@ from m3po_jax.config import ModelConfig, Recipe, ScoreConfig
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.models.dual_encoder import DualEncoder
-from m3po_jax.models.registry import Loaded, describe, resolve_directory
+from m3po_jax.models.registry import Description, Loaded, describe, resolve_directory
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.models import Policy, directory_identity, load_dual_encoder, load_policy
 from m3po_jax.pipeline.reward import find_reward, load_reward
 from m3po_jax.pipeline.stopping import from_writer
+from m3po_jax.reading import check_values
 from m3po_jax.scoring.alignment import Backend, Judged, Reference, Scores, Similarity
 from m3po_jax.scoring.blind_spots import shared_blind_spots
 from m3po_jax.scoring.chat import check_endpoint, read_key
@@ -78,22 +79,40 @@ def make_backend(
     Raises:
         UserError: an unknown backend (the nearest one is named), a missing or unsuitable model.
     """
-    if score.backend not in BACKENDS:
-        raise UserError(f"unknown backend {score.backend!r}{nearest(score.backend, BACKENDS)}", where="score.backend")
+    check_values(score, "score")
     noted = [] if warnings is None else warnings
     config = model_config or ModelConfig()
     setting = Setting(score, mesh, policy, Path(image_root), config, folder, noted, own_reward)
     return BACKENDS[score.backend](setting)
 
 
-def _similarity(setting: Setting) -> Similarity:
-    score = setting.score
+def describe_dual_encoder(score: ScoreConfig) -> Description:
+    """UserError unless `score.model` is a dual encoder."""
     if not score.model:
         raise UserError("similarity needs a dual encoder", where="score.model", remedy="name a CLIP or SigLIP model")
-    if describe(score.model).family.model_class is not DualEncoder:
+    described = describe(score.model)
+    if described.family.model_class is not DualEncoder:
         raise UserError(
             "not a dual encoder", where=f"score.model {score.model!r}", remedy="take a CLIP or SigLIP model"
         )
+    return described
+
+
+def describe_judge(score: ScoreConfig) -> Description:
+    """UserError unless `score.model` is a vision-language model."""
+    described = describe(score.model)
+    if not hasattr(described.family.model_class, "image_features"):
+        raise UserError(
+            f"not a vision-language model, which the {score.backend} backend asks",
+            where=f"score.model {score.model!r}",
+            remedy="take one, or score.backend=similarity",
+        )
+    return described
+
+
+def _similarity(setting: Setting) -> Similarity:
+    score = setting.score
+    describe_dual_encoder(score)
     loaded, processor = load_dual_encoder(score.model, setting.mesh, image_root=setting.image_root, image_fit="")
     _warn(setting, loaded)
     return Similarity(
@@ -112,12 +131,7 @@ def _judge_model(setting: Setting) -> Policy:
     """The vision-language model that judges: `score.model`, or the policy itself."""
     score, policy = setting.score, setting.policy
     if score.model:
-        if not hasattr(describe(score.model).family.model_class, "image_features"):
-            raise UserError(
-                f"not a vision-language model, which the {score.backend} backend asks",
-                where=f"score.model {score.model!r}",
-                remedy="take one, or score.backend=similarity",
-            )
+        describe_judge(score)
         config = dataclasses.replace(setting.model_config, path=score.model, init="pretrained", vision_tower="")
         judge = load_policy(Recipe(model=config), setting.mesh, image_root=setting.image_root)
     elif policy is not None:
@@ -249,9 +263,13 @@ def _warn(setting: Setting, judge: Loaded) -> None:
         say(f"score.model: {warning}", style="yellow")
 
 
-def _ensemble(setting: Setting) -> Ensemble:
-    score = setting.score
-    members: list[Backend] = []
+def member_settings(score: ScoreConfig) -> list[ScoreConfig]:
+    """What each member of an ensemble is built from: `score` with its own backend and model.
+
+    Raises:
+        UserError: an unknown member, or fewer than two.
+    """
+    found: list[ScoreConfig] = []
     known = [name for name in BACKENDS if name != "ensemble"]
     for member in score.members:
         name, _, model = member.partition("=")
@@ -261,10 +279,17 @@ def _ensemble(setting: Setting) -> Ensemble:
         own = dataclasses.replace(score, backend=name, model=model or fallback, members=[])
         if name == "endpoint" and model:
             own = dataclasses.replace(own, endpoint=dataclasses.replace(score.endpoint, model=model))
-        members.append(BACKENDS[name](dataclasses.replace(setting, score=own)))
-    if len(members) < 2:
+        found.append(own)
+    if len(found) < 2:
         raise UserError("an ensemble has at least two members", where="score.members", remedy="name two backends")
-    rules = score.ensemble
+    return found
+
+
+def _ensemble(setting: Setting) -> Ensemble:
+    members = [
+        BACKENDS[own.backend](dataclasses.replace(setting, score=own)) for own in member_settings(setting.score)
+    ]
+    rules = setting.score.ensemble
     return Ensemble(
         members,
         correlation=rules.correlation,

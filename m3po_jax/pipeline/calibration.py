@@ -13,7 +13,7 @@ from m3po_jax.data.schema import Prompt
 from m3po_jax.evaluation.bootstrap import bootstrap
 from m3po_jax.scoring.calibration import auroc, concordance, reliability, within_prompt_correlation
 from m3po_jax.scoring.claims import object_vocabulary
-from m3po_jax.scoring.truth import MEANINGS, known_truth
+from m3po_jax.scoring.truth import MEANINGS, known_truth, objects_of
 from m3po_jax.selection import CORRELATION_LIMIT
 
 # Confidences that are mean log-probs of tokens: their exponential is a probability.
@@ -58,7 +58,7 @@ def calibration(
         },
         "circular": circular,
     }
-    named = (prompt.metadata.get("objects") for prompt in prompts.values())
+    named = map(objects_of, prompts.values())
     vocabulary = object_vocabulary(sorted({name for objects in named for name in objects or ()}))
     known = [known_truth(prompts[row["id"]], texts[row["id"], row["candidate"]], vocabulary) for row in rows]
     index = np.array([i for i, truth in enumerate(known) if truth is not None], int)

@@ -1,22 +1,28 @@
-"""Settings that contradict each other, found before anything runs."""
+"""Settings that contradict each other, found before anything runs; what each key may hold is in config.py."""
 
 from __future__ import annotations
 
-import dataclasses
-
-from m3po_jax.config import Recipe
+from m3po_jax.config import BenchmarkConfig, Recipe, ScoreConfig
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.evaluation.registry import METRICS
 from m3po_jax.generation.settings import sampling_config
 from m3po_jax.pipeline.arms import VCD, arm_recipe
 from m3po_jax.pipeline.models import check_trainable
 from m3po_jax.pipeline.reward import check_reward_config, judges_by_own_reward, uses_own_reward
-from m3po_jax.pipeline.rounds import check_rounds
+from m3po_jax.pipeline.systems import greedy
+from m3po_jax.reading import check_values
+from m3po_jax.scoring.alignment import check_aggregate, check_template
 from m3po_jax.scoring.chat import check_endpoint
+from m3po_jax.scoring.grading import check_rubric
 from m3po_jax.selection import check_config
+from m3po_jax.sharding import check_mesh
+from m3po_jax.training.guards import check_settings
 from m3po_jax.training.objectives import check_objective
+from m3po_jax.training.optimizer import make_optimizer
 
-SFT_ANSWERS = ("chosen", "reference")
+# Objectives whose recipes draw candidates and have a judge; the others train on rows.
+WITH_CANDIDATES = ("preference", "rlhf", "reward")
+OF_ARMS = ("preference", "rlhf", "sft")
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -25,9 +31,9 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         UserError: names the key.
     """
-    if recipe.rounds < 1:
-        raise UserError(f"{recipe.rounds} rounds", where="rounds", remedy="at least 1")
-    _check_one(recipe)
+    check_values(recipe, "")
+    check_mesh(recipe.mesh)
+    _check_one(recipe, candidates=recipe.train.objective in WITH_CANDIDATES)
     if judges_by_own_reward(recipe):
         raise UserError(
             "a reward model learns from scores of another judge",
@@ -41,8 +47,14 @@ def check_recipe(recipe: Recipe) -> None:
             )
         try:
             own = arm_recipe(recipe, arm)
-            _check_one(own)
-            if own.reward != recipe.reward or own.train.objective == "reward":
+            _check_one(own, candidates=True)
+            if own.train.objective not in OF_ARMS:
+                raise UserError(
+                    f"objective {own.train.objective!r} is not an arm's",
+                    where="train.objective",
+                    remedy=", ".join(OF_ARMS),
+                )
+            if own.reward != recipe.reward:
                 raise UserError(
                     "systems share one reward model", where="reward", remedy="set it for the whole recipe"
                 )
@@ -50,39 +62,30 @@ def check_recipe(recipe: Recipe) -> None:
             raise UserError(str(error), where=f"arms.{arm}") from None
 
 
-def _check_one(recipe: Recipe) -> None:
-    check_rounds(recipe.round)
-    check_config(recipe.select)
+def _check_one(recipe: Recipe, *, candidates: bool) -> None:
+    check_objective(recipe.train)
+    check_settings(recipe.train)
+    make_optimizer(recipe.train, 1, {})
     check_trainable(recipe)
     for name, benchmark in recipe.evaluate.benchmarks.items():
-        metric = METRICS.get(benchmark.metric)
-        if metric is not None and metric.judged:
+        check_benchmark(name, benchmark)
+        if METRICS[benchmark.metric].judged:
             raise UserError(
                 f"{benchmark.metric} scores a judge's reviews, which a run does not write",
                 where=f"evaluate.benchmarks.{name}",
                 remedy="score saved reviews: m3po evaluate --answers REVIEWS, with a recipe of its own",
             )
-    named = [member.partition("=") for member in recipe.score.members]
-    judges = [model for name, _, model in named if name == "endpoint"]
-    if judges or recipe.score.backend == "endpoint":
-        model = recipe.score.endpoint.model or next(filter(None, judges), "")
-        check_endpoint(dataclasses.replace(recipe.score.endpoint, model=model))
+    greedy(recipe.evaluate)
+    if candidates:
+        _check_candidates(recipe)
+
+
+def _check_candidates(recipe: Recipe) -> None:
+    check_config(recipe.select)
     sampling_config(recipe.generate, 0)
+    check_score(recipe.score)
     if uses_own_reward(recipe) or recipe.train.objective == "reward":
         check_reward_config(recipe)
-    if recipe.train.objective in ("preference", "rlhf", "reward"):
-        check_objective(recipe.train)
-    elif recipe.train.objective != "sft":
-        raise UserError(
-            f"objective {recipe.train.objective!r} is not an arm's",
-            where="train.objective",
-            remedy="preference, rlhf or sft",
-        )
-    elif recipe.train.sft_answers not in SFT_ANSWERS:
-        raise UserError(
-            f"unknown answers {recipe.train.sft_answers!r}{nearest(recipe.train.sft_answers, SFT_ANSWERS)}",
-            where="train.sft_answers",
-        )
     longest, limit = recipe.generate.max_new_tokens, recipe.train.max_answer_tokens
     if longest > limit:
         raise UserError(
@@ -97,3 +100,40 @@ def _check_one(recipe: Recipe) -> None:
                 where="score.confidence",
                 remedy=f"add {name!r} to it",
             )
+
+
+def check_benchmark(name: str, benchmark: BenchmarkConfig) -> None:
+    """UserError where a benchmark names a rule that its metric does not have, or lacks a file that it needs."""
+    where, metric = f"evaluate.benchmarks.{name}", METRICS[benchmark.metric]
+    if benchmark.rule and benchmark.rule not in metric.rules:
+        known = nearest(benchmark.rule, metric.rules) if metric.rules else f": {benchmark.metric} has one alone"
+        raise UserError(f"unknown rule {benchmark.rule!r}{known}", where=f"{where}.rule", remedy="leave it out")
+    if benchmark.metric == "amber" and not benchmark.association:
+        raise UserError("AMBER needs its relation.json", where=f"{where}.association", remedy="name the file")
+
+
+def judges(score: ScoreConfig) -> list[ScoreConfig]:
+    """The settings of every judge: of the backend, or of each member of an ensemble.
+
+    Raises:
+        UserError: an ensemble of fewer than two, or of ensembles.
+    """
+    # pipeline.backends loads the models' code, which the other checks do without.
+    from m3po_jax.pipeline.backends import member_settings
+
+    return member_settings(score) if score.backend == "ensemble" else [score]
+
+
+def check_score(score: ScoreConfig) -> None:
+    """UserError where the settings of a judge cannot be meant; its model's files are not looked at."""
+    for judge in judges(score):
+        if judge.backend in ("similarity", "claims"):
+            check_aggregate(judge.aggregate, judge.vocabulary)
+        if judge.backend == "similarity":
+            check_template(judge.claim_template, "score.claim_template")
+        if judge.backend == "claims" and judge.judge_template:
+            check_template(judge.judge_template, "score.judge_template")
+        if judge.backend in ("judge", "endpoint"):
+            check_rubric(judge.rubric, judge.grades)
+        if judge.backend == "endpoint":
+            check_endpoint(judge.endpoint)

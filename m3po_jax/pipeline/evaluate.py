@@ -13,7 +13,7 @@ from m3po_jax.data import tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import PromptSource, fingerprint, read_prompts
-from m3po_jax.errors import UserError, nearest
+from m3po_jax.errors import UserError
 from m3po_jax.evaluation.registry import METRICS, image_of
 from m3po_jax.generation.engine import Generator
 from m3po_jax.hosts import Shares
@@ -21,6 +21,7 @@ from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.generate import requests
 from m3po_jax.pipeline.rundir import is_writer, now, read_json, write_json
 from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
+from m3po_jax.reading import check_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +46,9 @@ def read_benchmark(name: str, config: BenchmarkConfig) -> Benchmark:
         UserError: an unknown metric, no rows, or rows without what the metric needs.
     """
     where = f"evaluate.benchmarks.{name}"
-    if config.metric not in METRICS:
-        raise UserError(f"unknown metric {config.metric!r}{nearest(config.metric, METRICS)}", where=where)
+    check_values(config, where)
+    if not config.data.path:
+        raise UserError("no questions", where=f"{where}.data.path", remedy="name a file, a folder or a builder")
     source: PromptSource = read_prompts(config.data)
     rows = [source[i] for i in range(len(source))]
     if config.kind:
@@ -57,6 +59,29 @@ def read_benchmark(name: str, config: BenchmarkConfig) -> Benchmark:
         if lacking := METRICS[config.metric].missing(row):
             raise UserError(lacking[0], where=row.where, remedy=f"{config.metric}: {lacking[1]}")
     return Benchmark(name, config, rows, source.image_root, fingerprint(source))
+
+
+def check_scoring(benchmark: Benchmark) -> None:
+    """Scores "yes" as the answer to every question: what a metric cannot read is found before a model has answered.
+
+    Raises:
+        UserError: fields of other shapes than the metric reads, files or packages that it lacks.
+    """
+    metric = METRICS[benchmark.config.metric]
+    if metric.judged:
+        return
+    answers = [{"id": prompt.id, "text": "yes", "tokens": 1} for prompt in benchmark.prompts]
+    try:
+        scored = score_answers(benchmark, answers)
+        intervals(benchmark, scored, 2, 0)
+    except UserError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{benchmark.config.metric} cannot score its rows ({type(error).__name__}: {error})",
+            where=f"evaluate.benchmarks.{benchmark.name}",
+            remedy="see evaluation.md for the fields that it reads",
+        ) from error
 
 
 def score_answers(benchmark: Benchmark, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

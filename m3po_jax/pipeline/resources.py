@@ -13,7 +13,7 @@ from m3po_jax.data.sources import PromptSource, fingerprint, read_prompts
 from m3po_jax.generation.engine import Generator
 from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.pipeline.checks import check_recipe
-from m3po_jax.pipeline.evaluate import Benchmark, read_benchmark
+from m3po_jax.pipeline.evaluate import Benchmark, check_scoring, read_benchmark
 from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy, make_generator
 from m3po_jax.pipeline.rundir import RunDirectory
 from m3po_jax.pipeline.systems import SystemEvaluator
@@ -80,7 +80,8 @@ class Resources:
         Raises:
             UserError: the directory holds a run of another recipe.
         """
-        _ = self.benchmarks
+        for benchmark in self.benchmarks:
+            check_scoring(benchmark)
         facts = {
             "model": {"path": self.recipe.model.path, "hash": self.policy.identity},
             "data": {"path": self.recipe.data.path, "fingerprint": self.data_identity, "rows": len(self.source)},

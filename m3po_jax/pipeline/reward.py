@@ -18,7 +18,7 @@ import pyarrow as pa
 from flax import nnx
 from jax.sharding import Mesh
 
-from m3po_jax.config import ModelConfig, Recipe, SelectConfig, TrainConfig, from_plain
+from m3po_jax.config import ModelConfig, Recipe, SelectConfig, TrainConfig
 from m3po_jax.data import batches, pair_rows, tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.errors import UserError
@@ -28,6 +28,7 @@ from m3po_jax.models.heads import attach_head
 from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy
 from m3po_jax.pipeline.rundir import is_writer, read_json
 from m3po_jax.pipeline.stopping import barrier
+from m3po_jax.recipes import from_plain
 from m3po_jax.scoring.reward import HeadScorer, Reward
 from m3po_jax.selection import RANDOM_RULES, check_config
 from m3po_jax.sharding import use_mesh
@@ -154,16 +155,12 @@ def check_reward_config(recipe: Recipe) -> None:
     check_config(pair_rule(recipe))
     check_objective(reward_train_config(recipe))
     own = recipe.reward
-    if own.pairs_per_prompt < 1 or (own.pairs_per_prompt > 1 and own.rule not in RANDOM_RULES):
+    if own.pairs_per_prompt > 1 and own.rule not in RANDOM_RULES:
         raise UserError(
             f"{own.pairs_per_prompt} pairs of a prompt by the rule {own.rule!r}",
             where="reward.pairs_per_prompt",
             remedy=f"1, or more by one of the rules {', '.join(RANDOM_RULES)}",
         )
-    for name in ("split", "holdout"):
-        value = getattr(recipe.reward, name)
-        if not 0 < value < 1:
-            raise UserError(f"must lie between 0 and 1, not {value}", where=f"reward.{name}")
 
 
 def start_reward(policy: Policy, recipe: Recipe, config: TrainConfig, mesh: Mesh) -> Any:

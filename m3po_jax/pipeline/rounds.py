@@ -21,7 +21,6 @@ from m3po_jax.data import pair_rows, tables
 from m3po_jax.data.feature_cache import PromptFeatures
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import PAIR
-from m3po_jax.errors import UserError, nearest
 from m3po_jax.pipeline.caches import fill
 from m3po_jax.pipeline.generate import prompt_batches
 from m3po_jax.pipeline.rundir import is_writer
@@ -30,16 +29,6 @@ from m3po_jax.scoring.engine import Scorer, pad_answers
 
 REFERENCES = ("previous", "base")
 SIDES = ("chosen", "rejected")
-
-
-def check_rounds(config: RoundConfig) -> None:
-    """Raises UserError where a setting cannot be meant."""
-    if config.reference not in REFERENCES:
-        raise UserError(
-            f"unknown reference {config.reference!r}{nearest(config.reference, REFERENCES)}", where="round.reference"
-        )
-    if not 0 <= config.mix_previous < 1:
-        raise UserError(f"must lie in [0, 1), not {config.mix_previous}", where="round.mix_previous")
 
 
 def earlier_count(own: int, earlier: int, share: float) -> int:
@@ -54,7 +43,8 @@ def mix(rounds: Sequence[tuple[int, pa.Table]], share: float, seed: int) -> list
     """
 
     def rank(item: tuple[int, dict[str, Any]]) -> bytes:
-        return hashlib.sha256(f"mix\0{seed}\0{item[0]}\0{item[1]['id']}".encode()).digest()
+        name = f"mix\0{seed}\0{item[0]}\0{item[1]['id']}"
+        return hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
 
     *before, own = [[(number, row) for row in table.to_pylist()] for number, table in rounds]
     pool = sorted((item for table in before for item in table), key=rank)

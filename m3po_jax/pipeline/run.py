@@ -10,17 +10,18 @@ from typing import Any
 
 import pyarrow as pa
 
-from m3po_jax.config import Recipe, essential
+from m3po_jax.config import Recipe
 from m3po_jax.data import tables
 from m3po_jax.errors import UserError
 from m3po_jax.generation.settings import sampling_config
 from m3po_jax.pipeline import reward as rewarding
 from m3po_jax.pipeline import rounds, summary
 from m3po_jax.pipeline.arms import arm_recipe, needs_pairs
-from m3po_jax.pipeline.backends import check_ready, judge_identities, make_backend
+from m3po_jax.pipeline.backends import judge_identities, make_backend
 from m3po_jax.pipeline.caches import vision_features
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.generate import generate
+from m3po_jax.pipeline.preflight import check_before_run
 from m3po_jax.pipeline.resources import Resources
 from m3po_jax.pipeline.rlhf import rollout_costs, train_rlhf
 from m3po_jax.pipeline.rundir import is_writer, read_json
@@ -29,6 +30,7 @@ from m3po_jax.pipeline.select import select
 from m3po_jax.pipeline.stopping import agreed, barrier, look
 from m3po_jax.pipeline.systems import System, base_systems, greedy
 from m3po_jax.pipeline.train import Trained, read_pairs, train_on_pairs, train_on_references
+from m3po_jax.recipes import essential
 from m3po_jax.scoring.alignment import Backend
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.sharding import use_mesh
@@ -370,7 +372,7 @@ class Run(Resources):
                 where="train.objective",
                 remedy="`m3po train` trains it; the arms rm_dpo and rlhf train their own",
             )
-        check_ready(self.recipe.score)
+        check_before_run(self.recipe)
         with self.directory.lock():
             self.open()
             arms: list[str | None] = [None, *self.recipe.arms]

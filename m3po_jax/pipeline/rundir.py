@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from omegaconf import OmegaConf
+import yaml
 
-from m3po_jax.config import Recipe, essential, to_yaml
+from m3po_jax import yaml_text
+from m3po_jax.config import Recipe
 from m3po_jax.data.tables import atomic_write, write_json
 from m3po_jax.errors import UserError
+from m3po_jax.recipes import essential, to_yaml
 from m3po_jax.version import __version__
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tensorflow-datasets")
@@ -72,8 +74,6 @@ class RunDirectory:
         Raises:
             UserError: a name that leads out of `output_dir`, or into another run's folder.
         """
-        if recipe.name in ("", ".", "..") or "/" in recipe.name:
-            raise UserError(f"{recipe.name!r} is not a folder's name", where="name", remedy="set output_dir as well")
         return cls(Path(recipe.output_dir) / recipe.name)
 
     def open(self, recipe: Recipe, facts: dict[str, Any]) -> None:
@@ -171,12 +171,12 @@ def round_seconds(seconds: float) -> float:
 def _essential(text: str) -> str:
     """A stored recipe without what changes no result; text that is no recipe stays as it is."""
     try:
-        stored = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        stored = yaml.safe_load(text)
     except Exception:  # yaml.YAMLError and its kin: a damaged file differs from any recipe
         return text
     if not isinstance(stored, dict):
         return text
-    return OmegaConf.to_yaml(OmegaConf.create(essential({str(key): value for key, value in stored.items()})))
+    return yaml_text.write(essential({str(key): value for key, value in stored.items()}))
 
 
 def _first_difference(old: str, new: str) -> str:

@@ -23,7 +23,9 @@ def main_name(recipe: Recipe) -> str:
     rule = recipe.select.rule
     if recipe.train.objective == "preference":
         return RULE_NAMES.get(rule, rule)
-    return "rlhf" if recipe.train.objective == "rlhf" else "sft_chosen"
+    if recipe.train.objective == "sft":
+        return "sft_chosen" if recipe.train.sft_answers == "chosen" else "sft"
+    return recipe.train.objective
 
 
 def stop_bias_name(bias: float) -> str:

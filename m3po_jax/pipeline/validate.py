@@ -5,19 +5,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from m3po_jax.config import DataConfig, Recipe
+from m3po_jax.data.batches import reference_tokens
+from m3po_jax.data.contrastive import claims_of
 from m3po_jax.data.dual_inputs import DualEncoderProcessor
-from m3po_jax.data.processing import Processor
+from m3po_jax.data.row_inputs import checked_answer, where_of
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import read_prompts
 from m3po_jax.errors import UserError
-from m3po_jax.models.registry import Description, describe, stored_tensors
-from m3po_jax.pipeline.backends import check_ready
+from m3po_jax.models.registry import stored_tensors
+from m3po_jax.pipeline.arms import arm_recipe, needs_pairs
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import progress
-from m3po_jax.pipeline.evaluate import read_benchmark
+from m3po_jax.pipeline.evaluate import check_scoring, read_benchmark
+from m3po_jax.pipeline.preflight import Preflight
+from m3po_jax.scoring.alignment import Reference
 
 Check = Callable[[Prompt], object]
 MakeChecks = Callable[[Path], list[Check]]  # for rows whose images lie under a folder
@@ -28,78 +33,154 @@ class Problems:
 
     def __init__(self) -> None:
         self.found: list[UserError] = []
+        self._lines: set[str] = set()
 
     @contextmanager
     def collect(self) -> Iterator[None]:
         try:
             yield
         except UserError as error:
+            self.add(error)
+
+    def add(self, error: UserError) -> None:
+        """Notes a problem, unless it is known: stages share models and rows."""
+        if str(error) not in self._lines:
+            self._lines.add(str(error))
             self.found.append(error)
 
-    def rows(self, config: DataConfig, make_checks: MakeChecks, title: str, *, require_image: bool) -> int:
+    def rows(self, source: Source, title: str) -> int:
         """Reads every row of a source and its images; returns how many rows are good enough to be read."""
-        source = read_prompts(config, require_image=require_image, problems=self.found)
-        checks = make_checks(source.image_root)
-        for index in progress(range(len(source)), title, len(source)):
-            for check in checks:
-                before = len(self.found)
-                with self.collect():
-                    check(source[index])
-                if len(self.found) > before:
-                    break  # a row's first problem may cause its others
-        return len(source)
+        found: list[UserError] = []
+        rows = read_prompts(source.config, require_image=source.drawn, problems=found)
+        for error in found:
+            self.add(error)
+        checks = source.checks(rows.image_root)
+        for index in progress(range(len(rows)), title, len(rows)):
+            self.row(rows[index], checks)
+        return len(rows)
+
+    def row(self, prompt: Prompt, checks: list[Check]) -> None:
+        for check in checks:
+            before = len(self.found)
+            with self.collect():
+                check(prompt)
+            if len(self.found) > before:
+                break  # a row's first problem may cause its others
 
 
 def validate(recipe: Recipe) -> tuple[list[UserError], str]:
     """(every problem, a summary of what was read).
 
-    Checks settings, the model's and the judge's files (names and shapes of all tensors, not their values), every
-    row's prompt length and images, and every benchmark's questions.
+    Checks settings, what every stage will construct (`Preflight`), the models' files (names and shapes of all
+    tensors, not their values), every row's prompt, images and answer, and every benchmark's questions and fields.
     """
     problems, read = Problems(), []
-    preference = recipe.train.objective in ("preference", "rlhf", "reward")
-    if preference:
-        with problems.collect():
-            check_recipe(recipe)
-    make_checks: MakeChecks = lambda root: []  # noqa: E731
     with problems.collect():
-        description = describe(recipe.model.path, vision_tower=recipe.model.vision_tower)
+        check_recipe(recipe)
+    # Arms that cannot be meant would only repeat that.
+    preflight = Preflight(dataclasses.replace(recipe, arms={}) if problems.found else recipe)
+    checks: list[Callable[[], object]] = []
+    with problems.collect():
+        checks = preflight.checks()
+    with problems.collect():
+        described = preflight.description
         if recipe.model.init == "pretrained":
-            read.append(f"{len(stored_tensors(description))} tensors")
-        make_checks = _row_checks(recipe, description)
-    if preference:
+            read.append(f"{len(stored_tensors(described))} tensors")
+    for check in checks:
         with problems.collect():
-            check_ready(recipe.score)
-    if recipe.score.model and preference:
+            check()
+    prompts, sources = 0, list[Source]()
+    with problems.collect():
+        sources = list(_sources(recipe, preflight))
+    for source in sources:
         with problems.collect():
-            stored_tensors(describe(recipe.score.model))
-    for config in [recipe.data] if preference else recipe.train.data or [recipe.data]:
-        with problems.collect():
-            count = problems.rows(config, make_checks, f"validate {config.path}", require_image=preference)
-            read.append(f"{count} rows of {config.path}")
+            count = problems.rows(source, f"validate {source.config.path}")
+            read.append(f"{count} rows of {source.config.path}")
+            prompts += count if source.drawn else 0
     for name, benchmark in recipe.evaluate.benchmarks.items():
         with problems.collect():
-            read.append(f"{len(read_benchmark(name, benchmark).prompts)} questions of {name}")
+            questions = read_benchmark(name, benchmark)
+            read.append(f"{len(questions.prompts)} questions of {name}")
+            checks_of_rows = _asked(preflight)(questions.image_root) if _answers(recipe) else []
+            for prompt in progress(questions.prompts, f"validate {name}", len(questions.prompts)):
+                problems.row(prompt, checks_of_rows)
+            check_scoring(questions)
+    if not problems.found:
+        with problems.collect():
+            preflight.disk(prompts)
     return problems.found, ", ".join(read)
 
 
-def _row_checks(recipe: Recipe, description: Description) -> MakeChecks:
-    """What a stage will do with a row, without the model."""
-    processor: DualEncoderProcessor | Processor
+def _answers(recipe: Recipe) -> bool:
+    """Whether the model answers questions; a dual encoder does not."""
+    return recipe.train.objective != "contrastive"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that a stage reads.
+
+    Attributes:
+        checks: What the stage does with each.
+        drawn: They are prompts that candidates are drawn for.
+    """
+
+    config: DataConfig
+    checks: MakeChecks
+    drawn: bool = False
+
+
+def _sources(recipe: Recipe, preflight: Preflight) -> Iterator[Source]:
+    """The rows of every stage; those that two stages read come twice, their images once."""
     if recipe.train.objective == "contrastive":
-        positions = description.config.text.max_positions
-        processor = DualEncoderProcessor.from_pretrained(description.directory, max_positions=positions)
-        return lambda root: [dataclasses.replace(processor, image_root=root).pixel_values]
-    processor = Processor.from_pretrained(
-        description.directory,
-        recipe.model.template,
-        recipe.model.image_fit,
-        max_image_pixels=recipe.data.max_image_pixels,
-        max_prompt_tokens=recipe.model.max_prompt_tokens,
-    )
+        for config in recipe.train.data or [recipe.data]:
+            yield Source(config, _claims(preflight))
+        return
+    asked = _asked(preflight)
+    shown: list[DataConfig] = []
+    if preflight.with_candidates:
+        references = [Reference(judge.vocabulary) for judge in preflight.judges() if judge.backend == "reference"]
+        yield Source(recipe.data, lambda root: [*asked(root), *(judge.objects for judge in references)], drawn=True)
+        shown.append(recipe.data)
+    for own in [recipe, *(arm_recipe(recipe, arm) for arm in preflight.recipe.arms)]:
+        if own.train.objective != "sft" or (needs_pairs(own) and own is not recipe):
+            continue
+        answer = _answer(own, preflight)
+        configs = own.train.data or [own.data]
+        for config in configs:
+            known = config in shown
+            yield Source(config, lambda root, known=known, answer=answer: [*([] if known else asked(root)), answer])
+            shown.append(config)
+
+
+def _asked(preflight: Preflight) -> MakeChecks:
+    """The prompt and its images, as the policy sees them."""
 
     def checks(root: Path) -> list[Check]:
-        own = dataclasses.replace(processor, image_root=root)
+        own = dataclasses.replace(preflight.processor, image_root=root)
         return [own.encode_prompt, own.pixel_values]
 
     return checks
+
+
+def _answer(recipe: Recipe, preflight: Preflight) -> Check:
+    """The reference answer, as SFT learns it."""
+
+    def check(prompt: Prompt) -> None:
+        tokens = reference_tokens(prompt, preflight.processor)
+        checked_answer(tokens, recipe.train.max_answer_tokens, where_of(prompt))
+
+    return check
+
+
+def _claims(preflight: Preflight) -> MakeChecks:
+    """Images and objects, as contrastive training reads them."""
+    description = preflight.description
+    positions = description.config.text.max_positions
+    processor = DualEncoderProcessor.from_pretrained(description.directory, max_positions=positions)
+
+    def objects(prompt: Prompt) -> None:
+        if prompt.metadata.get("objects"):  # rows without are left out
+            claims_of(prompt)
+
+    return lambda root: [dataclasses.replace(processor, image_root=root).pixel_values, objects]

@@ -12,15 +12,17 @@ from pathlib import Path
 
 import jax
 
-from m3po_jax.config import Recipe, load_recipe
+from m3po_jax.config import Recipe
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.pipeline import evaluate as evaluating
 from m3po_jax.pipeline import summary
 from m3po_jax.pipeline import train as training
+from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.run import Run
 from m3po_jax.pipeline.rundir import RunDirectory, write_json
 from m3po_jax.pipeline.select import select_file
+from m3po_jax.recipes import load_recipe, shipped, summary_of
 from m3po_jax.sharding import initialize_distributed, make_mesh, use_mesh
 
 
@@ -123,6 +125,13 @@ def validate(options: argparse.Namespace) -> None:
     say(f"no problems: {read}")
 
 
+def recipes(options: argparse.Namespace) -> None:
+    names = shipped()
+    width = max(map(len, names))
+    for name, path in names.items():
+        print(f"{name.ljust(width)}  {summary_of(path)}")
+
+
 def plan(options: argparse.Namespace) -> None:
     from m3po_jax.plan import plan as compile_for
 
@@ -187,6 +196,7 @@ def train(options: argparse.Namespace) -> None:
         with _stage(options) as running:
             running.train_stage(options.round, _arm(recipe, options))
         return
+    check_recipe(recipe)
     _start()
     directory = RunDirectory.of(recipe)
     mesh = make_mesh(recipe.mesh)

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from omegaconf import OmegaConf
+import yaml
 
 from m3po_jax.errors import UserError
 from m3po_jax.report.formatting import as_number, normalise
@@ -290,10 +290,9 @@ class Reader:
         if not path.is_file():
             return {}, ""
         try:
-            # Interpolations stay as they are written: the page must not print environment variables.
-            loaded: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
             text = path.read_text(encoding="utf-8", errors="replace")
-        except Exception as error:  # YAML and OmegaConf raise many types; the rest of the run is still worth it
+            loaded: Any = yaml.safe_load(text)
+        except Exception as error:  # PyYAML raises many types; the rest of the run is still worth it
             self.note(path, f"not readable ({type(error).__name__}), left out")
             return {}, ""
         return (loaded if isinstance(loaded, dict) else {}), text

@@ -106,6 +106,12 @@ def check_aggregate(rule: str, vocabulary: Sequence[str]) -> None:
         raise UserError("soft_f1 needs the claims that could be made", where="score.vocabulary")
 
 
+def check_template(template: str, where: str) -> None:
+    """UserError unless the template says where a claim goes."""
+    if "{claim}" not in template:
+        raise UserError(f"no {{claim}} in {template!r}", where=where)
+
+
 def pool_scores(
     pool: Sequence[Sequence[Claim]], probability: Callable[[Claim], float], rule: str, mass: float | None
 ) -> np.ndarray:
@@ -164,8 +170,7 @@ class Similarity:
         if unit not in UNITS:
             raise UserError(f"unknown unit {unit!r}{nearest(unit, UNITS)}", where="score.unit")
         check_aggregate(aggregate, vocabulary)
-        if "{claim}" not in template:
-            raise UserError(f"no {{claim}} in {template!r}", where="score.claim_template")
+        check_template(template, "score.claim_template")
         self.processor, self.mesh, self.unit = processor, mesh, unit
         self.aggregate = "mean" if unit == "whole" else aggregate
         self.objects = list(vocabulary)
@@ -271,10 +276,23 @@ class Reference:
     def __init__(self, vocabulary: Sequence[str]):
         self.vocabulary = object_vocabulary(vocabulary)
 
+    def objects(self, prompt: Prompt) -> set[str]:
+        """What the image shows, where the vocabulary makes it count.
+
+        Raises:
+            UserError: the row lists something else than names.
+        """
+        named = prompt.metadata.get("objects") or []
+        if self.vocabulary is None:
+            return set()
+        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+            raise UserError("metadata.objects is not a list of texts", where=prompt.where or f"id {prompt.id!r}")
+        return set(named)
+
     def __call__(self, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Scores:
         scores: Scores = []
         for prompt, pool in zip(prompts, pools, strict=True):
-            objects = set(prompt.metadata.get("objects") or ())
+            objects = self.objects(prompt)
             if self.vocabulary is not None and objects and prompt.metadata.get("kind") == "caption":
                 scores.append(np.array([self._object_f1(answer, objects) for answer in pool], np.float64))
             elif prompt.reference is not None:

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from m3po_jax.config import EndpointConfig
 from m3po_jax.errors import UserError
+from m3po_jax.reading import check_values
 
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 DENIED = frozenset({401, 402, 403, 404, 405})  # no other request would fare better
@@ -95,17 +96,7 @@ def check_endpoint(config: EndpointConfig) -> None:
         )
     if not config.model:
         raise UserError("no model", where=f"{where}.model", remedy="the server's name for the judge")
-    for name in ("concurrency", "max_tokens", "max_image_side"):
-        if getattr(config, name) < 1:
-            raise UserError(f"must be at least 1, not {getattr(config, name)}", where=f"{where}.{name}")
-    for name in (
-        *("requests_per_minute", "tokens_per_minute", "max_retries", "max_reasks", "retry_wait_s"),
-        *("prompt_price", "completion_price", "temperature"),
-    ):
-        if not getattr(config, name) >= 0:
-            raise UserError(f"must not be negative, not {getattr(config, name)}", where=f"{where}.{name}")
-    if not config.timeout_s > 0:
-        raise UserError(f"must be positive, not {config.timeout_s}", where=f"{where}.timeout_s")
+    check_values(config, where)
     if config.max_cost is not None and not config.prompt_price + config.completion_price > 0:
         raise UserError(
             "a limit without prices", where=f"{where}.max_cost", remedy="set prompt_price and completion_price"

@@ -16,7 +16,7 @@ from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.data.templates import IMAGE_PLACEHOLDER
 from m3po_jax.errors import UserError
 from m3po_jax.generation.engine import PromptBatch
-from m3po_jax.scoring.alignment import NO_IMAGE, Scores, check_aggregate, pool_scores
+from m3po_jax.scoring.alignment import NO_IMAGE, Scores, check_aggregate, check_template, pool_scores
 from m3po_jax.scoring.claims import Claim, object_vocabulary, split_claims
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.scoring.shown_images import shared_pixels
@@ -180,8 +180,7 @@ class Claims:
     ):
         check_aggregate(aggregate, vocabulary)
         self.template = template or (OBJECT_QUESTION if vocabulary else STATEMENT_QUESTION)
-        if "{claim}" not in self.template:
-            raise UserError(f"no {{claim}} in {template!r}", where="score.judge_template")
+        check_template(self.template, "score.judge_template")
         self.scorer, self.processor, self.aggregate = scorer, processor, aggregate
         self.objects, self.vocabulary = list(vocabulary), object_vocabulary(vocabulary)
         self.lead, self.yes, self.no = answer_tokens(processor)

@@ -15,18 +15,24 @@ MEANINGS = {
 }
 
 
+def objects_of(prompt: Prompt) -> list[str] | None:
+    """The names of what the image shows, where the row lists them; other programs' `objects` are other things."""
+    named = prompt.metadata.get("objects")
+    return named if isinstance(named, list) and all(isinstance(name, str) for name in named) else None
+
+
 def known_truth(prompt: Prompt, answer: str, vocabulary: chair.Vocabulary | None) -> tuple[str, bool] | None:
     """(kind of ground truth, whether the answer is right), None where nobody knows.
 
     A short reference answer is compared as in VQA (yes and no by what is said). Otherwise, where the image's objects
     are listed, an answer is right if it names no other object of the vocabulary; one that names none is unknown.
     """
-    objects = prompt.metadata.get("objects")
+    objects = objects_of(prompt)
     caption = prompt.metadata.get("kind") == "caption"
     wanted = normalize(prompt.reference) if prompt.reference is not None and not caption else ""
     if wanted and len(wanted.split()) <= SHORT_WORDS:
         return REFERENCE, agrees(prompt.instruction, answer, wanted)
-    if vocabulary is not None and isinstance(objects, list):
+    if vocabulary is not None and objects is not None:
         mentioned = vocabulary.mentions(answer)
         if mentioned:
             return OBJECTS, set(mentioned) <= set(objects)

@@ -18,7 +18,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from m3po_jax.config import TrainConfig
 from m3po_jax.errors import UserError
+from m3po_jax.reading import check_value
 from m3po_jax.training.step import Parameters, TrainState
 
 
@@ -61,8 +63,7 @@ class Checkpointer:
         keep_best: int = 0,
         metric: str = "loss",
     ):
-        if keep < 1:
-            raise UserError(f"keep_checkpoints must be positive, not {keep}", where="train.keep_checkpoints")
+        check_value(TrainConfig, "keep_checkpoints", keep, "train")
         self.directory, self.fingerprint = epath.Path(os.fspath(directory)), fingerprint
         if "://" not in os.fspath(directory):
             self.directory = epath.Path(Path(directory).absolute())

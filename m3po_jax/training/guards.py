@@ -17,6 +17,7 @@ import optax
 from m3po_jax.config import TrainConfig
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.errors import UserError
+from m3po_jax.reading import check_values
 from m3po_jax.training.objectives import check_objective
 
 # Logged lines that the collapse warning looks back on.
@@ -33,19 +34,9 @@ def token_tolerance(model: Any) -> float:
     return 1e-3 if getattr(getattr(model, "decoder", None), "dtype", None) == jnp.float32 else 5e-2
 
 
-def check_settings(config: TrainConfig, batches: BatchSource) -> None:
+def check_settings(config: TrainConfig) -> None:
     """Raises UserError for settings of the loop that make no sense."""
-    for name in ("save_steps", "log_steps"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} must be positive, not {getattr(config, name)}", where=f"train.{name}")
-    if config.max_steps is not None and config.max_steps < 1:
-        raise UserError(f"max_steps must be positive, not {config.max_steps}", where="train.max_steps")
-    if config.max_steps is None and not config.epochs > 0:
-        raise UserError(f"epochs must be positive, not {config.epochs}", where="train.epochs")
-    if not 0 <= config.ema_decay < 1:
-        raise UserError(f"ema_decay must lie in [0, 1), not {config.ema_decay}", where="train.ema_decay")
-    if config.weights not in ("last", "ema", "best"):
-        raise UserError(f"weights are last, ema or best, not {config.weights!r}", where="train.weights")
+    check_values(config, "train")
     if config.weights == "ema" and not config.ema_decay:
         raise UserError("no moving average is kept", where="train.weights", remedy="set train.ema_decay, e.g. 0.99")
     if config.weights == "best" and not config.keep_best:
@@ -56,11 +47,6 @@ def check_settings(config: TrainConfig, batches: BatchSource) -> None:
             where="train.keep_best",
             remedy="set train.log_steps to at most train.save_steps",
         )
-    for name in ("reference_check_rows", "keep_best", "collapse_warning"):
-        if not (math.isfinite(getattr(config, name)) and getattr(config, name) >= 0):
-            raise UserError(f"{name} must not be negative: {getattr(config, name)}", where=f"train.{name}")
-    if batches.batch_size != config.batch_size:
-        raise ValueError(f"batches of {batches.batch_size} rows for train.batch_size {config.batch_size}")
 
 
 def check_image_tokens(batch: Any, ids: Sequence[str], image_token_id: int, tokens_per_image: int) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from m3po_jax.config import TrainConfig
-from m3po_jax.errors import UserError, nearest
+from m3po_jax.reading import check_values
 
 SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
     # Share of the peak rate, from progress after the warm-up in [0, 1).
@@ -31,19 +31,9 @@ def learning_rate_schedule(config: TrainConfig, total_steps: int) -> optax.Sched
     update is spent at rate 0 (Hugging Face's schedules spend the first one).
 
     Raises:
-        UserError: unknown `lr_schedule`, or settings outside their domain.
+        UserError: settings outside their domain.
     """
-    if config.lr_schedule not in SCHEDULES:
-        raise UserError(
-            f"unknown lr_schedule {config.lr_schedule!r}{nearest(config.lr_schedule, SCHEDULES)}",
-            where="train.lr_schedule",
-        )
-    if not (math.isfinite(config.learning_rate) and config.learning_rate > 0):
-        raise UserError(f"learning_rate must be positive, not {config.learning_rate}", where="train.learning_rate")
-    if not 0 <= config.warmup_ratio <= 1:
-        raise UserError(f"warmup_ratio must lie in [0, 1], not {config.warmup_ratio}", where="train.warmup_ratio")
-    if config.warmup_steps is not None and config.warmup_steps < 0:
-        raise UserError(f"warmup_steps must not be negative: {config.warmup_steps}", where="train.warmup_steps")
+    check_values(config, "train")
     ratio_steps = warmup_steps(config.warmup_ratio, total_steps)
     warmup = ratio_steps if config.warmup_steps is None else config.warmup_steps
     shape = SCHEDULES[config.lr_schedule]
@@ -70,17 +60,6 @@ def make_optimizer(
     Args:
         axes: Logical axes of each trainable parameter, by its path.
     """
-    if config.max_grad_norm < 0:
-        raise UserError(
-            f"max_grad_norm must not be negative, not {config.max_grad_norm}", where="train.max_grad_norm"
-        )
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(config, name) < 1:
-            raise UserError(
-                f"{name} must be at least 0 and below 1, not {getattr(config, name)}", where=f"train.{name}"
-            )
-    if config.adam_epsilon <= 0:
-        raise UserError(f"adam_epsilon must be above 0, not {config.adam_epsilon}", where="train.adam_epsilon")
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
     return optax.chain(
         clip,

@@ -146,7 +146,9 @@ def prepare(
 ) -> tuple[Stage, Parameters]:
     """The stage, with everything but the first state on the devices, and the leaves that learn."""
     objective = check_objective(config)
-    checks.check_settings(config, batches)
+    checks.check_settings(config)
+    if batches.batch_size != config.batch_size:
+        raise ValueError(f"batches of {batches.batch_size} rows for train.batch_size {config.batch_size}")
     total = batches.steps(config.epochs) if config.max_steps is None else config.max_steps
     partition, start, frozen = split_model(model, config)
     compares = _reference(partition, start, config, batches, reference) if objective.uses_reference else None

@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3po_jax.config import TrainConfig, load_recipe
+from m3po_jax.config import TrainConfig
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.batches import pair_batches, sft_batches
 from m3po_jax.data.collation import TreeBatch
 from m3po_jax.data.lengths import Lengths, Order, cheapest, padding_share, partition, plan_shapes, rounded
 from m3po_jax.data.schema import Prompt
+from m3po_jax.recipes import load_recipe
 
 # What the recipes train with.
 WINDOW, SHAPES = TrainConfig().length_window, TrainConfig().max_shapes

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from training_tools import TinyProcessor, base_config, pair_rows, tiny_model
 
-from m3po_jax.config import MeshConfig, load_recipe
+from m3po_jax.config import MeshConfig
 from m3po_jax.data import tables
 from m3po_jax.data.batches import pair_batches
 from m3po_jax.data.processing import Processor
@@ -29,6 +29,7 @@ from m3po_jax.hosts import own_rows, shared_out
 from m3po_jax.pipeline.caches import vision_features
 from m3po_jax.pipeline.generate import generate
 from m3po_jax.pipeline.models import load_policy, make_generator
+from m3po_jax.recipes import load_recipe
 from m3po_jax.sharding import initialize_distributed, make_mesh, sharding_for
 from m3po_jax.training.loop import train
 

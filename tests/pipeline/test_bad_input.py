@@ -115,20 +115,17 @@ def test_malformed_line(tmp_path, capsys):
         ("mesh.fsdp=3", "mesh"),
         ("generate.top_p=0", "generate.top_p"),
         ("rounds=0", "rounds"),
-        ("train.beta=", "train.beta: Incompatible value 'None' for field of type 'float'; it takes float"),
+        ("train.beta=", "train.beta: '' is not a number; it takes a number in (0, 1e+09]"),
         ("train.beta=[1", "'train.beta=[1': the value is not valid YAML; quote it"),
-        ("train=3", "train: the value does not fit; it is a section: set keys of it"),
-        ("compare.seeds=3", "compare.seeds: the value does not fit; it takes list[int]"),
-        ("name=../other", "name: '../other' is not a folder's name; set output_dir"),
+        ("train=3", "train: '3' is not a section; set keys of it, like train.objective"),
+        ("compare.seeds=3", "compare.seeds: '3' is not a list; write [a, b]"),
+        ("name=../other", "name: '../other' is not a folder's name"),
         ("output_dir=/proc/none", "/proc/none/mini: cannot write to the run directory (No such file"),
     ],
 )
 def test_bad_settings(tmp_path, capsys, override, expected):
     recipe = write_recipe(tmp_path, write_data(tmp_path / "data"))
-    verb = "score" if override.startswith("score") else "generate"
-    if verb == "score":
-        assert main(["generate", "--config", str(recipe), override]) == 0
-    assert expected in refused(capsys, verb, "--config", str(recipe), override)
+    assert expected in refused(capsys, "generate", "--config", str(recipe), override)
 
 
 def test_missing_recipe_and_bad_yaml(tmp_path, capsys):
@@ -192,7 +189,7 @@ def test_saved_answers_must_match_the_questions(tmp_path, capsys):
 def test_help_of_every_verb_reads_without_heavy_imports(capsys):
     from m3po_jax.cli import VERBS
 
-    for verb in VERBS:
+    for verb in set(VERBS) - {"recipes"}:
         with pytest.raises(SystemExit) as stopped:
             main([verb, "--help"])
         assert stopped.value.code == 0

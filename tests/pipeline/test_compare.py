@@ -15,11 +15,12 @@ from compile_log import noted_compilations
 from mini_run import m3po, rows, write_data, write_recipe
 
 from m3po_jax.cli import main
-from m3po_jax.config import Recipe, load_recipe
+from m3po_jax.config import Recipe
 from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.pipeline.arms import SYSTEMS, VCD, arm_recipe, overrides_of
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.compare import execute, plan
+from m3po_jax.recipes import load_recipe
 
 COMPARE = {"arms": ["mas_dpo", "m3po_prior"], "main": "m3po_prior", "seeds": [0, 1], "resamples": 40}
 CHANGES = {

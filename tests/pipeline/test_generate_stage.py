@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from m3po_jax.config import GenerateConfig, MeshConfig, load_recipe
+from m3po_jax.config import GenerateConfig, MeshConfig
 from m3po_jax.data import tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Image, Prompt
@@ -24,6 +24,7 @@ from m3po_jax.pipeline.models import make_generator
 from m3po_jax.quickstart.builder import encode_png
 from m3po_jax.quickstart.language import CAPTION_INSTRUCTION
 from m3po_jax.quickstart.scenes import scene
+from m3po_jax.recipes import load_recipe
 from m3po_jax.sharding import make_mesh
 
 # A greedy candidate and three that often repeat it: every pool has duplicates.
@@ -173,11 +174,11 @@ def test_a_pool_of_a_recipe_becomes_settings_of_candidates():
             ["generate.pool=[{count: 3}]"],
             r"generate\.pool: the counts add up to 3 .*num_candidates=3",
         ),
-        (["generate.pool=[{count: 0}]"], r"generate\.pool: 0 candidates; a count is at least 1"),
+        (["generate.pool=[{count: 0}]"], r"generate\.pool\[0\]\.count: must be in \[1, 4096\], not 0"),
         (["generate.pool=[{count: 8, temprature: 1}]"], r"unknown key"),
         (["generate.stop=['']"], r"generate\.stop: an empty stop string"),
-        (["generate.resample_duplicates=-1"], r"generate\.resample_duplicates: -1 is not 0 or more"),
-        (["generate.min_p=2"], r"generate\.min_p: 2\.0 is not in \[0, 1\]"),
+        (["generate.resample_duplicates=-1"], r"generate\.resample_duplicates: must be in \[0, 1000\], not -1"),
+        (["generate.min_p=2"], r"generate\.min_p: must be in \[0, 1\], not 2"),
     ],
 )
 def test_recipes_that_cannot_be_meant_are_refused_before_anything_runs(overrides, message):

@@ -13,12 +13,12 @@ import yaml
 from mini_run import ROOT, rows, write_data, write_recipe
 
 from m3po_jax.cli import main
-from m3po_jax.config import load_recipe
 from m3po_jax.data import tables
 from m3po_jax.errors import UserError
 from m3po_jax.pipeline.arms import arm_recipe
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.reward import held_out, is_reward_prompt, uses_own_reward
+from m3po_jax.recipes import load_recipe
 
 ARMS = {
     "rm_dpo": {},
@@ -194,7 +194,7 @@ def test_the_split_depends_on_ids_alone() -> None:
     [
         (["reward.split=0"], "reward.split"),
         (["reward.holdout=1"], "reward.holdout"),
-        (["reward.rule=best"], "unknown rule"),
+        (["reward.rule=best"], r"reward\.rule: unknown value 'best'"),
         (["reward.pairs_per_prompt=0"], "reward.pairs_per_prompt: 0 pairs of a prompt"),
         (["reward.rule=m3p", "reward.pairs_per_prompt=4"], "4 pairs of a prompt by the rule 'm3p'"),
         (["arms={rlhf: {train.rl.rloo_k: 1}}"], "rloo_k"),

@@ -13,10 +13,8 @@ from hypothesis import strategies as st
 from mini_run import rows, write_data, write_recipe
 
 from m3po_jax.cli import main
-from m3po_jax.config import RoundConfig
 from m3po_jax.data import tables
-from m3po_jax.errors import UserError
-from m3po_jax.pipeline.rounds import check_rounds, earlier_count, mix
+from m3po_jax.pipeline.rounds import earlier_count, mix
 
 
 @given(st.integers(1, 500), st.integers(0, 500), st.floats(0, 0.9))
@@ -40,15 +38,6 @@ def test_a_mixture_has_all_own_pairs_and_the_same_earlier_ones_whatever_their_or
     assert {(number, row["id"]) for number, row in again if number < 3} == earlier
     other = mix([table(1, range(20)), table(2, range(10)), table(3, range(12))], 0.5, seed=1)
     assert {(number, row["id"]) for number, row in other if number < 3} != earlier
-
-
-@pytest.mark.parametrize(
-    ("config", "line"),
-    [(RoundConfig(reference="bsae"), "round.reference: unknown reference"), (RoundConfig(mix_previous=1.0), "mix_")],
-)
-def test_what_cannot_be_meant(config: RoundConfig, line: str):
-    with pytest.raises(UserError, match=line):
-        check_rounds(config)
 
 
 def test_two_rounds_against_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from mini_run import write_data, write_recipe
 
-from m3po_jax.config import load_recipe
 from m3po_jax.data import tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.pipeline.caches import image_features, vision_features
@@ -17,6 +16,7 @@ from m3po_jax.pipeline.rounds import reference_log_probs
 from m3po_jax.pipeline.run import Run
 from m3po_jax.pipeline.score import blank_log_probs, pools
 from m3po_jax.pipeline.train import read_pairs
+from m3po_jax.recipes import load_recipe
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.training.metrics_log import read_metrics
 

@@ -84,7 +84,7 @@ def test_equals_torch_adamw(beta1: float, beta2: float, epsilon: float) -> None:
     ("changes", "message"),
     [
         ({"lr_schedule": "cosin"}, "did you mean 'cosine'"),
-        ({"learning_rate": 0.0}, "must be positive"),
+        ({"learning_rate": 0.0}, "learning_rate: must be in"),
         ({"warmup_ratio": 1.5}, "warmup_ratio"),
         ({"max_grad_norm": -1.0}, "max_grad_norm"),
         ({"adam_beta2": 1.0}, "adam_beta2 must be at least 0 and below 1"),

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from m3po_jax.errors import UserError, nearest
+from m3po_jax.config import ModelConfig
+from m3po_jax.errors import UserError
+from m3po_jax.reading import check_value
 
 ATTENTION = ("xla", "pallas", "cudnn")
 _PLATFORMS = {"pallas": ("tpu", "a TPU"), "cudnn": ("gpu", "an NVIDIA GPU")}
@@ -44,8 +46,7 @@ def check_attention(kind: str, *, platform: str, dtype: Any, head_dim: int | Non
         UserError: an unknown name, other devices than the kernel's, a type or head width that it does not take.
     """
     where, remedy = "model.attention", "set model.attention=xla"
-    if kind not in ATTENTION:
-        raise UserError(f"attention {kind!r}{nearest(kind, ATTENTION)}", where=where)
+    check_value(ModelConfig, "attention", kind, "model")
     if kind == "xla":
         return
     needed, name = _PLATFORMS[kind]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from m3po_jax.config import Recipe, to_yaml
+from m3po_jax.config import Recipe
 from m3po_jax.errors import UserError
 from m3po_jax.pipeline.arms import needs_pairs
 from m3po_jax.pipeline.compare import plan
@@ -19,6 +19,7 @@ from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.run import Run
 from m3po_jax.pipeline.rundir import RunDirectory, is_writer, read_json, write_json, write_text
 from m3po_jax.pipeline.stopping import agreed, barrier
+from m3po_jax.recipes import to_yaml
 
 
 class SeedRun(Run):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from m3po_jax.config import CompareConfig, Recipe, override
+from m3po_jax.config import CompareConfig, Recipe
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.pipeline.arms import BASE, CONTRAST_ALPHA, SYSTEMS, VCD, arm_recipe, overrides_of
 from m3po_jax.pipeline.compare.statistics import METRICS
 from m3po_jax.pipeline.rundir import RunDirectory
+from m3po_jax.recipes import override, value_of
 
 FOLDER = "compare"
 
@@ -100,7 +99,7 @@ def _filled(key: str, text: str, seed: int) -> Any:
         raise UserError(
             f"cannot fill {text!r}", where=f"compare.per_seed.{key}", remedy="{seed} is the only placeholder"
         ) from None
-    return OmegaConf.from_dotlist([f"value={filled}"])["value"]
+    return value_of(filled, filled, f"compare.per_seed.{key}")
 
 
 def _with_seed(value: Any, seed: int) -> Any:
@@ -115,8 +114,8 @@ def _with_seed(value: Any, seed: int) -> Any:
 def check_compare(recipe: Recipe) -> None:
     """Raises UserError where the comparison cannot be meant; names the key."""
     config = recipe.compare
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
-        raise UserError(f"{config.seeds}", where="compare.seeds", remedy="name different seeds, none negative")
+    if len(set(config.seeds)) < len(config.seeds):
+        raise UserError(f"{config.seeds}", where="compare.seeds", remedy="name different seeds")
     if recipe.train.objective != "preference":
         raise UserError(
             f"the recipe's objective is {recipe.train.objective!r}",
@@ -139,8 +138,6 @@ def check_compare(recipe: Recipe) -> None:
                 where=f"evaluate.benchmarks.{name}",
                 remedy=f"compare on {', '.join(METRICS)}; evaluate the others with `m3po evaluate --arm`",
             )
-    if not all(0 < budget <= 1 for budget in config.efficiency):
-        raise UserError(f"{config.efficiency}", where="compare.efficiency", remedy="shares in (0, 1]")
     for system in config.efficiency_of:
         if system not in known[1:]:
             raise UserError(
@@ -154,8 +151,6 @@ def check_compare(recipe: Recipe) -> None:
             continue  # a default that this comparison leaves out
         if name not in known:
             raise UserError(f"unknown system {name!r}{nearest(name, known)}", where="compare.against")
-    if config.resamples < 1:
-        raise UserError(f"{config.resamples} resamples", where="compare.resamples", remedy="at least 1")
 
 
 def what(recipe: Recipe, arm: str) -> str:

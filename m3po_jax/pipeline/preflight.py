@@ -1,0 +1,306 @@
+"""What later stages will need, tried before the first: judges' files, layers that learn, room on disk and in memory.
+
+`validate` collects every problem; a run raises the first. No weight is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from m3po_jax.config import Recipe, ScoreConfig
+from m3po_jax.data.dual_inputs import DualEncoderProcessor
+from m3po_jax.data.processing import Processor
+from m3po_jax.errors import UserError, nearest
+from m3po_jax.generation.memory import GIB, CacheShape, cache_bytes
+from m3po_jax.models import lora
+from m3po_jax.models.kernels.choice import check_attention
+from m3po_jax.models.quantized_base import quantize_base
+from m3po_jax.models.registry import Description, describe, stored_tensors
+from m3po_jax.pipeline.arms import arm_recipe
+from m3po_jax.pipeline.backends import check_ready, describe_dual_encoder, describe_judge
+from m3po_jax.pipeline.checks import WITH_CANDIDATES, judges
+from m3po_jax.pipeline.reward import find_reward, read_reward_pairs
+from m3po_jax.pipeline.rundir import RunDirectory
+from m3po_jax.pipeline.systems import stop_tokens
+from m3po_jax.scoring.grading import grade_tokens
+from m3po_jax.scoring.judge import answer_tokens
+from m3po_jax.sharding import make_mesh
+from m3po_jax.training.step import trainable_filter
+
+TRACKER_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+AMBER_PACKAGES = {"nouns": "nltk", "similarity": "spacy"}
+STATE_BYTES = 12  # of a parameter that learns, in a checkpoint: itself and AdamW's two means, in float32
+TEXT_BYTES = 4  # of an answer's token as text, about
+SMALL_MODEL_BYTES = 4 * GIB  # larger ones are checked on the machine that runs them, not on a laptop's memory
+
+
+class Preflight:
+    """A recipe's later stages, as far as they can be tried without weights."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.with_candidates = recipe.train.objective in WITH_CANDIDATES
+
+    @functools.cached_property
+    def description(self) -> Description:
+        return describe(self.recipe.model.path, vision_tower=self.recipe.model.vision_tower)
+
+    @functools.cached_property
+    def processor(self) -> Processor:
+        """The policy's."""
+        return self.processor_of(self.description)
+
+    def processor_of(self, description: Description) -> Processor:
+        model = self.recipe.model
+        return Processor.from_pretrained(
+            description.directory,
+            model.template,
+            model.image_fit,
+            max_image_pixels=self.recipe.data.max_image_pixels,
+            max_prompt_tokens=model.max_prompt_tokens,
+        )
+
+    def checks(self) -> list[Callable[[], object]]:
+        """Each raises UserError where a later stage would."""
+        found: list[Callable[[], object]] = [
+            lambda: check_output(self.recipe),
+            self.devices,
+            lambda: check_packages(self.recipe),
+        ]
+        if self.recipe.train.objective != "contrastive":
+            found += [functools.partial(self.training, own) for own in self.trained_recipes()]
+            found += [self.tokens, self.memory]
+        if self.with_candidates:
+            found += [lambda: check_ready(self.recipe.score)]
+            found += [functools.partial(self.judge, judge) for judge in self.judges()]
+            if self.recipe.reward.pairs:
+                found += [lambda: read_reward_pairs(self.recipe.reward.pairs)]
+        return found
+
+    def trained_recipes(self) -> list[Recipe]:
+        """The main recipe, and those arms whose training differs from it."""
+        found = [self.recipe]
+        for arm in self.recipe.arms:
+            own = arm_recipe(self.recipe, arm)
+            if not any((own.train, own.model) == (other.train, other.model) for other in found):
+                found.append(own)
+        return found
+
+    def judges(self) -> list[ScoreConfig]:
+        """The judges of all arms, each once."""
+        found: list[ScoreConfig] = []
+        for arm in (None, *self.recipe.arms):
+            found += [judge for judge in judges(arm_recipe(self.recipe, arm).score) if judge not in found]
+        return found
+
+    def devices(self) -> None:
+        """The mesh, and the kernels of attention: on accelerators alone, since a recipe may be checked elsewhere."""
+        if jax.default_backend() == "cpu":
+            return
+        mesh = make_mesh(self.recipe.mesh)
+        text = getattr(self.description.config, "text", None)
+        platform, model = mesh.devices.flat[0].platform, self.recipe.model
+        check_attention(
+            model.attention, platform=platform, dtype=model.dtype, head_dim=getattr(text, "head_dim", None)
+        )
+
+    def model(self, recipe: Recipe) -> Any:
+        """The policy with a stage's adapters, as a tree of shapes.
+
+        Raises:
+            UserError: a layer to adapt that the model does not have.
+        """
+        family, settings = self.description.family, recipe.model
+
+        def make() -> Any:
+            dtypes = {"dtype": jnp.dtype(settings.dtype), "param_dtype": jnp.dtype(settings.param_dtype)}
+            model = family.build(self.description.config, **dtypes)
+            if settings.quantization != "none":
+                quantize_base(model, settings.quantization, scope=family.lora_scope)
+            if recipe.train.lora.lora_rank:
+                lora.attach(model, recipe.train.lora, scope=family.lora_scope, rngs=nnx.Rngs(0))
+            return model
+
+        return nnx.eval_shape(make)
+
+    def training(self, recipe: Recipe) -> None:
+        """Adapters find their layers, `freeze` its parts, and something learns."""
+        model = self.model(recipe)
+        parts = sorted({str(path[0]) for path, _ in nnx.to_flat_state(nnx.state(model))})
+        for name in recipe.train.freeze:
+            if name not in parts:
+                raise UserError(f"the model has no part {name!r}{nearest(name, parts)}", where="train.freeze")
+        if not _count(nnx.state(model, trainable_filter(recipe.train))):
+            raise UserError("no parameter is trainable", where="train", remedy="set train.lora.lora_rank")
+
+    def tokens(self) -> None:
+        """Words and ids that settings name are the tokenizer's."""
+        stop_tokens(self.recipe.evaluate, self.processor)
+        size = self.description.config.text.vocab_size
+        if beyond := [token for token in self.recipe.generate.suppress_tokens if token >= size]:
+            raise UserError(f"the model has {size} tokens, no {beyond[0]}", where="generate.suppress_tokens")
+
+    def judge(self, judge: ScoreConfig) -> None:
+        """A judge's files, and the tokens that it is asked for."""
+        if judge.backend == "similarity":
+            described = describe_dual_encoder(judge)
+            stored_tensors(described)
+            DualEncoderProcessor.from_pretrained(
+                described.directory, max_positions=described.config.text.max_positions
+            )
+        elif judge.backend in ("claims", "judge"):
+            processor = self.processor
+            if judge.model:
+                described = describe_judge(judge)
+                stored_tensors(described)
+                processor = self.processor_of(described)
+            if judge.backend == "claims":
+                answer_tokens(processor)
+            else:
+                grade_tokens(processor, judge.grades)
+        elif judge.backend == "reward" and judge.model:
+            find_reward(judge.model)
+        elif judge.backend == "endpoint" and judge.endpoint.cache_dir:
+            check_writable(Path(judge.endpoint.cache_dir), "score.endpoint.cache_dir")
+
+    def disk(self, rows: int) -> None:
+        """Room for candidates and checkpoints, by an estimate that leaves the small files out.
+
+        Raises:
+            UserError: less is free than `rows` prompts and all stages need.
+        """
+        recipe, root = self.recipe, RunDirectory.of(self.recipe).root
+        needed = 0
+        if self.with_candidates:
+            own = recipe.generate
+            # Ids and log-probs of 4 bytes, a text.
+            needed += rows * own.num_candidates * own.max_new_tokens * (4 + 4 + TEXT_BYTES) * recipe.rounds
+        trained = [recipe] * recipe.rounds + [arm_recipe(recipe, arm) for arm in recipe.arms]
+        if recipe.train.objective != "contrastive":
+            for own in trained:
+                learns = _count(nnx.state(self.model(own), trainable_filter(own.train)))
+                size = learns * (STATE_BYTES + 4 * bool(own.train.ema_decay))
+                needed += size * (own.train.keep_checkpoints + own.train.keep_best)
+        place = _existing(root)
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise UserError(
+                f"candidates and checkpoints may take {needed / GIB:,.1f} GiB, and {free / GIB:,.1f} GiB are free",
+                where=f"output_dir {recipe.output_dir!r}",
+                remedy="choose another output_dir, or lower train.keep_checkpoints or generate.num_candidates",
+            )
+
+    def memory(self) -> None:
+        """Weights, the cache of a batch of candidates, and the images of a training batch, where the devices' memory
+        is known: on accelerators, and for small models on this machine.
+
+        Raises:
+            UserError: together they cannot fit.
+        """
+        recipe, config = self.recipe, self.description.config
+        limit = device_memory()
+        if limit is None:
+            return
+        weights = sum(
+            math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(nnx.state(self.model(recipe)))
+        )
+        if jax.default_backend() == "cpu" and weights > SMALL_MODEL_BYTES:
+            return
+        shapes, own = [], recipe.generate
+        prefix = config.tokens_per_image if hasattr(config, "tokens_per_image") else 1
+        if self.with_candidates:
+            shapes.append(("generate.batch_size", own.batch_size, own.num_candidates, own.max_new_tokens))
+        if recipe.evaluate.benchmarks:
+            shapes.append(("evaluate.batch_size", recipe.evaluate.batch_size, 1, recipe.evaluate.max_new_tokens))
+        itemsize = jnp.dtype(recipe.model.dtype).itemsize
+        for key, batch, count, tokens in shapes:
+            shape = CacheShape(batch, batch, 1, prefix, count, tokens)
+            _fits(weights + cache_bytes(config.text, shape, itemsize), limit, f"{batch} prompts in flight", key)
+        vision = getattr(config, "vision", None)
+        rows = recipe.train.batch_size // recipe.train.gradient_accumulation_steps
+        if vision is not None:
+            images = rows * vision.image_size**2 * 3 * 4
+            _fits(weights + images, limit, f"{rows} rows of a step", "train.batch_size")
+
+
+def _fits(needed: int, limit: int, what: str, key: str) -> None:
+    if needed > limit:
+        raise UserError(
+            f"the weights and {what} take {needed / GIB:,.1f} GiB at least; here are {limit / GIB:,.1f} GiB",
+            where=key,
+            remedy="lower it, or what it multiplies, or take more devices",
+        )
+
+
+def device_memory() -> int | None:
+    """Bytes of all devices here; of the machine where it computes on its CPU; None where nobody tells."""
+    if jax.default_backend() == "cpu":
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (ValueError, OSError, AttributeError):
+            return None
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
+    if not all(limits):
+        return None
+    return sum(limits) * jax.device_count() // len(limits)  # type: ignore[arg-type]
+
+
+def _count(state: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
+
+
+def _existing(path: Path) -> Path:
+    """The path, or its nearest parent that is there."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def check_output(recipe: Recipe) -> None:
+    """UserError where the run directory cannot be made or written."""
+    if not recipe.output_dir:
+        raise UserError("no folder for runs", where="output_dir", remedy="name one")
+    check_writable(RunDirectory.of(recipe).root, "output_dir")
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """UserError unless `folder` is a writable folder, or can become one."""
+    remedy = f"choose another {key}"
+    try:
+        place = _existing(folder)
+        if not place.is_dir():
+            raise UserError("a file, not a folder", where=f"{key}: {place}", remedy=remedy)
+        if not os.access(place, os.W_OK | os.X_OK) or str(place).startswith(("/proc", "/sys")):
+            raise UserError("cannot be written", where=f"{key}: {place}", remedy=remedy)
+    except OSError as error:  # a name that the file system does not take, a link to itself
+        raise UserError(f"cannot be used ({error.strerror})", where=f"{key}: {folder}", remedy=remedy) from None
+
+
+def check_packages(recipe: Recipe) -> None:
+    """UserError where a setting needs a package that is not installed."""
+    trackers = [("train.report_to", name, TRACKER_PACKAGES.get(name, "")) for name in recipe.train.report_to]
+    amber = [
+        (f"evaluate.benchmarks.{name}.{key}", "amber", package)
+        for name, benchmark in recipe.evaluate.benchmarks.items()
+        for key, package in AMBER_PACKAGES.items()
+        if benchmark.metric == "amber" and getattr(benchmark, key) not in ("", "vocabulary", "exact")
+    ]
+    for where, extra, package in [*trackers, *amber]:
+        if package and importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} is not installed", where=where, remedy=f"pip install 'm3po-jax[{extra}]'")
+
+
+def check_before_run(recipe: Recipe) -> None:
+    """Raises the first problem that a later stage of a run would meet; images and rows are the stages' own."""
+    for check in Preflight(recipe).checks():
+        check()
