@@ -41,6 +41,7 @@ from m3po_jax.models.weights import check_memory, initialise_parameters, load_pa
 
 # Types that models compute and are kept in; the names are NumPy's.
 DTYPES = ("float32", "bfloat16", "float16")
+INITS = ("pretrained", "random")
 
 
 def check_dtype(dtype: Any, *, where: str) -> None:
@@ -398,8 +399,8 @@ def load_model(
     import jax
     import jax.numpy as jnp
 
-    if init not in ("pretrained", "random"):
-        raise UserError(f"init {init!r}{nearest(init, ('pretrained', 'random'))}", where="model.init")
+    if init not in INITS:
+        raise UserError(f"init {init!r}{nearest(init, INITS)}", where="model.init")
     for key, name in (("dtype", dtype), ("param_dtype", param_dtype)):
         check_dtype(name, where=f"model.{key}")
     description = describe(directory, vision_tower=vision_tower, weights=init == "pretrained")

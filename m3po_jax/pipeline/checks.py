@@ -9,7 +9,7 @@ from m3po_jax.errors import UserError, nearest
 from m3po_jax.evaluation.registry import METRICS
 from m3po_jax.generation.settings import sampling_config
 from m3po_jax.pipeline.arms import VCD, arm_recipe
-from m3po_jax.pipeline.models import check_trainable
+from m3po_jax.pipeline.models import check_model, check_trainable
 from m3po_jax.pipeline.reward import check_reward_config, judges_by_own_reward, uses_own_reward
 from m3po_jax.pipeline.rounds import check_rounds
 from m3po_jax.scoring.chat import check_endpoint
@@ -51,6 +51,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def _check_one(recipe: Recipe) -> None:
+    check_model(recipe.model)
     check_rounds(recipe.round)
     check_config(recipe.select)
     check_trainable(recipe)

@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from m3po_jax.config import DataConfig, Recipe
-from m3po_jax.data.dual_inputs import DualEncoderProcessor
-from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import read_prompts
 from m3po_jax.errors import UserError
+from m3po_jax.models.dual_encoder import DualEncoderConfig
 from m3po_jax.models.registry import Description, describe, stored_tensors
 from m3po_jax.pipeline.backends import check_ready
 from m3po_jax.pipeline.checks import check_recipe
-from m3po_jax.pipeline.console import progress
+from m3po_jax.pipeline.console import progress, say
 from m3po_jax.pipeline.evaluate import read_benchmark
+from m3po_jax.pipeline.models import check_model, check_trainable, make_dual_processor, make_processor
 
 Check = Callable[[Prompt], object]
 MakeChecks = Callable[[Path], list[Check]]  # for rows whose images lie under a folder
@@ -58,12 +58,16 @@ def validate(recipe: Recipe) -> tuple[list[UserError], str]:
     """
     problems, read = Problems(), []
     preference = recipe.train.objective in ("preference", "rlhf", "reward")
-    if preference:
-        with problems.collect():
+    with problems.collect():
+        if preference:
             check_recipe(recipe)
+        else:
+            check_model(recipe.model)
+            check_trainable(recipe)
     make_checks: MakeChecks = lambda root: []  # noqa: E731
     with problems.collect():
-        description = describe(recipe.model.path, vision_tower=recipe.model.vision_tower)
+        pretrained = recipe.model.init == "pretrained"
+        description = describe(recipe.model.path, vision_tower=recipe.model.vision_tower, weights=pretrained)
         if recipe.model.init == "pretrained":
             read.append(f"{len(stored_tensors(description))} tensors")
         make_checks = _row_checks(recipe, description)
@@ -72,7 +76,9 @@ def validate(recipe: Recipe) -> tuple[list[UserError], str]:
             check_ready(recipe.score)
     if recipe.score.model and preference:
         with problems.collect():
-            stored_tensors(describe(recipe.score.model))
+            judge = describe(recipe.score.model)
+            stored_tensors(judge)
+            _check_judge(recipe, judge)
     for config in [recipe.data] if preference else recipe.train.data or [recipe.data]:
         with problems.collect():
             count = problems.rows(config, make_checks, f"validate {config.path}", require_image=preference)
@@ -83,20 +89,22 @@ def validate(recipe: Recipe) -> tuple[list[UserError], str]:
     return problems.found, ", ".join(read)
 
 
+def _check_judge(recipe: Recipe, judge: Description) -> None:
+    """UserError where the judge's tokenizer, image processor or template is not one that can be used."""
+    if isinstance(judge.config, DualEncoderConfig):
+        make_dual_processor(judge)
+    else:
+        make_processor(recipe, judge)
+
+
 def _row_checks(recipe: Recipe, description: Description) -> MakeChecks:
     """What a stage will do with a row, without the model."""
-    processor: DualEncoderProcessor | Processor
     if recipe.train.objective == "contrastive":
-        positions = description.config.text.max_positions
-        processor = DualEncoderProcessor.from_pretrained(description.directory, max_positions=positions)
-        return lambda root: [dataclasses.replace(processor, image_root=root).pixel_values]
-    processor = Processor.from_pretrained(
-        description.directory,
-        recipe.model.template,
-        recipe.model.image_fit,
-        max_image_pixels=recipe.data.max_image_pixels,
-        max_prompt_tokens=recipe.model.max_prompt_tokens,
-    )
+        dual = make_dual_processor(description)
+        return lambda root: [dataclasses.replace(dual, image_root=root).pixel_values]
+    processor = make_processor(recipe, description)
+    for note in processor.notes:
+        say(note, style="yellow")
 
     def checks(root: Path) -> list[Check]:
         own = dataclasses.replace(processor, image_root=root)
