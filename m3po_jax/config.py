@@ -64,7 +64,9 @@ class ModelConfig:
     init: Literal["pretrained", "random"] = "pretrained"
     # a CLIP directory whose tower replaces the model's own (original LLaVA releases lack one)
     vision_tower: File = ""
-    template: Annotated[str, OneOf("data.templates:TEMPLATES")] = "vicuna_v1"  # see data/templates.py
+    template: Annotated[str, OneOf("chat", "data.templates:TEMPLATES")] = (
+        "vicuna_v1"  # chat: the directory's own; see data/templates.py
+    )
     image_fit: Annotated[str, OneOf("data.images:IMAGE_FITS")] = "pad"  # see data/images.py
     remat: Annotated[str, OneOf("models.layers:REMAT_POLICIES")] = "full"  # what the backward pass recomputes
     # pallas: TPU kernels; cudnn: NVIDIA GPUs, 16-bit types

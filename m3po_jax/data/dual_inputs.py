@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from m3po_jax.data.images import IMAGE_FITS, ImageProcessor, decode
 from m3po_jax.data.schema import Prompt
+from m3po_jax.data.tokenizer import load_tokenizer
 from m3po_jax.errors import UserError, nearest
 
 
@@ -39,33 +40,55 @@ class DualEncoderProcessor:
         directory: str | Path,
         *,
         max_positions: int,
+        vocab_size: int | None = None,
+        end_token_id: int | None = None,
+        image_size: int | None = None,
         image_root: str | Path = ".",
         image_fit: str = "",
         max_image_pixels: int = 50_000_000,
     ) -> DualEncoderProcessor:
         """Reads a local directory in Hugging Face layout.
 
-        Raises:
-            UserError: tokenizer or image processor are missing or malformed, or `image_fit` is unknown.
-        """
-        from transformers import AutoTokenizer
+        Args:
+            max_positions: Of the text tower.
+            vocab_size: Rows of its embeddings; None: not compared with the tokenizer.
+            end_token_id: Where the text tower reads a text's vector; None: not compared. Files from before
+                transformers 4.31 say 2 whatever it is, and mean the highest id.
+            image_size: Of the vision tower; None: not compared with the image processor.
 
+        Raises:
+            UserError: tokenizer or image processor are missing or malformed, or are not this model's, or `image_fit`
+                is unknown.
+        """
         folder = Path(directory)
         if image_fit and image_fit not in IMAGE_FITS:
             raise UserError(
                 f"unknown image_fit {image_fit!r}{nearest(image_fit, IMAGE_FITS)}", where="model.image_fit"
             )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # transformers raises many types on malformed folders
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"cannot load the tokenizer ({reason})", where=str(folder)) from None
-        if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no EOS token", where=str(folder), remedy="set eos_token")
+        files = load_tokenizer(folder)
+        tokenizer = files.tokenizer
+        if vocab_size is not None:
+            files.check_rows(vocab_size)
+        wanted = files.size - 1 if end_token_id == 2 else end_token_id
+        if wanted is not None and wanted >= 0 and wanted != tokenizer.eos_token_id:
+            raise UserError(
+                f"texts end with token {tokenizer.eos_token_id}, and the model reads them at token {wanted} "
+                "(text_config.eos_token_id)",
+                where=str(folder),
+                remedy="take the tokenizer and config.json of one model",
+            )
         pad = tokenizer.pad_token_id
+        image_processor = ImageProcessor.from_pretrained(folder)
+        sides = (image_processor.height, image_processor.width)
+        if image_size is not None and sides != (image_size, image_size):
+            raise UserError(
+                f"the image processor gives {sides[0]} x {sides[1]} pixels, config.json says {image_size}",
+                where=str(folder),
+                remedy="take both files from the same model",
+            )
         return cls(
             tokenizer=tokenizer,
-            image_processor=ImageProcessor.from_pretrained(folder),
+            image_processor=image_processor,
             max_positions=max_positions,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id if pad is None else pad,

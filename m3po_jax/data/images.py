@@ -127,6 +127,14 @@ def _triple(value: Any) -> tuple[float, float, float]:
     return red, green, blue
 
 
+_SETTINGS = ("preprocessor_config.json", "processor_config.json")
+
+
+def has_image_processor(folder: Path) -> bool:
+    """Whether a model directory has the file of an image processor."""
+    return any((folder / name).is_file() for name in _SETTINGS)
+
+
 @dataclass(frozen=True)
 class ImageProcessor:
     """The pixel pipeline: fit to a rectangle, rescale, normalise.
@@ -160,7 +168,7 @@ class ImageProcessor:
         """
         folder = Path(model_dir)
         config, where = None, str(folder)
-        for name in ("preprocessor_config.json", "processor_config.json"):
+        for name in _SETTINGS:
             path = folder / name
             if not path.is_file():
                 continue

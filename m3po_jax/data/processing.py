@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,79 +18,32 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from m3po_jax.data import schema
-from m3po_jax.data.images import IMAGE_FITS, ImageFit, ImageProcessor, decode, read_encoded
+from m3po_jax.data.chat_template import ChatTemplate, template_note
+from m3po_jax.data.images import (
+    IMAGE_FITS,
+    ImageFit,
+    ImageProcessor,
+    decode,
+    has_image_processor,
+    read_encoded,
+)
 from m3po_jax.data.tables import content_hash
-from m3po_jax.data.templates import Marker, Piece, Template, Turn, get_template, to_text
+from m3po_jax.data.templates import (
+    CHAT,
+    IMAGE_PLACEHOLDER,
+    Marker,
+    Piece,
+    Special,
+    Template,
+    Turn,
+    get_template,
+    to_text,
+)
+from m3po_jax.data.tokenizer import PlainText, TokenizerFiles, end_tokens, load_tokenizer
 from m3po_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-# Positions that a vision tower adds to its patches (CLIP's class token).
-_EXTRA_POSITIONS = {"clip_vision_model": 1, "siglip_vision_model": 0}
-
-
-class PlainText:
-    """A tokenizer for text that must stay text.
-
-    Special tokens have no effect here, whatever the text says, and none of `forbidden` can come out.
-
-    Args:
-        serialized: A `tokenizers` tokenizer as JSON.
-        forbidden: Ids that text must never give: BOS, EOS, PAD, the image token.
-        unknown: What stands for a word that is spelt like one of them in a vocabulary of whole words.
-    """
-
-    def __init__(self, serialized: str, forbidden: frozenset[int], unknown: int | None):
-        from tokenizers import Tokenizer
-
-        # Only tokens marked special can be switched off, and llava-hf's <image> is not marked so.
-        content = json.loads(serialized)
-        for token in content.get("added_tokens", ()):
-            token["special"] = token["special"] or token["id"] in forbidden
-        self._arguments = (serialized, forbidden, unknown)
-        self._forbidden, self._unknown = forbidden, unknown
-        self._tokenizer: Tokenizer = Tokenizer.from_str(json.dumps(content))
-        self._tokenizer.encode_special_tokens = True
-        self._whole_words = content.get("model", {}).get("type") == "WordLevel"
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-
-    def __reduce__(self) -> tuple[type[PlainText], tuple[str, frozenset[int], int | None]]:
-        # The tokenizer's own pickling loses `encode_special_tokens`.
-        return PlainText, self._arguments
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone, without BOS.
-
-        Raises:
-            UserError: the text cannot be told from a special token (whole-word vocabularies without <unk>).
-        """
-        # Lone surrogates (broken JSON escapes) cannot be encoded at all.
-        text = text.encode("utf-8", "replace").decode("utf-8")
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        if self._forbidden.isdisjoint(ids):
-            return ids
-        if self._unknown is None:
-            raise UserError(f"the text {text[:80]!r} contains the spelling of a special token")
-        return [self._unknown if token in self._forbidden else token for token in ids]
-
-    @property
-    def size(self) -> int:
-        """One more than the largest id; a model's vocabulary may be padded beyond it."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-
-    def convert_ids_to_tokens(self, token: int) -> str:
-        """The piece of one id, with ``▁`` where a space precedes it (as transformers names and writes it)."""
-        piece = self._tokenizer.id_to_token(token) or f"<{token}>"
-        # A vocabulary of whole words keeps no spaces: every word but punctuation follows one.
-        return f"▁{piece}" if self._whole_words and any(letter.isalnum() for letter in piece) else piece
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` without special tokens and outer white space."""
-        return self._tokenizer.decode(
-            [token for token in ids if token not in self._forbidden], skip_special_tokens=True
-        ).strip()
+    from m3po_jax.models.registry import Description
 
 
 @dataclass(frozen=True)
@@ -100,22 +51,25 @@ class Processor:
     """Everything between a `schema.Prompt` and a model's inputs; picklable, for loader processes.
 
     Attributes:
-        template: The conversation template.
+        template: The conversation template, the directory's own with ``model.template=chat``.
         text: Encodes and decodes text that is not special.
         image_processor: The model's pixel pipeline.
         image_fit: How images are fitted to the square.
         image_token_id: Stands for one vision feature.
         tokens_per_image: Vision features of one image.
-        eos_token_id: Ends an answer.
+        eos_token_id: Ends an answer that is learned.
         pad_token_id: Fills batches.
         bos_token_id: In front of every prompt; None where the tokenizer has none.
         image_root: Folder that image paths are relative to.
         max_image_pixels: Larger images are refused before they are decoded.
         max_prompt_tokens: Longer prompts are refused, never truncated; None: no limit.
         require_image: Refuse prompts without an image.
+        eos_token_ids: Any of them ends an answer that is generated; `eos_token_id` is the first.
+        max_positions: Of the model; a prompt that takes them all is refused. None: unknown.
+        notes: What a user should know of the directory's files, a line each.
     """
 
-    template: Template
+    template: Template | ChatTemplate
     text: PlainText
     image_processor: ImageProcessor
     image_fit: ImageFit
@@ -128,74 +82,95 @@ class Processor:
     max_image_pixels: int = 50_000_000
     max_prompt_tokens: int | None = None
     require_image: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    max_positions: int | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_pretrained(
         cls,
-        model_dir: str | Path,
+        model: str | Path | Description,
         template: str,
         image_fit: str,
         *,
+        vision_tower: str | Path = "",
         image_root: str | Path = ".",
         max_image_pixels: int = 50_000_000,
         max_prompt_tokens: int | None = None,
         require_image: bool = False,
     ) -> Processor:
-        """Reads tokenizer, image processor and config.json of a local model directory in Hugging Face layout.
+        """Reads tokenizer, image processor and templates of a model; sizes follow its configuration.
+
+        Args:
+            model: Its directory, or what `registry.describe` says of it.
+            template: A name of `templates.TEMPLATES`, or ``chat`` for the directory's own.
+            vision_tower: A CLIP directory whose tower, and image processor, replace the model's own.
 
         Raises:
             UserError: a file is missing or malformed, or the files contradict each other.
         """
-        folder = Path(model_dir)
-        where = str(folder)
-        if not folder.is_dir():
-            raise UserError("no such model directory", where=where)
+        from m3po_jax.models.registry import Description, describe
+
         if image_fit not in IMAGE_FITS:
             raise UserError(
                 f"unknown image_fit {image_fit!r}{nearest(image_fit, IMAGE_FITS)}", where="model.image_fit"
             )
-        config = _read_json(folder / "config.json")
-        tokenizer, serialized = _load_tokenizer(folder)
-        image_token_id = config.get("image_token_index", config.get("image_token_id"))
-        if not isinstance(image_token_id, int):
-            raise UserError("config.json has no image_token_index", where=where)
-        if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no EOS token", where=where, remedy="set eos_token")
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.get("pad_token_id")
-        pad = tokenizer.eos_token_id if pad is None else pad
-        image_processor = ImageProcessor.from_pretrained(folder)
-        side = _vision_setting(config, "image_size", where)
-        if (image_processor.height, image_processor.width) != (side, side):
+        if not isinstance(model, Description):
+            model = describe(model, vision_tower=vision_tower, weights=False)
+        folder, config = model.directory, model.config
+        where = str(folder)
+        if getattr(config, "image_token_id", -1) < 0:
             raise UserError(
-                f"the image processor gives {image_processor.height} x {image_processor.width} pixels, "
-                f"config.json says {side}",
+                f"a {model.family.name} model is not one that answers about images",
                 where=where,
-                remedy="take both files from the same model",
+                remedy="take a LLaVA model",
             )
+        files = load_tokenizer(folder)
+        tokenizer, rows = files.tokenizer, config.text.vocab_size
+        files.check_rows(rows)
+        ends = end_tokens(files, model.raw_config, rows)
+        pad = _pad_token(files, model.raw_config, rows)
+        image_token_id = config.image_token_id
+        _check_image_token(files, image_token_id, {*ends.ids, pad, tokenizer.bos_token_id})
+        chosen = ChatTemplate.from_files(files, image_token_id) if template == CHAT else get_template(template)
+        end_ids = ends.ids
+        if isinstance(chosen, ChatTemplate) and chosen.answer_end is not None:
+            closing = tokenizer.convert_tokens_to_ids(chosen.answer_end)
+            end_ids = tuple(dict.fromkeys((closing, *end_ids)))
         unknown = tokenizer.unk_token_id
-        forbidden = {*tokenizer.all_special_ids, tokenizer.eos_token_id, pad, image_token_id} - {unknown}
+        special = {*tokenizer.all_special_ids, tokenizer.eos_token_id, *(x for x in end_ids if x in files.added)}
+        forbidden = {*special, pad, image_token_id} - {unknown}
+        notes = (*model.notes, ends.note, template_note(chosen, files, image_token_id))
         return cls(
-            template=get_template(template),
-            text=PlainText(serialized, frozenset(forbidden), unknown),
-            image_processor=image_processor,
+            template=chosen,
+            text=PlainText(files.serialized, frozenset(forbidden), unknown),
+            image_processor=_image_processor(model),
             image_fit=image_fit,  # type: ignore[arg-type]  # checked above
             image_token_id=image_token_id,
-            tokens_per_image=image_tokens(config, where=where),
-            eos_token_id=tokenizer.eos_token_id,
+            tokens_per_image=config.tokens_per_image,
+            eos_token_id=end_ids[0],
             pad_token_id=pad,
-            bos_token_id=tokenizer.bos_token_id,
+            bos_token_id=None if isinstance(chosen, ChatTemplate) else files.bos_token_id,
             image_root=Path(image_root),
             max_image_pixels=max_image_pixels,
             max_prompt_tokens=max_prompt_tokens,
             require_image=require_image,
+            eos_token_ids=end_ids,
+            max_positions=config.text.max_positions,
+            notes=tuple(note for note in notes if note),
         )
 
     def render(self, prompt: schema.Prompt) -> tuple[Piece, ...]:
-        """The prompt's pieces, ``metadata["history"]`` included (a list of [user, assistant] turns)."""
+        """The prompt's pieces, with ``metadata["history"]`` (a list of [user, assistant] turns) and
+        ``metadata["system"]`` (the text of a system turn)."""
         if self.require_image and not prompt.images:
             raise UserError("the row has no image", where=prompt.where or None, remedy="add one or drop the row")
         return self.template.render(
-            prompt.instruction, len(prompt.images), _history(prompt), where=prompt.where or None
+            prompt.instruction,
+            len(prompt.images),
+            _history(prompt),
+            system=_system(prompt),
+            where=prompt.where or None,
         )
 
     def prompt_text(self, prompt: schema.Prompt) -> str:
@@ -210,14 +185,16 @@ class Processor:
                 than `max_prompt_tokens`.
         """
         where = prompt.where or f"id {prompt.id!r}"
-        ids = [] if self.bos_token_id is None else [self.bos_token_id]
-        for piece in self.render(prompt):
-            if piece is Marker.IMAGE:
-                ids += [self.image_token_id] * self.tokens_per_image
-            elif piece is Marker.EOS:
-                ids.append(self.eos_token_id)
-            else:
-                ids += self._encode(str(piece), where)
+        pieces = self.render(prompt)
+        spelt = self.template.spelt(pieces) if isinstance(self.template, ChatTemplate) else None
+        if spelt is not None:
+            ids = []
+            for token in self.text.encode_with_tokens(spelt):
+                ids += [token] * (self.tokens_per_image if token == self.image_token_id else 1)
+        else:
+            ids = [] if self.bos_token_id is None else [self.bos_token_id]
+            for piece in pieces:
+                ids += self._ids_of(piece, where)
         expected = len(prompt.images) * self.tokens_per_image
         if ids.count(self.image_token_id) != expected:
             raise AssertionError(f"{where}: {ids.count(self.image_token_id)} image tokens, expected {expected}")
@@ -228,7 +205,25 @@ class Processor:
                 where=where,
                 remedy="raise it, shorten the instruction or drop the row",
             )
+        if self.max_positions is not None and len(ids) >= self.max_positions:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens ({expected} of them for images), which leaves none of the model's "
+                f"{self.max_positions} positions (max_position_embeddings) for an answer",
+                where=where,
+                remedy="shorten the instruction or drop the row",
+            )
         return np.array(ids, np.int32)
+
+    def _ids_of(self, piece: Piece, where: str) -> list[int]:
+        if piece is Marker.IMAGE:
+            return [self.image_token_id] * self.tokens_per_image
+        if piece is Marker.EOS:
+            return [self.eos_token_id]
+        if isinstance(piece, Special):
+            token = self.text.token_id(piece.spelling)
+            assert token is not None, piece
+            return [token]
+        return self._encode(str(piece), where)
 
     def encode_answer(self, text: str, *, where: str | None = None) -> Int[np.ndarray, " tokens"]:
         """Ids of an answer (int32) as it follows the prompt, EOS included; outer white space is dropped."""
@@ -237,7 +232,7 @@ class Processor:
             return np.array([self.eos_token_id], np.int32)
         # Where the space between prompt and answer goes is the tokenizer's affair (its own token, part of the
         # first word, a dummy prefix), so the answer is encoded behind the word that precedes it.
-        anchor = self.template.assistant.strip()
+        anchor = self.template.anchor
         head = self._encode(anchor, where)
         joint = self._encode(anchor + self.template.answer_prefix + text, where)
         ids = joint[len(head) :] if joint[: len(head)] == head else self._encode(text, where)
@@ -288,29 +283,72 @@ class Processor:
             raise UserError(error.what, where=where, remedy=error.remedy) from None
 
 
-def image_tokens(config: dict[str, Any], *, where: str = "config.json") -> int:
-    """Features that the vision tower of a LLaVA-style config.json hands over per image.
+def _pad_token(files: TokenizerFiles, raw_config: Mapping[str, Any], rows: int) -> int:
+    """What fills batches: the tokenizer's, the configuration's, or the end token; it is masked everywhere.
 
-    (image_size / patch_size)^2 patches and the tower's extra positions, of which strategy `default` drops the
-    first. `image_seq_length` is not read: transformers writes 576 there for models of any size.
+    Raises:
+        UserError: it has no row among the embeddings, and what is read there is not a number.
     """
-    side = _vision_setting(config, "image_size", where)
-    patch = _vision_setting(config, "patch_size", where)
-    tower = config["vision_config"].get("model_type", "clip_vision_model")
-    if tower not in _EXTRA_POSITIONS:
-        raise UserError(f"unknown vision tower {tower!r}{nearest(tower, _EXTRA_POSITIONS)}", where=where)
-    strategy = config.get("vision_feature_select_strategy", "default")
-    if strategy not in ("default", "full"):
-        raise UserError(f"unknown vision_feature_select_strategy {strategy!r}", where=where)
-    return (side // patch) ** 2 + _EXTRA_POSITIONS[tower] - (strategy == "default")
+    stated = files.tokenizer.pad_token_id
+    if stated is None:
+        stated = raw_config.get("pad_token_id")
+    pad = files.tokenizer.eos_token_id if stated is None or stated < 0 else stated
+    if pad >= rows:
+        raise UserError(
+            f"pad_token_id {pad} is beyond the model's {rows} rows of embeddings",
+            where=str(files.folder),
+            remedy="set the tokenizer's pad_token",
+        )
+    return pad
 
 
-def _vision_setting(config: dict[str, Any], name: str, where: str) -> int:
-    vision = config.get("vision_config")
-    value = vision.get(name) if isinstance(vision, dict) else None
-    if not isinstance(value, int) or value < 1:
-        raise UserError(f"config.json has no vision_config.{name}", where=where, remedy="add the model's value")
-    return value
+def _check_image_token(files: TokenizerFiles, image_token_id: int, others: set[int | None]) -> None:
+    """
+    Raises:
+        UserError: the configuration's image token is another token of the tokenizer.
+    """
+    where, remedy = str(files.folder), "take both files from the same model"
+    named = getattr(files.tokenizer, "image_token", None) or IMAGE_PLACEHOLDER
+    own = files.tokenizer.get_vocab().get(named)
+    if own is not None and own != image_token_id:
+        raise UserError(
+            f"image_token_index is {image_token_id} in config.json, and {named} is {own} in the tokenizer",
+            where=where,
+            remedy=remedy,
+        )
+    if image_token_id in others:
+        raise UserError(
+            f"image_token_index {image_token_id} is the tokenizer's token for an end, a start or padding",
+            where=where,
+            remedy=remedy,
+        )
+    if own is None and image_token_id < files.size and image_token_id not in files.added:
+        word = files.tokenizer.convert_ids_to_tokens(image_token_id)
+        if word is not None:
+            raise UserError(
+                f"image_token_index {image_token_id} is the tokenizer's {word!r}, which texts contain",
+                where=where,
+                remedy=remedy,
+            )
+
+
+def _image_processor(model: Description) -> ImageProcessor:
+    """The pixel pipeline of the vision tower's directory, or of the model's where that has none.
+
+    Raises:
+        UserError: no settings, or settings of another size than the configuration's.
+    """
+    side = model.config.vision.image_size
+    folders = [model.directory] if model.tower is None else [model.tower, model.directory]
+    folder = next((folder for folder in folders if has_image_processor(folder)), folders[0])
+    found = ImageProcessor.from_pretrained(folder)
+    if (found.height, found.width) != (side, side):
+        raise UserError(
+            f"the image processor gives {found.height} x {found.width} pixels, config.json says {side}",
+            where=str(folder),
+            remedy="take both files from the same model",
+        )
+    return found
 
 
 def _history(prompt: schema.Prompt) -> list[Turn]:
@@ -321,38 +359,8 @@ def _history(prompt: schema.Prompt) -> list[Turn]:
     return [(user, assistant) for user, assistant in turns]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError("no such file", where=str(path), remedy="copy it from the model's repository") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"not valid JSON: {error}", where=str(path)) from None
-    if not isinstance(content, dict):
-        raise UserError("not a JSON object", where=str(path))
-    return content
-
-
-def _load_tokenizer(folder: Path) -> tuple[Any, str]:
-    """The tokenizer of `folder` (for its special ids) and its `tokenizers` JSON.
-
-    The JSON comes from tokenizer.json where there is one: transformers 5 rebuilds LLaMA tokenizers with other
-    rules for leading spaces, and the split rule's ids would differ.
-    """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes fork
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises many types on malformed folders
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"cannot load the tokenizer ({reason})",
-            where=str(folder),
-            remedy="tokenizer.json and tokenizer_config.json must be there",
-        ) from None
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise UserError("the tokenizer has no fast version", where=str(folder), remedy="add its tokenizer.json")
-    path = folder / "tokenizer.json"
-    return tokenizer, path.read_text(encoding="utf-8") if path.is_file() else backend.to_str()
+def _system(prompt: schema.Prompt) -> str | None:
+    system = prompt.metadata.get("system")
+    if system is not None and not isinstance(system, str):
+        raise UserError("the system turn is not a text", where=prompt.where or f"id {prompt.id!r}")
+    return system

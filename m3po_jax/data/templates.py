@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from m3po_jax.errors import UserError, nearest
 
 IMAGE_PLACEHOLDER = "<image>"
+CHAT = "chat"  # the name of the model directory's own template, see `chat_template.py`
 
 
 class Marker(enum.Enum):
@@ -23,7 +24,14 @@ class Marker(enum.Enum):
     EOS = "eos"
 
 
-Piece = str | Marker
+@dataclass(frozen=True)
+class Special:
+    """A special token in a prompt, by its spelling; only chat templates write any."""
+
+    spelling: str
+
+
+Piece = str | Marker | Special
 Turn = tuple[str, str]  # what the user said, what the assistant answered
 
 
@@ -33,7 +41,7 @@ class Template:
 
     Attributes:
         name: Key in `TEMPLATES`.
-        system: Text in front of the first turn, its trailing space included.
+        system: Text in front of the first turn, its trailing space included, where a conversation has none.
         user: Text in front of what the user says.
         assistant: Text behind it; the model continues from here.
         answer_prefix: Text between `assistant` and an answer.
@@ -50,7 +58,13 @@ class Template:
     turn_end: Piece = Marker.EOS
 
     def render(
-        self, instruction: str, images: int, history: Sequence[Turn] = (), *, where: str | None = None
+        self,
+        instruction: str,
+        images: int,
+        history: Sequence[Turn] = (),
+        *,
+        system: str | None = None,
+        where: str | None = None,
     ) -> tuple[Piece, ...]:
         """The prompt up to and including `assistant`, as pieces; adjacent texts are joined.
 
@@ -61,24 +75,18 @@ class Template:
             instruction: What the user asks now.
             images: Number of images of the whole conversation.
             history: Earlier turns, oldest first.
+            system: The conversation's own system turn, which replaces the template's: as FastChat's conversations
+                take it, and as the chat template of llava-hf writes it (the text and a space, without a role). In it
+                ``<image>`` is plain text. None or empty: the template's.
             where: File and row, for the error message.
 
         Raises:
             UserError: no instruction, or placeholders that do not match the images.
         """
-        if not instruction.replace(IMAGE_PLACEHOLDER, "").strip():
-            raise UserError("the instruction is empty", where=where, remedy="give one or drop the row")
         said = [user for user, _ in history] + [instruction]
-        placeholders = sum(text.count(IMAGE_PLACEHOLDER) for text in said)
-        if placeholders not in (0, images):
-            raise UserError(
-                f"the instruction has {placeholders} {IMAGE_PLACEHOLDER} placeholders for {images} images",
-                where=where,
-                remedy="write one per image, or none to have the images put in front",
-            )
-        if placeholders == 0:
+        if check_said(said, images, where) == 0:
             said[0] = (IMAGE_PLACEHOLDER + self.after_image) * images + said[0]
-        pieces: list[Piece] = [self.system]
+        pieces: list[Piece] = [f"{system} " if system else self.system]
         for index, text in enumerate(said):
             pieces.append(self.user)
             for part, fragment in enumerate(text.split(IMAGE_PLACEHOLDER)):
@@ -88,9 +96,32 @@ class Template:
                 pieces += [self.answer_prefix + history[index][1].strip(), self.turn_end]
         return _join(pieces)
 
+    @property
+    def anchor(self) -> str:
+        """The text that an answer is encoded behind."""
+        return self.assistant.strip()
+
     def render_answer(self, text: str) -> tuple[Piece, ...]:
         """An answer to be learned or scored: the leading space, the stripped text, and EOS."""
         return _join([self.answer_prefix + text.strip() if text.strip() else "", Marker.EOS])
+
+
+def check_said(said: Sequence[str], images: int, where: str | None) -> int:
+    """The number of ``<image>`` placeholders in what the user says, the last of which is the instruction.
+
+    Raises:
+        UserError: no instruction, or placeholders that do not match the images.
+    """
+    if not said[-1].replace(IMAGE_PLACEHOLDER, "").strip():
+        raise UserError("the instruction is empty", where=where, remedy="give one or drop the row")
+    placeholders = sum(text.count(IMAGE_PLACEHOLDER) for text in said)
+    if placeholders not in (0, images):
+        raise UserError(
+            f"the instruction has {placeholders} {IMAGE_PLACEHOLDER} placeholders for {images} images",
+            where=where,
+            remedy="write one per image, or none to have the images put in front",
+        )
+    return placeholders
 
 
 def _join(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
@@ -106,7 +137,10 @@ def _join(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
 def to_text(pieces: Iterable[Piece], *, image: str = IMAGE_PLACEHOLDER, eos: str = "</s>") -> str:
     """Pieces as one string, for people to read; never tokenise it."""
     marks = {Marker.IMAGE: image, Marker.EOS: eos}
-    return "".join(marks[piece] if isinstance(piece, Marker) else piece for piece in pieces)
+    return "".join(
+        marks[piece] if isinstance(piece, Marker) else piece.spelling if isinstance(piece, Special) else piece
+        for piece in pieces
+    )
 
 
 TEMPLATES = {
@@ -128,7 +162,11 @@ TEMPLATES = {
 
 
 def get_template(name: str) -> Template:
-    """The template called `name`; UserError names the nearest one otherwise."""
+    """The template called `name`; UserError names the nearest one otherwise.
+
+    ``chat``, the model directory's own, is no data of ours: see `chat_template.py`.
+    """
     if name not in TEMPLATES:
-        raise UserError(f"unknown template {name!r}{nearest(name, TEMPLATES)}", where="model.template")
+        known = [*TEMPLATES, CHAT]
+        raise UserError(f"unknown template {name!r}{nearest(name, known)}", where="model.template")
     return TEMPLATES[name]

@@ -8,7 +8,7 @@ done, when the host should bring more prompts, or when the answers' cache is ful
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -56,6 +56,7 @@ class Generator:
         batch_size: prompts whose candidates are decoded at once, rounded up to what the mesh divides. When there
             are more prompts, further ones are held ready, so that no lane waits for another's long answer.
         prefix_bucket: prompt lengths are padded to a multiple of this.
+        eos_token_id: the end token, or several: any of them ends an answer.
         tokenizer_size: ids from here on are rows that only pad the vocabulary, and are never drawn; None: all
             ids are the tokenizer's.
 
@@ -70,7 +71,7 @@ class Generator:
         self,
         model: VisionLanguageModel,
         *,
-        eos_token_id: int,
+        eos_token_id: int | Sequence[int],
         pad_token_id: int,
         mesh: Mesh,
         sampling: SamplingConfig,
@@ -79,17 +80,18 @@ class Generator:
         tokenizer_size: int | None = None,
     ):
         self.mesh, self.sampling, self.prefix_bucket = mesh, sampling, prefix_bucket
-        self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
+        self.eos_token_ids = draw.as_ids(eos_token_id)
+        self.pad_token_id = pad_token_id
         self.shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_size = bucket(batch_size, self.shards)
         config, vocab = model.config, model.config.text.vocab_size
         padding = () if tokenizer_size is None else range(tokenizer_size, vocab)
         never = {config.image_token_id, pad_token_id, *padding, *sampling.suppress_token_ids}
         self.never, self.bias = draw.sampling_bias(
-            vocab, sorted(never), eos_token_id, sampling.stop_bias, sampling.stop_token_ids
+            vocab, sorted(never), self.eos_token_ids, sampling.stop_bias, sampling.stop_token_ids
         )
         self.settings = sampling.by_name()
-        if self.settings["min_new_tokens"] and self.never.sum() >= vocab - 1:
+        if self.settings["min_new_tokens"] and self.never.sum() >= vocab - len(set(self.eos_token_ids)):
             raise UserError("every token but the end token is suppressed", where="generate.suppress_tokens")
         penalty = self.settings["repetition_penalty"]
         self.counts_seen = isinstance(penalty, list) or penalty != 1.0
@@ -98,7 +100,12 @@ class Generator:
         per_candidate = {name: np.asarray(x) for name, x in self.settings.items() if isinstance(x, list)}
         self.constants = replicate({"never": self.never, "bias": self.bias, **per_candidate}, mesh)
         programs = programs_for(
-            mesh, config.text, model.decoder.dtype, sampling, eos_token_id=eos_token_id, pad_token_id=pad_token_id
+            mesh,
+            config.text,
+            model.decoder.dtype,
+            sampling,
+            eos_token_ids=self.eos_token_ids,
+            pad_token_id=pad_token_id,
         )
         self.layout, self.prefill, self.decode = programs.layout, programs.prefill, programs.decode
         self._programs, self._compiled_before = programs, programs.compilations

@@ -45,7 +45,13 @@ def fuse_layers(graph: Any, state: Any) -> tuple[FusedLayer, ...]:
 
 
 def programs_for(
-    mesh: Mesh, config: LlamaConfig, dtype: Any, sampling: SamplingConfig, *, eos_token_id: int, pad_token_id: int
+    mesh: Mesh,
+    config: LlamaConfig,
+    dtype: Any,
+    sampling: SamplingConfig,
+    *,
+    eos_token_ids: tuple[int, ...],
+    pad_token_id: int,
 ) -> Programs:
     """The programs of a decoding: those that were made before where what they depend on is equal.
 
@@ -55,7 +61,7 @@ def programs_for(
     """
     # The defaults of what reaches the programs as arguments, or not at all.
     told = dataclasses.replace(sampling, seed=0, stop_bias=0.0, stop_token_ids=(), suppress_token_ids=())
-    return _programs(mesh, config, jnp.dtype(dtype), told, eos_token_id, pad_token_id)
+    return _programs(mesh, config, jnp.dtype(dtype), told, eos_token_ids, pad_token_id)
 
 
 @lru_cache(maxsize=32)
@@ -71,10 +77,16 @@ class Programs:
     """
 
     def __init__(
-        self, mesh: Mesh, config: LlamaConfig, dtype: Hashable, sampling: SamplingConfig, eos: int, pad: int
+        self,
+        mesh: Mesh,
+        config: LlamaConfig,
+        dtype: Hashable,
+        sampling: SamplingConfig,
+        ends: tuple[int, ...],
+        pad: int,
     ):
         self.sampling, self.settings = sampling, sampling.by_name()
-        self.eos_token_id, self.pad_token_id = eos, pad
+        self.eos_token_ids, self.pad_token_id = ends, pad
         self.compilations = 0
         self.layout = where = Layout(mesh, config, dtype, config.vocab_size)
         self.prefill = jax.jit(
@@ -231,7 +243,7 @@ class Programs:
                 token, log_prob, bad = self._drawn(raw, logits[:, -1], prompts, lanes, constants)
             token, log_prob, bad = (x.reshape(a, count) for x in (token, log_prob, bad))
             token = jnp.where(live, token, self.pad_token_id)
-            stop = token == self.eos_token_id
+            stop = draw.is_any(token, self.eos_token_ids)
             ends = live & (stop | bad | (lanes.age + 1 >= sizes.tokens))
             seen = lanes.seen
             if seen is not None:
@@ -327,7 +339,7 @@ class Programs:
             shaped = draw.contrast(raw, blank, s.contrast_alpha, s.contrast_beta)
         shaped = jnp.where(constants["never"], -jnp.inf, shaped + constants["bias"])
         seen = None if lanes.seen is None else lanes.seen.reshape(a * count, -1)
-        shaped = draw.process(shaped, settings, step=age[:, None], eos_token_id=self.eos_token_id, seen=seen)
+        shaped = draw.process(shaped, settings, step=age[:, None], eos_token_id=self.eos_token_ids, seen=seen)
         token = draw.choose(draw.step_keys(keys, age), shaped, settings).astype(jnp.int32)
         normaliser = jax.nn.logsumexp(raw, axis=-1)
         log_prob = jnp.take_along_axis(raw, token[:, None], axis=-1)[:, 0] - normaliser

@@ -12,6 +12,7 @@ Shape suffixes: N rows (candidates of all prompts), V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -145,8 +146,23 @@ def penalize(logits: Float[Array, "n v"], seen: Bool[Array, "n v"], penalty: Set
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
+def as_ids(eos_token_id: int | Sequence[int]) -> tuple[int, ...]:
+    """One end token or several."""
+    return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+
+
+def is_any(tokens: Int[Array, ...], ids: Sequence[int]) -> Bool[Array, ...]:
+    """Which tokens are one of `ids`, of which there are few."""
+    return functools.reduce(jnp.logical_or, [tokens == token for token in ids], jnp.zeros(tokens.shape, bool))
+
+
 def process(
-    logits: Float[Array, "n v"], settings: Settings, *, step: Int[Array, "n 1"], eos_token_id: int, seen: Any = None
+    logits: Float[Array, "n v"],
+    settings: Settings,
+    *,
+    step: Int[Array, "n 1"],
+    eos_token_id: int | Sequence[int],
+    seen: Any = None,
 ) -> Float[Array, "n v"]:
     """What holds for greedy draws too: repetition penalty, and no end before `min_new_tokens`.
 
@@ -157,7 +173,7 @@ def process(
     if seen is not None:
         logits = penalize(logits, seen, settings.repetition_penalty)
     if not _is(settings.min_new_tokens, 0):
-        end = jnp.arange(logits.shape[-1]) == eos_token_id
+        end = is_any(jnp.arange(logits.shape[-1]), as_ids(eos_token_id))
         logits = jnp.where((step < settings.min_new_tokens) & end, -jnp.inf, logits)
     return logits
 
@@ -204,11 +220,15 @@ def contrast(
 
 
 def sampling_bias(
-    vocab_size: int, suppress: Sequence[int], eos_token_id: int, stop_bias: float, stop_token_ids: Sequence[int] = ()
+    vocab_size: int,
+    suppress: Sequence[int],
+    eos_token_id: int | Sequence[int],
+    stop_bias: float,
+    stop_token_ids: Sequence[int] = (),
 ) -> tuple[Bool[np.ndarray, " v"], Float[np.ndarray, " v"]]:
-    """Which tokens are never drawn, and what is added to the logits before a draw (to the end's by default)."""
+    """Which tokens are never drawn, and what is added to the logits before a draw (to all ends' by default)."""
     never = np.zeros(vocab_size, bool)
-    never[[token for token in suppress if 0 <= token < vocab_size and token != eos_token_id]] = True
+    never[[token for token in suppress if 0 <= token < vocab_size and token not in as_ids(eos_token_id)]] = True
     bias = np.zeros(vocab_size, np.float32)
-    bias[list(stop_token_ids) or [eos_token_id]] = stop_bias
+    bias[list(stop_token_ids or as_ids(eos_token_id))] = stop_bias
     return never, bias

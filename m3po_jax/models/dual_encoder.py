@@ -6,6 +6,7 @@ LLaVA-shaped models see with.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,21 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from m3po_jax.errors import UserError, nearest
 from m3po_jax.models.attention import Bidirectional, Causal
+from m3po_jax.models.config_fields import WIDEST, Fields, section, text, whole
 from m3po_jax.models.encoder import Encoder, EncoderConfig
+from m3po_jax.models.encoder_config import (
+    CLIP_TEXT_DEFAULTS,
+    CLIP_TEXT_FIELDS,
+    CLIP_VISION_FIELDS,
+    SIGLIP_TEXT_DEFAULTS,
+    SIGLIP_TEXT_FIELDS,
+    SIGLIP_VISION_FIELDS,
+    encoder_config,
+    vit_config,
+    with_older_section,
+)
 from m3po_jax.models.layers import Embedding, LayerNorm, Linear
 from m3po_jax.models.vit import VisionTransformer, ViTConfig
 
@@ -25,7 +39,7 @@ POOLINGS = ("pooled", "patches")
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A text tower; `max_positions` is its window in tokens."""
+    """A text tower; `max_positions` is its window in tokens, `eos_token_id` where CLIP pools (SigLIP: -1)."""
 
     encoder: EncoderConfig
     vocab_size: int
@@ -132,47 +146,71 @@ class DualEncoder(nnx.Module):
         return jax.nn.logsumexp(jnp.exp(self.logit_scale[...]) * cosine, axis=1) + self.logit_bias[...]
 
 
+CLIP_FIELDS = Fields(
+    config_class="CLIPConfig",
+    read={
+        "text_config": section,
+        "vision_config": section,
+        "projection_dim": whole(1, WIDEST),
+        "m3po_pooling": text,
+    },
+    # The scale is stored with the weights.
+    harmless=frozenset({"logit_scale_init_value", "initializer_factor"}),
+)
+SIGLIP_FIELDS = Fields(
+    config_class="SiglipConfig",
+    read={"text_config": section, "vision_config": section, "m3po_pooling": text},
+    harmless=frozenset({"initializer_factor"}),
+)
+
+
+def dual_encoder_sections(raw: Mapping[str, Any]) -> dict[str, Fields]:
+    """The fields of a CLIP or SigLIP ``config.json``, see `check_fields`."""
+    if raw.get("model_type") == "siglip":
+        return {"": SIGLIP_FIELDS, "text_config": SIGLIP_TEXT_FIELDS, "vision_config": SIGLIP_VISION_FIELDS}
+    return {"": CLIP_FIELDS, "text_config": CLIP_TEXT_FIELDS, "vision_config": CLIP_VISION_FIELDS}
+
+
+def normalized(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """``config.json`` with the sections of transformers' first versions merged in; see `with_older_section`."""
+    for name, fields in dual_encoder_sections(raw).items():
+        raw = with_older_section(raw, name, fields) if name else raw
+    return raw
+
+
 def dual_encoder_config(raw: dict[str, Any], where: str) -> DualEncoderConfig:
-    """CLIP or SigLIP from ``config.json``; absent keys take the published defaults.
+    """CLIP or SigLIP from ``config.json``, its values checked by `check_fields`.
+
+    Absent keys take the published defaults.
 
     Raises:
-        UserError: another model type, or an unknown pooling.
+        UserError: another model type, or sizes that contradict each other.
     """
-    from m3po_jax.errors import UserError, nearest
-    from m3po_jax.models.llava.config import vit_config
-
     kind = raw.get("model_type")
     if kind not in ("clip", "siglip"):
         raise UserError(
             f"model_type {kind!r} is not a dual encoder", where=where, remedy="use a CLIP or SigLIP model"
         )
-    pooling = raw.get("m3po_pooling", "pooled")
+    pooling = raw.get("m3po_pooling") or "pooled"
     if pooling not in POOLINGS:
         raise UserError(
             f"m3po_pooling {pooling!r} is unknown{nearest(str(pooling), POOLINGS)}",
             where=where,
             remedy=f"one of {', '.join(POOLINGS)}",
         )
-    text, clip = raw.get("text_config") or {}, kind == "clip"
-    width = int(text.get("hidden_size", 512 if clip else 768))
-    encoder = EncoderConfig(
-        hidden_size=width,
-        intermediate_size=int(text.get("intermediate_size", 2048 if clip else 3072)),
-        num_layers=int(text.get("num_hidden_layers", 12)),
-        num_heads=int(text.get("num_attention_heads", 8 if clip else 12)),
-        activation=text.get("hidden_act", "quick_gelu" if clip else "gelu_pytorch_tanh"),
-        layer_norm_eps=float(text.get("layer_norm_eps", 1e-5 if clip else 1e-6)),
-    )
+    clip = kind == "clip"
+    tower = {**(CLIP_TEXT_DEFAULTS if clip else SIGLIP_TEXT_DEFAULTS), **(raw.get("text_config") or {})}
+    encoder = encoder_config(tower, {}, where)
     return DualEncoderConfig(
         kind=kind,
         vision=vit_config(raw.get("vision_config") or {}, kind, where),
         text=TextConfig(
             encoder=encoder,
-            vocab_size=int(text.get("vocab_size", 49408 if clip else 32000)),
-            max_positions=int(text.get("max_position_embeddings", 77 if clip else 64)),
-            eos_token_id=int(text.get("eos_token_id", 49407)),
+            vocab_size=tower["vocab_size"],
+            max_positions=tower["max_position_embeddings"],
+            eos_token_id=tower["eos_token_id"] if clip else -1,
         ),
-        projection_size=int(raw.get("projection_dim", 512) if clip else text.get("projection_size") or width),
+        projection_size=raw.get("projection_dim", 512) if clip else tower["projection_size"] or encoder.hidden_size,
         pooling=pooling,
     )
 

@@ -7,6 +7,7 @@ their layer, `nnx.split(model, LoRAParam, ...)` separates them, and the referenc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import jax
@@ -29,6 +30,24 @@ def target_name(path: tuple[str, ...], scope: str) -> str:
     return path[-1] if path[0] == scope else f"{path[0]}.{path[-1]}"
 
 
+MAX_RANK = 2**16
+
+
+def check(config: LoRAConfig) -> None:
+    """
+    Raises:
+        UserError: an adapter of no possible size; names the key.
+    """
+    if not 0 <= config.lora_rank <= MAX_RANK:
+        raise UserError(
+            f"{config.lora_rank} is not from 0 (full fine-tuning) to {MAX_RANK}", where="train.lora.lora_rank"
+        )
+    if not math.isfinite(config.lora_alpha) or config.lora_alpha <= 0:
+        raise UserError(f"{config.lora_alpha} is not a positive number", where="train.lora.lora_alpha")
+    if config.lora_rank and not config.target_modules:
+        raise UserError("no layer is named", where="train.lora.target_modules", remedy="name some, e.g. [q_proj]")
+
+
 def attach(model: nnx.Module, config: LoRAConfig, *, scope: str, rngs: nnx.Rngs) -> list[str]:
     """Adds factors A ~ N(0, 1/in) and B = 0 to the linear layers named in `config.target_modules` under `scope`.
 
@@ -43,6 +62,7 @@ def attach(model: nnx.Module, config: LoRAConfig, *, scope: str, rngs: nnx.Rngs)
     Raises:
         UserError: a target matches no layer (nothing would be trained there).
     """
+    check(config)
     adapted, missing = [], set(config.target_modules)
     for path, linear in _linears(model):
         name = target_name(path, scope)

@@ -21,15 +21,23 @@ from m3po_jax.errors import UserError, nearest
 from m3po_jax.models import dual_encoder, dual_encoder_weights
 from m3po_jax.models.causal_lm import model as causal_lm
 from m3po_jax.models.causal_lm import weights as causal_lm_weights
+from m3po_jax.models.config_fields import Fields, check_fields, shown
 from m3po_jax.models.kernels.choice import check_attention, with_attention
+from m3po_jax.models.llama_config import LLAMA_FIELDS
 from m3po_jax.models.llava import config as llava_config
 from m3po_jax.models.llava import model as llava
 from m3po_jax.models.llava import weights as llava_weights
 from m3po_jax.models.quantization import check_quantization
 from m3po_jax.models.quantized_base import quantize_base
-from m3po_jax.models.safetensors_io import StoredTensor, open_directory, read_json
+from m3po_jax.models.safetensors_io import (
+    StoredTensor,
+    has_weights,
+    open_directory,
+    read_json,
+    same_values,
+)
 from m3po_jax.models.tensor_map import TensorMap, check_tensors, parameters
-from m3po_jax.models.weights import initialise_parameters, load_parameters, replace_parameters
+from m3po_jax.models.weights import check_memory, initialise_parameters, load_parameters, replace_parameters
 from m3po_jax.reading import check_value
 
 
@@ -42,12 +50,14 @@ class Tower:
         configure: ``config.json`` with the tower's own put in (None: no tower was given).
         canonical_name: The family's name of a tensor of the tower's directory; None: not the tower's.
         prefix: Canonical names under it are the tower's.
+        stored_rows: Rows of vocabulary on disk, where `configure` rounds a ``config.json``'s up; else None.
     """
 
     default: Callable[[dict[str, Any]], str]
     configure: Callable[[dict[str, Any], dict[str, Any] | None, str], dict[str, Any]]
     canonical_name: Callable[[str], str | None]
     prefix: str
+    stored_rows: Callable[[dict[str, Any]], int | None] = lambda raw: None
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,8 @@ class Family:
         name: For messages and manifests.
         model_types: Values of `model_type` in ``config.json``.
         model_class: The class that `build` returns.
-        read_config: ``(config.json, where) -> config``; raises UserError for what the family does not cover.
+        sections: ``config.json -> {section: its fields}``, "" for the top; what `check_fields` judges it by.
+        read_config: ``(checked config.json, where) -> config``; raises UserError for what the family does not cover.
         build: ``(config, dtype=, param_dtype=, seed=) -> model``.
         tensor_map: ``config -> {parameter path: Source}`` in the layout that export writes.
         canonical_name: A stored tensor's name in that layout, from any published one; None: skip it.
@@ -66,11 +77,13 @@ class Family:
         projector: What `train_projector` trains, as transformers names the module: first the canonical name,
             then those of other versions.
         tower: Set where the vision tower can come from elsewhere.
+        normalize: ``(config.json, where) -> config.json`` in the layout that `sections` describes.
     """
 
     name: str
     model_types: tuple[str, ...]
     model_class: type
+    sections: Callable[[Mapping[str, Any]], Mapping[str, Fields]]
     read_config: Callable[[dict[str, Any], str], Any]
     build: Callable[..., Any]
     tensor_map: Callable[[Any], TensorMap]
@@ -78,6 +91,7 @@ class Family:
     lora_scope: str = "decoder"
     projector: tuple[str, ...] = ()
     tower: Tower | None = None
+    normalize: Callable[[dict[str, Any], str], dict[str, Any]] = lambda raw, where: raw
 
 
 FAMILIES = (
@@ -85,6 +99,7 @@ FAMILIES = (
         name="llava",
         model_types=("llava", "llava_llama"),
         model_class=llava.Llava,
+        sections=lambda raw: llava_config.SECTIONS,
         read_config=llava_config.llava_config,
         build=llava.build,
         tensor_map=llava_weights.tensor_map,
@@ -95,12 +110,14 @@ FAMILIES = (
             configure=llava_weights.with_tower,
             canonical_name=llava_weights.tower_name,
             prefix="vision_tower.",
+            stored_rows=llava_weights.stored_rows,
         ),
     ),
     Family(
         name="llama",
         model_types=("llama",),
         model_class=causal_lm.CausalLM,
+        sections=lambda raw: {"": LLAMA_FIELDS},
         read_config=causal_lm.causal_lm_config,
         build=causal_lm.build,
         tensor_map=causal_lm_weights.tensor_map,
@@ -110,11 +127,13 @@ FAMILIES = (
         name="dual_encoder",
         model_types=("clip", "siglip"),
         model_class=dual_encoder.DualEncoder,
+        sections=dual_encoder.dual_encoder_sections,
         read_config=dual_encoder.dual_encoder_config,
         build=dual_encoder.build,
         tensor_map=dual_encoder_weights.tensor_map,
         canonical_name=dual_encoder_weights.canonical_name,
         lora_scope="text_tower",
+        normalize=dual_encoder.normalized,
     ),
 )
 
@@ -130,7 +149,7 @@ def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
         if kind in family.model_types:
             return family
     known = [kind for family in FAMILIES for kind in family.model_types]
-    raise UserError(f"model_type {kind!r} is not supported{nearest(str(kind), known)}", where=where)
+    raise UserError(f"model_type {shown(kind)} is not supported{nearest(str(kind)[:80], known)}", where=where)
 
 
 def family_of_model(model: nnx.Module) -> Family:
@@ -187,17 +206,31 @@ def resolve_directory(path: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Description:
-    """What a model directory says, before any weight is read."""
+    """What a model directory says, before any weight is read.
+
+    Attributes:
+        raw_config: In Hugging Face layout, also where the directory's own is not; the tower's put in.
+        tower: Where the vision tower's weights come from, if not from `directory`.
+        stored_rows: Rows of vocabulary on disk, where they are fewer than the configuration's; see `Tower`.
+        notes: What a user should know, a line each.
+    """
 
     family: Family
     config: Any
-    raw_config: dict[str, Any]  # in Hugging Face layout, also where the directory's own is not
+    raw_config: dict[str, Any]
     directory: Path
-    tower: Path | None = None  # where the vision tower's weights come from, if not from `directory`
+    tower: Path | None = None
+    stored_rows: int | None = None
+    notes: tuple[str, ...] = ()
 
 
-def describe(directory: str | Path, *, vision_tower: str | Path = "") -> Description:
+def describe(directory: str | Path, *, vision_tower: str | Path = "", weights: bool = True) -> Description:
     """Reads ``config.json`` (and the tower's, if it comes from elsewhere).
+
+    Args:
+        vision_tower: A directory whose tower replaces the model's own.
+        weights: Those of the directory count: where ``config.json`` ties the output layer to the embeddings and the
+            weights hold both with different values, both are kept, as transformers 5 keeps them.
 
     Raises:
         UserError: no such directory, no or bad ``config.json``, an unsupported model.
@@ -207,21 +240,50 @@ def describe(directory: str | Path, *, vision_tower: str | Path = "") -> Descrip
     raw = read_json(directory / "config.json")
     family = family_of(raw, where)
     tower: Path | None = None
-    if family.tower is not None:
-        name = str(vision_tower) or family.tower.default(raw)
-        if name:
-            tower = resolve_directory(name)
-        tower_raw = read_json(tower / "config.json") if tower is not None else None
-        raw = family.tower.configure(raw, tower_raw, where)
-    elif vision_tower:
-        raise UserError(
-            f"a {family.name} model takes no vision tower", where="model.vision_tower", remedy="remove it"
-        )
+    rows: int | None = None
     try:
+        if family.tower is not None:
+            name = str(vision_tower) or family.tower.default(raw)
+            if name:
+                tower = resolve_directory(name)
+            tower_raw = read_json(tower / "config.json") if tower is not None else None
+            rows = family.tower.stored_rows(raw)
+            raw = family.tower.configure(raw, tower_raw, where)
+        elif vision_tower:
+            raise UserError(
+                f"a {family.name} model takes no vision tower", where="model.vision_tower", remedy="remove it"
+            )
+        raw = family.normalize(raw, where)
+        notes = check_fields(family.sections(raw), raw, where)
         config = family.read_config(raw, where)
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+        if weights and _head_differs(family.tensor_map(config), family, directory):
+            raw = _untied(raw)
+            config = family.read_config(raw, where)
+            notes += (
+                f"{where}: tie_word_embeddings is true, but the weights hold an output layer of their own, which is "
+                "used as it is stored (set tie_word_embeddings to false)",
+            )
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, OverflowError) as error:
         raise UserError(f"a value has the wrong type ({error})", where=where) from None
-    return Description(family, config, raw, directory, tower)
+    return Description(family, config, raw, directory, tower, rows, notes)
+
+
+def _head_differs(tensor_map: TensorMap, family: Family, directory: Path) -> bool:
+    """Whether a tensor that the configuration calls a copy of another is stored with other values."""
+    tied = [(source.name, copy) for source in tensor_map.values() for copy in source.copies]
+    if not tied or not has_weights(directory):
+        return False
+    tensors = {family.canonical_name(tensor.name): tensor for tensor in open_directory(directory).values()}
+    return any(
+        name in tensors and copy in tensors and not same_values(tensors[name], tensors[copy]) for name, copy in tied
+    )
+
+
+def _untied(raw: dict[str, Any]) -> dict[str, Any]:
+    """``config.json`` without tied embeddings, wherever it says that they are."""
+    text = raw.get("text_config")
+    nested = {"text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, dict) else {}
+    return {**raw, **nested, "tie_word_embeddings": False}
 
 
 @dataclass(frozen=True)
@@ -229,15 +291,25 @@ class Loaded:
     """A model and what its directory says; `pretrained` if its weights are that directory's."""
 
     model: Any
-    config: Any
-    raw_config: dict[str, Any]
-    directory: Path
-    family: Family
+    description: Description
+    config: Any  # the description's, with the attention that the model runs on
     pretrained: bool = True
+
+    @property
+    def raw_config(self) -> dict[str, Any]:
+        return self.description.raw_config
+
+    @property
+    def directory(self) -> Path:
+        return self.description.directory
+
+    @property
+    def family(self) -> Family:
+        return self.description.family
 
 
 def stored_tensors(description: Description) -> dict[str, StoredTensor]:
-    """Everything on disk by canonical name, checked against the configuration (names and shapes).
+    """Everything on disk by canonical name, checked against the configuration (names, shapes and types).
 
     Raises:
         UserError: see `open_directory` and `check_tensors`.
@@ -257,9 +329,12 @@ def stored_tensors(description: Description) -> dict[str, StoredTensor]:
                 raise UserError(f"{tensor.name} and {tensors[name].name} are the same tensor", where=str(directory))
             tensors[name] = tensor
     leaves = parameters(abstract_model(description), family.tensor_map(description.config))
-    for copy in (copy for leaf in leaves.values() for copy in leaf.source.copies):
-        tensors.pop(copy, None)
-    check_tensors(leaves, tensors, where)
+    for leaf in leaves.values():
+        for copy in leaf.source.copies:
+            stored = tensors.pop(copy, None)
+            if stored is not None and leaf.source.name is not None:
+                tensors.setdefault(leaf.source.name, stored)  # tied the other way round: the copy alone is stored
+    check_tensors(leaves, tensors, where, stored_rows=description.stored_rows)
     return tensors
 
 
@@ -309,7 +384,9 @@ def load_model(
     import jax.numpy as jnp
 
     check_value(ModelConfig, "init", init, "model")
-    description = describe(directory, vision_tower=vision_tower)
+    for key, name in (("dtype", dtype), ("param_dtype", param_dtype)):
+        check_value(ModelConfig, key, name if isinstance(name, str) else jnp.dtype(name).name, "model")
+    description = describe(directory, vision_tower=vision_tower, weights=init == "pretrained")
     family = description.family
     platform = (jax.devices() if mesh is None else mesh.devices.flat)[0].platform
     head_dim = getattr(getattr(description.config, "text", None), "head_dim", None)
@@ -324,6 +401,7 @@ def load_model(
         return model
 
     if init == "random":
+        check_memory(nnx.eval_shape(build), mesh, str(description.directory / "config.json"))
         model = initialise_parameters(build, mesh)
         if description.tower is not None:
             replace_parameters(
@@ -332,4 +410,4 @@ def load_model(
     else:
         tensors = stored_tensors(description)
         model = load_parameters(nnx.eval_shape(build), family.tensor_map(config), tensors, mesh)
-    return Loaded(model, config, description.raw_config, description.directory, family, init == "pretrained")
+    return Loaded(model, description, config, init == "pretrained")

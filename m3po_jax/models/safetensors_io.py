@@ -41,14 +41,18 @@ class StoredTensor:
     code: str  # the format's name of its type, e.g. BF16
     offset: int
 
-    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A copy of the slice; the mapping is dropped at once, so that memory holds no file pages."""
+    def check_type(self) -> None:
+        """UserError where the values have a type that does not load."""
         if self.code not in DTYPES:
             raise UserError(
                 f"{self.name} is stored as {self.code}",
                 where=str(self.file),
                 remedy="only float32, float16 and bfloat16 load; use a checkpoint that is not quantised",
             )
+
+    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A copy of the slice; the mapping is dropped at once, so that memory holds no file pages."""
+        self.check_type()
         if 0 in self.shape:
             return np.zeros(self.shape, DTYPES[self.code])[index]
         try:
@@ -121,6 +125,19 @@ def _weight_files(directory: Path) -> list[Path]:
             raise UserError(f"names {name}, which is missing", where=str(index), remedy="download or copy it again")
         files.append(directory / name)
     return files
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether there are safetensors; UserError where their index is broken."""
+    return bool(_weight_files(directory))
+
+
+def same_values(a: StoredTensor, b: StoredTensor, rows: int = 4096) -> bool:
+    """Whether two stored tensors hold the same values, a few rows in memory at a time."""
+    if a.shape != b.shape:
+        return False
+    parts = [(slice(i, i + rows),) for i in range(0, a.shape[0], rows)] if a.shape else [()]
+    return all(np.array_equal(a.read(part).astype(np.float32), b.read(part).astype(np.float32)) for part in parts)
 
 
 def open_directory(directory: Path) -> dict[str, StoredTensor]:

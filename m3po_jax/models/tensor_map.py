@@ -33,9 +33,9 @@ class Source:
         kind: ``same``; ``linear``: stored (out, in), ours (in, out); ``conv``: stored (out, 3, p, p), ours
             (p·p·3, out) in (row, column, channel) order, see `vit.patchify`.
         part: (i, n) where the stored tensor holds n parameters side by side along its first axis.
-        pad_rows: The stored tensor may have fewer rows (vocabulary entries); the others get the rows' mean,
-            as Hugging Face's resizing centres them.
-        copies: Names under which some writers store it once more (tied embeddings); ignored.
+        pad_rows: Its rows are the vocabulary's, of which an original release stores fewer than the model has; the
+            others get the rows' mean, as Hugging Face's resizing centres them.
+        copies: Names under which some writers store it once more, or instead (tied embeddings).
         shape: The stored shape where it is not implied (a scalar that we keep as a vector).
     """
 
@@ -164,11 +164,20 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def check_tensors(leaves: Mapping[Path, Parameter], tensors: Mapping[str, StoredTensor], where: str) -> None:
-    """Names and shapes on disk (canonical names) against what the configuration says.
+def check_tensors(
+    leaves: Mapping[Path, Parameter],
+    tensors: Mapping[str, StoredTensor],
+    where: str,
+    *,
+    stored_rows: int | None = None,
+) -> None:
+    """Names, shapes and types on disk (canonical names) against what the configuration says.
+
+    Args:
+        stored_rows: Of a vocabulary that is stored with fewer rows than the model has; None: it has all.
 
     Raises:
-        UserError: tensors are missing, unknown or of another shape.
+        UserError: tensors are missing, unknown, of another shape or of a type that does not load.
     """
     expected = expected_tensors(leaves)
     padded = {name for leaf in leaves.values() if leaf.source.pad_rows for name in leaf.stored()}
@@ -188,11 +197,13 @@ def check_tensors(leaves: Mapping[Path, Parameter], tensors: Mapping[str, Stored
             remedy="config.json may belong to another model or family",
         )
     for name, shape in expected.items():
-        actual = tensors[name].shape
-        short = name in padded and actual[1:] == shape[1:] and 0 < actual[0] < shape[0]
-        if actual != shape and not short:
+        actual, vocabulary = tensors[name].shape, name in padded
+        wanted = (stored_rows, *shape[1:]) if vocabulary and stored_rows is not None else shape
+        if actual != wanted:
+            resized = "or the vocabulary was resized and vocab_size was not, or the other way round"
             raise UserError(
-                f"{tensors[name].name} has shape {list(actual)}, config.json says {list(shape)}",
+                f"{tensors[name].name} has shape {list(actual)}, config.json says {list(wanted)}",
                 where=str(tensors[name].file),
-                remedy="config.json may belong to another model",
+                remedy=f"config.json may belong to another model{f', {resized}' if vocabulary else ''}",
             )
+        tensors[name].check_type()

@@ -32,8 +32,13 @@ class ViTConfig:
 
 
 def patchify(images: Float[Array, "b h w c"], patch: int) -> Float[Array, "b n p"]:
-    """Non-overlapping patches in raster order, each flattened as (row, column, channel)."""
+    """Non-overlapping patches in raster order, each flattened as (row, column, channel).
+
+    Rows and columns beyond the last whole patch are left out, as by the published convolutions (SigLIP-so400m: 384
+    pixels in patches of 14).
+    """
     b, h, w, c = images.shape
+    images = images[:, : h // patch * patch, : w // patch * patch]
     x = images.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, (h // patch) * (w // patch), patch * patch * c)
 

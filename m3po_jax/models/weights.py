@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Mapping
 
 import jax
@@ -10,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
+from m3po_jax.errors import UserError
 from m3po_jax.models.quantization import Quantized, kind_of
 from m3po_jax.models.quantized_base import load_quantized
 from m3po_jax.models.safetensors_io import StoredTensor
@@ -98,6 +101,29 @@ def replace_parameters(
                 SingleDeviceSharding(jax.devices()[0]) if mesh is None else sharding_for(leaf.axes, leaf.shape, mesh)
             )
             variable[...] = _load_leaf(leaf, tensors, sharding)
+
+
+def check_memory(abstract: nnx.Module, mesh: Mesh | None, where: str) -> None:
+    """Refuses to draw a model of which one device's share does not fit into a device's memory.
+
+    Raises:
+        UserError: says how much it would take.
+    """
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    needed = 0
+    for _, variable in nnx.to_flat_state(nnx.state(abstract)):
+        shape = tuple(variable.shape)
+        if mesh is not None:
+            shape = sharding_for(variable.get_metadata()["axes"], shape, mesh).shard_shape(shape)
+        needed += math.prod(shape) * jnp.dtype(variable.dtype).itemsize
+    stats = device.memory_stats() or {}
+    limit = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > limit:
+        raise UserError(
+            f"the model's weights take {needed / 2**30:,.0f} GiB a device, which has {limit / 2**30:,.0f}",
+            where=where,
+            remedy="check the sizes, take a smaller model or more devices (mesh.fsdp)",
+        )
 
 
 def initialise_parameters(build: Callable[[], nnx.Module], mesh: Mesh | None) -> nnx.Module:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from m3po_jax.config import DataConfig, Recipe
 from m3po_jax.data import sources
+from m3po_jax.data.chat_template import ChatTemplate
 from m3po_jax.data.dual_inputs import DualEncoderProcessor
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
@@ -21,8 +22,10 @@ from m3po_jax.errors import UserError
 from m3po_jax.generation.engine import Generator
 from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.models import lora
+from m3po_jax.models.dual_encoder import DualEncoderConfig
 from m3po_jax.models.quantization import check_quantization
-from m3po_jax.models.registry import Loaded, load_model, resolve_directory
+from m3po_jax.models.registry import Description, Loaded, load_model, resolve_directory
+from m3po_jax.pipeline.console import say
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,9 @@ def load_policy(recipe: Recipe, mesh: Mesh, *, image_root: str | Path = ".") -> 
         attention=config.attention,
         quantization=config.quantization,
     )
-    processor = Processor.from_pretrained(
-        loaded.directory,
-        config.template,
-        config.image_fit,
-        image_root=image_root,
-        max_image_pixels=recipe.data.max_image_pixels,
-        max_prompt_tokens=config.max_prompt_tokens,
-    )
+    processor = make_processor(recipe, loaded.description, image_root=image_root)
+    for note in processor.notes:
+        say(note, style="yellow")
     tower = directory_identity(resolve_directory(config.vision_tower)) if config.vision_tower else ""
     identity = content_hash(
         directory_identity(loaded.directory),
@@ -97,16 +95,71 @@ def load_policy(recipe: Recipe, mesh: Mesh, *, image_root: str | Path = ".") -> 
         config.image_fit,
         config.dtype,
         *([config.quantization] if config.quantization != "none" else []),
+        *([processor.template.source] if isinstance(processor.template, ChatTemplate) else []),
     )[:16]
     return Policy(loaded, processor, identity)
+
+
+def make_processor(recipe: Recipe, description: Description, *, image_root: str | Path = ".") -> Processor:
+    """The processor of the recipe's model, whose sizes follow the configuration that the model is built from.
+
+    Raises:
+        UserError: as `Processor.from_pretrained`; no room for an answer beside an image.
+    """
+    config = recipe.model
+    processor = Processor.from_pretrained(
+        description,
+        config.template,
+        config.image_fit,
+        image_root=image_root,
+        max_image_pixels=recipe.data.max_image_pixels,
+        max_prompt_tokens=config.max_prompt_tokens,
+    )
+    text, image = description.config.text, processor.tokens_per_image
+    longest = max(recipe.generate.max_new_tokens, recipe.evaluate.max_new_tokens)
+    if image + longest > text.max_positions:
+        raise UserError(
+            f"an image's {image} tokens and an answer of {longest} need more positions than the model has "
+            f"(max_position_embeddings {text.max_positions})",
+            where="generate.max_new_tokens",
+            remedy="lower it and evaluate.max_new_tokens, or take another model",
+        )
+    return processor
+
+
+def make_dual_processor(
+    description: Description, *, image_root: str | Path = ".", image_fit: str = ""
+) -> DualEncoderProcessor:
+    """The processor of a CLIP or SigLIP model, compared with its configuration.
+
+    Raises:
+        UserError: not such a model; as `DualEncoderProcessor.from_pretrained`.
+    """
+    config = description.config
+    if not isinstance(config, DualEncoderConfig):
+        raise UserError(
+            f"a {description.family.name} model is no dual encoder",
+            where=str(description.directory),
+            remedy="take a CLIP or SigLIP model",
+        )
+    return DualEncoderProcessor.from_pretrained(
+        description.directory,
+        max_positions=config.text.max_positions,
+        vocab_size=config.text.vocab_size,
+        end_token_id=config.text.eos_token_id,
+        image_size=config.vision.image_size,
+        image_root=image_root,
+        image_fit=image_fit,
+    )
 
 
 def check_trainable(recipe: Recipe) -> None:
     """
     Raises:
-        UserError: full fine-tuning of a quantised model.
+        UserError: full fine-tuning of a quantised model, an adapter of no possible size.
     """
     check_quantization(recipe.model.quantization)
+    lora.check(recipe.train.lora)
     if recipe.model.quantization != "none" and recipe.train.lora.lora_rank == 0:
         raise UserError(
             f"{recipe.model.quantization} weights are frozen, and train.lora.lora_rank = 0 would train them",
@@ -132,7 +185,7 @@ def make_generator(
     """An engine that draws answers of `model`, of which `processor` is; its programs are compiled on first use."""
     return Generator(
         model,
-        eos_token_id=processor.eos_token_id,
+        eos_token_id=processor.eos_token_ids or processor.eos_token_id,
         pad_token_id=processor.pad_token_id,
         mesh=mesh,
         sampling=sampling,
@@ -153,13 +206,9 @@ def load_dual_encoder(
 ) -> tuple[Loaded, DualEncoderProcessor]:
     """A CLIP or SigLIP model and its processor, from a directory or a built-in name; parameters in float32."""
     loaded = load_model(path, dtype=dtype, param_dtype="float32", mesh=mesh, init=init, seed=seed)
-    processor = DualEncoderProcessor.from_pretrained(
-        loaded.directory,
-        max_positions=loaded.config.text.max_positions,
-        image_root=image_root,
-        image_fit=image_fit,
-    )
-    return loaded, processor
+    for note in loaded.description.notes:
+        say(note, style="yellow")
+    return loaded, make_dual_processor(loaded.description, image_root=image_root, image_fit=image_fit)
 
 
 def read_rows(config: DataConfig, *, require_image: bool = False) -> sources.PromptSource:

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from m3po_jax.config import Recipe, ScoreConfig
-from m3po_jax.data.dual_inputs import DualEncoderProcessor
 from m3po_jax.data.processing import Processor
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.generation.memory import GIB, CacheShape, cache_bytes
@@ -30,6 +29,7 @@ from m3po_jax.models.registry import Description, describe, stored_tensors
 from m3po_jax.pipeline.arms import arm_recipe
 from m3po_jax.pipeline.backends import check_ready, describe_dual_encoder, describe_judge
 from m3po_jax.pipeline.checks import WITH_CANDIDATES, judges
+from m3po_jax.pipeline.models import make_dual_processor, make_processor
 from m3po_jax.pipeline.reward import find_reward, read_reward_pairs
 from m3po_jax.pipeline.rundir import RunDirectory
 from m3po_jax.pipeline.systems import stop_tokens
@@ -54,22 +54,13 @@ class Preflight:
 
     @functools.cached_property
     def description(self) -> Description:
-        return describe(self.recipe.model.path, vision_tower=self.recipe.model.vision_tower)
+        model = self.recipe.model
+        return describe(model.path, vision_tower=model.vision_tower, weights=model.init == "pretrained")
 
     @functools.cached_property
     def processor(self) -> Processor:
         """The policy's."""
-        return self.processor_of(self.description)
-
-    def processor_of(self, description: Description) -> Processor:
-        model = self.recipe.model
-        return Processor.from_pretrained(
-            description.directory,
-            model.template,
-            model.image_fit,
-            max_image_pixels=self.recipe.data.max_image_pixels,
-            max_prompt_tokens=model.max_prompt_tokens,
-        )
+        return make_processor(self.recipe, self.description)
 
     def checks(self) -> list[Callable[[], object]]:
         """Each raises UserError where a later stage would."""
@@ -156,15 +147,13 @@ class Preflight:
         if judge.backend == "similarity":
             described = describe_dual_encoder(judge)
             stored_tensors(described)
-            DualEncoderProcessor.from_pretrained(
-                described.directory, max_positions=described.config.text.max_positions
-            )
+            make_dual_processor(described)
         elif judge.backend in ("claims", "judge"):
             processor = self.processor
             if judge.model:
                 described = describe_judge(judge)
                 stored_tensors(described)
-                processor = self.processor_of(described)
+                processor = make_processor(self.recipe, described)
             if judge.backend == "claims":
                 answer_tokens(processor)
             else:

@@ -11,7 +11,6 @@ from pathlib import Path
 from m3po_jax.config import DataConfig, Recipe
 from m3po_jax.data.batches import reference_tokens
 from m3po_jax.data.contrastive import claims_of
-from m3po_jax.data.dual_inputs import DualEncoderProcessor
 from m3po_jax.data.row_inputs import checked_answer, where_of
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import read_prompts
@@ -19,8 +18,9 @@ from m3po_jax.errors import UserError
 from m3po_jax.models.registry import stored_tensors
 from m3po_jax.pipeline.arms import arm_recipe, needs_pairs
 from m3po_jax.pipeline.checks import check_recipe
-from m3po_jax.pipeline.console import progress
+from m3po_jax.pipeline.console import progress, say
 from m3po_jax.pipeline.evaluate import check_scoring, read_benchmark
+from m3po_jax.pipeline.models import make_dual_processor
 from m3po_jax.pipeline.preflight import Preflight
 from m3po_jax.scoring.alignment import Reference
 
@@ -155,6 +155,8 @@ def _sources(recipe: Recipe, preflight: Preflight) -> Iterator[Source]:
 
 def _asked(preflight: Preflight) -> MakeChecks:
     """The prompt and its images, as the policy sees them."""
+    for note in preflight.processor.notes:
+        say(note, style="yellow")
 
     def checks(root: Path) -> list[Check]:
         own = dataclasses.replace(preflight.processor, image_root=root)
@@ -175,9 +177,7 @@ def _answer(recipe: Recipe, preflight: Preflight) -> Check:
 
 def _claims(preflight: Preflight) -> MakeChecks:
     """Images and objects, as contrastive training reads them."""
-    description = preflight.description
-    positions = description.config.text.max_positions
-    processor = DualEncoderProcessor.from_pretrained(description.directory, max_positions=positions)
+    processor = make_dual_processor(preflight.description)
 
     def objects(prompt: Prompt) -> None:
         if prompt.metadata.get("objects"):  # rows without are left out

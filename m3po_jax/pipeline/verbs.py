@@ -160,13 +160,13 @@ def report(options: argparse.Namespace) -> None:
 
 def _token_text(recipe: Recipe) -> Callable[[int], str] | None:
     """Token texts for the report's hover, where the model's tokenizer is at hand."""
-    from m3po_jax.data.processing import Processor
-    from m3po_jax.models.registry import resolve_directory
+    from m3po_jax.models.registry import describe
+    from m3po_jax.pipeline.models import make_processor
     from m3po_jax.report.browser import tokenizer_text
 
     try:
-        folder = resolve_directory(recipe.model.path)
-        return tokenizer_text(Processor.from_pretrained(folder, recipe.model.template, recipe.model.image_fit).text)
+        description = describe(recipe.model.path, vision_tower=recipe.model.vision_tower, weights=False)
+        return tokenizer_text(make_processor(recipe, description).text)
     except UserError:
         return None
 

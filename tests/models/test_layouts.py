@@ -351,7 +351,7 @@ def test_broken_directories_are_named(tiny: Any, canonical: Path, tmp_path: Path
     (canonical / "config.json").write_text('{"model_type": "llavа"}')
     expect("model_type 'llavа' is not supported", canonical)
     (canonical / "config.json").write_text('{"model_type": "llava", "text_config": {"hidden_size": "wide"}}')
-    expect("config.json: a value has the wrong type", canonical)
+    expect("config.json: text_config.hidden_size is 'wide', and must be a whole number", canonical)
 
 
 def test_where_models_may_come_from(tmp_path: Path, monkeypatch: Any) -> None:

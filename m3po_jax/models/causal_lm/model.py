@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from m3po_jax.errors import UserError
 from m3po_jax.models.llama import Llama, LlamaConfig
-from m3po_jax.models.llava.config import llama_config
+from m3po_jax.models.llama_config import llama_config
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class CausalLM(nnx.Module):
 
 
 def causal_lm_config(raw: dict[str, Any], where: str) -> CausalLMConfig:
-    """A bare LLaMA ``config.json``."""
+    """A bare LLaMA ``config.json``, its values checked by `check_fields`."""
     return CausalLMConfig(llama_config(raw, where))
 
 

@@ -12,6 +12,18 @@ from typing import Any
 
 from m3po_jax.errors import UserError
 from m3po_jax.models import tensor_names
+from m3po_jax.models.config_fields import (
+    MOST_LAYERS,
+    MOST_TOKENS,
+    Fields,
+    check_fields,
+    only,
+    shown,
+    text,
+    whole,
+    word,
+)
+from m3po_jax.models.encoder_config import CLIP_VISION_FIELDS, with_older_section
 from m3po_jax.models.llava.config import LlavaConfig
 from m3po_jax.models.tensor_map import Path, Source
 
@@ -28,11 +40,6 @@ _PREFIXES = (
 )
 # Buffers that older versions saved.
 _SKIPPED = re.compile(r"\.rotary_emb\.inv_freq$|\.embeddings\.position_ids$")
-_TEXT_KEYS = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("head_dim", "hidden_act", "rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling"),
-    *("tie_word_embeddings", "bos_token_id", "eos_token_id"),
-)
 PADDED_VOCABULARY = 64  # the HF conversion rounds 32,000 + <image> + <pad> up to a multiple of this
 
 
@@ -78,6 +85,33 @@ def default_tower(raw: dict[str, Any]) -> str:
     return str(raw.get("mm_vision_tower") or "") if is_original(raw) else ""
 
 
+# Of the original release's ``config.json``, beside LLaMA's own fields.
+ORIGINAL_FIELDS = Fields(
+    config_class="",
+    read={
+        "mm_vision_tower": text,
+        "mm_vision_select_layer": whole(-MOST_LAYERS, MOST_LAYERS),
+        "mm_vision_select_feature": word(("patch", "cls_patch")),
+        "mm_projector_type": only("mlp2x_gelu"),
+        "mm_use_im_start_end": only(False),
+        "mm_use_im_patch_token": only(False),
+        "mm_patch_merge_type": only("flat", None),
+        "mm_resampler_type": only(None),
+        "image_aspect_ratio": only("pad", "square", None),  # how images are fitted is `model.image_fit`
+        "s2": only(False, None),
+    },
+    harmless=frozenset(
+        {
+            # Widths follow from the tower; the rest is of LLaVA's own training.
+            *("mm_hidden_size", "use_mm_proj", "freeze_mm_mlp_adapter", "freeze_mm_vision_resampler"),
+            *("tune_mm_mlp_adapter", "tune_mm_vision_resampler", "unfreeze_mm_vision_tower", "mm_tunable_parts"),
+            *("mm_projector_lr", "mm_vision_tower_lr", "tokenizer_model_max_length", "tokenizer_padding_side"),
+            *("image_grid_pinpoints", "s2_scales", "image_crop_resolution", "image_split_resolution"),
+        }
+    ),
+)
+
+
 def with_tower(raw: dict[str, Any], tower: dict[str, Any] | None, where: str) -> dict[str, Any]:
     """The Hugging Face configuration of an original release, or of a model that gets another CLIP tower.
 
@@ -86,25 +120,31 @@ def with_tower(raw: dict[str, Any], tower: dict[str, Any] | None, where: str) ->
         tower: ``config.json`` of the CLIP directory, if one was given.
 
     Raises:
-        UserError: an original release's option that LLaVA-1.5 does not have.
+        UserError: a tower that is not CLIP's, or an original release's option that LLaVA-1.5 does not have.
     """
+    vision: dict[str, Any] = {}
     if tower is not None:
-        tower = {**(tower.get("vision_config") or tower), "model_type": "clip_vision_model"}
-        tower = {key: value for key, value in tower.items() if key not in ("architectures", "transformers_version")}
+        if tower.get("model_type", "clip") not in ("clip", "clip_vision_model"):
+            raise UserError(
+                f"model_type is {shown(tower['model_type'])}, and must be clip or clip_vision_model",
+                where="model.vision_tower",
+                remedy="take a CLIP directory",
+            )
+        section = with_older_section(tower, "vision_config", CLIP_VISION_FIELDS).get("vision_config") or tower
+        if not isinstance(section, dict):
+            raise UserError(f"vision_config is {shown(section)}, and must be an object", where="model.vision_tower")
+        left_out = ("architectures", "transformers_version")
+        vision = {"vision_config": {k: v for k, v in section.items() if k not in left_out}}
+        vision["vision_config"]["model_type"] = "clip_vision_model"
     if not is_original(raw):
-        return raw if tower is None else {**raw, "vision_config": tower}
-    projector = raw.get("mm_projector_type", "linear")
-    if projector != "mlp2x_gelu" or raw.get("mm_use_im_start_end") or raw.get("mm_use_im_patch_token"):
-        raise UserError(
-            f"mm_projector_type {projector!r} or its image marker tokens are not LLaVA-1.5's",
-            where=where,
-            remedy="LLaVA-1.5 has mlp2x_gelu and no marker tokens",
-        )
-    select = {"patch": "default", "cls_patch": "full"}.get(raw.get("mm_vision_select_feature", "patch"))
-    if select is None:
-        raise UserError(f"mm_vision_select_feature {raw['mm_vision_select_feature']!r} is unknown", where=where)
-    vocabulary = int(raw.get("vocab_size", 32000))
-    text = {key: raw[key] for key in _TEXT_KEYS if raw.get(key) is not None}
+        return {**raw, **vision}
+    own = {key: value for key, value in raw.items() if key in ORIGINAL_FIELDS.names}
+    check_fields({"": ORIGINAL_FIELDS}, {"mm_projector_type": "linear", **own}, where)
+    decoder = {k: v for k, v in raw.items() if k not in own and k not in ("architectures", "torch_dtype")}
+    # `check_fields` judges the decoder's fields where they stand now; the vocabulary is needed before.
+    vocabulary = raw.get("vocab_size", 32000)
+    if whole(1, MOST_TOKENS)(vocabulary):
+        raise UserError(f"vocab_size is {shown(vocabulary)}, and must be a whole number", where=where)
     padded = -(-(vocabulary + 2) // PADDED_VOCABULARY) * PADDED_VOCABULARY
     return {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -113,10 +153,15 @@ def with_tower(raw: dict[str, Any], tower: dict[str, Any] | None, where: str) ->
         "image_token_index": vocabulary,
         "pad_token_id": vocabulary + 1,
         "projector_hidden_act": "gelu",
-        "vision_feature_layer": int(raw.get("mm_vision_select_layer", -2)),
-        "vision_feature_select_strategy": select,
-        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
+        "vision_feature_layer": raw.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": "full" if raw.get("mm_vision_select_feature") == "cls_patch" else "default",
+        "tie_word_embeddings": raw.get("tie_word_embeddings", False),
         "torch_dtype": raw.get("torch_dtype", "float16"),
-        "text_config": {"model_type": "llama", **text, "vocab_size": padded},
-        **({"vision_config": tower} if tower is not None else {}),
+        "text_config": {**decoder, "model_type": "llama", "vocab_size": padded},
+        **vision,
     }
+
+
+def stored_rows(raw: dict[str, Any]) -> int | None:
+    """Rows of vocabulary that an original release stores: fewer than its configuration here has; None: no release."""
+    return raw.get("vocab_size", 32000) if is_original(raw) else None
