@@ -64,9 +64,8 @@ class ModelConfig:
     init: Literal["pretrained", "random"] = "pretrained"
     # a CLIP directory whose tower replaces the model's own (original LLaVA releases lack one)
     vision_tower: File = ""
-    template: Annotated[str, OneOf("chat", "data.templates:TEMPLATES")] = (
-        "vicuna_v1"  # chat: the directory's own; see data/templates.py
-    )
+    # chat: the model directory's own template; see data/templates.py
+    template: Annotated[str, OneOf("data.templates:TEMPLATES", "chat")] = "vicuna_v1"
     image_fit: Annotated[str, OneOf("data.images:IMAGE_FITS")] = "pad"  # see data/images.py
     remat: Annotated[str, OneOf("models.layers:REMAT_POLICIES")] = "full"  # what the backward pass recomputes
     # pallas: TPU kernels; cudnn: NVIDIA GPUs, 16-bit types
