@@ -53,7 +53,7 @@ def test_json_lines(tmp_path):
 def test_limit_stops_before_later_rows(tmp_path):
     path = write_lines(tmp_path / "p.jsonl", [*ROWS[:2], "{broken"])
     assert [row.id for row in read_prompts(jsonl(path, limit=2))] == ["r0", "r1"]
-    with pytest.raises(UserError, match=r"data\.limit is 0"):
+    with pytest.raises(UserError, match=r"data\.limit"):
         read_prompts(jsonl(path, limit=0))
 
 
