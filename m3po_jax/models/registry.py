@@ -224,7 +224,7 @@ def describe(directory: str | Path, *, vision_tower: str | Path = "") -> Descrip
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model and what its directory says; `pretrained` if its weights are that directory's."""
+    """A model and what its directory says; `pretrained` if its weights are that directory's (and its `tower`'s)."""
 
     model: Any
     config: Any
@@ -232,6 +232,7 @@ class Loaded:
     directory: Path
     family: Family
     pretrained: bool = True
+    tower: Path | None = None  # where the vision tower's weights come from, if not from `directory`
 
 
 def stored_tensors(description: Description) -> dict[str, StoredTensor]:
@@ -331,4 +332,6 @@ def load_model(
     else:
         tensors = stored_tensors(description)
         model = load_parameters(nnx.eval_shape(build), family.tensor_map(config), tensors, mesh)
-    return Loaded(model, config, description.raw_config, description.directory, family, init == "pretrained")
+    return Loaded(
+        model, config, description.raw_config, description.directory, family, init == "pretrained", description.tower
+    )

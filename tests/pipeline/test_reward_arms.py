@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import yaml
 from mini_run import ROOT, rows, write_data, write_recipe
 
 from m3po_jax.cli import main
-from m3po_jax.config import load_recipe
+from m3po_jax.config import MeshConfig, ScoreConfig, load_recipe
 from m3po_jax.data import tables
 from m3po_jax.errors import UserError
 from m3po_jax.pipeline.arms import arm_recipe
+from m3po_jax.pipeline.backends import judge_identities
 from m3po_jax.pipeline.checks import check_recipe
-from m3po_jax.pipeline.reward import held_out, is_reward_prompt, uses_own_reward
+from m3po_jax.pipeline.reward import held_out, is_reward_prompt, load_reward, uses_own_reward
+from m3po_jax.sharding import make_mesh
 
 ARMS = {
     "rm_dpo": {},
@@ -163,6 +166,21 @@ def test_a_trained_reward_model_judges_another_run(finished: Path, tmp_path: Pat
     assert here.keys() == there.keys()
     for key, value in here.items():
         assert value == pytest.approx(there[key], abs=1e-5)
+
+
+def test_a_reward_model_is_known_by_its_weights_and_by_the_base_it_adapts(finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished / "round-1/reward", tmp_path / "reward"))
+    before = judge_identities(ScoreConfig(backend="reward", model=str(folder)))
+    assert before == judge_identities(ScoreConfig(backend="ensemble", members=[f"reward={finished}", "claims"]))
+    largest = max((folder / "checkpoints").rglob("*"), key=lambda file: file.stat().st_size if file.is_file() else 0)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    assert judge_identities(ScoreConfig(backend="reward", model=str(folder))) != before
+    described = json.loads((folder / "reward.json").read_text())
+    (folder / "reward.json").write_text(json.dumps(described | {"base": "0" * 16}))
+    with pytest.raises(UserError, match=r"trained from has changed.*train the reward model again"):
+        load_reward(str(folder), make_mesh(MeshConfig()))
 
 
 def test_train_verb_on_pairs_from_a_file(finished: Path, tmp_path: Path) -> None:
