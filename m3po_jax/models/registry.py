@@ -136,7 +136,7 @@ def family_of_model(model: nnx.Module) -> Family:
     return next(family for family in FAMILIES if isinstance(model, family.model_class))
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BUILTIN = "builtin:"
 
 
@@ -167,7 +167,7 @@ def resolve_directory(path: str | Path) -> Path:
         return local
     if local.exists():
         raise UserError("a file, not a model directory", where=text)
-    if not _HUB_ID.fullmatch(text) or text.count("/") != 1:
+    if not HUB_ID.fullmatch(text) or text.count("/") != 1:
         raise UserError("no such directory", where=text, remedy="give a model directory or a hub id like owner/name")
     import huggingface_hub
 

@@ -78,7 +78,13 @@ def load_policy(recipe: Recipe, mesh: Mesh, *, image_root: str | Path = ".") -> 
         max_image_pixels=recipe.data.max_image_pixels,
         max_prompt_tokens=config.max_prompt_tokens,
     )
-    identity = content_hash(
+    return Policy(loaded, processor, policy_identity(recipe, loaded))
+
+
+def policy_identity(recipe: Recipe, loaded: Loaded) -> str:
+    """A hash of a recipe's model: its files, and how it is prompted and computed."""
+    config = recipe.model
+    return content_hash(
         model_identity(loaded),
         config.init,
         recipe.seed if config.init == "random" else 0,
@@ -87,7 +93,6 @@ def load_policy(recipe: Recipe, mesh: Mesh, *, image_root: str | Path = ".") -> 
         config.dtype,
         *([config.quantization] if config.quantization != "none" else []),
     )[:16]
-    return Policy(loaded, processor, identity)
 
 
 def check_trainable(recipe: Recipe) -> None:
