@@ -134,15 +134,11 @@ def run_recipe(
             remedy="leave it out: an export takes it from the run",
         )
     taken = (*_CHOICES, *(key for key in _BASE if moved and key in stated))
-    choices = {key.split(".")[1]: key.split(".")[0] for key in taken}
-    choices = {key.split(".")[1]: key.split(".")[0] for key in _CHOICES}
-    changed = {
-        section: dataclasses.replace(
-            getattr(trained, section),
-            **{name: getattr(getattr(asked, section), name) for name, of in choices.items() if of == section},
-        )
-        for section in ("model", "train")
-    }
+    changed = {}
+    for section in ("model", "train"):
+        names = [key.partition(".")[2] for key in taken if key.startswith(f"{section}.")]
+        own = {name: getattr(getattr(asked, section), name) for name in names}
+        changed[section] = dataclasses.replace(getattr(trained, section), **own)
     # No forward pass is computed, so kernels of another platform must not be in the way.
     changed["model"] = dataclasses.replace(changed["model"], attention="xla")
     return dataclasses.replace(trained, mesh=given.mesh, **changed)
@@ -264,7 +260,14 @@ def _write(trained: Trained, recipe: Recipe, wanted: Wanted, output: Path, recor
         export_model(trained.model, trained.base, output, dtype=wanted.dtype, overwrite=True, texts=texts)
         return
     hint = export_adapter(
-        trained.model, recipe.model.path, output, recipe.train.lora, dtype=wanted.dtype, overwrite=True, texts=texts
+        trained.model,
+        recipe.model.path,
+        output,
+        recipe.train.lora,
+        dtype=wanted.dtype,
+        overwrite=True,
+        base=trained.base,
+        texts=texts,
     )
     if recipe.model.vision_tower:
         say(

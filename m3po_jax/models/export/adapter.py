@@ -15,10 +15,10 @@ from m3po_jax.config import LoRAConfig
 from m3po_jax.errors import UserError
 from m3po_jax.models import lora
 from m3po_jax.models.export.directory import AUTO, atomic_directory, export_dtype
-from m3po_jax.models.export.model import layer_of, pending_tensors
+from m3po_jax.models.export.model import layer_of, loaded_tensors, pending_tensors
 from m3po_jax.models.export.serving import vllm_hint
 from m3po_jax.models.layers import Linear
-from m3po_jax.models.registry import Family, family_of_model
+from m3po_jax.models.registry import Family, Loaded, family_of_model
 from m3po_jax.models.safetensors_io import DTYPES, PendingTensor, write_file
 from m3po_jax.models.tensor_map import Parameter, parameters
 from m3po_jax.sharding import to_host
@@ -78,6 +78,7 @@ def export_adapter(
     *,
     dtype: str = AUTO,
     overwrite: bool = False,
+    base: Loaded | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> str | None:
     """``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT writes them.
@@ -86,6 +87,7 @@ def export_adapter(
 
     Args:
         dtype: Of the factors and the projector; ``auto``: float32, as they were trained.
+        base: What the model was loaded from: what training left alone of a projector is read there again.
         texts: Files to write beside them, by name.
 
     Returns:
@@ -111,12 +113,13 @@ def export_adapter(
     if lora_config.train_projector and family.projector:
         saved = family.projector[0]
         saved_modules = [saved]
+        stored = loaded_tensors(base) if base is not None and base.pretrained else {}
         # PEFT looks these up under the running version's own module name, so every version's name is there.
         tensors += [
             PendingTensor(
                 f"base_model.model.{module}{tensor.name.removeprefix(saved)}", tensor.shape, kind, tensor.value
             )
-            for tensor in pending_tensors(model, family, model.config, {}, kind)
+            for tensor in pending_tensors(model, family, model.config, stored, kind)
             if tensor.name.startswith(f"{saved}.")
             for module in family.projector
         ]

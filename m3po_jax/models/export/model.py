@@ -151,23 +151,11 @@ def pending_tensors(
     return [tensor(name) for name in sorted(pieces)]
 
 
-def _stored(base: Loaded | Description, model: nnx.Module) -> dict[str, StoredTensor]:
-    """The tensors that the model was loaded from, by canonical name; empty where it was drawn at random.
-
-    Raises:
-        UserError: the quantised weights never were in a directory.
-    """
-    if isinstance(base, Description):
-        return stored_tensors(base)
-    if base.pretrained:
-        return stored_tensors(Description(base.family, base.config, base.raw_config, base.directory, base.tower))
-    if is_quantized(model):
-        raise UserError(
-            "the weights were drawn at random and quantised, so that no exact ones are left to export",
-            where="model.quantization",
-            remedy="export the adapter (--format peft), or run with model.quantization=none",
-        )
-    return {}
+def loaded_tensors(base: Loaded | Description) -> dict[str, StoredTensor]:
+    """The tensors that a model was loaded from, by canonical name."""
+    if isinstance(base, Loaded):
+        base = Description(base.family, base.config, base.raw_config, base.directory, base.tower)
+    return stored_tensors(base)
 
 
 def _loads_right(dtypes: Collection[np.dtype]) -> str:
@@ -229,7 +217,14 @@ def export_model(
     description = base if isinstance(base, Loaded) else describe(base)
     if out_dir.resolve() == description.directory.resolve():
         raise UserError("is the base model's own directory", where=str(out_dir), remedy="choose another one")
-    stored = _stored(description, model)
+    drawn = isinstance(description, Loaded) and not description.pretrained
+    if drawn and is_quantized(model):
+        raise UserError(
+            "the weights were drawn at random and quantised, so that no exact ones are left to export",
+            where="model.quantization",
+            remedy="export the adapter (--format peft), or run with model.quantization=none",
+        )
+    stored = {} if drawn else loaded_tensors(description)
     tensors = pending_tensors(model, description.family, description.config, stored, kind)
     with atomic_directory(out_dir, overwrite=overwrite) as partial:
         write = jax.process_index() == 0
