@@ -534,6 +534,16 @@ def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
     np.testing.assert_allclose(their_logits(read_by_transformers(out)), our_logits(loaded.model), atol=1e-4)
 
 
+def test_a_head_of_its_own_is_not_tied_again(loaded: Loaded, tmp_path: Path) -> None:
+    """Of a config.json that ties beside weights that do not: as transformers 4 reads it, the head would be lost."""
+    tied = {**loaded.raw_config, "tie_word_embeddings": True}
+    tied["text_config"] = {**tied["text_config"], "tie_word_embeddings": True}
+    out = export_model(loaded.model, dataclasses.replace(loaded, raw_config=tied), tmp_path / "out")
+    written = json.loads((out / "config.json").read_text())
+    assert written["tie_word_embeddings"] is False and written["text_config"]["tie_word_embeddings"] is False
+    np.testing.assert_allclose(their_logits(read_by_transformers(out)), our_logits(loaded.model), atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_dual_encoders_come_back_bitwise(kind: str, tmp_path: Path) -> None:
     torch, transformers = torch_and_transformers()

@@ -28,6 +28,7 @@ _WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".pkl"),
     *(".safetensors.index.json", ".bin.index.json"),
 )
+_TIED = "tie_word_embeddings"
 _DTYPE_KEYS = ("torch_dtype", "dtype")  # transformers 4.x, and since 4.56
 
 
@@ -186,6 +187,18 @@ def _saying(config: Mapping[str, Any], dtype: str, *, always: bool) -> dict[str,
     return {**config, **parts, **top}
 
 
+def _untied(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """``config.json`` that ties no embeddings where an output head is written: transformers 4 would drop the head."""
+    if not any(name.endswith("lm_head.weight") for name in names):
+        return dict(config)
+    parts = {
+        name: {**section, _TIED: False}
+        for name, section in config.items()
+        if isinstance(section, dict) and section.get(_TIED)
+    }
+    return {**config, **parts, **({_TIED: False} if config.get(_TIED) else {})}
+
+
 def export_model(
     model: nnx.Module,
     base: Loaded | str | Path,
@@ -234,6 +247,7 @@ def export_model(
             # A base that states no type loads as its tensors are stored, which need not be so any more.
             changed = len(written) > 1 or written != {tensor.dtype for tensor in stored.values()}
             config = _saying(description.raw_config, _loads_right(written), always=changed)
+            config = _untied(config, [tensor.name for tensor in tensors])
             if read_json(description.directory / "config.json") != config:
                 # Another type, an original release, or another vision tower: the base's own file describes neither.
                 (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
