@@ -52,7 +52,8 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "export": (
         "a Hugging Face directory or a PEFT adapter",
-        "Writes what was trained so that transformers, PEFT and vLLM load it.",
+        "Writes what was trained so that transformers, PEFT and vLLM load it. What was trained, and from which base, "
+        "is read from the run's own recipe; a key that says otherwise is refused.",
     ),
     "plan": (
         "memory and least time on TPU chips that need not be there",
@@ -127,8 +128,18 @@ def make_parser() -> argparse.ArgumentParser:
             verb.add_argument("--json", metavar="FILE", help="also writes the figures there")
         if name == "export":
             verb.add_argument("--format", choices=("huggingface", "peft"), default="huggingface")
-            verb.add_argument("--output", metavar="DIR", help="default: export-FORMAT/ in the run directory")
-            verb.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
+            verb.add_argument(
+                "--output", metavar="DIR", help="default: export-[ARM-]round-R-FORMAT/ in the run directory"
+            )
+            verb.add_argument(
+                "--dtype",
+                default="auto",
+                choices=("auto", "float16", "bfloat16", "float32"),
+                help="of what is written (default auto: as the base stores each tensor, an adapter in float32)",
+            )
+            verb.add_argument(
+                "--overwrite", action="store_true", help="replace another export; the same one is always replaced"
+            )
     return parser
 
 

@@ -68,7 +68,7 @@ def load_recipe(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
     recipe = Recipe()
     if path is not None:
         file = find_recipe(path)
-        recipe = _read(Recipe, _document(file), str(file), recipe)
+        recipe = _read(Recipe, read_document(file), str(file), recipe)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or override.startswith("-"):
@@ -79,7 +79,12 @@ def load_recipe(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
     return recipe
 
 
-def _document(file: Path) -> Any:
+def read_document(file: Path) -> dict[Any, Any]:
+    """The keys and values that a recipe's file states itself, as they stand there.
+
+    Raises:
+        UserError: no YAML, or no mapping.
+    """
     try:
         if file.stat().st_size > MOST_BYTES:
             raise UserError(f"more than {MOST_BYTES:,} bytes: not a recipe", where=str(file))

@@ -7,5 +7,5 @@ out="${1:-runs}"
 target=m3po_jax/quickstart/checkpoints
 for step in tower scorer base; do
   m3po train --config "configs/quickstart/$step.yaml" output_dir="$out"
-  m3po export --config "configs/quickstart/$step.yaml" output_dir="$out" --output "$target/quickstart-$step" --dtype float16
+  m3po export --config "configs/quickstart/$step.yaml" output_dir="$out" --output "$target/quickstart-$step" --dtype float16 --overwrite
 done

@@ -157,7 +157,7 @@ def family_of_model(model: nnx.Module) -> Family:
     return next(family for family in FAMILIES if isinstance(model, family.model_class))
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BUILTIN = "builtin:"
 
 
@@ -188,7 +188,7 @@ def resolve_directory(path: str | Path) -> Path:
         return local
     if local.exists():
         raise UserError("a file, not a model directory", where=text)
-    if not _HUB_ID.fullmatch(text) or text.count("/") != 1:
+    if not HUB_ID.fullmatch(text) or text.count("/") != 1:
         raise UserError("no such directory", where=text, remedy="give a model directory or a hub id like owner/name")
     import huggingface_hub
 
@@ -288,12 +288,17 @@ def _untied(raw: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model and what its directory says; `pretrained` if its weights are that directory's."""
+    """A model and what its directory says; `pretrained` if its weights are that directory's (and its `tower`'s)."""
 
     model: Any
     description: Description
     config: Any  # the description's, with the attention that the model runs on
     pretrained: bool = True
+
+    @property
+    def tower(self) -> Path | None:
+        """Where the vision tower's weights come from, if not from `directory`."""
+        return self.description.tower
 
     @property
     def raw_config(self) -> dict[str, Any]:

@@ -50,13 +50,22 @@ class StoredTensor:
                 remedy="only float32, float16 and bfloat16 load; use a checkpoint that is not quantised",
             )
 
+    @property
+    def dtype(self) -> np.dtype:
+        """
+        Raises:
+            UserError: a type that does not load.
+        """
+        self.check_type()
+        return DTYPES[self.code]
+
     def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A copy of the slice; the mapping is dropped at once, so that memory holds no file pages."""
-        self.check_type()
+        dtype = self.dtype
         if 0 in self.shape:
-            return np.zeros(self.shape, DTYPES[self.code])[index]
+            return np.zeros(self.shape, dtype)[index]
         try:
-            mapped = np.memmap(self.file, DTYPES[self.code], "r", self.offset, self.shape or (1,))
+            mapped = np.memmap(self.file, dtype, "r", self.offset, self.shape or (1,))
         except (OSError, ValueError) as error:
             raise UserError(f"cannot be read: {error}", where=str(self.file)) from None
         return np.array(mapped.reshape(self.shape)[index])
@@ -175,15 +184,22 @@ def open_directory(directory: Path) -> dict[str, StoredTensor]:
 
 @dataclass(frozen=True)
 class PendingTensor:
-    """A tensor to write; `value` is called once, when its turn comes."""
+    """A tensor to write as `dtype`; `value` is called once, when its turn comes."""
 
     name: str
     shape: tuple[int, ...]
+    dtype: np.dtype
     value: Callable[[], np.ndarray]
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
-def write_file(path: Path, tensors: Iterable[PendingTensor], dtype: np.dtype, *, write: bool = True) -> None:
+
+def write_file(path: Path, tensors: Iterable[PendingTensor], *, write: bool = True) -> None:
     """One safetensors file with ``{"format": "pt"}``, a tensor in memory at a time.
+
+    A value that has its tensor's type already is written as it is, to the bit; any other is rounded once.
 
     With `write` False every value is still computed (a collective on several hosts) but nothing is written.
     """
@@ -191,9 +207,9 @@ def write_file(path: Path, tensors: Iterable[PendingTensor], dtype: np.dtype, *,
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
-        size = math.prod(tensor.shape) * dtype.itemsize
+        size = tensor.nbytes
         header[tensor.name] = {
-            "dtype": _CODES[dtype],
+            "dtype": _CODES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, offset + size],
         }
@@ -209,7 +225,7 @@ def write_file(path: Path, tensors: Iterable[PendingTensor], dtype: np.dtype, *,
         for tensor in tensors:
             value = np.asarray(tensor.value())
             assert value.shape == tensor.shape, (tensor.name, value.shape, tensor.shape)
-            stream.write(np.ascontiguousarray(_cast(value, dtype, tensor.name)).tobytes())
+            stream.write(np.ascontiguousarray(_cast(value, tensor.dtype, tensor.name)).tobytes())
 
 
 def _cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
@@ -217,10 +233,11 @@ def _cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
         cast = value.astype(dtype)
     if not np.isfinite(cast.astype(np.float32)).all():
         finite = np.isfinite(value.astype(np.float32)).all()
+        wider = "bfloat16" if dtype == DTYPES["F16"] else "float32"
         raise UserError(
             f"a value does not fit {dtype.name}" if finite else "not every value is finite",
             where=name,
-            remedy="export with dtype=bfloat16" if finite else "training has diverged: take an earlier checkpoint",
+            remedy=f"export with --dtype {wider}" if finite else "training has diverged: take an earlier checkpoint",
         )
     return cast
 
@@ -228,7 +245,6 @@ def _cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 def write_directory(
     directory: Path,
     tensors: Sequence[PendingTensor],
-    dtype: np.dtype,
     *,
     shard_bytes: int = 5_000_000_000,
     write: bool = True,
@@ -237,7 +253,7 @@ def write_directory(
     shards: list[list[PendingTensor]] = [[]]
     total = held = 0
     for tensor in tensors:
-        size = math.prod(tensor.shape) * dtype.itemsize
+        size = tensor.nbytes
         if shards[-1] and held + size > shard_bytes:
             shards.append([])
             held = 0
@@ -245,12 +261,12 @@ def write_directory(
         held += size
         total += size
     if len(shards) == 1:
-        write_file(directory / "model.safetensors", shards[0], dtype, write=write)
+        write_file(directory / "model.safetensors", shards[0], write=write)
         return
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_file(directory / name, shard, dtype, write=write)
+        write_file(directory / name, shard, write=write)
         weight_map |= {tensor.name: name for tensor in shard}
     if write:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -16,10 +16,10 @@ from m3po_jax.config import ModelConfig, Recipe, ScoreConfig
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.models.dual_encoder import DualEncoder
-from m3po_jax.models.registry import Description, Loaded, describe, resolve_directory
+from m3po_jax.models.registry import Description, Loaded, describe
 from m3po_jax.pipeline.console import say
-from m3po_jax.pipeline.models import Policy, directory_identity, load_dual_encoder, load_policy
-from m3po_jax.pipeline.reward import find_reward, load_reward
+from m3po_jax.pipeline.models import Policy, load_dual_encoder, load_policy, model_identity
+from m3po_jax.pipeline.reward import load_reward, trained_identity
 from m3po_jax.pipeline.stopping import from_writer
 from m3po_jax.reading import check_values
 from m3po_jax.scoring.alignment import Backend, Judged, Reference, Scores, Similarity
@@ -207,11 +207,16 @@ def judge_identities(score: ScoreConfig) -> list[str]:
     """Hashes of the models that a recipe names as judges: `score.model`, and those of an ensemble's members."""
     members = [member.partition("=") for member in score.members]
     named = [(score.backend, score.model), *((name, model) for name, _, model in members if name != "endpoint")]
-    return [
-        directory_identity(find_reward(path) if name == "reward" else resolve_directory(path))
-        for name, path in named
-        if path
-    ]
+    return [judge_identity(name, path) for name, path in named if path]
+
+
+def judge_identity(backend: str, path: str) -> str:
+    """A hash of one judge: its model directory and the tower that this borrows, or a trained reward model.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    return trained_identity(path) if backend == "reward" else model_identity(describe(path))
 
 
 def check_ready(score: ScoreConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from jax.sharding import Mesh
 
 from m3po_jax.config import DataConfig, Recipe
 from m3po_jax.data import sources
-from m3po_jax.data.chat_template import ChatTemplate
 from m3po_jax.data.dual_inputs import DualEncoderProcessor
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
@@ -23,8 +21,9 @@ from m3po_jax.generation.engine import Generator
 from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.models import lora
 from m3po_jax.models.dual_encoder import DualEncoderConfig
+from m3po_jax.models.identity import directory_identity
 from m3po_jax.models.quantization import check_quantization
-from m3po_jax.models.registry import Description, Loaded, load_model, resolve_directory
+from m3po_jax.models.registry import Description, Loaded, load_model
 from m3po_jax.pipeline.console import say
 
 
@@ -33,7 +32,7 @@ class Policy:
     """The model that is aligned, with what turns rows into its inputs.
 
     Attributes:
-        identity: A hash of the weights' files and the template; part of every shard's name.
+        identity: A hash of the model directory's content and the template; part of every shard's name.
     """
 
     loaded: Loaded
@@ -45,23 +44,14 @@ class Policy:
         return self.loaded.model
 
 
-def directory_identity(directory: Path) -> str:
-    """A hash of a model directory: configuration by content, weights by name, size and sampled content.
+def model_identity(model: Loaded | Description) -> str:
+    """A hash of all files that a model is read from: its directory, and the one that lends it its vision tower.
 
-    Reading a megabyte from each end of every file tells checkpoints apart without reading 14 GB.
+    Raises:
+        UserError: a file cannot be read.
     """
-    digest = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
-        if path.suffix not in (".json", ".safetensors"):
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            if size > 1 << 21:
-                file.seek(-(1 << 20), 2)
-                digest.update(file.read())
-    return digest.hexdigest()[:16]
+    tower = "" if model.tower is None else directory_identity(model.tower)
+    return content_hash(directory_identity(model.directory), tower)[:16]
 
 
 def load_policy(recipe: Recipe, mesh: Mesh, *, image_root: str | Path = ".") -> Policy:
@@ -85,19 +75,21 @@ def load_policy(recipe: Recipe, mesh: Mesh, *, image_root: str | Path = ".") -> 
     processor = make_processor(recipe, loaded.description, image_root=image_root)
     for note in processor.notes:
         say(note, style="yellow")
-    tower = directory_identity(resolve_directory(config.vision_tower)) if config.vision_tower else ""
-    identity = content_hash(
-        directory_identity(loaded.directory),
-        tower,
+    return Policy(loaded, processor, policy_identity(recipe, loaded))
+
+
+def policy_identity(recipe: Recipe, loaded: Loaded) -> str:
+    """A hash of a recipe's model: its files (the directory's own template among them), and how it is prompted."""
+    config = recipe.model
+    return content_hash(
+        model_identity(loaded),
         config.init,
         recipe.seed if config.init == "random" else 0,
         config.template,
         config.image_fit,
         config.dtype,
         *([config.quantization] if config.quantization != "none" else []),
-        *([processor.template.source] if isinstance(processor.template, ChatTemplate) else []),
     )[:16]
-    return Policy(loaded, processor, identity)
 
 
 def make_processor(recipe: Recipe, description: Description, *, image_root: str | Path = ".") -> Processor:

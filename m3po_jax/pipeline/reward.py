@@ -25,7 +25,9 @@ from m3po_jax.errors import UserError
 from m3po_jax.evaluation.bootstrap import bootstrap
 from m3po_jax.hosts import shared_out
 from m3po_jax.models.heads import attach_head
-from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy
+from m3po_jax.models.identity import files_identity, tree_identity
+from m3po_jax.models.registry import describe
+from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy, model_identity
 from m3po_jax.pipeline.rundir import is_writer, read_json
 from m3po_jax.pipeline.stopping import barrier
 from m3po_jax.recipes import from_plain
@@ -214,7 +216,7 @@ def reward_of_pairs(
                     policy.identity, source.fingerprint, dataclasses.asdict(config), seed
                 )[:16],
             }
-            _write(out, recipe, config, results)
+            _write(out, recipe, config, results, base=policy.identity)
     return TrainedReward(judge, results, time.monotonic() - started)
 
 
@@ -241,13 +243,14 @@ def measure(judge: Reward, pairs: pa.Table, processor: Processor, *, seed: int) 
     }
 
 
-def _write(out: Path, recipe: Recipe, config: TrainConfig, results: dict[str, Any]) -> None:
+def _write(out: Path, recipe: Recipe, config: TrainConfig, results: dict[str, Any], *, base: str) -> None:
     if is_writer():
         log = MetricsLog(out / "metrics.jsonl")
         if not any("eval_accuracy" in line for line in log.lines(results["steps"])):
             measured = {name: results[name] for name in ("accuracy", "margin", "mean_reward")}
             log.write(results["steps"], {f"eval_{name}": value for name, value in measured.items()})
         description = {
+            "base": base,
             "model": dataclasses.asdict(recipe.model),
             "train": dataclasses.asdict(config),
             "seed": recipe.seed,
@@ -275,6 +278,19 @@ def find_reward(path: str) -> Path:
     )
 
 
+def trained_identity(path: str) -> str:
+    """A hash of a trained reward model: what it is, its checkpoints, and the model that it was trained from.
+
+    Raises:
+        UserError: there is none, or a file cannot be read.
+    """
+    folder = find_reward(path)
+    model = read_json(folder / "reward.json")["model"]
+    base = describe(model["path"], vision_tower=model["vision_tower"])
+    facts = files_identity(folder, [folder / "reward.json", folder / "results.json"])
+    return tables.content_hash(facts, tree_identity(folder / "checkpoints"), model_identity(base))[:16]
+
+
 def load_reward(path: str, mesh: Mesh, *, image_root: str | Path = ".", batch_size: int = 16) -> Reward:
     """A trained reward model as an alignment backend, from its folder or its run directory.
 
@@ -289,6 +305,12 @@ def load_reward(path: str, mesh: Mesh, *, image_root: str | Path = ".", batch_si
         seed=known["seed"],
     )
     policy = load_policy(recipe, mesh, image_root=image_root)
+    if policy.identity != known.get("base"):
+        raise UserError(
+            f"the model that it was trained from has changed ({recipe.model.path})",
+            where=str(folder),
+            remedy="put the earlier files back, or train the reward model again",
+        )
     with use_mesh(mesh):
         start = start_reward(policy, recipe, recipe.train, mesh)
         model = load_trained(start, recipe.train, output_dir=folder, mesh=mesh).model

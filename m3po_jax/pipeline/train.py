@@ -170,8 +170,13 @@ def train_on_references(recipe: Recipe, policy: Policy, out: Path, mesh: Mesh, *
     return Trained(result, policy.loaded, time.monotonic() - started)
 
 
-def load_from_rows(recipe: Recipe, out: Path, mesh: Mesh) -> Trained:
-    """What a finished `train_on_rows` made, without reading its data again."""
+def load_finished(recipe: Recipe, out: Path, mesh: Mesh) -> Trained:
+    """What a finished training made, on rows or pairs, without reading its data again.
+
+    Args:
+        recipe: Of the system; an arm's with the arm's settings.
+        out: Where its checkpoints are.
+    """
     started = time.monotonic()
     config = recipe.train
     if config.objective == "contrastive":

@@ -209,31 +209,20 @@ def train(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    from m3po_jax.models.export import export_adapter, export_model, vllm_hint
+    from m3po_jax.pipeline.exporting import Wanted
+    from m3po_jax.pipeline.exporting import export as write_export
 
     recipe = _recipe(options)
     _start()
-    directory = RunDirectory.of(recipe)
-    output = Path(options.output) if options.output else directory.root / f"export-{options.format}"
-    mesh = make_mesh(recipe.mesh)
-    if recipe.train.objective == "reward":
-        raise UserError(
-            "a reward model is no language model to export",
-            where="train.objective",
-            remedy="it is used in place: score.backend=reward score.model=RUN_DIRECTORY",
-        )
-    if recipe.train.objective in ("preference", "rlhf") or options.arm is not None:
-        trained = Run(recipe).train_stage(options.round, _arm(recipe, options), only_finished=True)
-    else:
-        trained = training.load_from_rows(recipe, directory.root, mesh)
-    with use_mesh(mesh):
-        if options.format == "peft":
-            export_adapter(trained.model, recipe.model.path, output, recipe.train.lora, overwrite=True)
-            hint = vllm_hint(recipe.train.lora.lora_rank)
-            if hint:
-                say(hint)
-        else:
-            export_model(trained.model, trained.base, output, dtype=options.dtype, overwrite=True)
+    wanted = Wanted(
+        round=options.round,
+        arm=options.arm,
+        format=options.format,
+        dtype=options.dtype,
+        output=Path(options.output) if options.output else None,
+        overwrite=options.overwrite,
+    )
+    output = write_export(recipe, wanted, config=options.config, overrides=options.overrides)
     say(f"exported to {output}")
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -25,11 +28,11 @@ from hf_models import (
 from m3po_jax.config import LoRAConfig
 from m3po_jax.errors import UserError
 from m3po_jax.models import lora
-from m3po_jax.models.export import export_adapter, export_model, load_adapter, vllm_hint
+from m3po_jax.models.export import export_adapter, export_model, load_adapter, read_adapter, vllm_hint
 from m3po_jax.models.forward import encode_images
 from m3po_jax.models.llava.model import reference_forward
 from m3po_jax.models.registry import Loaded, load_model
-from m3po_jax.models.safetensors_io import open_directory, read_header
+from m3po_jax.models.safetensors_io import DTYPES, PendingTensor, open_directory, read_header, write_directory
 
 ROWS = np.array([[1, 5, *[IMAGE] * PATCHES, 7, 9], [1, *[IMAGE] * PATCHES, 8, 9, 2]])
 PIXELS = images(2, seed=4)
@@ -140,18 +143,19 @@ def test_half_precision_merges_before_it_rounds(loaded: Loaded, tmp_path: Path, 
     adapt(half.model)
     linear = half.model.decoder.layers.attention.q_proj
     a, b = (np.asarray(x[...], np.float64) for x in (linear.lora_a, linear.lora_b))
-    exact = np.asarray(linear.kernel[...], np.float64) + linear.lora_scale * a @ b
-    out = open_directory(export_model(half.model, half, tmp_path / "out", dtype=dtype))
-    stored = out["language_model.model.layers.1.self_attn.q_proj.weight"].read().astype(np.float64)
+    name = "language_model.model.layers.1.self_attn.q_proj.weight"
+    base = open_directory(loaded.directory)[name].read().astype(np.float64)
+    exact = base + (linear.lora_scale * a @ b)[1].T  # onto what is stored, not onto what bfloat16 memory holds of it
+    stored = open_directory(export_model(half.model, half, tmp_path / "out", dtype=dtype))[name].read()
     step = 2.0 ** (-10 if dtype == "float16" else -7)
-    assert (np.abs(stored.T - exact[1]) <= 0.51 * step * np.abs(exact[1]) + 1e-6).all()
+    assert (np.abs(stored.astype(np.float64) - exact) <= 0.51 * step * np.abs(exact) + 1e-6).all()
 
 
 def test_values_that_do_not_fit_are_refused_and_leave_nothing(loaded: Loaded, tmp_path: Path) -> None:
     scale = loaded.model.decoder.norm.scale
     scale[...] = scale[...].at[3].set(1e6)
     with pytest.raises(UserError, match=r"language_model\.model\.norm\.weight.*does not fit float16.*bfloat16"):
-        export_model(loaded.model, loaded, tmp_path / "out")
+        export_model(loaded.model, loaded, tmp_path / "out", dtype="float16")
     scale[...] = scale[...].at[3].set(jnp.nan)
     with pytest.raises(UserError, match="not every value is finite"):
         export_model(loaded.model, loaded, tmp_path / "out", dtype="float32")
@@ -286,11 +290,239 @@ def test_bad_adapters_are_named(loaded: Loaded, tmp_path: Path) -> None:
         export_adapter(other, "x", tmp_path / "b", RANK)
 
 
-def test_vllm_hint_names_a_rank_that_vllm_accepts() -> None:
-    assert vllm_hint(16) is None
-    assert "--max-lora-rank 32" in (vllm_hint(17) or "")
-    assert "--max-lora-rank 128" in (vllm_hint(128) or "")
-    assert "merged" in (vllm_hint(1000) or "")
+@pytest.mark.parametrize(
+    ("rank", "expected"),
+    [(1, None), (8, None), (16, None), (17, 32), (32, 32), (65, 128), (128, 128), (129, 256), (257, 320), (321, 512)],
+)
+def test_vllm_hint_names_a_rank_that_vllm_accepts(rank: int, expected: int | None) -> None:
+    flags = f"vLLM needs --enable-lora --max-lora-rank {expected} for this adapter"
+    assert vllm_hint(rank) == (flags if expected else None)
+
+
+def test_adapters_that_vllm_refuses_are_told_so() -> None:
+    instead = "export the merged model with --format huggingface"
+    assert vllm_hint(4, trained_projector=True) == f"vLLM serves no adapter with a trained projector: {instead}"
+    assert vllm_hint(4, parts=["vision_tower"]) == f"vLLM serves no adapter of the vision tower: {instead}"
+    assert vllm_hint(513) == f"vLLM serves no adapter of rank 513 (at most 512): {instead}"
+
+
+def test_an_adapters_own_layers_decide_what_vllm_is_said_to_serve(loaded: Loaded, tmp_path: Path) -> None:
+    config = LoRAConfig(
+        lora_rank=4, lora_alpha=6.0, target_modules=["q_proj", "vision_tower.fc1", "projector.linear_1"]
+    )
+    adapt(loaded.model, config)
+    hint = export_adapter(loaded.model, "x", tmp_path / "a", config)
+    assert hint is not None and hint.startswith("vLLM serves no adapter of the projector and the vision tower:")
+
+
+def in_dtypes(loaded: Loaded, kinds: Any) -> dict[str, np.ndarray]:
+    """Rewrites the base with types from `kinds` in turn; returns its tensors."""
+    tensors = {name: tensor.read() for name, tensor in open_directory(loaded.directory).items()}
+    cast = {
+        name: tensors[name].astype(kind) for name, kind in zip(sorted(tensors), itertools.cycle(kinds), strict=False)
+    }
+    pending = [PendingTensor(name, value.shape, value.dtype, lambda v=value: v) for name, value in cast.items()]
+    write_directory(loaded.directory, pending)
+    return cast
+
+
+F16, BF16, F32 = DTYPES["F16"], DTYPES["BF16"], DTYPES["F32"]
+
+
+@pytest.mark.parametrize("kinds", [[F16], [BF16], [F32], [BF16, F16, F32]], ids=["f16", "bf16", "f32", "mixed"])
+@pytest.mark.parametrize("memory", ["bfloat16", "float32"])
+def test_what_training_left_alone_comes_out_bit_by_bit(
+    loaded: Loaded, tmp_path: Path, kinds: list[np.dtype], memory: str
+) -> None:
+    """Whatever memory rounded it to; and config.json says a type that loses nothing of it."""
+    base = in_dtypes(loaded, kinds)
+    name = "language_model.model.layers.1.self_attn.q_proj.weight"
+    config = LoRAConfig(lora_rank=4, lora_alpha=6.0, target_modules=["q_proj"])
+    half = load_model(loaded.directory, dtype="float32", param_dtype=memory)
+    adapt(half.model, config)
+    bias = half.model.projector.linear_1.bias
+    bias[...] = bias[...] + 0.25
+    touched = {key for key in base if key.endswith("q_proj.weight") and key.startswith("language_model")}
+    touched |= {"multi_modal_projector.linear_1.bias"}
+    out = export_model(half.model, half, tmp_path / "out")
+    exported = open_directory(out)
+    assert exported.keys() == base.keys()
+    for key, tensor in exported.items():
+        assert tensor.dtype == base[key].dtype, key
+        assert (tensor.read().tobytes() == base[key].tobytes()) == (key not in touched), key
+    # W + (α/r) B A onto what is stored, rounded once.
+    linear = half.model.decoder.layers.attention.q_proj
+    a, b = (np.asarray(x[...][1], np.float64) for x in (linear.lora_a, linear.lora_b))
+    exact = base[name].astype(np.float64) + linear.lora_scale * (a @ b).T
+    rounded = exact.astype(np.float32).astype(base[name].dtype).astype(np.float64)
+    spacing = np.abs(exact) * float(ml_dtypes.finfo(base[name].dtype).eps)
+    assert (np.abs(exported[name].read().astype(np.float64) - exact) <= 0.51 * spacing + 1e-6).all()
+    if base[name].dtype != F32:  # float32 sums differ in their last bit by the order of summation
+        assert np.mean(exported[name].read().astype(np.float64) == rounded) > 0.98
+
+    # Without a dtype of ours, transformers loads every value as it was written.
+    _, transformers = torch_and_transformers()
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(out)
+    theirs = canonical_state(model.float())
+    for key, tensor in exported.items():
+        np.testing.assert_array_equal(theirs[key], tensor.read().astype(np.float32), err_msg=key)
+
+
+@pytest.mark.parametrize("stated", ["torch_dtype", "dtype", None])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_config_says_the_written_type(loaded: Loaded, tmp_path: Path, stated: str | None, dtype: str) -> None:
+    """A base that says float16 with a value that float16 does not hold: transformers must not read inf."""
+    torch, transformers = torch_and_transformers()
+    in_dtypes(loaded, [BF16])
+    path = loaded.directory / "config.json"
+    raw = json.loads(path.read_text())
+    for section in (raw, raw["text_config"], raw["vision_config"]):
+        section.pop("dtype", None)
+        section.update({stated: "float16"} if stated else {})
+    path.write_text(json.dumps(raw))
+    base = load_model(loaded.directory, dtype="float32", param_dtype="float32")
+    scale = base.model.decoder.norm.scale
+    scale[...] = scale[...].at[3].set(70000.0)
+    if dtype == "float16":
+        with pytest.raises(UserError, match="does not fit float16; export with --dtype bfloat16"):
+            export_model(base.model, base, tmp_path / "out", dtype=dtype)
+        return
+    out = export_model(base.model, base, tmp_path / "out", dtype=dtype)
+    written = json.loads((out / "config.json").read_text())
+    if stated is None:  # and none is needed where the tensors have the base's own type
+        assert written == (raw if dtype == "bfloat16" else {**raw, "torch_dtype": dtype})
+    else:
+        parts = {part: {**raw[part], stated: dtype} for part in ("text_config", "vision_config")}
+        assert written == {**raw, stated: dtype, **parts}
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(out)
+    norm = model.state_dict()["model.language_model.norm.weight"]
+    assert norm.dtype == getattr(torch, dtype) and norm[3] == torch.tensor(70000.0).to(norm.dtype)
+
+
+def test_base_and_adapter_in_peft_are_the_merged_model(loaded: Loaded, tmp_path: Path) -> None:
+    """Of a float16 base that memory held in bfloat16: PEFT's own merge of the exported adapter, to a rounding."""
+    peft = pytest.importorskip("peft")
+    in_dtypes(loaded, [F16])
+    config = LoRAConfig(lora_rank=4, lora_alpha=6.0, train_projector=True)
+    half = load_model(loaded.directory, dtype="float32", param_dtype="bfloat16")
+    adapt(half.model, config)
+    kernel = half.model.projector.linear_2.kernel
+    kernel[...] = kernel[...] * 1.5
+    export_adapter(half.model, str(loaded.directory), tmp_path / "adapter", config, base=half)
+    out = export_model(half.model, half, tmp_path / "merged")
+    wrapped = peft.PeftModel.from_pretrained(read_by_transformers(loaded.directory), tmp_path / "adapter")
+    theirs = canonical_state(wrapped.merge_and_unload())
+    for name, tensor in open_directory(out).items():
+        np.testing.assert_allclose(
+            tensor.read().astype(np.float64), theirs[name], rtol=2.0**-11, atol=1e-7, err_msg=name
+        )
+
+
+@pytest.mark.parametrize(("dtype", "code"), [("auto", "F32"), ("bfloat16", "BF16"), ("float16", "F16")])
+def test_an_adapter_is_written_in_the_type_asked_for(loaded: Loaded, tmp_path: Path, dtype: str, code: str) -> None:
+    config = LoRAConfig(lora_rank=4, lora_alpha=6.0, train_projector=True)
+    adapt(loaded.model, config)
+    export_adapter(loaded.model, "x", tmp_path / "a", config, dtype=dtype)
+    stored = read_header(tmp_path / "a/adapter_model.safetensors")
+    assert {tensor.code for tensor in stored.values()} == {code}
+    linear = loaded.model.decoder.layers.attention.q_proj
+    factor = stored["base_model.model.language_model.model.layers.0.self_attn.q_proj.lora_B.weight"].read()
+    np.testing.assert_array_equal(factor, np.asarray(linear.lora_b[...][0]).T.astype(DTYPES[code]))
+
+
+@pytest.mark.parametrize("said", [LoRAConfig(lora_rank=8, lora_alpha=12.0), LoRAConfig(lora_rank=4, lora_alpha=8.0)])
+def test_an_adapter_is_not_exported_under_another_rank_or_alpha(
+    loaded: Loaded, tmp_path: Path, said: LoRAConfig
+) -> None:
+    adapt(loaded.model)
+    with pytest.raises(UserError, match=f"rank 4 and alpha 6, not {said.lora_rank} and {said.lora_alpha:g}"):
+        export_adapter(loaded.model, "x", tmp_path / "a", said)
+
+
+def test_the_bases_readme_is_not_the_exports(loaded: Loaded, tmp_path: Path) -> None:
+    (loaded.directory / "README.md").write_text("---\nlicense: llama2\n---\n# The base")
+    (loaded.directory / "LICENSE.txt").write_text("kept")
+    out = export_model(loaded.model, loaded, tmp_path / "plain")
+    assert not (out / "README.md").exists() and (out / "LICENSE.txt").read_text() == "kept"
+    out = export_model(loaded.model, loaded, tmp_path / "own", texts={"README.md": "# Ours"})
+    assert (out / "README.md").read_text() == "# Ours"
+
+
+def test_every_field_of_pefts_adapters_is_read_refused_or_without_effect() -> None:
+    """Fails when PEFT gains a field: decide what it does to an adapter that is loaded."""
+    peft = pytest.importorskip("peft")
+    fields = {field.name: field for field in dataclasses.fields(peft.LoraConfig)}
+    sorted_out = {*read_adapter.READ, *read_adapter.WITHOUT_EFFECT, *read_adapter.ONLY}
+    assert not fields.keys() - sorted_out
+    assert len(sorted_out) == len(read_adapter.READ) + len(read_adapter.WITHOUT_EFFECT) + len(read_adapter.ONLY)
+    for name, (only, _) in read_adapter.ONLY.items():
+        if name in fields:
+            field = fields[name]
+            default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+            assert default == only, f"{name}: PEFT's default is {default!r}"
+
+
+REWRITING = ("pissa", "pissa_niter_4", "olora", "OLoRA", "loftq", "corda", "lora_ga", "tomorrow's")
+PLAIN: list[dict[str, Any]] = [
+    {},
+    {"init_lora_weights": "gaussian"},
+    {"init_lora_weights": "orthogonal"},
+    {"init_lora_weights": False},
+    {"init_lora_weights": "eva"},
+    {"init_lora_weights": "mica"},
+    {"use_rslora": True, "lora_dropout": 0.5, "layers_to_transform": [1]},
+]
+
+
+@pytest.mark.parametrize("settings", PLAIN, ids=str)
+def test_initialisations_that_leave_the_base_alone_are_read_as_peft_reads_them(
+    loaded: Loaded, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    torch, _ = torch_and_transformers()
+    peft = pytest.importorskip("peft")
+    modules = ["q_proj", "up_proj"] if "layers_to_transform" in settings else r".*language_model.*\.(q_proj|up_proj)"
+    if "layers_to_transform" in settings:
+        settings = settings | {"exclude_modules": ".*vision.*", "layers_pattern": "layers"}
+    init = settings.get("init_lora_weights", True)
+    # The file names the initialisation that is asked about; what it draws is not what is compared.
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=modules, **{**settings, "init_lora_weights": True})
+    wrapped = peft.get_peft_model(read_by_transformers(loaded.directory), config)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    wrapped.eval().save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": init}))
+    again = peft.PeftModel.from_pretrained(read_by_transformers(loaded.directory), tmp_path / "adapter").eval()
+    load_adapter(loaded.model, tmp_path / "adapter")
+    np.testing.assert_allclose(our_logits(loaded.model), their_logits(again), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *({"init_lora_weights": name} for name in REWRITING),
+        *({name: value} for name, value in {
+            "use_dora": True, "fan_in_fan_out": True, "bias": "lora_only", "lora_bias": True, "use_qalora": True,
+            "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 2}, "layer_replication": [[0, 2], [1, 3]],
+            "trainable_token_indices": [5], "target_parameters": ["experts.up"], "alora_invocation_tokens": [3],
+            "use_bdlora": {"nblocks": 2}, "arrow_config": {"top_k": 2}, "kasa_config": {"beta": 1.0},
+            "monteclora_config": {"x": 1}, "velora_config": {"scale": 1.0}, "megatron_config": {"x": 1},
+            "ensure_weight_tying": True, "a_field_of_tomorrow": 3,
+        }.items()),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_adapters_that_are_not_plain_are_refused_by_the_fields_name(
+    loaded: Loaded, tmp_path: Path, field: dict[str, Any]
+) -> None:
+    adapt(loaded.model)
+    export_adapter(loaded.model, "x", tmp_path / "a", RANK)
+    path = tmp_path / "a/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | field))
+    with pytest.raises(UserError, match=f"only plain LoRA adapters are read.*{next(iter(field))}=.*merge it"):
+        load_adapter(loaded.model, tmp_path / "a")
 
 
 def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
@@ -299,6 +531,20 @@ def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
     loaded = load_float32(directory)
     out = export_model(loaded.model, loaded, tmp_path / "out", dtype="float32")
     assert "language_model.lm_head.weight" not in open_directory(out)
+    np.testing.assert_allclose(their_logits(read_by_transformers(out)), our_logits(loaded.model), atol=1e-4)
+
+
+def test_a_head_of_its_own_is_not_tied_again(loaded: Loaded, tmp_path: Path) -> None:
+    """Of a config.json that ties beside weights that do not: as transformers 4 reads it, the head would be lost."""
+    tied = {**loaded.raw_config, "tie_word_embeddings": True}
+    tied["text_config"] = {**tied["text_config"], "tie_word_embeddings": True}
+    out = export_model(
+        loaded.model,
+        dataclasses.replace(loaded, description=dataclasses.replace(loaded.description, raw_config=tied)),
+        tmp_path / "out",
+    )
+    written = json.loads((out / "config.json").read_text())
+    assert written["tie_word_embeddings"] is False and written["text_config"]["tie_word_embeddings"] is False
     np.testing.assert_allclose(their_logits(read_by_transformers(out)), our_logits(loaded.model), atol=1e-4)
 
 

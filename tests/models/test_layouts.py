@@ -175,7 +175,7 @@ def test_half_precision_files_load_exactly(tiny: Any, tmp_path: Path, dtype: str
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16)
     state = canonical_state(tiny)
     (tmp_path / "config.json").write_text(json.dumps(tiny.config.to_dict()))
-    write_directory(tmp_path, [PendingTensor(n, v.shape, lambda v=v: v) for n, v in state.items()], kind)
+    write_directory(tmp_path, [PendingTensor(n, v.shape, kind, lambda v=v: v) for n, v in state.items()])
     model = load_model(tmp_path, dtype="float32", param_dtype=dtype).model
     table = np.asarray(model.decoder.embed_tokens.table[...])
     assert table.dtype == kind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ import yaml
 from mini_run import ROOT, rows, write_data, write_recipe
 
 from m3po_jax.cli import main
+from m3po_jax.config import MeshConfig, ScoreConfig
 from m3po_jax.data import tables
 from m3po_jax.errors import UserError
 from m3po_jax.pipeline.arms import arm_recipe
+from m3po_jax.pipeline.backends import judge_identities
 from m3po_jax.pipeline.checks import check_recipe
-from m3po_jax.pipeline.reward import held_out, is_reward_prompt, uses_own_reward
+from m3po_jax.pipeline.reward import held_out, is_reward_prompt, load_reward, uses_own_reward
 from m3po_jax.recipes import load_recipe
+from m3po_jax.sharding import make_mesh
 
 ARMS = {
     "rm_dpo": {},
@@ -165,6 +169,21 @@ def test_a_trained_reward_model_judges_another_run(finished: Path, tmp_path: Pat
         assert value == pytest.approx(there[key], abs=1e-5)
 
 
+def test_a_reward_model_is_known_by_its_weights_and_by_the_base_it_adapts(finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished / "round-1/reward", tmp_path / "reward"))
+    before = judge_identities(ScoreConfig(backend="reward", model=str(folder)))
+    assert before == judge_identities(ScoreConfig(backend="ensemble", members=[f"reward={finished}", "claims"]))
+    largest = max((folder / "checkpoints").rglob("*"), key=lambda file: file.stat().st_size if file.is_file() else 0)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    assert judge_identities(ScoreConfig(backend="reward", model=str(folder))) != before
+    described = json.loads((folder / "reward.json").read_text())
+    (folder / "reward.json").write_text(json.dumps(described | {"base": "0" * 16}))
+    with pytest.raises(UserError, match=r"trained from has changed.*train the reward model again"):
+        load_reward(str(folder), make_mesh(MeshConfig()))
+
+
 def test_train_verb_on_pairs_from_a_file(finished: Path, tmp_path: Path) -> None:
     data = finished.parents[1] / "data" / "prompts.jsonl"
     pairs = str(finished / "round-1/pairs")
@@ -195,7 +214,7 @@ def test_the_split_depends_on_ids_alone() -> None:
         (["reward.split=0"], "reward.split"),
         (["reward.holdout=1"], "reward.holdout"),
         (["reward.rule=best"], r"reward\.rule: unknown value 'best'"),
-        (["reward.pairs_per_prompt=0"], "reward.pairs_per_prompt: 0 pairs of a prompt"),
+        (["reward.pairs_per_prompt=0"], "reward.pairs_per_prompt: must be in"),
         (["reward.rule=m3p", "reward.pairs_per_prompt=4"], "4 pairs of a prompt by the rule 'm3p'"),
         (["arms={rlhf: {train.rl.rloo_k: 1}}"], "rloo_k"),
         (["arms={rlhf: {reward.split: 0.1}}"], "share one reward model"),

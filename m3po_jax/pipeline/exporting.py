@@ -1,0 +1,284 @@
+"""What the `export` verb writes: a finished training of a run, by the run's own recipe.
+
+Everything that says what was trained (the model, the adapter, the template) is read from the recipe that the run
+directory keeps. A key that the command states otherwise is a contradiction; one that it does not state is the run's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from m3po_jax.config import Recipe
+from m3po_jax.data.tables import content_hash
+from m3po_jax.errors import UserError, nearest
+from m3po_jax.models.export import export_adapter, export_model
+from m3po_jax.models.export.model import RECORD
+from m3po_jax.models.identity import tree_identity
+from m3po_jax.models.registry import Loaded
+from m3po_jax.pipeline.arms import arm_recipe
+from m3po_jax.pipeline.console import say
+from m3po_jax.pipeline.model_card import model_card
+from m3po_jax.pipeline.models import policy_identity
+from m3po_jax.pipeline.rundir import RunDirectory, read_json
+from m3po_jax.pipeline.train import Trained, load_finished
+from m3po_jax.recipes import find_recipe, load_recipe, read_document
+from m3po_jax.sharding import make_mesh, use_mesh
+
+FORMATS = ("huggingface", "peft")
+# Keys that say how a program runs, or which of the kept weights are handed on; an export may choose them itself.
+_BASE = ("model.path", "model.vision_tower")
+_CHOICES = ("model.attention", "model.remat", "model.max_prompt_tokens", "train.weights", "train.best_metric")
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What is to be exported.
+
+    Attributes:
+        round: The training round, and
+        arm: whose it is (None: the recipe's own system).
+        format: One of `FORMATS`.
+        dtype: One of `EXPORT_DTYPES`.
+        output: The directory; None: named after arm, round and format, in the run directory.
+        overwrite: Replace an export that is another one.
+    """
+
+    round: int
+    arm: str | None
+    format: str
+    dtype: str
+    output: Path | None
+    overwrite: bool
+
+
+def saved_recipe(directory: RunDirectory) -> Recipe:
+    """The resolved recipe that a run directory was made with.
+
+    Raises:
+        UserError: there is no run, or its recipe cannot be read.
+    """
+    file = directory.root / "config.yaml"
+    if not file.is_file():
+        raise UserError(
+            "holds no recipe of a run",
+            where=str(directory.root),
+            remedy="run `m3po train` first, or give the run's name=... and output_dir=...",
+        )
+    return load_recipe(file)
+
+
+def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values; keys may be dotted themselves, as those of an arm are."""
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _stated(config: str | None, overrides: Sequence[str], arm: str | None) -> set[str]:
+    """The keys that a recipe file and the command line set themselves, those of `arm` as keys of the recipe."""
+    keys = {override.partition("=")[0] for override in overrides}
+    if config is not None:
+        content = read_document(find_recipe(config))
+        keys |= {key for key, _ in _leaves({str(name): value for name, value in content.items()})}
+    own = f"arms.{arm}."
+    return keys | {key.removeprefix(own) for key in keys if arm is not None and key.startswith(own)}
+
+
+# Keys that leave no trace in the weights: data that is not read again, and how training was watched and saved.
+_NO_TRACE = (
+    *("train.data", "train.report_to", "train.log_steps", "train.save_steps"),
+    *("train.keep_checkpoints", "train.keep_best"),
+)
+
+
+def _about_weights(recipe: Recipe) -> dict[str, Any]:
+    """The settings that say what weights are, by dotted key."""
+    sections = {
+        "seed": recipe.seed,
+        "model": dataclasses.asdict(recipe.model),
+        "train": dataclasses.asdict(recipe.train),
+    }
+    return {key: value for key, value in _leaves(sections) if key not in (*_CHOICES, *_NO_TRACE)}
+
+
+def run_recipe(
+    directory: RunDirectory, given: Recipe, arm: str | None, *, config: str | None, overrides: Sequence[str]
+) -> Recipe:
+    """The recipe of a run's system, checked against what a command states.
+
+    Args:
+        given: What the command's recipe file and overrides make, the arms included.
+        config: That recipe file, and
+        overrides: those overrides.
+
+    Raises:
+        UserError: no run there, an arm that it does not have, or a key that is stated and was another in the run.
+    """
+    saved = saved_recipe(directory)
+    if arm is not None and arm not in saved.arms:
+        raise UserError(f"unknown arm {arm!r}{nearest(arm, saved.arms)}", where="--arm")
+    if arm is not None and arm not in given.arms:
+        given = dataclasses.replace(given, arms=saved.arms)
+    trained, asked = arm_recipe(saved, arm), arm_recipe(given, arm)
+    was, now, default = (_about_weights(recipe) for recipe in (trained, asked, Recipe()))
+    stated = _stated(config, overrides, arm) | {key for key in now if now[key] != default.get(key)}
+    moved = directory.manifest().get("model") is not None  # then the base is known by its content, wherever it lies
+    for key in sorted(was.keys() | now.keys()):
+        is_stated = any(key == one or key.startswith(f"{one}.") or one.startswith(f"{key}.") for one in stated)
+        if was.get(key) == now.get(key) or not is_stated or (moved and key in _BASE):
+            continue
+        raise UserError(
+            f"{key}={now.get(key)!r}, and the run was trained with {was.get(key)!r}",
+            where=str(directory.root),
+            remedy="leave it out: an export takes it from the run",
+        )
+    taken = (*_CHOICES, *(key for key in _BASE if moved and key in stated))
+    changed = {}
+    for section in ("model", "train"):
+        names = [key.partition(".")[2] for key in taken if key.startswith(f"{section}.")]
+        own = {name: getattr(getattr(asked, section), name) for name in names}
+        changed[section] = dataclasses.replace(getattr(trained, section), **own)
+    # No forward pass is computed, so kernels of another platform must not be in the way.
+    changed["model"] = dataclasses.replace(changed["model"], attention="xla")
+    return dataclasses.replace(trained, mesh=given.mesh, **changed)
+
+
+def default_output(directory: RunDirectory, wanted: Wanted) -> Path:
+    """``export-[ARM-]round-R-FORMAT`` in the run directory."""
+    arm = f"{wanted.arm}-" if wanted.arm is not None else ""
+    return directory.root / f"export-{arm}round-{wanted.round}-{wanted.format}"
+
+
+def _check_output(
+    output: Path, record: Mapping[str, Any], base: Loaded, directory: RunDirectory, overwrite: bool
+) -> None:
+    """
+    Raises:
+        UserError: the directory holds something else than this very export, and `overwrite` does not allow to replace
+            it; or it is no place for an export at all.
+    """
+    for kept in (base.directory, *([base.tower] if base.tower else []), directory.root, Path.cwd()):
+        if kept.resolve().is_relative_to(output.resolve()):
+            raise UserError(
+                f"holds {kept}, which an export must not replace", where=str(output), remedy="choose another"
+            )
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    known = read_json(output / RECORD)
+    if known == record:
+        return
+    if not overwrite:
+        differing = (
+            next((key for key in record if known.get(key) != record[key]), "") if isinstance(known, dict) else ""
+        )
+        what = "holds something else than an export of this run"
+        if differing:
+            what = f"holds another export ({differing} is {known.get(differing)!r}, here {record[differing]!r})"
+        raise UserError(what, where=str(output), remedy="choose another --output, or give --overwrite to replace it")
+    if known is None and not any((output / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UserError("holds no model, and is not replaced", where=str(output), remedy="choose another --output")
+
+
+def export(given: Recipe, wanted: Wanted, *, config: str | None = None, overrides: Sequence[str] = ()) -> Path:
+    """Writes a finished training as a Hugging Face directory or a PEFT adapter; see `run_recipe` for the arguments.
+
+    Raises:
+        UserError: nothing is finished there, a contradiction of the run, other base weights than it was trained from,
+            an output that is in the way.
+    """
+    directory = RunDirectory.of(given)
+    recipe = run_recipe(directory, given, wanted.arm, config=config, overrides=overrides)
+    if recipe.train.objective == "reward":
+        raise UserError(
+            "a reward model is no language model to export",
+            where="train.objective",
+            remedy="it is used in place: score.backend=reward score.model=RUN_DIRECTORY",
+        )
+    if wanted.format == "peft" and recipe.train.lora.lora_rank == 0:
+        raise UserError(
+            "full fine-tuning (train.lora.lora_rank=0) has no adapter",
+            where="--format peft",
+            remedy="export with --format huggingface",
+        )
+    folder = _training(directory, recipe, wanted)
+    if not (folder / "done.json").is_file():
+        raise UserError("no finished training", where=str(folder), remedy="run `m3po train` first")
+    mesh = make_mesh(recipe.mesh)
+    with use_mesh(mesh):
+        trained = load_finished(recipe, folder, mesh)
+        base: Loaded = trained.base
+        identity = policy_identity(recipe, base)
+        _check_base(directory, recipe, identity)
+        record = {
+            "format": wanted.format,
+            "arm": wanted.arm,
+            "round": wanted.round,
+            "dtype": wanted.dtype,
+            "base": identity,
+            "checkpoint": tree_identity(folder / "checkpoints"),
+            "settings": content_hash(_about_weights(recipe), recipe.train.weights, recipe.train.best_metric)[:16],
+        }
+        output = wanted.output or default_output(directory, wanted)
+        _check_output(output, record, base, directory, wanted.overwrite)
+        _write(trained, recipe, wanted, output, record)
+    return output
+
+
+def _training(directory: RunDirectory, recipe: Recipe, wanted: Wanted) -> Path:
+    """Where the training lies: a round's folder, or the run's own where the verb alone trained on rows."""
+    folder = directory.round(wanted.round, wanted.arm)
+    of_rows = wanted.arm is None and wanted.round == 1 and recipe.train.objective in ("sft", "contrastive")
+    return directory.root if of_rows and not (folder / "done.json").is_file() else folder
+
+
+def _check_base(directory: RunDirectory, recipe: Recipe, identity: str) -> None:
+    """UserError where the base model's files are not those that the run began with."""
+    noted = directory.manifest().get("model", {}).get("hash", identity)
+    if noted != identity:
+        raise UserError(
+            "the base model's files have changed since this run was trained on them",
+            where=recipe.model.path,
+            remedy="put the earlier files back, or train again under another name=...",
+        )
+
+
+def _write(trained: Trained, recipe: Recipe, wanted: Wanted, output: Path, record: Mapping[str, Any]) -> None:
+    adapter = wanted.format == "peft"
+    auto = "float32" if adapter else "each tensor's as in the base model"
+    card = model_card(
+        recipe,
+        trained.base.family,
+        round=wanted.round,
+        arm=wanted.arm,
+        steps=trained.result.steps,
+        dtypes=auto if wanted.dtype == "auto" else wanted.dtype,
+        adapter=adapter,
+    )
+    texts = {"README.md": card, RECORD: json.dumps(record, indent=2) + "\n"}
+    if not adapter:
+        export_model(trained.model, trained.base, output, dtype=wanted.dtype, overwrite=True, texts=texts)
+        return
+    hint = export_adapter(
+        trained.model,
+        recipe.model.path,
+        output,
+        recipe.train.lora,
+        dtype=wanted.dtype,
+        overwrite=True,
+        base=trained.base,
+        texts=texts,
+    )
+    if recipe.model.vision_tower:
+        say(
+            f"the adapter belongs to {recipe.model.path} with the vision tower of {recipe.model.vision_tower}, "
+            "which that directory does not hold",
+            style="yellow",
+        )
+    if hint:
+        say(hint)

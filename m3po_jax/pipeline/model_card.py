@@ -1,0 +1,107 @@
+"""The README.md of an export: what the model is, in the form that the Hugging Face hub reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from m3po_jax.config import Recipe
+from m3po_jax.models.registry import HUB_ID, Family
+from m3po_jax.version import __version__
+
+_TASKS = {
+    "llava": "image-text-to-text",
+    "llama": "text-generation",
+    "dual_encoder": "zero-shot-image-classification",
+}
+
+
+def _method(recipe: Recipe) -> tuple[str, list[str]]:
+    """How the weights were trained, in words, and the hub's tags for it."""
+    train, rule = recipe.train, recipe.select.rule
+    if train.objective == "preference":
+        losses = ", ".join(train.loss_weights) if train.loss_type == "mixture" else train.loss_type
+        judge = recipe.score.backend
+        return (
+            f"preference optimisation on the model's own answers: pairs chosen by the rule `{rule}`, alignment "
+            f"scores of the `{judge}` backend, loss `{losses}`",
+            ["preference-optimization", "dpo", *(["m3po"] if rule == "m3p" else [])],
+        )
+    if train.objective == "rlhf":
+        return f"reinforcement learning on a reward model (`{train.rl.algorithm}`)", ["rlhf", train.rl.algorithm]
+    if train.objective == "contrastive":
+        return "contrastive training on images and claims about them", ["contrastive"]
+    return "supervised fine-tuning", ["sft"]
+
+
+def _facts(recipe: Recipe, round: int, arm: str | None, steps: int, dtypes: str) -> dict[str, Any]:
+    train, model = recipe.train, recipe.model
+    rank = train.lora.lora_rank
+    adapter = {
+        "LoRA rank": rank,
+        "LoRA alpha": f"{train.lora.lora_alpha:g}",
+        "LoRA targets": ", ".join(train.lora.target_modules),
+        "projector": "trained" if train.lora.train_projector else "frozen",
+    }
+    return {
+        "run": recipe.name,
+        **({"system": arm} if arm is not None else {}),
+        "round": round,
+        **(adapter if rank else {"parameters": "full fine-tuning"}),
+        **({"beta": f"{train.beta:g}"} if train.objective == "preference" else {}),
+        "learning rate": f"{train.learning_rate:g}",
+        "batch size": train.batch_size,
+        "steps": steps,
+        "weights": train.weights,
+        "seed": recipe.seed,
+        "prompt template": model.template,
+        "image fit": model.image_fit,
+        "data type": dtypes,
+        "made by": f"m3po_jax {__version__}",
+    }
+
+
+def model_card(
+    recipe: Recipe,
+    family: Family,
+    *,
+    round: int,
+    arm: str | None,
+    steps: int,
+    dtypes: str,
+    adapter: bool,
+) -> str:
+    """Markdown with the hub's YAML header.
+
+    Args:
+        recipe: Of the exported system; an arm's with the arm's settings.
+        dtypes: The written data types, in words.
+        adapter: A PEFT adapter, not a whole model.
+    """
+    base, local = recipe.model.path, Path(recipe.model.path).expanduser().is_dir()
+    on_hub = bool(HUB_ID.fullmatch(base)) and not local
+    method, tags = _method(recipe)
+    header: dict[str, Any] = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": _TASKS[family.name],
+        # A path of this machine is no model that the hub could link to.
+        **({"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"} if on_hub else {}),
+        "tags": ["m3po_jax", *tags, *(["lora"] if recipe.train.lora.lora_rank else [])],
+    }
+    name = base if on_hub or not local else Path(base).expanduser().resolve().name
+    kind = "A PEFT adapter of" if adapter else "A fine-tuned copy of"
+    title = recipe.name if arm is None else f"{recipe.name}, {arm}"
+    rows = [f"| {key} | {value} |" for key, value in _facts(recipe, round, arm, steps, dtypes).items()]
+    return "\n".join(
+        [
+            f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---",
+            f"# {title}\n",
+            f"{kind} `{name}`, made by {method}. The base model's licence and limits apply.\n",
+            "| | |\n|---|---|",
+            *rows,
+            "",
+            "Prompt it as it was trained: with the prompt template and the image fit above.\n",
+        ]
+    )
