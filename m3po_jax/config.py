@@ -115,13 +115,13 @@ class EndpointConfig:
     api_key_env: str = ""  # the environment variable that holds the key; empty: no key is sent
     allow_insecure: bool = False  # send the key over plain http to another machine
     temperature: float = 0.0  # of the judge
-    max_tokens: int = 16  # of an answer
     logprobs: bool = False  # ask for the grade tokens' log-probs: the expected grade instead of the given one
     max_image_side: int = 1024  # larger images are scaled down to this before they are sent
     extra_body: dict[str, Any] = field(default_factory=dict)  # more of the request; a null removes a key
-    max_reasks: int = 2  # after an answer without a grade; then the candidate has no score
     # A run may be continued with other values of what follows, which change no score.
 
+    max_tokens: int = 16  # of an answer, its thinking included; one that is cut has no grade
+    max_reasks: int = 2  # after an answer without a grade; then the candidate has no score
     concurrency: int = 8  # requests in flight
     requests_per_minute: float = 0.0  # 0: no limit
     tokens_per_minute: float = 0.0  # prompt and completion; 0: no limit
@@ -492,7 +492,8 @@ def from_plain(kind: type[T], values: Mapping[str, Any], where: str) -> T:
 # Keys that change how a stage runs and nothing that it computes: a run may be continued with other values.
 OPERATIONAL = {
     "score.endpoint": (
-        *("concurrency", "requests_per_minute", "tokens_per_minute", "timeout_s", "max_retries", "retry_wait_s"),
+        *("max_tokens", "max_reasks", "concurrency", "requests_per_minute", "tokens_per_minute", "timeout_s"),
+        *("max_retries", "retry_wait_s"),
         *("prompt_price", "completion_price", "max_cost", "cache_dir"),
     )
 }
