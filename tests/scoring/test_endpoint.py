@@ -87,9 +87,10 @@ def test_images_are_sent_small(server, tmp_path):
 
 def test_prompts_without_what_the_rubric_needs_are_not_sent(server, tmp_path):
     backend = endpoint(server, tmp_path, rubric="{answer} {reference}")
-    rows = [prompt(1, images=0), prompt(2), prompt(3, reference="a dog")]
-    judged = backend.judged(rows, [["a"], ["b", "c"], ["d"]])
-    assert judged.reasons == [["no_image"], ["no_reference"] * 2, [None]] and len(server.requests) == 1
+    rows = [prompt(1, images=0), prompt(2), prompt(3, reference="a dog"), prompt(4, reference=" \n")]
+    judged = backend.judged(rows, [["a"], ["b", "c"], ["d"], ["e"]])
+    assert judged.reasons == [["no_image"], ["no_reference"] * 2, [None], ["no_reference"]]
+    assert len(server.requests) == 1
     assert np.isnan(judged.scores[0]).all() and np.isnan(judged.scores[1]).all() and judged.scores[2] == [0.5]
 
 
