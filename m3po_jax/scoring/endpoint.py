@@ -46,7 +46,8 @@ TOKENS_OF_AN_IMAGE = 1_000  # a first guess, until the server has told
 _LIMITS = ("max_tokens", "max_completion_tokens")
 
 Task = tuple[Prompt, list[Picture], str]
-Key, Result = TypeVar("Key"), TypeVar("Result")
+Key = TypeVar("Key")
+Result = TypeVar("Result")
 
 
 class Stop(Protocol):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import html
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -263,8 +262,9 @@ def _usage(body: Mapping[str, Any]) -> tuple[int | None, int | None]:
 
     def count(*names: str, least: int) -> int | None:
         value = next((usage[name] for name in names if usage.get(name) is not None), None)
-        sane = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        return int(value) if sane and least <= value <= 1e9 else None  # type: ignore[arg-type]
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return None
+        return int(value) if least <= value <= 1e9 else None
 
     return count("prompt_tokens", "input_tokens", least=1), count("completion_tokens", "output_tokens", least=0)
 
