@@ -145,14 +145,16 @@ class EndpointConfig:
     api_key_env: str = ""  # the environment variable that holds the key; empty: no key is sent
     allow_insecure: bool = False  # send the key over plain http to another machine
     temperature: NotNegative = 0.0  # of the judge
-    max_tokens: Tokens = 16  # of an answer
     logprobs: bool = False  # ask for the grade tokens' log-probs: the expected grade instead of the given one
     # larger images are scaled down to this before they are sent
     max_image_side: Annotated[int, Range(1, 65_536)] = 1024
     extra_body: dict[str, Any] = field(default_factory=dict)  # more of the request; a null removes a key
-    max_reasks: Annotated[int, Range(0, 1000)] = 2  # after an answer without a grade; then the candidate has no score
     # A run may be continued with other values of what follows, which change no score.
 
+    # of an answer, its thinking included; one that is cut has no grade
+    max_tokens: Annotated[Tokens, OPERATIONAL] = 16
+    # after an answer without a grade; then the candidate has no score
+    max_reasks: Annotated[int, Range(0, 1000), OPERATIONAL] = 2
     concurrency: Annotated[int, Range(1, 4096), OPERATIONAL] = 8  # requests in flight
     requests_per_minute: Annotated[float, Range(0.0, 1e9), OPERATIONAL] = 0.0  # 0: no limit
     tokens_per_minute: Annotated[float, Range(0.0, 1e12), OPERATIONAL] = 0.0  # prompt and completion; 0: no limit

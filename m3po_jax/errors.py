@@ -7,6 +7,7 @@ one line and exits with status 2. Any other exception is a defect of ours and ke
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 # Exit statuses; sysexits.h: a launcher that sees EX_TEMPFAIL starts the same command again.
@@ -27,11 +28,31 @@ class UserError(Exception):
         line = f"{where}: {what}" if where else what
         if remedy:
             line = f"{line}; {remedy}"
-        super().__init__(" ".join(line.split()))
+        super().__init__(harmless(" ".join(line.split())))
 
 
 class Interrupted(Exception):
-    """SIGTERM arrived and everything finished so far is saved; the same command continues from here."""
+    """Something that passes stopped the command (a signal, a server that is down); the same command continues.
+
+    Everything finished so far is saved.
+    """
+
+    def __init__(self, reason: str = ""):
+        super().__init__(harmless(" ".join(reason.split())))
+
+
+def harmless(text: str) -> str:
+    """`text` as a terminal may show it: what would act on the terminal, or hide or turn letters, as its escape.
+
+    Servers, file names and rows may hold such characters: escape sequences, NUL, line ends that forge a line of ours,
+    marks that turn the direction of writing, lone surrogates that no terminal can print.
+    """
+    return "".join(letter if _shows(letter) else ascii(letter)[1:-1] for letter in text)
+
+
+def _shows(letter: str) -> bool:
+    # The joiners belong to the spelling of some languages and to emoji.
+    return unicodedata.category(letter) not in ("Cc", "Cf", "Cs", "Zl", "Zp") or letter in "\u200c\u200d"
 
 
 def nearest(name: str, known: Iterable[str], *, listed: bool = True) -> str:

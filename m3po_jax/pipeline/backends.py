@@ -243,10 +243,12 @@ class OneHost:
         def run() -> dict[str, Any]:
             assert self.own is not None
             found = self.own.judged(prompts, pools)
-            return {"scores": [row.tolist() for row in found.scores], "reasons": found.reasons}
+            scores = [row.tolist() for row in found.scores]
+            return {"scores": scores, "reasons": found.reasons, "notes": dict(found.notes)}
 
         found = from_writer(run)
-        return Judged([np.array(row, np.float64) for row in found["scores"]], found["reasons"])
+        scores = [np.array(row, np.float64) for row in found["scores"]]
+        return Judged(scores, found["reasons"], notes=found["notes"])
 
     def usage(self) -> dict[str, Any]:
         return self.own.usage() if self.own is not None else {}

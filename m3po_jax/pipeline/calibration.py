@@ -11,6 +11,7 @@ import numpy as np
 from m3po_jax.data import tables
 from m3po_jax.data.schema import Prompt
 from m3po_jax.evaluation.bootstrap import bootstrap
+from m3po_jax.pipeline.score_counts import count_scores, told
 from m3po_jax.scoring.calibration import auroc, concordance, reliability, within_prompt_correlation
 from m3po_jax.scoring.claims import object_vocabulary
 from m3po_jax.scoring.truth import MEANINGS, known_truth, objects_of
@@ -21,6 +22,7 @@ LOG_PROBABILITIES = frozenset({"confidence_mean", "confidence_tail", "confidence
 NATS = frozenset({"confidence_sum", "confidence_visual"})
 CHANCE, NEAR_CHANCE, WEAK_JUDGE = 0.5, 0.05, 0.6
 RESAMPLES = 500
+MOSTLY = 0.9  # a judge that scores a smaller share of the candidates is warned of
 
 
 def calibration(
@@ -57,6 +59,7 @@ def calibration(
             name: finite(within_prompt_correlation(ids, signals["mas"], signals[name])) for name in variants
         },
         "circular": circular,
+        "counts": count_scores(rows),
     }
     named = map(objects_of, prompts.values())
     vocabulary = object_vocabulary(sorted({name for objects in named for name in objects or ()}))
@@ -149,6 +152,9 @@ def verdict(result: Mapping[str, Any], confidence: str) -> list[dict[str, str]]:
     def say(about: str, tone: str, text: str) -> None:
         lines.append({"about": about, "tone": tone, "text": text})
 
+    counts = result["counts"]
+    if counts["abstained"]:
+        say("abstained", "warn" if counts["scored"] < MOSTLY * counts["rows"] else "note", f"{told(counts)}.")
     truths = result.get("truths") or []
     if not truths:
         say(

@@ -8,6 +8,7 @@ from typing import TypeVar
 import jax
 from rich.console import Console
 
+from m3po_jax.errors import harmless
 from m3po_jax.training.progress import progress_bar
 
 T = TypeVar("T")
@@ -16,14 +17,14 @@ console = Console(stderr=True, highlight=False)
 
 
 def say(text: str, style: str | None = None) -> None:
-    """One line; never markup, because it may contain a user's or a model's text."""
+    """One line, without markup and control codes, because it may contain a user's or a model's text."""
     if jax.process_index() == 0:
-        console.print(text, style=style, markup=False, soft_wrap=True)
+        console.print(harmless(text), style=style, markup=False, soft_wrap=True)
 
 
 def progress(items: Iterable[T], title: str, total: int) -> Iterator[T]:
     """Yields `items`, and shows how many of them are done."""
-    with progress_bar(title, total, enabled=jax.process_index() == 0, console=console) as advance:
+    with progress_bar(harmless(title), total, enabled=jax.process_index() == 0, console=console) as advance:
         for number, item in enumerate(items):
             if number:
                 advance(number)

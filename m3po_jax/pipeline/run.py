@@ -26,6 +26,7 @@ from m3po_jax.pipeline.resources import Resources
 from m3po_jax.pipeline.rlhf import rollout_costs, train_rlhf
 from m3po_jax.pipeline.rundir import is_writer, read_json
 from m3po_jax.pipeline.score import NEED_BLANK_IMAGE, score
+from m3po_jax.pipeline.score_counts import told
 from m3po_jax.pipeline.select import select
 from m3po_jax.pipeline.stopping import agreed, barrier, look
 from m3po_jax.pipeline.systems import System, base_systems, greedy
@@ -144,15 +145,17 @@ class Run(Resources):
                 scorer=scorer,
                 warnings=warnings,
             )
-        verdict, judges = details.pop("verdict", []), details.pop("judges", [])
+        verdict, judges, notes = details.pop("verdict", []), details.pop("judges", []), details.pop("notes")
         noted = _noted(details) | ({"details": {judge["judge"]: judge for judge in judges}} if judges else {})
         if tables.shards(self.directory.round(round, arm) / "scores") != before:
             self.directory.note_stage("score", round=round, arm=arm, **noted)
-        say(f"round {round}: {details['rows']} candidates scored by {backend.name}")
+        missing = details["scored"] < details["rows"]
+        say(f"round {round}: {told(details, notes, backend.name)}", style="yellow" if missing else None)
         for judge in judges:
             paid = f"{judge['requests']} requests paid, {judge['from_cache']} answers from the cache"
-            say(f"  {judge['judge']}: {paid}, cost {judge['cost']:.4g}")
-        for line in (line for line in verdict if line["about"] != "judge"):  # that was said before
+            guessed = f" (of {judge['guessed']} requests guessed: the server tells no tokens)"
+            say(f"  {judge['judge']}: {paid}, cost {judge['cost']:.4g}{guessed if judge['guessed'] else ''}")
+        for line in (line for line in verdict if line["about"] not in ("judge", "abstained")):  # said before
             say(f"  {line['text']}", style="yellow" if line["tone"] == "warn" else None)
 
     def _judge(self, recipe: Recipe, warnings: list[str]) -> Backend:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -15,17 +16,20 @@ from m3po_jax.config import ScoreConfig, SelectConfig
 from m3po_jax.data import tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import SCORE_FIXED, Prompt
-from m3po_jax.errors import UserError
+from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.pipeline.backends import usages
 from m3po_jax.pipeline.calibration import calibration
 from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.generate import Shard, prompt_batches, remove_stale
 from m3po_jax.pipeline.rundir import is_writer, write_json
+from m3po_jax.pipeline.score_counts import count_scores, is_open, told
 from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
 from m3po_jax.scoring.alignment import Backend, Reference, judge_pools
 from m3po_jax.scoring.confidence import confidence_variants
+from m3po_jax.scoring.endpoint import answer_limit
 from m3po_jax.scoring.engine import Scorer, pad_answers
 from m3po_jax.scoring.m3p import m3p_scores
+from m3po_jax.scoring.reasons import OUTAGES
 
 NEED_BLANK_IMAGE = frozenset({"prior", "visual"})
 
@@ -117,6 +121,8 @@ def score(
 ) -> dict[str, Any]:
     """Scores every candidate shard into a shard of the same number; shards that exist are kept.
 
+    A shard in which a server has left candidates without an answer is not written: the next command asks for them.
+
     Args:
         prompts: By id.
         inputs: A hash of what the scores depend on beside the candidates and `config`: the judge.
@@ -125,6 +131,7 @@ def score(
 
     Raises:
         UserError: no candidates, a candidate of an unknown prompt, a variant that was not asked for.
+        Interrupted: stopped, or a server left candidates without an answer.
     """
     started = time.monotonic()
     for name in {select.confidence, select.confidence_dispreferred} - {""}:
@@ -140,9 +147,11 @@ def score(
         for i, path in enumerate(sources)
     ]
     remove_stale(out, shards)
-    done = agreed([shard.path.exists() for shard in shards])
+    limit = answer_limit(config.endpoint)
+    done = agreed([shard.path.exists() and not is_open(shard.path, limit) for shard in shards])
     todo = [(path, shard) for path, shard, exists in zip(sources, shards, done, strict=True) if not exists]
     schema = score_schema(config, backend)
+    waiting, notes = Counter[str](), dict[str, str]()
     for path, shard in stoppable(progress(todo, "score", len(todo)), "scoring"):
         groups = pools(tables.read_rows(path))
         unknown = [key for key, _ in groups if key not in prompts]
@@ -155,6 +164,11 @@ def score(
         rows_of = [rows for _, rows in groups]
         own = [prompts[key] for key, _ in groups]
         judged = judge_pools(backend, own, [[row["text"] for row in rows] for rows in rows_of])
+        notes |= judged.notes
+        outages = Counter(why for pool in judged.reasons for why in pool if why in OUTAGES)
+        if outages:
+            waiting += outages
+            continue
         blank: list[list[np.ndarray]] | None = None
         if NEED_BLANK_IMAGE.intersection(config.confidence):
             assert scorer is not None
@@ -167,6 +181,10 @@ def score(
         if is_writer():
             tables.write_table(shard.path, scored, schema)
     barrier("scored")
+    if waiting:
+        total = sum(1 for _ in tables.read_rows(candidates, columns=["id"]))
+        counts = {"rows": total, "scored": total - waiting.total(), "abstained": waiting}
+        raise Interrupted(f"scoring: {told(counts, notes)}; paid answers are kept and the rest is asked again")
     found: dict[str, Any] = {"seconds": time.monotonic() - started}
     if is_writer():
         known = calibration(
@@ -177,4 +195,4 @@ def score(
         known["verdict"] = [*known["verdict"], *said]
         write_json(out / "calibration.json", known)
         found |= {"verdict": known["verdict"], "judges": known["judges"]}
-    return found | {"rows": sum(1 for _ in tables.read_rows(out, columns=["id"]))}
+    return found | count_scores(tables.read_rows(out, columns=["mas", "abstained"])) | {"notes": notes}

@@ -103,6 +103,8 @@ def _judge(judge: dict[str, Any]) -> str:
     for key in ("requests", "prompt_tokens", "completion_tokens"):
         parts.append(f"{format_number(judge.get(key), 0)} {key.replace('_', ' ')}")
     parts.append(f"cost {format_compact(judge.get('cost'))}")
+    if as_number(judge.get("guessed")):
+        parts.append(f"of {format_number(judge.get('guessed'), 0)} requests guessed, as the server tells no tokens")
     return ", ".join(parts)
 
 

@@ -23,6 +23,7 @@ from m3po_jax.evaluation.short_answer import normalize
 from m3po_jax.generation.prompts import bucket
 from m3po_jax.hosts import own_rows
 from m3po_jax.scoring.claims import Claim, object_vocabulary, polarity, split_claims
+from m3po_jax.scoring.reasons import ABSTAINED, NO_IMAGE, NO_REFERENCE
 from m3po_jax.scoring.shown_images import shared_pixels
 from m3po_jax.sharding import shard_batch, to_host, use_mesh
 
@@ -33,8 +34,6 @@ UNITS = ("whole", "claim")
 KEPT_TEXTS = 50_000
 
 
-# Why a score is NaN, as the column ``abstained`` and the drop's detail say it.
-NO_IMAGE, NO_REFERENCE = "no_image", "no_reference"
 Reasons = list[list[str | None]]
 
 
@@ -61,11 +60,13 @@ class Judged:
         scores: One array per prompt.
         reasons: Why a score is NaN, None where it is not; one list per prompt.
         columns: Further scores by column name, such as an ensemble's members.
+        notes: More about a reason, such as what a server said last.
     """
 
     scores: Scores
     reasons: Reasons
     columns: Mapping[str, Scores] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def judge_pools(backend: Backend, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Judged:
@@ -73,7 +74,7 @@ def judge_pools(backend: Backend, prompts: Sequence[Prompt], pools: Sequence[Seq
     judged: Callable[..., Judged] | None = getattr(backend, "judged", None)
     if judged is not None:
         return judged(prompts, pools)
-    scores, why = backend(prompts, pools), str(getattr(backend, "abstention", "abstained"))
+    scores, why = backend(prompts, pools), str(getattr(backend, "abstention", ABSTAINED))
     return Judged(scores, [[None if known else why for known in np.isfinite(row)] for row in scores])
 
 
@@ -192,6 +193,12 @@ class Similarity:
     def _scores(self, images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
         """Scores in [0, 1] of texts against one prompt's images ([m, n, e]); the best image counts."""
         matrix = np.stack([self.texts[text] for text in texts])
+        if not (np.isfinite(matrix).all() and np.isfinite(images).all()):
+            raise UserError(
+                "the dual encoder's embeddings are not finite",
+                where="score.model",
+                remedy="check its weights",
+            )
         if not self.probabilistic:
             return np.clip(2.5 * np.max(images[:, 0] @ matrix.T, axis=0), 0.0, 1.0)
         # Padded to a few sizes, so that the product is compiled a handful of times.
@@ -267,7 +274,8 @@ class Reference:
     """Agreement with what the data says: listed objects (F1 of mentions) or the reference answer.
 
     A caption (``metadata["kind"]``) of an image with listed objects is scored by the objects it names; a yes/no
-    reference by whether the answer says the same; any other by exact match, normalised as in VQA. For data with
+    reference by whether the answer says the same; any other by exact match, normalised as in VQA; an empty one not at
+    all. For data with
     annotations, and as an upper bound for learned backends; not a judge of free text.
     """
 
@@ -295,8 +303,7 @@ class Reference:
             objects = self.objects(prompt)
             if self.vocabulary is not None and objects and prompt.metadata.get("kind") == "caption":
                 scores.append(np.array([self._object_f1(answer, objects) for answer in pool], np.float64))
-            elif prompt.reference is not None:
-                wanted = normalize(prompt.reference)
+            elif prompt.reference is not None and (wanted := plain(prompt.reference)):
                 scores.append(np.array([agrees(prompt.instruction, answer, wanted) for answer in pool], np.float64))
             else:
                 scores.append(np.full(len(pool), np.nan))
@@ -312,4 +319,10 @@ def agrees(instruction: str, answer: str, wanted: str) -> bool:
     """Whether a short answer says what the reference does; `wanted` is normalised."""
     if wanted in ("yes", "no") and (said := polarity(instruction, answer)):
         return said == wanted
-    return normalize(answer) == wanted
+    return plain(answer) == wanted
+
+
+def plain(text: str) -> str:
+    """A short answer normalised as in VQA; one that is an article alone ("A", an option's letter) keeps it."""
+    letters = "".join(letter for letter in text.lower() if letter.isalnum())
+    return normalize(text) or letters

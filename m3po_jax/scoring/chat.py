@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import email.utils
 import ipaddress
-import json
 import math
 import os
 import random
 import re
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,41 +23,17 @@ from urllib.parse import urlsplit
 from m3po_jax.config import EndpointConfig
 from m3po_jax.errors import UserError
 from m3po_jax.reading import check_values
+from m3po_jax.scoring.reasons import MALFORMED, NO_ANSWER
+from m3po_jax.scoring.responses import Denied, Passing, Reply, Unusable, brief, read_response
 
-RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-DENIED = frozenset({401, 402, 403, 404, 405})  # no other request would fare better
 LONGEST_WAIT_S = 60.0  # between retries, where the server names no time
 LONGEST_RETRY_AFTER_S = 600.0
 MAX_RESPONSE_BYTES = 4_000_000
-MALFORMED = "malformed_response"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-
-
-class Unusable(Exception):
-    """This request has no usable answer; another one may have. `reason` goes to the score row."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        self.reason, self.detail = reason, detail
-        super().__init__(f"{reason}: {detail}" if detail else reason)
 
 
 class Halted(Exception):
     """Another request has ended the run."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A chat completion.
-
-    Attributes:
-        content: The answer's text.
-        tokens: Its tokens, each with the log-probs of the likeliest ones; empty where they were not asked for.
-    """
-
-    content: str
-    tokens: tuple[tuple[str, dict[str, float]], ...]
-    prompt_tokens: int
-    completion_tokens: int
 
 
 def check_endpoint(config: EndpointConfig) -> None:
@@ -97,6 +72,13 @@ def check_endpoint(config: EndpointConfig) -> None:
     if not config.model:
         raise UserError("no model", where=f"{where}.model", remedy="the server's name for the judge")
     check_values(config, where)
+    for name, value, what in (("stream", True, "answers in pieces"), ("n", None, "several answers")):
+        if name in config.extra_body and config.extra_body[name] not in ((False, None) if value else (1, None)):
+            raise UserError(
+                f"asks for {what}; one whole answer is read",
+                where=f"{where}.extra_body.{name}",
+                remedy="leave it out",
+            )
     if config.max_cost is not None and not config.prompt_price + config.completion_price > 0:
         raise UserError(
             "a limit without prices", where=f"{where}.max_cost", remedy="set prompt_price and completion_price"
@@ -196,7 +178,9 @@ class ChatClient:
         check_endpoint(config)
         self._http, self.config, self.halt = httpx2, config, halt
         self._key = read_key(config)
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        # Not packed, so that a response's size is what arrives.
+        headers = {"Accept-Encoding": "identity"}
+        headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._client = httpx2.Client(
             headers=headers,
             timeout=httpx2.Timeout(config.timeout_s),
@@ -236,42 +220,47 @@ class ChatClient:
             if self.halt.is_set():
                 raise Halted
             self.limit.acquire(expected_tokens)
-            wait: float | None = None
             try:
                 status, headers, data = self._post(body)
+                reply = read_response(status, data, self.clean)
             except self._http.TimeoutException:
                 failure = "time-out"
             except self._http.RequestError as error:
                 failure = f"no connection ({type(error).__name__})"
+            except Denied as error:
+                place = brief(self.clean(headers.get("location", "")))
+                raise UserError(
+                    f"the server answers {error}" + (f", a redirect to {place}" if place else ""),
+                    where="score.endpoint",
+                    remedy="check base_url, model and the key; paid answers are kept",
+                ) from None
+            except Passing as error:
+                failure = str(error)
+                self._heed(headers, failure)
             else:
-                if status == 200:
-                    reply = self._parse(data)
-                    self.limit.settle(expected_tokens, reply.prompt_tokens + reply.completion_tokens)
-                    return reply
-                failure = f"status {status}"
-                if status in DENIED:
-                    raise UserError(
-                        f"the server answers {failure}{self._message(data)}",
-                        where="score.endpoint",
-                        remedy="check base_url, model and the key; paid answers are kept",
-                    )
-                if status not in RETRIED:
-                    raise Unusable(f"refused_{status}", self._message(data))
-                wait = retry_after(headers.get("retry-after"))
-                if wait is not None:
-                    self._heed(wait)
+                used = (reply.prompt_tokens or 0) + (reply.completion_tokens or 0)
+                self.limit.settle(expected_tokens, used or expected_tokens)
+                return reply
             if attempt < self.config.max_retries:
                 with self._lock:
                     self.retries += 1
-                    factor = self._jitter.uniform(0.5, 1.0)
-                if wait is None:
-                    self._pause(min(self.config.retry_wait_s * 2**attempt, LONGEST_WAIT_S) * factor)
-        raise Unusable("no_answer", failure)
+                self.back_off(attempt)
+        raise Unusable(NO_ANSWER, failure)
 
-    def _heed(self, seconds: float) -> None:
+    def back_off(self, attempt: int) -> None:
+        """Waits before a request is sent again: twice as long each time, with jitter."""
+        with self._lock:
+            factor = self._jitter.uniform(0.5, 1.0)
+        self._pause(min(self.config.retry_wait_s * 2 ** min(attempt, 20), LONGEST_WAIT_S) * factor)
+
+    def _heed(self, headers: Mapping[str, str], failure: str) -> None:
+        """Keeps all requests back for as long as the server asks."""
+        seconds = retry_after(headers.get("retry-after"))
+        if seconds is None:
+            return
         if seconds > LONGEST_RETRY_AFTER_S:
             raise UserError(
-                f"the server asks to wait for {seconds:.0f} s",
+                f"the server answers {failure} and asks to wait for {seconds:.0f} s",
                 where="score.endpoint",
                 remedy="run the same command later; paid answers are kept",
             )
@@ -283,50 +272,38 @@ class ChatClient:
         parts: list[bytes] = []
         with self._client.stream("POST", self.url, json=dict(body)) as response:
             size = 0
-            for part in response.iter_bytes():
+            for part in response.iter_raw():
                 size += len(part)
                 parts.append(part)
                 if size > MAX_RESPONSE_BYTES:
-                    raise Unusable(MALFORMED, f"more than {MAX_RESPONSE_BYTES} bytes")
+                    if response.status_code != 200:
+                        break  # how a failure is told is not worth more
+                    raise Unusable(MALFORMED, f"more than {MAX_RESPONSE_BYTES} bytes", paid=True)
                 if time.monotonic() > deadline:
                     raise self._http.ReadTimeout("the response takes too long")
-            return response.status_code, response.headers, b"".join(parts)
-
-    def _parse(self, data: bytes) -> Reply:
-        try:
-            value = json.loads(data)
-            choice = value["choices"][0]
-            content = choice["message"].get("content")
-            if not isinstance(content, str):  # null: a refusal, or all tokens went into reasoning
-                content = ""
-            usage = value.get("usage") or {}
-            counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
-            if min(counts) < 0:
-                raise ValueError("negative usage")
-            tokens = _tokens(choice.get("logprobs"))
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-            raise Unusable(MALFORMED, type(error).__name__) from None
-        return Reply(self.clean(content), tokens, *counts)
-
-    def _message(self, data: bytes) -> str:
-        """What the server says about a failure, in brief and without the key."""
-        try:
-            value = json.loads(data)
-            text = value["error"]["message"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            text = data[:400].decode("utf-8", "replace")
-        brief = " ".join(self.clean(str(text)).split())[:200]
-        return f" ({brief})" if any(letter.isalnum() for letter in brief) else ""
+            data = unpacked(b"".join(parts), response.headers.get("content-encoding", ""))
+            return response.status_code, response.headers, data
 
 
-def _tokens(logprobs: Any) -> tuple[tuple[str, dict[str, float]], ...]:
-    """Tokens and the log-probs of their rivals, as the chat completions interface gives them."""
-    if not logprobs or not logprobs.get("content"):
-        return ()
-    return tuple(
-        (str(entry["token"]), {str(top["token"]): float(top["logprob"]) for top in entry.get("top_logprobs") or ()})
-        for entry in logprobs["content"]
-    )
+def unpacked(data: bytes, encoding: str) -> bytes:
+    """A body as it was before a server packed it, at most `MAX_RESPONSE_BYTES` long, though nobody asked for packing.
+
+    Raises:
+        Unusable: another encoding than gzip and deflate, a damaged body, or one that unpacks to more.
+    """
+    name = encoding.strip().lower()
+    if name in ("", "identity"):
+        return data
+    if name not in ("gzip", "x-gzip", "deflate"):
+        raise Unusable(MALFORMED, f"an encoding that was not asked for ({brief(name)})", paid=True)
+    unpacker = zlib.decompressobj(wbits=47)  # reads the header of either
+    try:
+        result = unpacker.decompress(data, MAX_RESPONSE_BYTES)
+    except zlib.error:
+        raise Unusable(MALFORMED, f"damaged {name}", paid=True) from None
+    if unpacker.unconsumed_tail:
+        raise Unusable(MALFORMED, f"unpacks to more than {MAX_RESPONSE_BYTES} bytes", paid=True)
+    return result
 
 
 def retry_after(value: str | None) -> float | None:
@@ -338,7 +315,7 @@ def retry_after(value: str | None) -> float | None:
     except ValueError:
         try:
             moment = email.utils.parsedate_to_datetime(value)
-        except ValueError:
+        except (ValueError, TypeError, IndexError, OverflowError):
             return None
         seconds = (moment.replace(tzinfo=moment.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
     return None if math.isnan(seconds) else max(0.0, seconds)

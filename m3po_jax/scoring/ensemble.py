@@ -13,9 +13,9 @@ from m3po_jax.errors import UserError, nearest
 from m3po_jax.scoring.alignment import Backend, Judged, Scores, judge_pools
 from m3po_jax.scoring.calibration import correlation
 from m3po_jax.scoring.m3p import z_scores
+from m3po_jax.scoring.reasons import ABSTAINED, CUT_AT, DISAGREEMENT, OUTAGES
 
 Values = Float[np.ndarray, " candidates"]
-DISAGREEMENT = "disagreement"
 
 
 def ranks(values: Values) -> Values:
@@ -99,13 +99,16 @@ class Ensemble:
             own = np.stack([member.scores[row] for member in found]) if len(pool) else np.zeros((len(found), 0))
             why: str | None = None
             if not np.isfinite(own).all():
-                why = next(reason for member in found for reason in member.reasons[row] if reason)
+                whys = [reason for member in found for reason in member.reasons[row] if reason]
+                # What may be answered when it is asked again counts before what stays as it is.
+                why = next((why for why in whys if why in OUTAGES or why.startswith(CUT_AT)), [*whys, ABSTAINED][0])
             elif self._disagree(own):
                 why = DISAGREEMENT
             scores.append(np.full(len(pool), np.nan) if why else self._join(own))
             reasons.append([why] * len(pool))
         columns = {name: member.scores for name, member in zip(self.member_columns, found, strict=True)}
-        return Judged(scores, reasons, columns)
+        notes = {reason: note for member in found for reason, note in member.notes.items()}
+        return Judged(scores, reasons, columns, notes)
 
     def _join(self, scores: Float[np.ndarray, "members candidates"]) -> Values:
         if not scores.size:

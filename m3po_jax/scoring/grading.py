@@ -11,9 +11,10 @@ from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.templates import IMAGE_PLACEHOLDER
 from m3po_jax.errors import UserError, nearest
-from m3po_jax.scoring.alignment import NO_IMAGE, NO_REFERENCE, Judged, Scores
+from m3po_jax.scoring.alignment import Judged, Scores
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.scoring.judge import Question, ask, choice_tokens
+from m3po_jax.scoring.reasons import NO_GRADE, NO_IMAGE, NO_REFERENCE
 
 # The answer stands last: what comes before it is encoded once for all candidates of a prompt.
 DEFAULT_RUBRIC = (
@@ -22,7 +23,6 @@ DEFAULT_RUBRIC = (
     "{instruction} The answer: {answer} Reply with the grade alone."
 )
 PLACEHOLDERS = ("instruction", "answer", "reference", "lowest", "highest")
-NO_GRADE = "no_grade"
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 
 
@@ -118,7 +118,7 @@ class Judge:
         asked: list[tuple[int, list[str]]] = []
         for index, (prompt, pool) in enumerate(zip(prompts, pools, strict=True)):
             why = NO_IMAGE if not prompt.images else None
-            if why is None and self.needs_reference and not prompt.reference:
+            if why is None and self.needs_reference and not (prompt.reference or "").strip():
                 why = NO_REFERENCE
             reasons.append([why] * len(pool))
             if why is None and pool:

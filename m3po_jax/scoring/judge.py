@@ -16,9 +16,10 @@ from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.data.templates import IMAGE_PLACEHOLDER
 from m3po_jax.errors import UserError
 from m3po_jax.generation.engine import PromptBatch
-from m3po_jax.scoring.alignment import NO_IMAGE, Scores, check_aggregate, check_template, pool_scores
+from m3po_jax.scoring.alignment import Scores, check_aggregate, check_template, pool_scores
 from m3po_jax.scoring.claims import Claim, object_vocabulary, split_claims
 from m3po_jax.scoring.engine import Scorer
+from m3po_jax.scoring.reasons import NO_IMAGE
 from m3po_jax.scoring.shown_images import shared_pixels
 
 STATEMENT_QUESTION = "{claim} Is this statement about the image correct? Answer yes or no."

@@ -93,20 +93,92 @@ def test_a_killed_command_pays_nothing_twice(tmp_path, capsys, monkeypatch):
             assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
 
 
-def test_abstentions_are_drops_with_their_reason(tmp_path, monkeypatch):
+def endpoint_recipe(folder, server, *, count=2, **config):
+    server = {"base_url": server.url, "model": "judge-1", "api_key_env": "JUDGE_KEY", "retry_wait_s": 0.01, **config}
+    score = {"backend": "endpoint", "endpoint": server, "confidence": ["mean"]}
+    data = write_data(folder / "data", count=count)
+    return str(write_recipe(folder, data, score=score, generate={"num_candidates": 3, "shard_rows": 2}))
+
+
+def is_question(request):
+    return "yes or no" in json.dumps(request).lower() or "is there" in json.dumps(request).lower()
+
+
+def test_abstentions_are_drops_with_their_reason_and_counted(tmp_path, monkeypatch, capsys):
+    from m3po_jax.report import build_report
+
     monkeypatch.setenv("JUDGE_KEY", KEY)
     with stub_server() as server:
-        server.respond = lambda request, number: completion("It is a picture.")
-        config = {"base_url": server.url, "model": "judge-1", "api_key_env": "JUDGE_KEY", "max_reasks": 0}
-        data = write_data(tmp_path / "data", count=2)
-        score = {"backend": "endpoint", "endpoint": config, "confidence": ["mean"]}
-        recipe = str(write_recipe(tmp_path, data, score=score, generate={"num_candidates": 3}))
+        server.respond = lambda request, number: completion(
+            "It is \x1b[31ma picture." if is_question(request) else "4"
+        )
+        recipe = endpoint_recipe(tmp_path, server, max_reasks=0)
         for verb in ("generate", "score", "select"):
             assert main([verb, "--config", recipe]) == 0
-    round_1 = tmp_path / "runs" / "mini" / "round-1"
-    assert {row["abstained"] for row in rows(round_1 / "scores")} == {"no_grade"}
-    drops = [json.loads(line) for line in (round_1 / "pairs" / "drops.jsonl").read_text().splitlines()]
-    assert drops and {(drop["reason"], drop["detail"]) for drop in drops} == {("abstained", "no_grade")}
+    run = tmp_path / "runs" / "mini"
+    scored = rows(run / "round-1" / "scores")
+    missing = [row for row in scored if row["id"].startswith("q")]
+    assert len(missing) == 3 and {row["abstained"] for row in missing} == {"no_grade"}
+    assert all(row["abstained"] is None for row in scored if row not in missing)
+    drops = [json.loads(line) for line in (run / "round-1" / "pairs" / "drops.jsonl").read_text().splitlines()]
+    assert ("abstained", "no_grade") in {(drop["reason"], drop.get("detail")) for drop in drops}
+    printed = capsys.readouterr().err
+    assert r"6 of 9 candidates scored by endpoint, 3 abstained (no_grade: 'It is \x1b[31ma picture.')" in printed
+    assert "\x1b" not in printed
+    counts = {"rows": 9, "scored": 6, "abstained": {"no_grade": 3}}
+    calibration = json.loads((run / "round-1" / "scores" / "calibration.json").read_text())
+    assert calibration["counts"] == counts
+    (stage,) = [s for s in json.loads((run / "manifest.json").read_text())["stages"] if s["stage"] == "score"]
+    assert {name: stage[name] for name in counts} == counts
+    assert "6 of 9 candidates scored, 3 abstained (no_grade)." in build_report(run).read_text(encoding="utf-8")
+
+
+def test_a_judge_that_is_down_stops_the_stage_and_is_asked_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    scores = tmp_path / "runs" / "mini" / "round-1" / "scores"
+    with stub_server() as server:
+        server.respond = lambda request, number: (503, {}, {"error": {"message": "at lunch\n\x1b[2J"}})
+        recipe = endpoint_recipe(tmp_path, server, max_retries=1)
+        assert main(["generate", "--config", recipe]) == 0
+        for verb in ("score", "run"):
+            assert main([verb, "--config", recipe]) == 75
+            printed = capsys.readouterr().err
+            assert "the server gives no answer (status 503 (at lunch " in printed and "\x1b" not in printed
+            assert not list(scores.glob("*.parquet"))
+        # Unwell for one prompt: what was answered is kept, and a shard without all of its answers is none.
+        server.respond = lambda request, number: (503, {}, {}) if is_question(request) else completion("4")
+        assert main(["score", "--config", recipe]) == 75
+        printed = capsys.readouterr().err
+        assert "6 of 9 candidates scored, 3 abstained (no_answer: status 503); paid answers are kept" in printed
+        kept, before = list(scores.glob("*.parquet")), len(server.requests)
+        assert all(row["abstained"] is None for path in kept for row in rows(path)) and len(kept) == 1
+        server.respond = lambda request, number: completion("5")
+        assert main(["score", "--config", recipe]) == 0
+        distinct = {(r["id"], r["text"]) for r in rows(scores.parent / "candidates") if r["id"].startswith("q")}
+        assert len(server.requests) - before == len(distinct), "what was answered is not asked again"
+        assert "9 of 9 candidates scored by endpoint" in capsys.readouterr().err
+    assert {row["mas"] for row in rows(scores) if row["id"].startswith("q")} == {1.0}
+
+
+def test_more_room_for_answers_asks_again_where_they_were_cut(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    scores = tmp_path / "runs" / "mini" / "round-1" / "scores"
+
+    def respond(request, number):
+        long = is_question(request) and request["max_tokens"] < 64
+        return completion("<think>There is", finish_reason="length") if long else completion("4")
+
+    with stub_server() as server:
+        server.respond = respond
+        recipe = endpoint_recipe(tmp_path, server, max_reasks=0)
+        assert main(["generate", "--config", recipe]) == main(["score", "--config", recipe]) == 0
+        assert "3 abstained (cut_at_16: finish_reason length at 16 tokens, its thinking did not end)" in (
+            capsys.readouterr().err
+        )
+        before = len(server.requests)
+        assert main(["score", "--config", recipe]) == 0 and len(server.requests) == before, "nothing has changed"
+        assert main(["score", "--config", recipe, "score.endpoint.max_tokens=64"]) == 0
+    assert all(row["mas"] == 0.75 and row["abstained"] is None for row in rows(scores))
 
 
 def test_mock_recipes_call_no_server():

@@ -12,7 +12,7 @@ from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
 from m3po_jax.pipeline.models import load_dual_encoder
 from m3po_jax.scoring import alignment
-from m3po_jax.scoring.alignment import Reference, Similarity, aggregate_claims
+from m3po_jax.scoring.alignment import Reference, Similarity, aggregate_claims, judge_pools
 
 OBJECTS = ["dog", "cat", "person", "car", "traffic light"]
 probabilities = st.lists(st.floats(0, 1), min_size=1, max_size=6)
@@ -61,6 +61,13 @@ def test_whole_answers_equal_transformers(encoder):
         np.testing.assert_allclose(scores, expected, atol=1e-4)
         everything += scores.tolist()
     assert np.ptp(everything) > 0.01 and all(0 <= score <= 1 for score in everything)
+
+
+def test_embeddings_that_are_no_numbers_are_no_abstention(encoder, monkeypatch):
+    embed = alignment._image_embeddings
+    monkeypatch.setattr(alignment, "_image_embeddings", lambda *arguments: embed(*arguments) * np.nan)
+    with pytest.raises(UserError, match="the dual encoder's embeddings are not finite"):
+        similarity(encoder, unit="whole")([prompt(1)], [["a dog and a cat."]])
 
 
 def test_claims_are_scored_by_the_rule(encoder):
@@ -197,3 +204,15 @@ def test_reference_reads_short_answers():
     shape = Prompt("s", (), "What shape is in the image?", "rectangle")
     assert Reference([])([shape], [["A rectangle.", "circle"]])[0].tolist() == [1, 0]
     assert np.isnan(backend([Prompt("u", (), "Describe the image.")], [["a dog", "a cat"]])[0]).all()
+
+
+@pytest.mark.parametrize("reference", ["", "  \n", ".", "?!"])
+def test_a_reference_that_says_nothing_is_none(reference):
+    row = Prompt("e", (), "What is it?", reference)
+    judged = judge_pools(Reference([]), [row], [["", "a dog", "."]])
+    assert np.isnan(judged.scores[0]).all() and judged.reasons == [["no_reference"] * 3]
+
+
+def test_the_letter_of_an_option_is_no_article():
+    row = Prompt("o", (), "Which option is right? A, B or C", "A")
+    assert Reference([])([row], [["A", "a.", "(A)", "B", "", "the"]])[0].tolist() == [1, 1, 1, 0, 0, 0]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_judges import prompt
 
 from m3po_jax.errors import UserError
-from m3po_jax.scoring.alignment import judge_pools
+from m3po_jax.scoring.alignment import Judged, judge_pools
 from m3po_jax.scoring.ensemble import Ensemble, kendall, spearman
 
 pools = st.integers(1, 6).flatmap(lambda k: st.lists(st.lists(st.floats(0, 1), min_size=k, max_size=k), min_size=1))
@@ -48,6 +48,30 @@ def test_equal_members_give_their_scores(scores, count):
 def test_ensembles_stay_in_range_or_abstain(members):
     found = ensemble(*members)
     assert np.isnan(found).all() or ((found >= 0) & (found <= 1)).all()
+
+
+class Reasoned(Fixed):
+    """A member that says why it abstains."""
+
+    def __init__(self, scores, reasons, note=""):
+        super().__init__(scores)
+        self.reasons, self.note = reasons, note
+
+    def judged(self, prompts, pools):
+        return Judged(self.scores, [self.reasons], notes={"no_answer": self.note} if self.note else {})
+
+
+def test_an_outage_of_one_member_is_told_before_what_stays_as_it_is():
+    silent = Reasoned([np.nan, np.nan], ["no_image", "no_image"])
+    down = Reasoned([0.5, np.nan], [None, "no_answer"], "status 503")
+    mute = Reasoned([0.5, np.nan], [None, None])
+    for members, why in (([silent, down], "no_answer"), ([down, silent], "no_answer"), ([silent], "no_image")):
+        judged = Ensemble([Fixed([0.1, 0.2]), *members]).judged([prompt(0)], [["", ""]])
+        assert judged.reasons == [[why, why]] and np.isnan(judged.scores[0]).all()
+        assert judged.notes == ({"no_answer": "status 503"} if down in members else {})
+    assert Ensemble([mute]).judged([prompt(0)], [["", ""]]).reasons == [["abstained"] * 2], (
+        "a member that says nothing"
+    )
 
 
 def test_members_that_abstain_or_disagree_drop_the_pool():

@@ -121,11 +121,13 @@ def test_candidates_share_image_and_rubric(judged, scorer):
 def test_batches_do_not_matter_and_abstentions_say_why(judged, scorer):
     _, policy = judged
     backend = Judge(scorer, policy.processor, rubric=RUBRIC, min_mass=0.0)
-    rows = [prompt(seed, images=seed % 3, reference="a dog ." if seed % 2 else None) for seed in range(6, 12)]
+    rows = [
+        prompt(seed, images=seed % 3, reference=("a dog .", None, "a cat .", " ")[seed % 4]) for seed in range(6, 12)
+    ]
     pools = [["a dog .", "a cat and a person .", "Yes"][: 1 + seed % 3] for seed in range(5)] + [[]]
     together = backend.judged(rows, pools)
     for row, pool, scores, reasons in zip(rows, pools, together.scores, together.reasons, strict=True):
-        why = "no_image" if not row.images else None if row.reference else "no_reference"
+        why = "no_image" if not row.images else None if (row.reference or "").strip() else "no_reference"
         assert reasons == [why] * len(pool) and scores.shape == (len(pool),)
         assert np.isfinite(scores).all() if why is None else np.isnan(scores).all()
         np.testing.assert_allclose(backend([row], [pool])[0], scores, atol=5e-5)
