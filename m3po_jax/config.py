@@ -50,12 +50,15 @@ class ModelConfig:
 class DataConfig:
     """Where rows come from: `source` names the reader, `path` is its argument."""
 
-    source: str = "jsonl"  # jsonl | parquet | tfds | array_record
+    source: str = "jsonl"  # jsonl | csv | images | parquet | tfds | array_record; jsonl: or what the path shows
     path: str = ""
     split: str = "train"
     image_root: str = ""  # relative image paths stay inside it; default: the data file's folder
     limit: int | None = None
     max_image_pixels: int = 50_000_000  # a larger image is refused before it is decoded
+    exif: str = "apply"  # apply | ignore an image's EXIF orientation; LLaVA's own code ignores it
+    instruction: str = ""  # of rows that have none, such as the images of a folder
+    on_bad_row: str = "stop"  # stop | skip: bad rows are left out and counted
 
 
 @dataclass

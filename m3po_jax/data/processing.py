@@ -8,7 +8,6 @@ tokens switched off, so that ``</s>`` or ``<image>`` written by a user or a mode
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from m3po_jax.data import schema
-from m3po_jax.data.images import IMAGE_FITS, ImageFit, ImageProcessor, decode, read_encoded
+from m3po_jax.data.images import IMAGE_FITS, ImageFit, ImageProcessor, decode, picture_hash, read_encoded
 from m3po_jax.data.tables import content_hash
 from m3po_jax.data.templates import Marker, Piece, Template, Turn, get_template, to_text
 from m3po_jax.errors import UserError, nearest
@@ -270,12 +269,9 @@ class Processor:
         return self.image_processor.height, self.image_processor.width, 3
 
     def image_keys(self, prompt: schema.Prompt) -> list[str]:
-        """Content hashes of the prompt's images, as they are encoded."""
+        """Content hashes of the prompt's images."""
         where = prompt.where or f"id {prompt.id!r}"
-        return [
-            hashlib.sha256(read_encoded(image, root=self.image_root, where=where)).hexdigest()
-            for image in prompt.images
-        ]
+        return [picture_hash(read_encoded(image, root=self.image_root, where=where)) for image in prompt.images]
 
     def preprocessing_key(self) -> str:
         """A hash of everything between an encoded image and its pixels."""

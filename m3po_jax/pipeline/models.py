@@ -23,6 +23,7 @@ from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.models import lora
 from m3po_jax.models.quantization import check_quantization
 from m3po_jax.models.registry import Loaded, load_model, resolve_directory
+from m3po_jax.pipeline.console import say
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ def load_dual_encoder(
     seed: int = 0,
     dtype: str = "float32",
     image_fit: str = "",
+    max_image_pixels: int = 50_000_000,
 ) -> tuple[Loaded, DualEncoderProcessor]:
     """A CLIP or SigLIP model and its processor, from a directory or a built-in name; parameters in float32."""
     loaded = load_model(path, dtype=dtype, param_dtype="float32", mesh=mesh, init=init, seed=seed)
@@ -158,13 +160,17 @@ def load_dual_encoder(
         max_positions=loaded.config.text.max_positions,
         image_root=image_root,
         image_fit=image_fit,
+        max_image_pixels=max_image_pixels,
     )
     return loaded, processor
 
 
 def read_rows(config: DataConfig, *, require_image: bool = False) -> sources.PromptSource:
-    """The rows of one data source; see `sources.read_prompts`."""
-    return sources.read_prompts(config, require_image=require_image)
+    """The rows of one data source, see `sources.read_prompts`; says what was done to them."""
+    source = sources.read_prompts(config, require_image=require_image)
+    for note in source.notes:
+        say(note)
+    return source
 
 
 class Joined(Sequence[Prompt]):

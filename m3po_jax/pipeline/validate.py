@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from m3po_jax.config import DataConfig, Recipe
+from m3po_jax.data.checker import kind_of
 from m3po_jax.data.dual_inputs import DualEncoderProcessor
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
@@ -36,8 +38,8 @@ class Problems:
         except UserError as error:
             self.found.append(error)
 
-    def rows(self, config: DataConfig, make_checks: MakeChecks, title: str, *, require_image: bool) -> int:
-        """Reads every row of a source and its images; returns how many rows are good enough to be read."""
+    def rows(self, config: DataConfig, make_checks: MakeChecks, title: str, *, require_image: bool) -> str:
+        """Reads every row of a source and its images; says how many rows are good enough to be read."""
         source = read_prompts(config, require_image=require_image, problems=self.found)
         checks = make_checks(source.image_root)
         for index in progress(range(len(source)), title, len(source)):
@@ -47,7 +49,25 @@ class Problems:
                     check(source[index])
                 if len(self.found) > before:
                     break  # a row's first problem may cause its others
-        return len(source)
+        return "; ".join([f"{len(source)} rows of {config.path}", *source.notes])
+
+
+SHOWN_PROBLEMS = 20  # of one kind
+
+
+def problem_lines(problems: Sequence[UserError]) -> list[str]:
+    """One line for each problem; of many of one kind the first, and how many more there are."""
+    kinds = Counter(map(kind_of, problems))
+    shown: Counter[str] = Counter()
+    lines = []
+    for problem in problems:
+        kind = kind_of(problem)
+        shown[kind] += 1
+        if shown[kind] <= SHOWN_PROBLEMS:
+            lines.append(str(problem))
+        elif shown[kind] == kinds[kind]:
+            lines.append(f"and {kinds[kind] - SHOWN_PROBLEMS} more like it: {kind}")
+    return lines
 
 
 def validate(recipe: Recipe) -> tuple[list[UserError], str]:
@@ -75,8 +95,7 @@ def validate(recipe: Recipe) -> tuple[list[UserError], str]:
             stored_tensors(describe(recipe.score.model))
     for config in [recipe.data] if preference else recipe.train.data or [recipe.data]:
         with problems.collect():
-            count = problems.rows(config, make_checks, f"validate {config.path}", require_image=preference)
-            read.append(f"{count} rows of {config.path}")
+            read.append(problems.rows(config, make_checks, f"validate {config.path}", require_image=preference))
     for name, benchmark in recipe.evaluate.benchmarks.items():
         with problems.collect():
             read.append(f"{len(read_benchmark(name, benchmark).prompts)} questions of {name}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import hashlib
 import io
 import json
 import math
@@ -22,7 +21,7 @@ from PIL import Image as PILImage
 
 from m3po_jax.config import EndpointConfig
 from m3po_jax.data import schema
-from m3po_jax.data.images import decode, read_encoded
+from m3po_jax.data.images import decode, picture_hash, read_encoded
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import Interrupted, UserError
@@ -100,7 +99,7 @@ class Picture:
     @property
     def digest(self) -> str:
         """Stands for the image in a cache key: of the original, so that an encoder's update pays nothing again."""
-        return f"sha256:{hashlib.sha256(self.encoded).hexdigest()}@{self.max_side}"
+        return f"sha256:{picture_hash(self.encoded)}@{self.max_side}"
 
     @property
     def url(self) -> str:
