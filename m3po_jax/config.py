@@ -77,12 +77,18 @@ class ModelConfig:
 class DataConfig:
     """Where rows come from: `source` names the reader, `path` is its argument."""
 
-    source: Annotated[str, OneOf("data.sources:READERS")] = "jsonl"  # the reader, see data.md
+    # the reader, see data.md; jsonl: or what the path shows itself to be
+    source: Annotated[str, OneOf("data.sources:READERS")] = "jsonl"
     path: File = ""
     split: str = "train"
     image_root: File = ""  # relative image paths stay inside it; default: the data file's folder
     limit: Count | None = None
     max_image_pixels: Count = 50_000_000  # a larger image is refused before it is decoded
+    # an image's EXIF orientation; LLaVA's own code ignores it
+    exif: Annotated[str, OneOf("data.schema:EXIF")] = "apply"
+    instruction: str = ""  # of rows that have none, such as the images of a folder
+    # skip: bad rows are left out and counted
+    on_bad_row: Annotated[str, OneOf("data.checker:ON_BAD_ROW")] = "stop"
 
 
 @dataclass

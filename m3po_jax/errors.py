@@ -7,11 +7,34 @@ one line and exits with status 2. Any other exception is a defect of ours and ke
 from __future__ import annotations
 
 import difflib
+import re
 import unicodedata
 from collections.abc import Iterable
 
 # Exit statuses; sysexits.h: a launcher that sees EX_TEMPFAIL starts the same command again.
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 75
+
+LONGEST_VALUE = 80  # characters of a quoted value; a longer one is cut in its middle
+_LONGEST_PATH = 300  # a path is what its reader looks for
+_LONGEST_TEXT = 1200
+# A quoted value, as `repr` writes it (not the apostrophe of a word), or a long run without spaces.
+_QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(?!\w)|\S{81,}""", re.DOTALL)
+
+
+def shortened(text: str) -> str:
+    """A message whose values are cut, so that no row's content fills a terminal.
+
+    Values longer than `LONGEST_VALUE` keep their beginning and end; paths are left whole as far as they are any.
+    """
+    text = _QUOTED.sub(lambda value: _cut(value.group()), text)
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:900]} … {text[-250:]}"
+
+
+def _cut(value: str) -> str:
+    is_path = "/" in value and len(value) <= _LONGEST_PATH and not any(letter.isspace() for letter in value)
+    if is_path or len(value) <= LONGEST_VALUE:
+        return value
+    return f"{value[:50]}…{value[-20:]}"
 
 
 class UserError(Exception):
@@ -24,6 +47,8 @@ class UserError(Exception):
     """
 
     def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None):
+        what, where = shortened(what), None if where is None else shortened(where)
+        remedy = None if remedy is None else shortened(remedy)
         self.what, self.where, self.remedy = what, where, remedy
         line = f"{where}: {what}" if where else what
         if remedy:

@@ -7,7 +7,11 @@ EPS to Ghostscript). The pixel pipeline equals the PIL back end of `transformers
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -18,6 +22,7 @@ from jaxtyping import Float
 from PIL import Image as PILImage
 
 from m3po_jax.data import schema
+from m3po_jax.data.pixel_modes import is_deep, orientation, sample_bits, to_rgb, upright_turn
 from m3po_jax.errors import UserError, nearest
 
 ImageFit = Literal["pad", "crop", "stretch"]
@@ -26,27 +31,36 @@ IMAGE_FITS = ("pad", "crop", "stretch")
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 # Padding to a square and resizing the short side blow up thin images: 1 x 50,000,000 would need 2.5e15.
 _MAX_INTERMEDIATE_PIXELS = 400_000_000
+_MAX_BLOW_UP = 4  # but a large image may be padded to so many times its own pixels
+_MAX_ENCODED_BYTES = 1 << 30
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _BROKEN = "the file is damaged or not an image: replace it or drop the row"
 
 
 def _encoded(image: schema.Image, root: Path, where: str) -> BytesIO | Path:
-    if image.bytes is not None:
-        if not image.bytes:
+    data = image.bytes
+    if data is not None:
+        if not data:
             raise UserError("the image has no bytes", where=where, remedy="replace it or drop the row")
-        return BytesIO(image.bytes)
+        return BytesIO(data)
     if not image.path:
         raise UserError(
             "the image has neither bytes nor a path", where=where, remedy="give one of them or drop the row"
+        )
+    if image.path.startswith(("http://", "https://", "s3://", "gs://")):
+        raise UserError(
+            f"the image is a web address, {image.path!r}", where=where, remedy="download it and give its path"
         )
     try:
         root = root.resolve()
         path = (root / image.path).resolve()
         inside = path.is_relative_to(root)
         present = inside and path.is_file()
+        size = path.stat().st_size if present else 0
     except (OSError, ValueError, RuntimeError) as error:  # null bytes, name too long, symlink loops
-        raise UserError(f"unusable image path {image.path!r} ({error})", where=where) from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(f"unusable image path {image.path!r} ({reason})", where=where) from None
     if not inside:
         raise UserError(
             f"image path {image.path!r} leads outside {root}",
@@ -55,61 +69,147 @@ def _encoded(image: schema.Image, root: Path, where: str) -> BytesIO | Path:
         )
     if not present:
         raise UserError(f"no image file {image.path!r} under {root}", where=where, remedy="check data.image_root")
+    if size > _MAX_ENCODED_BYTES:
+        raise UserError(
+            f"the image file {image.path!r} has {size / 1e9:.1f} GB, more than {_MAX_ENCODED_BYTES / 1e9:.1f}",
+            where=where,
+            remedy="save it compressed, or drop the row",
+        )
     return path
 
 
 def read_encoded(image: schema.Image, *, root: Path, where: str) -> bytes:
-    """The image's encoded bytes, undecoded; a path must lie under `root`.
+    """The image's encoded bytes; a path must lie under `root`.
+
+    Of an image whose EXIF orientation is to be ignored, a PNG of its pixels without the orientation: whoever opens
+    the bytes (a judge, the report, TRL) sees what the model saw.
 
     Raises:
         UserError: no bytes and no usable path.
     """
     source = _encoded(image, root, where)
+    if image.exif == "ignore":
+        with _decoding(source, where), _open(source) as opened:
+            turned = orientation(opened) != 1 and opened.format != "TIFF"  # Pillow turns a TIFF by itself
+        if turned:
+            pixels = BytesIO()
+            decoded = decode(image, root=root, max_pixels=_MAX_INTERMEDIATE_PIXELS, where=where)
+            decoded.save(pixels, "PNG", compress_level=1)
+            return pixels.getvalue()
     return source.getvalue() if isinstance(source, BytesIO) else source.read_bytes()
 
 
-def to_rgb(image: PILImage.Image) -> PILImage.Image:
-    """`image` in mode RGB; transparency is laid on white, as `transformers` 5's `convert_to_rgb` does."""
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        white = PILImage.new("RGBA", image.size, (255, 255, 255, 255))
-        return PILImage.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+class _NoPillowLimit:
+    """Lifts Pillow's own limit of pixels, which belongs to the process and is not the recipe's, while in use.
+
+    Threads decode side by side: the first that enters lifts it, and the last that leaves puts it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._limit = threading.Lock(), 0, PILImage.MAX_IMAGE_PIXELS
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._limit, PILImage.MAX_IMAGE_PIXELS = PILImage.MAX_IMAGE_PIXELS, None
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                PILImage.MAX_IMAGE_PIXELS = self._limit
 
 
-def decode(image: schema.Image, *, root: Path, max_pixels: int, where: str) -> PILImage.Image:
-    """Decodes an image (its first frame) into RGB; EXIF orientation is ignored, as `transformers` does.
+_no_pillow_limit = _NoPillowLimit()
+
+
+def _open(source: BytesIO | Path) -> PILImage.Image:
+    """An image of one of `_FORMATS` whose header is read; within `_decoding`."""
+    PILImage.init()
+    return PILImage.open(source, formats=[name for name in _FORMATS if name in PILImage.OPEN])
+
+
+@contextlib.contextmanager
+def _decoding(source: BytesIO | Path, where: str) -> Iterator[None]:
+    """Whatever Pillow raises becomes one line, and `data.max_image_pixels` is the only limit of pixels."""
+    try:
+        with _no_pillow_limit:
+            yield
+    except UserError as error:
+        raise UserError(error.what, where=where, remedy=error.remedy) from None
+    except MemoryError:
+        raise UserError(
+            "no memory for the decoded image", where=where, remedy="shrink the image or drop the row"
+        ) from None
+    except Exception as error:  # Pillow's decoders raise a dozen types on corrupt input
+        reason = f"{type(error).__name__}: {error}" if isinstance(source, Path) else type(error).__name__
+        remedy = _BROKEN
+        if "MAX_TEXT" in str(error):
+            reason, remedy = "its metadata unpack to more than a megabyte", "save it without metadata or drop the row"
+        raise UserError(f"cannot decode the image ({reason})", where=where, remedy=remedy) from None
+
+
+def decode(
+    image: schema.Image, *, root: Path, max_pixels: int, where: str, draft: tuple[int, int] | None = None
+) -> PILImage.Image:
+    """Decodes an image (its first frame) into RGB, upright unless its EXIF orientation is to be ignored.
 
     Args:
         image: Encoded bytes, or a path that must stay inside `root` once symbolic links are resolved.
         root: The folder that image paths are relative to.
-        max_pixels: Width times height allowed; checked in the header, before any pixel is decoded.
+        max_pixels: Width times height allowed; checked in the header, before any pixel is decoded. There is no
+            other limit.
         where: File, row and id, for the error message.
+        draft: The least size that will do, (width, height): a JPEG may then be decoded at a fraction of its own.
 
     Raises:
-        UserError: missing, outside `root`, truncated, corrupt, not an image, or too large.
+        UserError: missing, outside `root`, truncated, corrupt, not an image, too large, or of pixels that do not
+            say what is white.
     """
     source = _encoded(image, root, where)
-    PILImage.init()
-    formats = [name for name in _FORMATS if name in PILImage.OPEN]
-    too_large = f"more than data.max_image_pixels = {max_pixels}"
-    remedy = "shrink the image, or raise data.max_image_pixels"
-    try:
-        with PILImage.open(source, formats=formats) as opened:
-            width, height = opened.size
-            if width * height > max_pixels:
-                raise UserError(f"the image has {width} x {height} pixels, {too_large}", where=where, remedy=remedy)
-            if width < 1 or height < 1:
-                raise UserError(f"the image is empty ({width} x {height})", where=where, remedy=_BROKEN)
-            opened.load()
-            return to_rgb(opened)
-    except UserError:
-        raise
-    except PILImage.DecompressionBombError:
-        raise UserError(f"the image has {too_large}", where=where, remedy=remedy) from None
-    except Exception as error:  # Pillow's decoders raise a dozen types on corrupt input
-        reason = f"{type(error).__name__}: {error}" if not isinstance(source, BytesIO) else type(error).__name__
-        raise UserError(f"cannot decode the image ({reason})", where=where, remedy=_BROKEN) from None
+    with _decoding(source, where), _open(source) as opened:
+        _check_size(opened, max_pixels)
+        if draft is not None:
+            opened.draft("RGB", draft)
+        bits = sample_bits(opened)
+        opened.load()
+        _check_size(opened, max_pixels)  # a GIF's first frame may reach beyond the screen of the header
+        pixels = to_rgb(opened, bits=bits)
+        turn = upright_turn(opened) if image.exif == "apply" else None
+        return pixels if turn is None else pixels.transpose(turn)
+
+
+def picture_hash(encoded: bytes) -> str:
+    """SHA-256 (hex) that stands for a picture in the keys of caches: of its encoded bytes.
+
+    Of a picture that is not what Pillow's bare decoder gives (turned upright, scaled from 16 bits) also of what is
+    done to it, so that nothing is taken for it that was computed before that was done.
+    """
+    digest = hashlib.sha256(encoded)
+    with contextlib.suppress(UserError), _decoding(BytesIO(encoded), ""), _open(BytesIO(encoded)) as opened:
+        turned = orientation(opened) if opened.format != "TIFF" else 1  # which Pillow turns by itself
+        if turned != 1 or is_deep(opened):
+            digest.update(f"orientation {turned}, {opened.mode}".encode())
+    return digest.hexdigest()
+
+
+def check_header(image: schema.Image, *, root: Path, max_pixels: int, where: str) -> None:
+    """Raises `decode`'s UserErrors as far as the header shows them; nothing is decoded."""
+    source = _encoded(image, root, where)
+    with _decoding(source, where), _open(source) as opened:
+        _check_size(opened, max_pixels)
+
+
+def _check_size(image: PILImage.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise UserError(
+            f"the image has {width} x {height} pixels, more than data.max_image_pixels = {max_pixels}",
+            remedy=f"shrink the image, or set data.max_image_pixels={width * height}",
+        )
+    if width < 1 or height < 1:
+        raise UserError(f"the image is empty ({width} x {height})", remedy=_BROKEN)
 
 
 def _pair(value: Any, name: str, where: str) -> tuple[int, int]:
@@ -300,7 +400,8 @@ class ImageProcessor:
 
 
 def _check_intermediate(height: int, width: int, image: PILImage.Image) -> None:
-    if height * width > _MAX_INTERMEDIATE_PIXELS:
+    limit = max(_MAX_INTERMEDIATE_PIXELS, _MAX_BLOW_UP * image.size[0] * image.size[1])
+    if height * width > limit:
         raise UserError(
             f"the image ({image.size[0]} x {image.size[1]} pixels) is too thin to be fitted",
             remedy="crop it, or drop the row",

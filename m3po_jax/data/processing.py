@@ -8,7 +8,6 @@ tokens switched off, so that ``</s>`` or ``<image>`` written by a user or a mode
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from m3po_jax.data.images import (
     ImageProcessor,
     decode,
     has_image_processor,
+    picture_hash,
     read_encoded,
 )
 from m3po_jax.data.tables import content_hash
@@ -265,12 +265,9 @@ class Processor:
         return self.image_processor.height, self.image_processor.width, 3
 
     def image_keys(self, prompt: schema.Prompt) -> list[str]:
-        """Content hashes of the prompt's images, as they are encoded."""
+        """Content hashes of the prompt's images."""
         where = prompt.where or f"id {prompt.id!r}"
-        return [
-            hashlib.sha256(read_encoded(image, root=self.image_root, where=where)).hexdigest()
-            for image in prompt.images
-        ]
+        return [picture_hash(read_encoded(image, root=self.image_root, where=where)) for image in prompt.images]
 
     def preprocessing_key(self) -> str:
         """A hash of everything between an encoded image and its pixels."""

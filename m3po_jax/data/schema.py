@@ -8,8 +8,9 @@ feature (a struct of encoded `bytes` and `path`), so that TRL and `datasets` ope
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -76,12 +77,79 @@ PAIR = pa.schema(
 )
 
 
-@dataclass(frozen=True)
+EXIF = ("apply", "ignore")
+
+
+@dataclass(frozen=True, eq=False)
 class Image:
-    """An encoded image: its bytes, or a path under the data's image root, or both."""
+    """An encoded image: its bytes, or a path under the data's image root, or both.
+
+    Attributes:
+        exif: ``apply``: the picture is turned upright as its EXIF orientation says, as `datasets`, TRL and
+            `transformers.image_utils.load_image` do; ``ignore``: it is taken as it is stored, as LLaVA's code does.
+    """
 
     bytes: bytes | None = None
     path: str | None = None
+    exif: str = "apply"
+
+    def __eq__(self, other: object) -> bool:
+        """By content, wherever the bytes are kept."""
+        if not isinstance(other, Image):
+            return NotImplemented
+        return (self.path, self.exif, self.bytes) == (other.path, other.exif, other.bytes)
+
+    def __hash__(self) -> int:
+        return hash((self.path, self.exif, self.bytes))
+
+    def __repr__(self) -> str:
+        size = None if self.bytes is None else len(self.bytes)
+        return f"Image({size} bytes, path={self.path!r}, exif={self.exif!r})"
+
+
+class ImageStore(Protocol):
+    """Where the images of a table's rows lie."""
+
+    def images(self, place: Any) -> Sequence[Image]:
+        """The images of the row at `place`, read anew."""
+        ...
+
+
+class StoredImage(Image):
+    """An image of a table's row, read whenever it is asked for: rows of a large data set hold no bytes.
+
+    Args:
+        store: Reads the row's images.
+        place: The row, in the store's own words.
+        number: Of the image in its row.
+    """
+
+    def __init__(self, store: ImageStore, place: Any, number: int):
+        for name, value in (("_store", store), ("_place", place), ("_number", number), ("_hash", None)):
+            object.__setattr__(self, name, value)
+
+    def read(self) -> Image:
+        return self._store.images(self._place)[self._number]  # type: ignore[attr-defined]
+
+    @property
+    def bytes(self) -> bytes | None:  # type: ignore[override]
+        return self.read().bytes
+
+    @property
+    def path(self) -> str | None:  # type: ignore[override]
+        return self.read().path
+
+    @property
+    def exif(self) -> str:  # type: ignore[override]
+        return self.read().exif
+
+    def __hash__(self) -> int:
+        if self._hash is None:  # type: ignore[attr-defined]
+            object.__setattr__(self, "_hash", hash(self.read()))
+        return self._hash  # type: ignore[attr-defined]
+
+    def __reduce__(self) -> Any:
+        return StoredImage, (self._store, self._place, self._number)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,14 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from m3po_jax.data import parquet_bounds
 from m3po_jax.errors import UserError
 
 _TEMPORARY = ".tmp"
 # Small row groups let shuffled readers fetch a row without its whole file.
 _ROW_GROUP_ROWS = 64
+_ROW_GROUP_BYTES = 1 << 26
+MAX_LINE_BYTES = 1 << 28
 
 
 @contextlib.contextmanager
@@ -100,15 +103,37 @@ def write_table(
 
     Args:
         path: The file; folders above it are made.
-        rows: A table, dictionaries, or one dictionary of columns.
+        rows: A table, one dictionary of columns, or dictionaries, of which no more are held than make a row group.
         schema: Types and order of the columns, see `m3po_jax.data.schema`.
 
     Raises:
         ValueError: rows that do not fit `schema`.
     """
-    table = rows.cast(schema) if isinstance(rows, pa.Table) else to_table(rows, schema)
-    with atomic_write(path) as file:
-        pq.write_table(table, file, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
+    parts: Iterable[pa.Table]
+    if isinstance(rows, pa.Table):
+        parts = [rows.cast(schema)]
+    elif isinstance(rows, Mapping):
+        parts = [to_table(rows, schema)]
+    else:
+        parts = (to_table(group, schema) for group in _row_groups(rows))
+    with atomic_write(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for part in parts:
+            writer.write_table(part, row_group_size=_ROW_GROUP_ROWS)
+
+
+def _row_groups(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    """Rows of one row group each: few, and of images no more than `_ROW_GROUP_BYTES`, one row at least."""
+    group: list[Mapping[str, Any]] = []
+    size = 0
+    for row in rows:
+        weight = sum(len(image.get("bytes") or b"") for image in row.get("images") or ())
+        if group and (len(group) == _ROW_GROUP_ROWS or size + weight > _ROW_GROUP_BYTES):
+            yield group
+            group, size = [], 0
+        group.append(row)
+        size += weight
+    if group:
+        yield group
 
 
 def shards(directory: str | Path, suffix: str = ".parquet") -> list[Path]:
@@ -127,14 +152,29 @@ def open_parquet(path: str | Path) -> pq.ParquetFile:
     """A parquet file for reading.
 
     Raises:
-        UserError: missing, truncated or not parquet.
+        UserError: missing, truncated, not parquet, or of far more data than the file can hold.
     """
     try:
-        return pq.ParquetFile(path)
+        file = pq.ParquetFile(path)
+        parquet_bounds.check_footer(file, str(path))
+        return file
     except (OSError, pa.ArrowInvalid) as error:
         reason = "no such file" if not Path(path).exists() else str(error).splitlines()[0]
         raise UserError(
             f"cannot read the parquet file ({reason})",
+            where=str(path),
+            remedy="replace it; what a run has made can be deleted, and the same command makes it again",
+        ) from None
+
+
+@contextlib.contextmanager
+def damaged(path: str | Path) -> Iterator[None]:
+    """What Arrow raises while it reads a parquet file becomes one line."""
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UserError(
+            f"damaged shard ({next(iter(str(error).splitlines()), type(error).__name__)})",
             where=str(path),
             remedy="replace it; what a run has made can be deleted, and the same command makes it again",
         ) from None
@@ -156,15 +196,9 @@ def read_rows(directory: str | Path, columns: Sequence[str] | None = None) -> It
             missing = set(columns or ()) - set(file.schema_arrow.names)
             if missing:
                 raise UserError(f"no column {sorted(missing)[0]!r}", where=str(shard))
-            try:
+            with damaged(shard):
                 for batch in file.iter_batches(batch_size=_ROW_GROUP_ROWS, columns=columns):
                     yield from batch.to_pylist()
-            except (OSError, pa.ArrowInvalid) as error:
-                raise UserError(
-                    f"damaged shard ({str(error).splitlines()[0]})",
-                    where=str(shard),
-                    remedy="delete it and run again",
-                ) from None
 
 
 def write_json_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -186,6 +220,16 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         UserError: missing file, a line that is not UTF-8 or not a JSON object.
     """
+    for where, line in json_lines(path):
+        yield where, parse_json_object(line, where)
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
+    """(where, line) for each line of a file that is not blank; `where` is ``file:line``.
+
+    Raises:
+        UserError: missing file, or a line of more than `MAX_LINE_BYTES`.
+    """
     path = Path(path)
     try:
         file = path.open("rb")
@@ -193,10 +237,16 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)
         raise UserError(reason, where=str(path), remedy="check the path") from None
     with file:
-        for number, line in enumerate(file, 1):
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            where = f"{path}:{number}"
+            if len(line) > MAX_LINE_BYTES:
+                raise UserError(
+                    f"a line of more than {MAX_LINE_BYTES} bytes", where=where, remedy="one JSON object per line"
+                )
             if line.strip():
-                where = f"{path}:{number}"
-                yield where, parse_json_object(line, where)
+                yield where, line
 
 
 def parse_json_object(data: bytes | str, where: str) -> dict[str, Any]:

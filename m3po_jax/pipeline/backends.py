@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from m3po_jax.config import ModelConfig, Recipe, ScoreConfig
+from m3po_jax.config import DataConfig, ModelConfig, Recipe, ScoreConfig
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.models.dual_encoder import DualEncoder
@@ -55,6 +55,11 @@ class Setting:
     folder: Path | None
     warnings: list[str]
     own_reward: Callable[[], Reward] | None
+
+    @property
+    def max_image_pixels(self) -> int:
+        """The recipe's limit, which the policy's processor has."""
+        return DataConfig.max_image_pixels if self.policy is None else self.policy.processor.max_image_pixels
 
 
 def make_backend(
@@ -113,7 +118,13 @@ def describe_judge(score: ScoreConfig) -> Description:
 def _similarity(setting: Setting) -> Similarity:
     score = setting.score
     describe_dual_encoder(score)
-    loaded, processor = load_dual_encoder(score.model, setting.mesh, image_root=setting.image_root, image_fit="")
+    loaded, processor = load_dual_encoder(
+        score.model,
+        setting.mesh,
+        image_root=setting.image_root,
+        image_fit="",
+        max_image_pixels=setting.max_image_pixels,
+    )
     _warn(setting, loaded)
     return Similarity(
         loaded.model,
@@ -133,7 +144,8 @@ def _judge_model(setting: Setting) -> Policy:
     if score.model:
         describe_judge(score)
         config = dataclasses.replace(setting.model_config, path=score.model, init="pretrained", vision_tower="")
-        judge = load_policy(Recipe(model=config), setting.mesh, image_root=setting.image_root)
+        data = DataConfig(max_image_pixels=setting.max_image_pixels)
+        judge = load_policy(Recipe(model=config, data=data), setting.mesh, image_root=setting.image_root)
     elif policy is not None:
         judge = dataclasses.replace(
             policy, processor=dataclasses.replace(policy.processor, image_root=setting.image_root)
@@ -169,7 +181,7 @@ def _judge(setting: Setting) -> Judge:
 
 
 def _endpoint(setting: Setting) -> Backend:
-    score, folder, config, policy = setting.score, setting.folder, setting.score.endpoint, setting.policy
+    score, folder, config = setting.score, setting.folder, setting.score.endpoint
     check_endpoint(config)
     if config.cache_dir:
         cache = Path(config.cache_dir)
@@ -188,7 +200,7 @@ def _endpoint(setting: Setting) -> Backend:
             run="library" if folder is None else str(folder.resolve()),
             stopping=stop_signal,
             report=say,
-            **({"max_image_pixels": policy.processor.max_image_pixels} if policy is not None else {}),
+            max_image_pixels=setting.max_image_pixels,
         )
 
     return make() if jax.process_count() == 1 else OneHost(Endpoint.name, make)
@@ -197,7 +209,13 @@ def _endpoint(setting: Setting) -> Backend:
 def _reward(setting: Setting) -> Reward:
     score = setting.score
     if score.model:
-        return load_reward(score.model, setting.mesh, image_root=setting.image_root, batch_size=score.batch_size)
+        return load_reward(
+            score.model,
+            setting.mesh,
+            image_root=setting.image_root,
+            batch_size=score.batch_size,
+            max_image_pixels=setting.max_image_pixels,
+        )
     if setting.own_reward is None:
         raise UserError("no reward model", where="score.model", remedy="name a folder of a trained one")
     return setting.own_reward()

@@ -12,13 +12,14 @@ from m3po_jax.config import BenchmarkConfig, EvaluateConfig
 from m3po_jax.data import tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
-from m3po_jax.data.sources import PromptSource, fingerprint, read_prompts
+from m3po_jax.data.sources import PromptSource, fingerprint
 from m3po_jax.errors import UserError
 from m3po_jax.evaluation.registry import METRICS, image_of
 from m3po_jax.generation.engine import Generator
 from m3po_jax.hosts import Shares
 from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.generate import requests
+from m3po_jax.pipeline.models import read_rows
 from m3po_jax.pipeline.rundir import is_writer, now, read_json, write_json
 from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
 from m3po_jax.reading import check_values
@@ -49,7 +50,7 @@ def read_benchmark(name: str, config: BenchmarkConfig) -> Benchmark:
     check_values(config, where)
     if not config.data.path:
         raise UserError("no questions", where=f"{where}.data.path", remedy="name a file, a folder or a builder")
-    source: PromptSource = read_prompts(config.data)
+    source: PromptSource = read_rows(config.data)
     rows = [source[i] for i in range(len(source))]
     if config.kind:
         rows = [row for row in rows if row.metadata.get("kind") == config.kind]
@@ -134,7 +135,8 @@ def evaluate(
     if is_finished(benchmark, config, out, inputs):
         return read_json(out / "results.json")
     key = results_key(benchmark, config, inputs)
-    processor = dataclasses.replace(processor, image_root=benchmark.image_root)
+    limit = benchmark.config.data.max_image_pixels
+    processor = dataclasses.replace(processor, image_root=benchmark.image_root, max_image_pixels=limit)
     texts: dict[str, dict[str, Any]] = {}
     cut = 0
     shares = Shares(generator.mesh)

@@ -120,7 +120,11 @@ def make_processor(recipe: Recipe, description: Description, *, image_root: str 
 
 
 def make_dual_processor(
-    description: Description, *, image_root: str | Path = ".", image_fit: str = ""
+    description: Description,
+    *,
+    image_root: str | Path = ".",
+    image_fit: str = "",
+    max_image_pixels: int = DataConfig.max_image_pixels,
 ) -> DualEncoderProcessor:
     """The processor of a CLIP or SigLIP model, compared with its configuration.
 
@@ -142,6 +146,7 @@ def make_dual_processor(
         image_size=config.vision.image_size,
         image_root=image_root,
         image_fit=image_fit,
+        max_image_pixels=max_image_pixels,
     )
 
 
@@ -195,17 +200,24 @@ def load_dual_encoder(
     seed: int = 0,
     dtype: str = "float32",
     image_fit: str = "",
+    max_image_pixels: int = DataConfig.max_image_pixels,
 ) -> tuple[Loaded, DualEncoderProcessor]:
     """A CLIP or SigLIP model and its processor, from a directory or a built-in name; parameters in float32."""
     loaded = load_model(path, dtype=dtype, param_dtype="float32", mesh=mesh, init=init, seed=seed)
     for note in loaded.description.notes:
         say(note, style="yellow")
-    return loaded, make_dual_processor(loaded.description, image_root=image_root, image_fit=image_fit)
+    processor = make_dual_processor(
+        loaded.description, image_root=image_root, image_fit=image_fit, max_image_pixels=max_image_pixels
+    )
+    return loaded, processor
 
 
 def read_rows(config: DataConfig, *, require_image: bool = False) -> sources.PromptSource:
-    """The rows of one data source; see `sources.read_prompts`."""
-    return sources.read_prompts(config, require_image=require_image)
+    """The rows of one data source, see `sources.read_prompts`; says what was done to them."""
+    source = sources.read_prompts(config, require_image=require_image)
+    for note in source.notes:
+        say(note)
+    return source
 
 
 class Joined(Sequence[Prompt]):

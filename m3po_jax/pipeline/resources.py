@@ -9,12 +9,12 @@ from jax.sharding import Mesh
 
 from m3po_jax.config import Recipe
 from m3po_jax.data.schema import Prompt
-from m3po_jax.data.sources import PromptSource, fingerprint, read_prompts
+from m3po_jax.data.sources import PromptSource, fingerprint
 from m3po_jax.generation.engine import Generator
 from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.evaluate import Benchmark, check_scoring, read_benchmark
-from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy, make_generator
+from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy, make_generator, read_rows
 from m3po_jax.pipeline.rundir import RunDirectory
 from m3po_jax.pipeline.systems import SystemEvaluator
 from m3po_jax.sharding import make_mesh, use_mesh
@@ -35,10 +35,11 @@ class Resources:
 
     @functools.cached_property
     def source(self) -> PromptSource:
-        return read_prompts(self.recipe.data, require_image=True)
+        return read_rows(self.recipe.data, require_image=True)
 
     @functools.cached_property
     def prompts(self) -> dict[str, Prompt]:
+        """The prompts by id; images of a table's rows stay on disk until one is asked for."""
         return {prompt.id: prompt for prompt in (self.source[i] for i in range(len(self.source)))}
 
     @functools.cached_property

@@ -18,7 +18,7 @@ import pyarrow as pa
 from flax import nnx
 from jax.sharding import Mesh
 
-from m3po_jax.config import ModelConfig, Recipe, SelectConfig, TrainConfig
+from m3po_jax.config import DataConfig, ModelConfig, Recipe, SelectConfig, TrainConfig
 from m3po_jax.data import batches, pair_rows, tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.errors import UserError
@@ -291,7 +291,14 @@ def trained_identity(path: str) -> str:
     return tables.content_hash(facts, tree_identity(folder / "checkpoints"), model_identity(base))[:16]
 
 
-def load_reward(path: str, mesh: Mesh, *, image_root: str | Path = ".", batch_size: int = 16) -> Reward:
+def load_reward(
+    path: str,
+    mesh: Mesh,
+    *,
+    image_root: str | Path = ".",
+    batch_size: int = 16,
+    max_image_pixels: int = DataConfig.max_image_pixels,
+) -> Reward:
     """A trained reward model as an alignment backend, from its folder or its run directory.
 
     Raises:
@@ -303,6 +310,7 @@ def load_reward(path: str, mesh: Mesh, *, image_root: str | Path = ".", batch_si
         model=from_plain(ModelConfig, known["model"], str(folder)),
         train=from_plain(TrainConfig, known["train"], str(folder)),
         seed=known["seed"],
+        data=DataConfig(max_image_pixels=max_image_pixels),
     )
     policy = load_policy(recipe, mesh, image_root=image_root)
     if policy.identity != known.get("base"):

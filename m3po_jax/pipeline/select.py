@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -88,10 +89,11 @@ def select(
     }
 
     def write() -> None:
-        rows = [pair | _shown(prompts[pair["id"]], image_root) for pair in pairs]
         for stale in tables.shards(out):
             stale.unlink()
-        tables.write_table(path, rows, PAIR)
+        if not share_twin(path, candidates.parent):
+            rows = (pair | _shown(prompts[pair["id"]], image_root) for pair in pairs)  # one row group at a time
+            tables.write_table(path, rows, PAIR)
         tables.write_json_lines(out / "drops.jsonl", drops)
         tables.write_table(out.parent / "prompts.parquet", prompt_rows(prompts, drops, image_root), PROMPT)
         write_json(out / "summary.json", summary)
@@ -99,6 +101,25 @@ def select(
     # The others read no image; they wait here, and hear of one that is gone.
     together(lambda: write() if is_writer() else None)
     return summary | {"seconds": time.monotonic() - started}
+
+
+def share_twin(path: Path, round_folder: Path) -> bool:
+    """Makes a pairs file a second name of one that the same round has elsewhere; False where there is none.
+
+    Pairs carry their images, so that TRL and `datasets` open the file alone. Arms of one rule choose the same pairs
+    (the name of a shard is a hash of all that it is made from), and their images need to be on the disk once.
+    """
+    run = round_folder.parent
+    twins = [round_folder / "pairs" / path.name, *sorted(run.glob(f"arms/*/{round_folder.name}/pairs/{path.name}"))]
+    for twin in twins:
+        if twin.is_file() and twin.resolve() != path.resolve():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(twin, path)  # files of a run are replaced and never written to, so that the two stay alike
+            except OSError:  # a file system without hard links
+                return False
+            return True
+    return False
 
 
 def _shown(prompt: Prompt, image_root: Path) -> dict[str, Any]:

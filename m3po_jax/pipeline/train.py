@@ -222,6 +222,7 @@ def _contrastive(recipe: Recipe, rows: Joined, mesh: Mesh) -> tuple[_Start, Any]
         seed=recipe.seed,
         dtype=recipe.model.dtype,
         image_fit=recipe.model.image_fit,
+        max_image_pixels=recipe.data.max_image_pixels,
     )
     source = contrastive.contrastive_batches(
         _with_objects(rows),

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from m3po_jax.config import DataConfig, Recipe
 from m3po_jax.data.batches import reference_tokens
+from m3po_jax.data.checker import kind_of
 from m3po_jax.data.contrastive import claims_of
 from m3po_jax.data.row_inputs import checked_answer, where_of
 from m3po_jax.data.schema import Prompt
-from m3po_jax.data.sources import read_prompts
+from m3po_jax.data.sources import PromptSource, read_prompts
 from m3po_jax.errors import UserError
 from m3po_jax.models.registry import stored_tensors
 from m3po_jax.pipeline.arms import arm_recipe, needs_pairs
@@ -48,8 +50,8 @@ class Problems:
             self._lines.add(str(error))
             self.found.append(error)
 
-    def rows(self, source: Source, title: str) -> int:
-        """Reads every row of a source and its images; returns how many rows are good enough to be read."""
+    def rows(self, source: Source, title: str) -> PromptSource:
+        """Reads every row of a source and its images; returns those that are good enough to be read."""
         found: list[UserError] = []
         rows = read_prompts(source.config, require_image=source.drawn, problems=found)
         for error in found:
@@ -57,7 +59,7 @@ class Problems:
         checks = source.checks(rows.image_root)
         for index in progress(range(len(rows)), title, len(rows)):
             self.row(rows[index], checks)
-        return len(rows)
+        return rows
 
     def row(self, prompt: Prompt, checks: list[Check]) -> None:
         for check in checks:
@@ -66,6 +68,24 @@ class Problems:
                 check(prompt)
             if len(self.found) > before:
                 break  # a row's first problem may cause its others
+
+
+SHOWN_PROBLEMS = 20  # of one kind
+
+
+def problem_lines(problems: Sequence[UserError]) -> list[str]:
+    """One line for each problem; of many of one kind the first, and how many more there are."""
+    kinds = Counter(map(kind_of, problems))
+    shown: Counter[str] = Counter()
+    lines = []
+    for problem in problems:
+        kind = kind_of(problem)
+        shown[kind] += 1
+        if shown[kind] <= SHOWN_PROBLEMS:
+            lines.append(str(problem))
+        elif shown[kind] == kinds[kind]:
+            lines.append(f"and {kinds[kind] - SHOWN_PROBLEMS} more like it: {kind}")
+    return lines
 
 
 def validate(recipe: Recipe) -> tuple[list[UserError], str]:
@@ -94,9 +114,9 @@ def validate(recipe: Recipe) -> tuple[list[UserError], str]:
         sources = list(_sources(recipe, preflight))
     for source in sources:
         with problems.collect():
-            count = problems.rows(source, f"validate {source.config.path}")
-            read.append(f"{count} rows of {source.config.path}")
-            prompts += count if source.drawn else 0
+            rows = problems.rows(source, f"validate {source.config.path}")
+            read.append("; ".join([f"{len(rows)} rows of {source.config.path}", *rows.notes]))
+            prompts += len(rows) if source.drawn else 0
     for name, benchmark in recipe.evaluate.benchmarks.items():
         with problems.collect():
             questions = read_benchmark(name, benchmark)

@@ -114,11 +114,12 @@ def _evaluate_answers(options: argparse.Namespace) -> None:
 
 
 def validate(options: argparse.Namespace) -> None:
+    from m3po_jax.pipeline.validate import problem_lines
     from m3po_jax.pipeline.validate import validate as find_problems
 
     problems, read = find_problems(_recipe(options))
-    for problem in problems:
-        say(f"m3po: {problem}", style="red")
+    for line in problem_lines(problems):
+        say(f"m3po: {line}", style="red")
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError(f"{count} in all", where="validate", remedy="each line above says how to mend it")

@@ -6,35 +6,32 @@ import base64
 import io
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
+
+from m3po_jax.data import schema
+from m3po_jax.data.images import decode
+from m3po_jax.errors import UserError
 
 MAX_PIXELS = 50_000_000  # refused before decoding
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SIDES = (360, 256, 160, 96)  # longest side in pixels; the first at which all thumbnails fit the budget
 BUDGET = 2_000_000  # bytes of all data URIs together
 
 
 def _decode(data: bytes | None, side: int) -> Image.Image | None:
-    """An opaque, upright image at most `side` pixels long; None for bytes that are no readable image."""
+    """The picture that the models saw, at most `side` pixels long; None for bytes that are no readable image."""
     if not data:
         return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    return None
-                image.draft("RGB", (side, side))
-                upright = ImageOps.exif_transpose(image)
-                upright.thumbnail((side, side), Image.Resampling.LANCZOS)
-                rgba = upright.convert("RGBA")
-        flat = Image.new("RGB", rgba.size, "white")
-        flat.paste(rgba, mask=rgba.getchannel("A"))
-    except Exception:  # Pillow's decoders raise many types on corrupt input; none may stop a report
+            image = decode(schema.Image(data), root=Path(), max_pixels=MAX_PIXELS, where="image", draft=(side, side))
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    except UserError:  # no image may stop a report
         return None
-    return flat
+    return image
 
 
 def _encode(image: Image.Image | None, side: int) -> str | None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import hashlib
 import io
 from pathlib import Path
 
 from PIL import Image as PILImage
 
 from m3po_jax.data import schema
-from m3po_jax.data.images import decode
+from m3po_jax.data.images import decode, picture_hash
 
 
 @dataclasses.dataclass
@@ -27,7 +26,7 @@ class Picture:
     @property
     def digest(self) -> str:
         """Stands for the image in a cache key: of the original, so that an encoder's update pays nothing again."""
-        return f"sha256:{hashlib.sha256(self.encoded).hexdigest()}@{self.max_side}"
+        return f"sha256:{picture_hash(self.encoded)}@{self.max_side}"
 
     @property
     def url(self) -> str:

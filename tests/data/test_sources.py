@@ -1,10 +1,13 @@
 """Prompts from JSON lines, parquet and TFDS."""
 
+import base64
+import datetime
 import io
 import json
 import pickle
 import sys
 import textwrap
+import urllib.parse
 
 import grain
 import numpy as np
@@ -37,6 +40,11 @@ def jsonl(path, **fields) -> DataConfig:
     return DataConfig(source="jsonl", path=str(path), **fields)
 
 
+def raw(value: str, field: str = "z") -> str:
+    """A line whose `field` is the JSON text `value`."""
+    return f'{{"id": "x", "instruction": "q", "{field}": {value}}}'
+
+
 ROWS = [{"id": f"r{i}", "image": f"{i}.png", "instruction": f"q{i}", "reference": f"a{i}"} for i in range(7)]
 
 
@@ -62,7 +70,6 @@ def test_limit_stops_before_later_rows(tmp_path):
     [
         ("{", "malformed JSON"),
         ("[]", "not a JSON object"),
-        ({"instruction": "q"}, "no id"),
         ({"id": True, "instruction": "q"}, "no id"),
         ({"id": {"a": 1}, "instruction": "q"}, "no id"),
         ({"id": "x"}, r"\(id 'x'\): the row has no instruction"),
@@ -75,15 +82,33 @@ def test_limit_stops_before_later_rows(tmp_path):
         ({"id": "x", "instruction": "q", "images": [{"bytes": None, "path": None}]}, "neither a path"),
         ({"id": "x", "instruction": "q", "metadata": [1]}, "metadata is not an object"),
         ({"id": "x", "instruction": "q", "metadata": "{"}, "malformed JSON"),
-        ('{"id": "x", "instruction": "q", "metadata": {"a": NaN}}', "cannot be written as JSON"),
+        ('{"id": "x", "instruction": "q", "metadata": {"a": NaN}}', "the metadata is nan"),
         ({"id": "x", "instruction": "q", "history": [["q"]]}, "history is not a list"),
         ({"id": "x", "instruction": "q", "history": "abc"}, "history is not a list"),
         ({"id": "x", "conversations": []}, "the conversation is empty"),
-        ({"id": "x", "conversations": "q"}, "the conversation is empty"),
-        ({"id": "x", "conversations": [{"from": "gpt", "value": "q"}]}, "turn 1 of the conversation"),
+        ({"id": "x", "conversations": "q"}, "the conversation is not a list"),
+        ({"id": "x", "conversations": [{"from": "gpt", "value": "q"}]}, "the conversation is empty"),
         ({"id": "x", "conversations": [{"from": "human"}]}, "turn 1 of the conversation"),
         ({"id": "x", "conversations": [{"from": "human", "value": "q"}] * 2}, "turn 2 of the conversation"),
-        ({"id": "r0", "instruction": "q"}, r"\(id 'r0'\): the id occurs before, at .*p\.jsonl:1"),
+        ({"id": "x", "instruction": "q", "z": float("inf")}, "the field 'z' is inf"),
+        ({"id": "x", "instruction": "q", "z": [[1, {"a": float("nan")}]]}, "the field 'z' is nan"),
+        ('{"id": "x", "instruction": "q", "z": 1e999}', "the field 'z' is inf"),
+        (raw("1" + "0" * 5000), "malformed JSON"),
+        (raw("[" * 100 + "]" * 100), "the field 'z' is nested more than 64 levels"),
+        (raw('{"a":' * 450 + "1" + "}" * 450, "metadata"), "the metadata is nested more than 64 levels"),
+        (raw("[" * 900 + "]" * 900), "nested"),
+        (raw("[" * 9000 + "]" * 9000), "malformed JSON"),
+        ({"id": "\ud83d", "instruction": "q"}, r"the id has half of a character"),
+        ({"id": "a\0b", "instruction": "q"}, r"the id has a control character"),
+        ({"id": "a\nb", "instruction": "q"}, r"the id has a control character"),
+        ({"id": "x", "instruction": "q\ud83d"}, r"the instruction has half of a character .* at place 1"),
+        ({"id": "x", "instruction": "q", "answer": "\udc00"}, r"the reference has half of a character"),
+        ({"id": "x", "instruction": "q", "history": [["\udc00", "a"]]}, r"the history has half of a character"),
+        ({"id": "x", "instruction": "q", "image": "\udc00.png"}, r"an image's path has half of a character"),
+        ({"id": "x", "instruction": "q", "metadata": {"a": ["\udc00"]}}, r"the metadata has half of a character"),
+        ({"id": "x", "instruction": "q", "metadata": {"\udc00": 1}}, r"a key of the metadata has half"),
+        ({"id": "x", "instruction": "q", "image": "data:image/png;base64,%%%"}, "data URI .* not valid base64"),
+        ({"id": "x", "messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "turn 1 of the conversation"),
     ],
 )
 def test_bad_rows_name_file_row_and_id(tmp_path, row, message):
@@ -121,6 +146,17 @@ def test_formats_of_others():
     got = prompt_from_row(llava, "f:1")
     assert (got.instruction, got.reference) == ("And?", None)
     assert got.metadata == {"history": [["What?", "A bus."]]}  # the only image goes in front, as LLaVA trains
+    # An image in a later turn goes to the front of that turn, as LLaVA's preprocess_multimodal has it.
+    hello = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]
+    got = prompt_from_row(llava | {"conversations": [*hello, human]}, "f:1")
+    assert (got.instruction, got.metadata) == ("<image>\nWhat?", {"history": [["Hello", "Hi"]]})
+    got = prompt_from_row(llava | {"conversations": [*hello, human, gpt, {"from": "human", "value": "And?"}]}, "f:1")
+    assert (got.instruction, got.metadata["history"][1]) == ("And?", ["<image>\nWhat?", "A bus."])
+    two = [{"from": "human", "value": "<image>\nOne."}, gpt, {"from": "human", "value": "Two. <image>"}]
+    got = prompt_from_row({"id": "l", "images": ["a", "b"], "conversations": two}, "f:1")
+    assert (got.instruction, got.metadata["history"]) == ("<image>\nTwo.", [["<image>\nOne.", "A bus."]])
+    # LLaVA's train.py leaves an opening turn of the assistant out.
+    assert prompt_from_row(llava | {"conversations": [gpt, human, gpt]}, "f:1").instruction == "What?"
     got = prompt_from_row(llava | {"conversations": [human, gpt]}, "f:1")
     assert (got.instruction, got.reference, got.metadata) == ("What?", "A bus.", {})
     many = {"from": "human", "value": "<image> or <image>?"}
@@ -136,9 +172,163 @@ def test_formats_of_others():
     answer = prompt_from_row({"id": "a", "question": "q", "text": "t"}, "f:1")
     assert (answer.instruction, answer.reference) == ("q", "t")
     zero = prompt_from_row(
-        {"id": 0, "instruction": "q", "metadata": {"a": 1}, "a": 2, "b": [None], "nan": float("nan")}, "f:1"
+        {"id": 0, "instruction": "q", "metadata": {"a": 1}, "a": 2, "b": [None], "day": datetime.date(2024, 5, 6)},
+        "f:1",
     )
-    assert (zero.id, zero.metadata) == ("0", {"a": 1, "b": [None]})
+    assert (zero.id, zero.metadata) == ("0", {"a": 1, "b": [None], "day": "2024-05-06"})
+    large = prompt_from_row({"id": 10**400, "instruction": "q", "n": 2**70}, "f:1")
+    assert (large.id, large.metadata) == (str(10**400), {"n": 2**70})
+
+
+IMAGE_PART = {"type": "image"}
+
+
+@pytest.mark.parametrize("column", ["messages", "prompt"])
+def test_chats(column):
+    system = {"role": "system", "content": "Be brief."}
+    user = {"role": "user", "content": [IMAGE_PART, {"type": "text", "text": "What?"}]}
+    answer = {"role": "assistant", "content": "A bus."}
+    later = {"role": "user", "content": [{"type": "text", "text": "And "}, IMAGE_PART]}
+    got = prompt_from_row({"id": "c", "image": "a.jpg", column: [system, user, answer]}, "f:1")
+    assert (got.instruction, got.reference, got.metadata) == ("What?", "A bus.", {"system": "Be brief."})
+    got = prompt_from_row({"id": "c", "images": ["a", "b"], column: [user, answer, later]}, "f:1")
+    assert (got.instruction, got.metadata) == ("<image>\nAnd", {"history": [["<image>\nWhat?", "A bus."]]})
+    url = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(png(1)).decode()}"}}
+    got = prompt_from_row({"id": "c", column: [{"role": "user", "content": [url, user["content"][1]]}]}, "f:1")
+    assert (got.instruction, got.images) == ("What?", (schema.Image(png(1)),))
+    assert prompt_from_row({"id": "c", "prompt": "What?", "chosen": "x"}, "f:1").metadata == {"chosen": "x"}
+    both = prompt_from_row({"id": "c", "question": "What?", "prompt": "p", "messages": [1], "index": 4}, "f:1")
+    assert (both.instruction, both.metadata) == ("What?", {"prompt": "p", "messages": [1], "index": 4})
+
+
+def test_images_as_text(tmp_path):
+    """Data URIs and bare base64 are images; anything else in their place is a path."""
+    text = base64.b64encode(png(3)).decode()
+    for value in (
+        text,
+        "\n".join(textwrap.wrap(text, 40)),
+        f"data:image/png;base64,{text}",
+        f"DATA:image/png;charset=utf-8;base64,{text.rstrip('=')}",
+        "data:image/png," + urllib.parse.quote(png(3)),
+        {"bytes": text, "path": None},
+        {"url": f"data:image/png;base64,{text}"},
+    ):
+        assert prompt_from_row({"id": 1, "question": "q", "image": value}, "f:1").images == (schema.Image(png(3)),)
+    for path in ("a/b.png", "iVBORw0KGgo", "a" * 80, "/9j/" + "b" * 100 + ".png", "x.tif"):
+        assert prompt_from_row({"id": 1, "question": "q", "image": path}, "f:1").images == (schema.Image(path=path),)
+
+
+def llava(identifier, *turns, **fields):
+    said = [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
+    return {"id": identifier, "conversations": said, **fields}
+
+
+def test_repeated_ids_are_numbered_by_place(tmp_path):
+    rows = [llava("33", f"<image>\n{i}?", "a", image="x.png") for i in range(3)]
+    rows += [llava("33#2", "q", "a"), llava("34", "Tell me a joke", "ha"), llava("33", "q", "a")]
+    path = tmp_path / "llava.json"
+    path.write_text(json.dumps(rows))
+    source = read_prompts(jsonl(path))
+    assert [row.id for row in source] == ["33", "33#2", "33#3", "33#2#2", "34", "33#4"]
+    assert source[1].where == f"{path}[1] (id '33#2')" and source[4].images == ()
+    assert source.notes == [f"{path}: 4 rows have the id of an earlier row and are called ID#2, ID#3, ..."]
+    assert [row.id for row in read_prompts(jsonl(path, limit=2))] == ["33", "33#2"]
+
+
+def test_bad_rows_can_be_left_out_and_are_counted(tmp_path):
+    (tmp_path / "good.png").write_bytes(png(1))
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    PILImage.new("1", (11, 10)).save(tmp_path / "large.png")
+    images = ["good.png", "none.png", "bad.png", "large.png", "gone.png", None, "good.png"]
+    rows = [{"id": i, "image": image, "question": "q"} for i, image in enumerate(images)]
+    path = write_lines(tmp_path / "p.jsonl", [*rows, "{", {"id": "x"}])
+    source = read_prompts(jsonl(path, on_bad_row="skip", max_image_pixels=100), require_image=True)
+    assert [row.id for row in source] == ["0", "6"]
+    (note,) = source.notes
+    assert note.startswith(
+        f"{path}: 7 bad rows left out (2 x no image file … under …; 2 x the row has no image; 1 x "
+    )
+    assert "; 1 x the image has … x … pixels, more than data.max_image_pixels = …; 1 x malformed JSON" in note
+    problems: list[UserError] = []
+    assert len(read_prompts(jsonl(path, on_bad_row="skip"), require_image=True, problems=problems)) == 3
+    assert not problems
+    with pytest.raises(UserError, match=r"no rows; .* 1 bad rows left out"):
+        read_prompts(jsonl(write_lines(tmp_path / "q.jsonl", ["{"]), on_bad_row="skip"))
+    with pytest.raises(UserError, match=r"data\.on_bad_row: unknown on_bad_row 'skp' \(did you mean 'skip'"):
+        read_prompts(jsonl(path, on_bad_row="skp"))
+    with pytest.raises(UserError, match=r"data\.exif: unknown exif 'no'"):
+        read_prompts(jsonl(path, exif="no"))
+
+
+def test_ids_are_made_of_the_image_or_the_place(tmp_path):
+    rows = [{"image": "a/x.png", "question": "q"}, {"question": "q"}, {"images": ["a", "b"], "question": "q"}]
+    path = write_lines(tmp_path / "p.jsonl", [*rows, rows[0]])
+    assert [row.id for row in read_prompts(jsonl(path))] == ["a/x.png", "row-2", "row-3", "a/x.png#2"]
+
+
+def test_tables_of_text(tmp_path):
+    text = base64.b64encode(png(5)).decode()
+    for name, comma in (("p.csv", ","), ("p.tsv", "\t")):
+        path = tmp_path / name
+        lines = [
+            ["\ufeffindex", "image", "question", "answer", "A"],
+            ["7", text, '"What, or\n""who""?"'.replace(",", comma), "a bus", ""],
+            ["8", "x.png", "q", "", "one"],
+            ["9", '"[""a.png"", ""b.png""]"', "q", "", ""],
+        ]
+        path.write_text("\n".join(comma.join(cells) for cells in lines), encoding="utf-8")
+        for source in (read_prompts(jsonl(path)), read_prompts(DataConfig(source="csv", path=str(path)))):
+            assert [row.id for row in source] == ["7", "8", "9"]
+            assert source[0].images == (schema.Image(png(5)),) and source[0].reference == "a bus"
+            assert source[0].instruction == f'What{comma} or\n"who"?' and source[0].metadata == {}
+            assert source[1].metadata == {"A": "one"} and source[1].images == (schema.Image(path="x.png"),)
+            assert len(source[2].images) == 2
+    for text, message in (
+        ("id,id\n1,2\n", "two columns have the same name"),
+        ("id,question\n1,2,3\n", r"p\.csv:2: the row has more cells"),
+        ("id,question\n1,\n", "no instruction; add 'instruction', or set data.instruction"),
+        ("id,question\n1,a\0b\n", None),
+    ):
+        (tmp_path / "p.csv").write_text(text)
+        if message is None:  # Python 3.11 and later read it
+            assert read_prompts(jsonl(tmp_path / "p.csv"))[0].instruction == "a\0b"
+            continue
+        with pytest.raises(UserError, match=message):
+            read_prompts(jsonl(tmp_path / "p.csv"))
+    (tmp_path / "p.csv").write_bytes(b"id,question\n1,\xff\n")
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_prompts(jsonl(tmp_path / "p.csv"))
+    assert read_prompts(jsonl(write_lines(tmp_path / "p.jsonl", [{"id": 1}]), instruction="Describe."))[0] == (
+        schema.Prompt("1", (), "Describe.")
+    )
+
+
+def test_a_folder_of_images(tmp_path):
+    for name in ("b.PNG", "a/x.jpeg", ".hidden/y.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png(1))
+    source = read_prompts(jsonl(tmp_path, instruction="Describe the image."), require_image=True)
+    assert [(row.id, row.images[0].path, row.instruction) for row in source] == [
+        ("a/x.jpeg", "a/x.jpeg", "Describe the image."),
+        ("b.PNG", "b.PNG", "Describe the image."),
+    ]
+    assert source.image_root == tmp_path
+    with pytest.raises(UserError, match=r"a folder of images has no instructions; say in data\.instruction"):
+        read_prompts(jsonl(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (b"\x1f\x8b\x08", "a gzip archive; unpack it"),
+        (b"PK\x03\x04", "a zip archive"),
+        (b"PAR1", "data.source=parquet"),
+    ],
+)
+def test_files_that_are_no_text_are_named(tmp_path, start, message):
+    (tmp_path / "p.jsonl").write_bytes(start + b"\0" * 90)
+    with pytest.raises(UserError, match=message):
+        read_prompts(jsonl(tmp_path / "p.jsonl"))
 
 
 def test_json_array(tmp_path):
@@ -210,8 +400,8 @@ def test_parquet_folder_of_our_schema(tmp_path):
         read_prompts(DataConfig(source="parquet", path=str(tmp_path)), require_image=True)
     assert len(read_prompts(DataConfig(source="parquet", path=str(tmp_path), limit=130))) == 130
     (tmp_path / "2.parquet").write_bytes((tmp_path / "0.parquet").read_bytes())
-    with pytest.raises(UserError, match=r"2\.parquet:row 0 \(id 'p0'\): the id occurs before, at .*0\.parquet:row 0"):
-        read_prompts(DataConfig(source="parquet", path=str(tmp_path)))
+    again = read_prompts(DataConfig(source="parquet", path=str(tmp_path)))
+    assert (again[200].id, again[200].where) == ("p0#2", f"{tmp_path}/2.parquet:row 0 (id 'p0#2')")
 
 
 def test_parquet_of_the_datasets_library(tmp_path):
