@@ -219,6 +219,8 @@ class RLConfig:
 class TrainConfig:
     objective: str = "preference"  # preference | sft | contrastive | reward | rlhf, see training.md
     data: list[DataConfig] = field(default_factory=list)  # sft, contrastive: joined; empty: the recipe's `data`
+    # preference, sft on chosen answers: a file (or folder) of pairs to learn from instead of a run's own, see data.md
+    pairs: str = ""
     sft_answers: str = "chosen"  # an arm of objective sft learns the pairs' chosen | the data's reference answers
     loss_type: str = "sigmoid"  # a loss of training.md, or mixture: those of `loss_weights`
     loss_weights: dict[str, float] = field(default_factory=dict)  # MPO: {sigmoid: 0.8, bco_pair: 0.2, sft: 1.0}
@@ -286,7 +288,7 @@ class RewardConfig:
     holdout: float = 0.1  # share of its pairs that measure its accuracy instead
     rule: str = "vanilla"  # how its pairs are made from scored candidates; a `select.rule`
     pairs_per_prompt: int = 1  # at most so many different pairs of a prompt; more than one: vanilla or random alone
-    pairs: str = ""  # a folder or file of pairs to learn from instead (TRL's vision format); the split does not apply
+    pairs: str = ""  # a file (or folder) of pairs to learn from instead, see data.md; the split does not apply
     learning_rate: float | None = None  # null: that of `train`; so are the next four
     lora_rank: int | None = None  # 0: its backbone learns as a whole, while the policy has adapters
     batch_size: int | None = None  # pairs of one optimizer step

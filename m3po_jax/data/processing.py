@@ -191,11 +191,16 @@ class Processor:
         )
 
     def render(self, prompt: schema.Prompt) -> tuple[Piece, ...]:
-        """The prompt's pieces, ``metadata["history"]`` included (a list of [user, assistant] turns)."""
+        """The prompt's pieces, with ``metadata["history"]`` (a list of [user, assistant] turns) and
+        ``metadata["system"]`` (the text of a system turn)."""
         if self.require_image and not prompt.images:
             raise UserError("the row has no image", where=prompt.where or None, remedy="add one or drop the row")
         return self.template.render(
-            prompt.instruction, len(prompt.images), _history(prompt), where=prompt.where or None
+            prompt.instruction,
+            len(prompt.images),
+            _history(prompt),
+            system=_system(prompt),
+            where=prompt.where or None,
         )
 
     def prompt_text(self, prompt: schema.Prompt) -> str:
@@ -319,6 +324,13 @@ def _history(prompt: schema.Prompt) -> list[Turn]:
     if not all(len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in turns):
         raise UserError("history is not a list of [user, assistant] texts", where=prompt.where or f"id {prompt.id!r}")
     return [(user, assistant) for user, assistant in turns]
+
+
+def _system(prompt: schema.Prompt) -> str | None:
+    system = prompt.metadata.get("system")
+    if system is not None and not isinstance(system, str):
+        raise UserError("the system turn is not a text", where=prompt.where or f"id {prompt.id!r}")
+    return system
 
 
 def _read_json(path: Path) -> dict[str, Any]:

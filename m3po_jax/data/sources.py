@@ -98,8 +98,8 @@ def _row_content(prompt: schema.Prompt, root: Path) -> Iterator[Any]:
     yield row
 
 
-def _json_rows(path: Path, checker: _Checker) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Objects of a JSON-lines file, or of a JSON array (LLaVA's files)."""
+def json_rows(path: Path, report: Callable[[UserError], None]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, object) of a JSON-lines file, or of a JSON array (LLaVA's files); `report` gets what is no object."""
     if not path.is_file():
         raise UserError("no such file", where=str(path), remedy="check data.path")
     with path.open("rb") as file:
@@ -114,7 +114,7 @@ def _json_rows(path: Path, checker: _Checker) -> Iterator[tuple[str, dict[str, A
                 if isinstance(row, dict):
                     yield f"{path}[{index}]", row
                 else:
-                    checker.report(UserError("not a JSON object", where=f"{path}[{index}]"))
+                    report(UserError("not a JSON object", where=f"{path}[{index}]"))
             return
         file.seek(0)
         for number, line in enumerate(file, 1):
@@ -124,7 +124,7 @@ def _json_rows(path: Path, checker: _Checker) -> Iterator[tuple[str, dict[str, A
             try:
                 row = tables.parse_json_object(line, where)
             except UserError as error:
-                checker.report(error)
+                report(error)
             else:
                 yield where, row
 
@@ -132,7 +132,7 @@ def _json_rows(path: Path, checker: _Checker) -> Iterator[tuple[str, dict[str, A
 def _read_json(config: DataConfig, checker: _Checker) -> PromptList:
     path = Path(config.path)
     prompts = []
-    for where, row in _json_rows(path, checker):
+    for where, row in json_rows(path, checker.report):
         prompt = checker.prompt(row, where)
         if prompt is not None:
             prompts.append(prompt)

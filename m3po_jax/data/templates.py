@@ -33,7 +33,7 @@ class Template:
 
     Attributes:
         name: Key in `TEMPLATES`.
-        system: Text in front of the first turn, its trailing space included.
+        system: Text in front of the first turn, its trailing space included; a conversation's own replaces it.
         user: Text in front of what the user says.
         assistant: Text behind it; the model continues from here.
         answer_prefix: Text between `assistant` and an answer.
@@ -50,7 +50,13 @@ class Template:
     turn_end: Piece = Marker.EOS
 
     def render(
-        self, instruction: str, images: int, history: Sequence[Turn] = (), *, where: str | None = None
+        self,
+        instruction: str,
+        images: int,
+        history: Sequence[Turn] = (),
+        *,
+        system: str | None = None,
+        where: str | None = None,
     ) -> tuple[Piece, ...]:
         """The prompt up to and including `assistant`, as pieces; adjacent texts are joined.
 
@@ -61,6 +67,9 @@ class Template:
             instruction: What the user asks now.
             images: Number of images of the whole conversation.
             history: Earlier turns, oldest first.
+            system: The conversation's own system turn, which replaces the template's: as FastChat's conversations
+                take it, and as the chat template of llava-hf writes it (the text and a space, without a role). In it
+                ``<image>`` is plain text. None or empty: the template's.
             where: File and row, for the error message.
 
         Raises:
@@ -78,7 +87,7 @@ class Template:
             )
         if placeholders == 0:
             said[0] = (IMAGE_PLACEHOLDER + self.after_image) * images + said[0]
-        pieces: list[Piece] = [self.system]
+        pieces: list[Piece] = [f"{system} " if system else self.system]
         for index, text in enumerate(said):
             pieces.append(self.user)
             for part, fragment in enumerate(text.split(IMAGE_PLACEHOLDER)):

@@ -8,8 +8,9 @@ from m3po_jax.config import Recipe
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.evaluation.registry import METRICS
 from m3po_jax.generation.settings import sampling_config
-from m3po_jax.pipeline.arms import VCD, arm_recipe
+from m3po_jax.pipeline.arms import VCD, arm_recipe, needs_pairs
 from m3po_jax.pipeline.models import check_trainable
+from m3po_jax.pipeline.pair_files import pairs_instead_of_prompts
 from m3po_jax.pipeline.reward import check_reward_config, judges_by_own_reward, uses_own_reward
 from m3po_jax.pipeline.rounds import check_rounds
 from m3po_jax.scoring.chat import check_endpoint
@@ -42,12 +43,52 @@ def check_recipe(recipe: Recipe) -> None:
         try:
             own = arm_recipe(recipe, arm)
             _check_one(own)
+            if bool(own.train.pairs) != bool(recipe.train.pairs):
+                raise UserError(
+                    "a run's systems learn from its own candidates, or all of them from files of pairs",
+                    where="train.pairs",
+                    remedy="set it for the whole recipe, or for none",
+                )
+            if own.train.pairs and any(
+                getattr(own, section) != getattr(recipe, section) for section in ("generate", "score", "select")
+            ):
+                raise UserError(
+                    "changes how candidates become pairs, and all pairs are from a file",
+                    where="train.pairs",
+                    remedy="here arms change settings of `train`",
+                )
             if own.reward != recipe.reward or own.train.objective == "reward":
                 raise UserError(
                     "systems share one reward model", where="reward", remedy="set it for the whole recipe"
                 )
         except UserError as error:
             raise UserError(str(error), where=f"arms.{arm}") from None
+
+
+def _check_pairs(recipe: Recipe) -> None:
+    """`train.pairs` stands in place of candidates: one round, and an objective that learns from pairs."""
+    if not recipe.train.pairs:
+        return
+    where = "train.pairs"
+    if recipe.train.objective == "reward":
+        raise UserError("a reward model learns from reward.pairs", where=where, remedy="name the file there")
+    if not needs_pairs(recipe):
+        what = "reference answers" if recipe.train.objective == "sft" else f"objective {recipe.train.objective!r}"
+        raise UserError(
+            f"{what} and pairs from a file",
+            where=where,
+            remedy="pairs serve train.objective=preference, and sft with train.sft_answers=chosen",
+        )
+    if recipe.rounds > 1:
+        raise UserError(
+            f"{recipe.rounds} rounds on pairs from a file", where=where, remedy="rounds=1: nothing is generated"
+        )
+    if uses_own_reward(recipe):
+        raise UserError(
+            "a reward model scores candidates, and pairs from a file need none",
+            where=where,
+            remedy="drop this system",
+        )
 
 
 def _check_one(recipe: Recipe) -> None:
@@ -68,6 +109,7 @@ def _check_one(recipe: Recipe) -> None:
         model = recipe.score.endpoint.model or next(filter(None, judges), "")
         check_endpoint(dataclasses.replace(recipe.score.endpoint, model=model))
     sampling_config(recipe.generate, 0)
+    _check_pairs(recipe)
     if uses_own_reward(recipe) or recipe.train.objective == "reward":
         check_reward_config(recipe)
     if recipe.train.objective in ("preference", "rlhf", "reward"):
@@ -84,7 +126,7 @@ def _check_one(recipe: Recipe) -> None:
             where="train.sft_answers",
         )
     longest, limit = recipe.generate.max_new_tokens, recipe.train.max_answer_tokens
-    if longest > limit:
+    if longest > limit and not pairs_instead_of_prompts(recipe):
         raise UserError(
             f"generate.max_new_tokens = {longest} is more than train.max_answer_tokens = {limit}",
             where="train.max_answer_tokens",

@@ -18,6 +18,7 @@ from m3po_jax.pipeline.backends import check_ready
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.evaluate import read_benchmark
+from m3po_jax.pipeline.pair_files import check_pairs, pairs_instead_of_prompts
 
 Check = Callable[[Prompt], object]
 MakeChecks = Callable[[Path], list[Check]]  # for rows whose images lie under a folder
@@ -57,7 +58,7 @@ def validate(recipe: Recipe) -> tuple[list[UserError], str]:
     row's prompt length and images, and every benchmark's questions.
     """
     problems, read = Problems(), []
-    preference = recipe.train.objective in ("preference", "rlhf", "reward")
+    preference = recipe.train.objective in ("preference", "rlhf", "reward") or bool(recipe.train.pairs)
     if preference:
         with problems.collect():
             check_recipe(recipe)
@@ -67,13 +68,15 @@ def validate(recipe: Recipe) -> tuple[list[UserError], str]:
         if recipe.model.init == "pretrained":
             read.append(f"{len(stored_tensors(description))} tensors")
         make_checks = _row_checks(recipe, description)
-    if preference:
+    scores = preference and not pairs_instead_of_prompts(recipe)
+    if scores:
         with problems.collect():
             check_ready(recipe.score)
-    if recipe.score.model and preference:
+    if recipe.score.model and scores:
         with problems.collect():
             stored_tensors(describe(recipe.score.model))
-    for config in [recipe.data] if preference else recipe.train.data or [recipe.data]:
+    read += check_pairs(recipe, problems.found)
+    for config in rows_of(recipe):
         with problems.collect():
             count = problems.rows(config, make_checks, f"validate {config.path}", require_image=preference)
             read.append(f"{count} rows of {config.path}")
@@ -81,6 +84,14 @@ def validate(recipe: Recipe) -> tuple[list[UserError], str]:
         with problems.collect():
             read.append(f"{len(read_benchmark(name, benchmark).prompts)} questions of {name}")
     return problems.found, ", ".join(read)
+
+
+def rows_of(recipe: Recipe) -> list[DataConfig]:
+    """The prompts (or rows) that a recipe's stages read; none where training reads pairs from a file."""
+    if pairs_instead_of_prompts(recipe):
+        return []
+    own = recipe.train.objective in ("preference", "rlhf", "reward")
+    return [recipe.data] if own else recipe.train.data or [recipe.data]
 
 
 def _row_checks(recipe: Recipe, description: Description) -> MakeChecks:

@@ -17,6 +17,7 @@ from m3po_jax.errors import UserError, nearest
 from m3po_jax.pipeline import evaluate as evaluating
 from m3po_jax.pipeline import summary
 from m3po_jax.pipeline import train as training
+from m3po_jax.pipeline.arms import trains_in_rounds
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.run import Run
 from m3po_jax.pipeline.rundir import RunDirectory, write_json
@@ -183,7 +184,7 @@ def train(options: argparse.Namespace) -> None:
         with _stage(options) as running:
             running.reward_stage()
         return
-    if options.arm is not None or recipe.train.objective in ("preference", "rlhf"):
+    if options.arm is not None or trains_in_rounds(recipe):
         with _stage(options) as running:
             running.train_stage(options.round, _arm(recipe, options))
         return
@@ -212,7 +213,7 @@ def export(options: argparse.Namespace) -> None:
             where="train.objective",
             remedy="it is used in place: score.backend=reward score.model=RUN_DIRECTORY",
         )
-    if recipe.train.objective in ("preference", "rlhf") or options.arm is not None:
+    if trains_in_rounds(recipe) or options.arm is not None:
         trained = Run(recipe).train_stage(options.round, _arm(recipe, options), only_finished=True)
     else:
         trained = training.load_from_rows(recipe, directory.root, mesh)
