@@ -6,7 +6,6 @@ and `rejected` as messages whose content is a list of image and text parts.
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from m3po_jax.data.schema import IMAGE_PART, Image, Prompt
 from m3po_jax.data.templates import IMAGE_PLACEHOLDER
 from m3po_jax.errors import UserError
 
-_LEADING_IMAGES = re.compile(f"(?:{re.escape(IMAGE_PLACEHOLDER)}\n)*")
+_LINE = f"{IMAGE_PLACEHOLDER}\n"  # an image in front of what the user says
 
 
 class PairRows(Sequence[dict[str, Any]]):
@@ -98,8 +97,9 @@ def message_text(messages: Sequence[Mapping[str, Any]]) -> str:
 def pair_prompt(row: Mapping[str, Any], where: str = "") -> Prompt:
     """The prompt of a PAIR row: its images, the last user message, the turns before it and the system turn.
 
-    Images in front of the first user's text are left to the template. Where an image stands elsewhere, every image is
-    written into its turn as ``<image>``, with a line break behind it where it opens the turn.
+    Images stand in front of what the user says in their turn, wherever their parts are in it: so LLaVA was trained,
+    and so llava-hf's chat template writes them. Those of the first turn are left to our template; where a later turn
+    has some, all become ``<image>`` in their turns. A text may say ``<image>`` itself, to have one elsewhere.
 
     Raises:
         UserError: the turns are not [system,] user, assistant, ..., user.
@@ -113,8 +113,9 @@ def pair_prompt(row: Mapping[str, Any], where: str = "") -> Prompt:
             where=where or None,
             remedy="user and assistant take turns, from the user's first to the user's last",
         )
-    leading, total = _leading(messages[0]), sum(map(_images, messages))
-    texts = [message_text([message]) if leading == total else _placed(message) for message in messages]
+    texts, counts = [message_text([message]) for message in messages], list(map(_image_parts, messages))
+    if any(counts[1:]) or any(IMAGE_PLACEHOLDER in text for text in texts[::2]):
+        texts = [_LINE * count + text for count, text in zip(counts, texts, strict=True)]
     history = [[user, assistant] for user, assistant in zip(texts[:-1:2], texts[1::2], strict=True)]
     return Prompt(
         id=row["id"],
@@ -125,32 +126,16 @@ def pair_prompt(row: Mapping[str, Any], where: str = "") -> Prompt:
     )
 
 
-def _images(message: Mapping[str, Any]) -> int:
-    """Image parts of a message."""
+def _image_parts(message: Mapping[str, Any]) -> int:
     content = message["content"]
     return 0 if isinstance(content, str) else sum(part["type"] == "image" for part in content)
 
 
-def _leading(message: Mapping[str, Any]) -> int:
-    """Image parts in front of a message's first text part."""
-    if isinstance(message["content"], str):
-        return 0
-    kinds = [part["type"] for part in message["content"]]
-    return next((place for place, kind in enumerate(kinds) if kind != "image"), len(kinds))
-
-
-def _placed(message: Mapping[str, Any]) -> str:
-    """The text of a message with ``<image>`` for every image part."""
-    if isinstance(message["content"], str):
-        return message["content"]
-    opening = _leading(message)
-    texts = [f"{IMAGE_PLACEHOLDER}\n"] * opening
-    texts += [part["text"] if part["type"] == "text" else IMAGE_PLACEHOLDER for part in message["content"][opening:]]
-    return "".join(texts)
-
-
 def prompt_messages(prompt: Prompt) -> list[dict[str, Any]]:
-    """The messages of a prompt, from which `pair_prompt` makes the same prompt (as every template writes it)."""
+    """The messages of a prompt, from which `pair_prompt` makes one that every template writes as this one.
+
+    Images in front of a turn become image parts; ``<image>`` within a text stays there.
+    """
     history = prompt.metadata.get("history") or []
     said = [text for turn in history for text in turn] + [prompt.instruction]
     tagged = any(IMAGE_PLACEHOLDER in text for text in said[::2])
@@ -159,32 +144,18 @@ def prompt_messages(prompt: Prompt) -> list[dict[str, Any]]:
         messages.append({"role": "system", "content": [text_part(system)]})
     for place, text in enumerate(said):
         user = place % 2 == 0
-        content = _parts(text) if user else [text_part(text)]
-        if place == 0 and not tagged:
-            content = [IMAGE_PART for _ in prompt.images] + content
+        rest = text.removeprefix(_LINE * _opening_images(text)) if user else text
+        count = len(prompt.images) if place == 0 and not tagged else _opening_images(text) * user
+        content = [IMAGE_PART] * count + ([text_part(rest)] if rest or not count else [])
         messages.append({"role": "user" if user else "assistant", "content": content})
     return messages
+
+
+def _opening_images(text: str) -> int:
+    """How many images stand in front of a text, each on a line of its own."""
+    return 1 + _opening_images(text.removeprefix(_LINE)) if text.startswith(_LINE) else 0
 
 
 def text_part(text: str) -> dict[str, Any]:
     """A text part of a message."""
     return {"type": "text", "text": text}
-
-
-def _parts(text: str) -> list[dict[str, Any]]:
-    """What a user says as parts: every ``<image>`` is an image part.
-
-    An empty text part in front tells an image that opens the text without a line break from one with it.
-    """
-    opening = _LEADING_IMAGES.match(text)
-    assert opening is not None
-    leading, rest = opening[0], text[opening.end() :]
-    if rest.startswith(IMAGE_PLACEHOLDER):
-        leading, rest = "", text
-    first, *others = rest.split(IMAGE_PLACEHOLDER)
-    parts = [IMAGE_PART for _ in range(leading.count(IMAGE_PLACEHOLDER))]
-    if first or others or not parts:
-        parts.append(text_part(first))
-    for fragment in others:
-        parts += [IMAGE_PART, *([text_part(fragment)] if fragment else [])]
-    return parts
