@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from mini_run import ROOT, write_data, write_recipe
 
 from m3po_jax.cli import main
@@ -29,6 +30,7 @@ CHAT = (
     "{% for part in m['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
     "{{ {'user': ' ASSISTANT:', 'assistant': eos_token, 'system': ' '}[m['role']] }}{% endfor %}"
 )
+ARMS = {"chosen": {"train.objective": "sft"}}
 MPO = {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}
 
 
@@ -46,8 +48,8 @@ def conversations() -> list[dict[str, Any]]:
     prompts = [
         [asked(describe)],
         [said("Describe the dog and the cat.", "system"), asked(is_there)],
-        [asked(is_there), said("No"), said(describe, "user")],
-        [said(is_there, "user"), said("Yes"), asked("Is there a cat in the image?")],
+        [asked(is_there), said("No"), {"role": "user", "content": [{"type": "text", "text": describe}]}],
+        [{"role": "user", "content": [{"type": "text", "text": is_there}]}, said("Yes"), asked("Is there a cat?")],
         [said(describe, "user")],
     ]
     answers = [("A cat and a dog.", "A dog."), ("Yes", "No"), ("A dog.", "A car and a cat."), ("No", "Yes")]
@@ -64,22 +66,18 @@ def write_pairs(folder: Path, rows: list[dict[str, Any]], name: str = "pairs.jso
     return path
 
 
-def recipe_with(folder: Path, pairs: Path, **changes: Any) -> str:
+def recipe_with(folder: Path, pairs: Path, arms: Any = (), **train: Any) -> str:
     """The mini recipe on pairs alone: it has no prompts, and all rows in a batch."""
-    train = {"pairs": str(pairs), "batch_size": 5, "max_steps": 2, "save_steps": 1, "warmup_ratio": 0.0}
-    train |= {"lr_schedule": "constant", "learning_rate": 1e-2, "token_mean": "batch"}
-    train |= {"loss_type": "mixture", "loss_weights": MPO}
-    given = {"data": {"path": ""}, "train": train, "arms": {"chosen": {"train.objective": "sft"}}} | changes
-    given["train"] = train | changes.get("train", {})
-    given.setdefault("cache", {"reference": "auto"})
-    path = write_recipe(folder, folder / "none.jsonl", **given)
-    content = json.loads(json.dumps(__import__("yaml").safe_load(path.read_text())))
-    content["data"] = {}
+    settings = {"pairs": str(pairs), "batch_size": 5, "max_steps": 2, "save_steps": 1, "warmup_ratio": 0.0}
+    settings |= {"lr_schedule": "constant", "learning_rate": 1e-2, "token_mean": "batch"}
+    settings |= {"loss_type": "mixture", "loss_weights": MPO} | train
+    path = write_recipe(folder, folder / "none.jsonl", train=settings, cache={"reference": "auto"})
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) | {"data": {}, "arms": dict(arms)}
     benchmarks = content["evaluate"]["benchmarks"]
     benchmarks.pop("questions")
     benchmarks["scenes"]["data"]["path"] = str(pairs.parent / "prompts.jsonl")
     content["evaluate"] |= {"stop_bias": [], "contrast_alpha": []}
-    path.write_text(json.dumps(content), encoding="utf-8")
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return str(path)
 
 
@@ -93,7 +91,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, pairs: Path) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    assert main(["run", "--config", recipe_with(folder, pairs)]) == 0
+    assert main(["run", "--config", recipe_with(folder, pairs, ARMS)]) == 0
     return folder / "runs/mini"
 
 
@@ -130,11 +128,12 @@ def test_the_step_is_that_of_trl(finished: Path, pairs: Path, tmp_path: Path) ->
     """MPO's loss, rewards and log-probs at the second step: TRL's collator and loss on the same rows and weights."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     module = pytest.importorskip("trl.trainer.dpo_trainer")
+    clip = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
     from PIL import Image
     from trl.trainer.utils import add_fused_lm_head
 
     torch.set_num_threads(1)
-    recipe = recipe_with(tmp_path, pairs, train={"max_steps": 1}, arms={})
+    recipe = recipe_with(tmp_path, pairs, max_steps=1)
     assert main(["train", "--config", recipe]) == 0
     assert metrics(tmp_path / "runs/mini") == metrics(finished)[:1]
     models = [
@@ -143,8 +142,10 @@ def test_the_step_is_that_of_trl(finished: Path, pairs: Path, tmp_path: Path) ->
     ]
     for model in models:
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    settings = json.loads((BASE / "preprocessor_config.json").read_text())
+    settings.pop("image_processor_type")
     processor = transformers.LlavaProcessor(
-        transformers.CLIPImageProcessor.from_pretrained(BASE),
+        clip.CLIPImageProcessorPil(**settings),
         transformers.AutoTokenizer.from_pretrained(BASE),
         patch_size=16,
         vision_feature_select_strategy="default",
@@ -180,17 +181,24 @@ def test_the_step_is_that_of_trl(finished: Path, pairs: Path, tmp_path: Path) ->
     assert abs(ours["rewards/margins"]) > 1e-3
 
 
-def test_the_same_command_continues_to_the_same_bits(finished: Path, pairs: Path, tmp_path: Path) -> None:
-    recipe = recipe_with(tmp_path, pairs)
-    shutil.copytree(finished, tmp_path / "runs/mini", symlinks=True)
-    stage = tmp_path / "runs/mini/round-1"
-    shutil.rmtree(stage / "checkpoints/2")
-    (stage / "done.json").unlink()
-    assert main(["train", "--config", recipe]) == 0
-    assert metrics(tmp_path / "runs/mini") == metrics(finished)
+def stopped_after_one_step(finished: Path, name: str) -> tuple[Path, list[str]]:
+    """A copy of the run whose training was stopped after its first step, and how to go on with it."""
+    copy = finished.with_name(name)
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "round-1/checkpoints/2")
+    (copy / "round-1/done.json").unlink()
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace("name: mini", f"name: {name}"))
+    return copy, ["train", "--config", str(finished.parents[1] / "mini.yaml"), f"name={name}"]
+
+
+def test_the_same_command_continues_to_the_same_bits(finished: Path, tmp_path: Path) -> None:
+    copy, command = stopped_after_one_step(finished, "stopped")
+    assert main(command) == 0
+    assert metrics(copy) == metrics(finished)
     from safetensors.numpy import load_file
 
-    one = load_file(exported(tmp_path / "runs/mini", tmp_path / "a") / "model.safetensors")
+    one = load_file(exported(copy, tmp_path / "a", "name=stopped") / "model.safetensors")
     other = load_file(exported(finished, tmp_path / "b") / "model.safetensors")
     base = load_file(BASE / "model.safetensors")
     assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
@@ -198,24 +206,17 @@ def test_the_same_command_continues_to_the_same_bits(finished: Path, pairs: Path
 
 
 @pytest.mark.parametrize("change", ["system", "image"])
-def test_other_pairs_do_not_continue_a_training(
-    finished: Path, pairs: Path, tmp_path: Path, change: str, capsys
-) -> None:
-    """What the log-probs of the answers alone would not tell: the prompt and the image."""
-    shutil.copytree(pairs.parent, tmp_path / "data")
+def test_other_pairs_do_not_continue_a_training(finished: Path, pairs: Path, change: str, capsys) -> None:
+    """What the answers' tokens do not tell: the prompt and the image."""
+    _, command = stopped_after_one_step(finished, f"other-{change}")
+    kept = pairs.read_bytes()
     rows = conversations()
     rows[0] |= {"system": "Describe."} if change == "system" else {"image": "003.png"}
-    other = write_pairs(tmp_path / "data", rows)
-    recipe = recipe_with(tmp_path, pairs)
-    shutil.copytree(finished, tmp_path / "runs/mini", symlinks=True)
-    shutil.rmtree(tmp_path / "runs/mini/round-1/checkpoints/2")
-    (tmp_path / "runs/mini/round-1/done.json").unlink()
-    shutil.copy(pairs, tmp_path / "kept")
     try:
-        shutil.copy(other, pairs)
-        assert main(["train", "--config", recipe]) == 2
+        write_pairs(pairs.parent, rows)
+        assert main(command) == 2
     finally:
-        shutil.copy(tmp_path / "kept", pairs)
+        pairs.write_bytes(kept)
     assert "other data" in capsys.readouterr().err
 
 
@@ -240,14 +241,13 @@ def test_recorded_tokens_and_log_probs_are_verified(pairs: Path, tmp_path: Path,
         for side in ("chosen", "rejected"):
             tokens = processor.encode_answer(row[side][0]["content"]).tolist()
             row |= {f"{side}_token_ids": tokens, f"reference_{side}_logprobs": [-0.5] * len(tokens)}
-    train = {"loss_type": "sigmoid"}
     file = write_pairs(pairs.parent, rows, "recorded.jsonl")
-    assert main(["train", "--config", recipe_with(tmp_path, file, train=train, arms={})]) == 2
+    assert main(["train", "--config", recipe_with(tmp_path, file, loss_type="sigmoid", loss_weights={})]) == 2
     assert "recorded" in capsys.readouterr().err
     rows[3]["chosen_token_ids"] = rows[0]["chosen_token_ids"]
     file = write_pairs(pairs.parent, rows, "foreign.jsonl")
     for verb in ("train", "validate"):
-        assert main([verb, "--config", recipe_with(tmp_path, file, arms={}), "name=foreign"]) == 2
+        assert main([verb, "--config", recipe_with(tmp_path, file), "name=foreign"]) == 2
         assert "foreign.jsonl:4 (id 'pair-3'): `chosen_token_ids` are not the text" in capsys.readouterr().err
 
 
@@ -259,7 +259,7 @@ def test_validate_reads_every_row(pairs: Path, tmp_path: Path, capsys) -> None:
     rows[4]["rejected"] = rows[4]["chosen"]
     rows[6]["prompt"] = [said("Is there a dog?", "user"), said("Yes")]
     file = write_pairs(pairs.parent, rows, "faulty.jsonl")
-    recipe = recipe_with(tmp_path, file, arms={})
+    recipe = recipe_with(tmp_path, file)
     assert main(["validate", "--config", recipe]) == 2
     told = [line for line in capsys.readouterr().err.splitlines() if "faulty.jsonl:" in line]
     for row, words in (
@@ -269,11 +269,11 @@ def test_validate_reads_every_row(pairs: Path, tmp_path: Path, capsys) -> None:
         (5, "same"),
         (7, "ends"),
     ):
-        assert sum(f"faulty.jsonl:{row} " in line and words in line for line in told) == 1, (words, told)
+        assert sum(f"faulty.jsonl:{row}" in line and words in line for line in told) == 1, (words, told)
     assert len(told) == 5
     assert main(["validate", "--config", recipe, f"train.pairs={pairs}"]) == 0
     assert "5 pairs from" in capsys.readouterr().err
-    reward = ["train.objective=reward", "train.pairs=", f"reward.pairs={file}"]
+    reward = ["train.objective=reward", "train.pairs=''", "train.loss_type=sigmoid", f"reward.pairs={file}"]
     assert main(["validate", "--config", recipe, *reward]) == 2
     assert sum("faulty.jsonl:" in line for line in capsys.readouterr().err.splitlines()) == 5
 
@@ -297,5 +297,5 @@ def test_settings_that_pairs_from_a_file_exclude(settings: list[str], message: s
 
 
 def test_no_comparison_on_pairs_from_a_file() -> None:
-    with pytest.raises(UserError, match="train.pairs"):
+    with pytest.raises(UserError, match=r"train\.pairs"):
         check_compare(load_recipe(None, ["train.pairs=x.jsonl"]))
