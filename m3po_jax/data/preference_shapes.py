@@ -24,6 +24,7 @@ from m3po_jax.data.preference_messages import (
     with_system,
 )
 from m3po_jax.data.rows import parse_images
+from m3po_jax.data.templates import IMAGE_PLACEHOLDER, Marker
 from m3po_jax.errors import UserError
 
 Row = Mapping[str, Any]
@@ -203,8 +204,15 @@ def _llava_rlhf(row: Row) -> Preference:
         output = row[f"output_{number}"]
         outputs[number] = output.get("value") if isinstance(output, Mapping) else output
         checked_text(outputs[number], f"`output_{number}`")
-    turns = parse_turns(row["conversations"], "conversations")
+    turns = [_image_in_front(turn) for turn in parse_turns(row["conversations"], "conversations")]
     return _preference(row, turns, outputs[preferred], outputs[3 - preferred])
+
+
+def _image_in_front(turn: Turn) -> Turn:
+    """A turn of LLaVA's files, whose training code moves the only image in front (`preprocess_multimodal`)."""
+    if turn.role != "user" or turn.text.count(IMAGE_PLACEHOLDER) != 1:
+        return turn
+    return Turn("user", (Marker.IMAGE, turn.text.replace(IMAGE_PLACEHOLDER, "").strip()), plain=False)
 
 
 # Files of other trainers.

@@ -23,8 +23,8 @@ def prompt_from_row(row: Mapping[str, Any], where: str, *, require_image: bool =
 
     Fields: `id`; `images` or `image` (paths, or structs of `bytes` and `path`); `instruction` or `question`,
     or LLaVA's `conversations` (all turns but the last become the history); optional `reference` or `answer`,
-    `history`, `system` (or a system turn in front of the conversation), `metadata`. `text` is the reference, or the
-    question of LLaVA's question files, where no other field is. All other fields are kept in the metadata.
+    `history`, `metadata`. `text` is the reference, or the question of LLaVA's question files, where no other
+    field is. All other fields are kept in the metadata.
 
     Raises:
         UserError: a field is missing, empty or of the wrong type.
@@ -39,9 +39,7 @@ def prompt_from_row(row: Mapping[str, Any], where: str, *, require_image: bool =
     history = _history(row.get("history"), where)
     instruction, reference = _first(row, _INSTRUCTION_KEYS), _first(row, _REFERENCE_KEYS)
     if row.get("conversations") is not None:
-        system, turns = _system_turn(row["conversations"])
-        row = {**row, "system": system} if system else row
-        history, instruction, spoken = _conversation(turns, len(images), where)
+        history, instruction, spoken = _conversation(row["conversations"], len(images), where)
         reference = spoken if reference is None else reference
     elif instruction is None:
         instruction = row.get("text")
@@ -105,14 +103,6 @@ def _history(value: Any, where: str) -> list[tuple[str, str]]:
     ):
         raise UserError("history is not a list of [user, assistant] texts", where=where)
     return [(user, assistant) for user, assistant in turns]
-
-
-def _system_turn(turns: Any) -> tuple[str | None, Any]:
-    """The text of the system turn that opens a conversation, and the turns after it."""
-    first = turns[0] if isinstance(turns, list) and turns else None
-    if isinstance(first, Mapping) and first.get("from") == "system" and isinstance(first.get("value"), str):
-        return first["value"], turns[1:]
-    return None, turns
 
 
 def _conversation(turns: Any, images: int, where: str) -> tuple[list[tuple[str, str]], str, str | None]:

@@ -95,7 +95,7 @@ SHAPES = [
         {
             "id": "r",
             "image": "a.png",
-            "conversations": SHAREGPT,
+            "conversations": [{"from": "human", "value": "Hello.\n<image>"}, *SHAREGPT[1:]],
             "output_1": {"from": "llava", "value": "A dog."},
             "output_2": {"from": "llava", "value": "A cat."},
             "preference": 2,

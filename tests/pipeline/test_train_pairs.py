@@ -251,6 +251,36 @@ def test_recorded_tokens_and_log_probs_are_verified(pairs: Path, tmp_path: Path,
         assert "foreign.jsonl:4 (id 'pair-3'): `chosen_token_ids` are not the text" in capsys.readouterr().err
 
 
+def test_a_reward_model_learns_from_the_images_of_a_file(pairs: Path, tmp_path: Path) -> None:
+    """`reward.pairs` in RLAIF-V's shape, beside no prompts: other images give another model."""
+    rows = [
+        {
+            "idx": row,
+            "image": f"{row % 5:03d}.png",
+            "question": "Describe the image.",
+            "chosen": "A dog.",
+            "rejected": "A cat.",
+        }
+        for row in range(6)
+    ]
+    identities = set()
+    for name, image in (("one", "000.png"), ("other", "001.png")):
+        rows[0]["image"] = image
+        file = write_pairs(pairs.parent, rows, "rlaif.jsonl")
+        reward = ["train.objective=reward", "train.pairs=''", f"reward.pairs={file}", "reward.holdout=0.4"]
+        settings = [*reward, "train.loss_type=sigmoid", "train.loss_weights={}", "train.batch_size=2", f"name={name}"]
+        assert (
+            main(["train", "--config", recipe_with(tmp_path, file, loss_type="sigmoid", loss_weights={}), *settings])
+            == 0
+        )
+        folder = tmp_path / "runs" / name
+        results = json.loads((folder / "round-1/reward/results.json").read_text())
+        assert results["train_pairs"] + results["held_out_pairs"] == 6
+        assert json.loads((folder / "manifest.json").read_text())["data"]["shapes"] == {"RLAIF-V": 6}
+        identities.add(results["identity"])
+    assert len(identities) == 2
+
+
 def test_validate_reads_every_row(pairs: Path, tmp_path: Path, capsys) -> None:
     rows = conversations() + conversations()
     rows[1]["image"] = "nowhere.png"
