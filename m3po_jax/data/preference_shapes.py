@@ -243,9 +243,10 @@ def _ms_swift(row: Row) -> Preference:
         turns = parse_turns(row["messages"], "messages")
         if turns[-1].role != "assistant":
             raise UserError("`messages` does not end with the assistant's answer", remedy="it is what is chosen")
-        turns, chosen = turns[:-1], turns[-1].text
+        chosen: Any = turns.pop().text
     else:
-        turns, chosen = _instructed(row), row.get("response") if has(row, "query") else row.get("output")
+        turns = _instructed(row)
+        chosen = row.get("response") if has(row, "query") else row.get("output")
     rejected = row.get("rejected_response")
     return _preference(row, turns, chosen, row["rejected_messages"] if rejected is None else rejected)
 
