@@ -110,6 +110,19 @@ def image_folder(path: str, image_root: str = "") -> Path:
     return Path(image_root) if image_root else (place if place.is_dir() else place.parent)
 
 
+def _under(image: Image, folder: Path, root: Path) -> Image:
+    """An image whose path climbs out of the file's folder (``../``), by its path under `root` where it lies there."""
+    path = Path(image.path or "")
+    if ".." in path.parts and not path.is_absolute():
+        try:
+            place = (folder / path).resolve()
+            if place.is_relative_to(root.resolve()):
+                return Image(path=str(place.relative_to(root.resolve())))
+        except (OSError, ValueError, RuntimeError):  # null bytes, symlink loops: told when the image is read
+            pass
+    return image
+
+
 def read_preferences(path: str, *, image_root: str = "", problems: list[UserError] | None = None) -> FilePairs:
     """Reads preference pairs of any shape in `preference_shapes.SHAPES`; images are neither decoded nor looked up.
 
@@ -123,6 +136,7 @@ def read_preferences(path: str, *, image_root: str = "", problems: list[UserErro
         UserError: nothing there, no pair at all, or a bad row, named by file and row.
     """
     spool, shapes, undecided = ImageSpool(), Counter[str](), 0
+    roots = image_folder(path), image_folder(path, image_root)
     texts: list[dict[str, Any]] = []
     parts: list[pa.Table] = []
     images: list[tuple[Image | str, ...]] = []
@@ -145,7 +159,9 @@ def read_preferences(path: str, *, image_root: str = "", problems: list[UserErro
         name, text, shown = read
         shapes[name] += 1
         texts.append(text | {"where": where})
-        images.append(tuple(image if image.bytes is None else spool.add(image.bytes) for image in shown))
+        images.append(
+            tuple(_under(image, *roots) if image.bytes is None else spool.add(image.bytes) for image in shown)
+        )
         if len(texts) == _ROWS_AT_ONCE:
             parts.append(tables.to_table(texts, _TEXTS))
             texts.clear()

@@ -251,6 +251,20 @@ def test_images_of_every_kind(tmp_path: Path) -> None:
         assert len(pair_prompt(row).images) == count
 
 
+def test_paths_that_climb_stay_under_the_image_root(tmp_path: Path) -> None:
+    (tmp_path / "sets").mkdir()
+    row = {"prompt": "What?", "chosen": "A cat.", "rejected": "A dog.", "image": "../img/a.png"}
+    path = write(tmp_path / "sets", row)
+    assert seen(read_preferences(path))[1] == ["../img/a.png"]  # outside: refused when it is read
+    pairs = read_preferences(path, image_root=str(tmp_path))
+    assert seen(pairs)[1] == ["img/a.png"] and pairs.image_root == tmp_path
+    (tmp_path / "img").mkdir()
+    (tmp_path / "img/a.png").write_bytes(b"x")
+    assert pairs.fingerprint
+    with pytest.raises(UserError, match="leads outside"):
+        _ = read_preferences(path).fingerprint
+
+
 def test_what_vlfeedback_does_not_decide_is_left_out_and_told(tmp_path: Path) -> None:
     """Ties, one rated completion; and lists of objects as `datasets` stores them: as an object of lists."""
     row = {"id": "v", "prompt": "What is it?", "image": "a.png", "completions": COMPLETIONS}
