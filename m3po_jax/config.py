@@ -274,6 +274,8 @@ class RLConfig:
 class TrainConfig:
     objective: Annotated[str, OneOf("training.objectives:OBJECTIVES")] = "preference"  # see training.md
     data: list[DataConfig] = field(default_factory=list)  # sft, contrastive: joined; empty: the recipe's `data`
+    # preference, sft on chosen answers: a file (or folder) of pairs to learn from instead of a run's own, see data.md
+    pairs: File = ""
     # an arm of objective sft learns the pairs' chosen | the data's reference answers
     sft_answers: Literal["chosen", "reference"] = "chosen"
     # a loss of training.md; mixture: those of `loss_weights`
@@ -355,7 +357,7 @@ class RewardConfig:
     rule: Rule = "vanilla"
     # at most so many different pairs of a prompt; more than one: vanilla or random alone
     pairs_per_prompt: Annotated[int, Range(1, 1_000_000)] = 1
-    # a folder or file of pairs to learn from instead (TRL's vision format); the split does not apply
+    # a file (or folder) of pairs to learn from instead, see data.md; the split does not apply
     pairs: File = ""
     learning_rate: Rate | None = None  # null: that of `train`; so are the next four
     # 0: its backbone learns as a whole, while the policy has adapters

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from m3po_jax.config import SelectConfig
-from m3po_jax.data.schema import message
+from m3po_jax.data.pair_rows import prompt_messages
+from m3po_jax.data.schema import Image, Prompt, message
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.scoring.confidence import VARIANTS
 from m3po_jax.selection import Pair, Pool, Reason, check_config, select_pools, uses_confidence
@@ -77,7 +78,14 @@ def _pair_row(pair: Pair, chosen: dict[str, Any], rejected: dict[str, Any]) -> d
     row: dict[str, Any] = {"id": pair.id}
     if chosen.get("instruction") is not None:
         row["images"] = list(chosen.get("images") or [])
-        row["prompt"] = message("user", chosen["instruction"], images=len(row["images"]))
+        metadata = chosen.get("metadata")
+        prompt = Prompt(
+            pair.id,
+            (Image(),) * len(row["images"]),
+            chosen["instruction"],
+            metadata=dict(metadata) if isinstance(metadata, Mapping) else {},
+        )
+        row["prompt"] = prompt_messages(prompt)
     roles = {"chosen": chosen, "rejected": rejected}
     row |= {role: message("assistant", source["text"]) for role, source in roles.items()}
     row |= {f"{role}_candidate": int(source["candidate"]) for role, source in roles.items()}

@@ -537,6 +537,10 @@ def test_rows_to_pair_rows():
     assert pair["chosen_token_ids"] == [5, 6, 2]
     assert pair["reference_rejected_logprobs"] == rows[1]["token_logprobs"]
     assert (pair["chosen_mas"], pair["rejected_confidence"]) == (0.9, -1.5)
+    metadata = {"history": [["Hello.", "Hi."]], "system": "Be brief."}
+    ((talk,), _, _) = select_rows([row | {"metadata": metadata} for row in rows], SelectConfig())
+    assert [message["role"] for message in talk["prompt"]] == ["system", "user", "assistant", "user"]
+    assert [part["type"] for part in talk["prompt"][1]["content"]] == ["image", "text"]
 
 
 def test_rows_may_be_shuffled_and_dropped_with_reason():

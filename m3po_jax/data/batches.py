@@ -20,7 +20,7 @@ from m3po_jax.data.batch_source import BatchSource, SharedRows, endless_batches,
 from m3po_jax.data.collation import PromptBatch, TreeBatch, TreeRow, collation
 from m3po_jax.data.feature_cache import PromptFeatures
 from m3po_jax.data.lengths import Lengths, Order, plan_shapes
-from m3po_jax.data.pair_rows import TableRows, message_text, pair_prompt
+from m3po_jax.data.pair_rows import PairRows, TableRows, message_text, pair_prompt, place_of
 from m3po_jax.data.row_inputs import PromptProcessor, checked_answer, prompt_ids, seen_images, where_of
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.tables import content_hash
@@ -60,11 +60,12 @@ def pair_batches(
     if isinstance(rows, pa.Table):
         rows = TableRows(rows)
     require_rows(len(rows), batch_size)
-    ids, answers, references = [], [], []
-    texts = rows.without_images() if isinstance(rows, TableRows) else rows
+    ids, places, answers, references = [], [], [], []
+    texts = rows.without_images() if isinstance(rows, PairRows) else rows
     for number, row in enumerate(texts):
-        place = f"{where}:{number + 1} (id {row['id']!r})"
+        place = place_of(row, number, where)
         ids.append(row["id"])
+        places.append(place)
         pair, sums = [], []
         for side in ("chosen", "rejected"):
             tokens = row.get(f"{side}_token_ids")
@@ -77,7 +78,7 @@ def pair_batches(
         references.append(tuple(sums))
 
     def prompt_of(index: int) -> Prompt:
-        return pair_prompt(rows[index], f"{where}:{index + 1} (id {ids[index]!r})")
+        return pair_prompt(rows[index], places[index])
 
     def load(index: int, needed: bool) -> TreeRow:
         prompt = prompt_of(index)

@@ -52,6 +52,7 @@ SCORE_FIXED = pa.schema(
 )
 
 _CONTENT = pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())]))
+IMAGE_PART = {"type": "image", "text": None}  # of a message's content: where an image stands
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", _CONTENT)]))
 
 PAIR = pa.schema(
@@ -185,6 +186,6 @@ def prompt_to_row(prompt: Prompt) -> dict[str, Any]:
 
 def message(role: str, text: str, images: int = 0) -> list[dict[str, Any]]:
     """One message in TRL's vision format: image placeholders first, then the text."""
-    content: list[dict[str, Any]] = [{"type": "image", "text": None} for _ in range(images)]
+    content: list[dict[str, Any]] = [dict(IMAGE_PART) for _ in range(images)]
     content.append({"type": "text", "text": text})
     return [{"role": role, "content": content}]

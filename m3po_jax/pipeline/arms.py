@@ -100,6 +100,16 @@ def arm_recipe(recipe: Recipe, arm: str | None) -> Recipe:
     return recipe if arm is None else override(recipe, overrides_of(recipe, arm), f"arms.{arm}")
 
 
+def makes_pairs(recipe: Recipe) -> bool:
+    """Whether a run selects an arm's pairs from scored candidates."""
+    return needs_pairs(recipe) and not recipe.train.pairs
+
+
+def trains_in_rounds(recipe: Recipe) -> bool:
+    """Whether `m3po train` works in round folders, as an arm does: on pairs or rollouts, not on rows of `data`."""
+    return recipe.train.objective in ("preference", "rlhf") or bool(recipe.train.pairs)
+
+
 def needs_pairs(recipe: Recipe) -> bool:
     """Whether an arm's training reads pairs."""
     objective = recipe.train.objective

@@ -6,8 +6,9 @@ from m3po_jax.config import BenchmarkConfig, Recipe, ScoreConfig
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.evaluation.registry import METRICS
 from m3po_jax.generation.settings import sampling_config
-from m3po_jax.pipeline.arms import VCD, arm_recipe
+from m3po_jax.pipeline.arms import VCD, arm_recipe, needs_pairs
 from m3po_jax.pipeline.models import check_trainable
+from m3po_jax.pipeline.pair_files import pairs_instead_of_prompts
 from m3po_jax.pipeline.reward import check_reward_config, judges_by_own_reward, uses_own_reward
 from m3po_jax.pipeline.systems import greedy
 from m3po_jax.reading import check_values
@@ -25,6 +26,11 @@ WITH_CANDIDATES = ("preference", "rlhf", "reward")
 OF_ARMS = ("preference", "rlhf", "sft")
 
 
+def draws_candidates(recipe: Recipe) -> bool:
+    """Whether a recipe's stages begin with candidates and a judge."""
+    return recipe.train.objective in WITH_CANDIDATES and not pairs_instead_of_prompts(recipe)
+
+
 def check_recipe(recipe: Recipe) -> None:
     """Checks the main recipe and every arm's.
 
@@ -33,7 +39,7 @@ def check_recipe(recipe: Recipe) -> None:
     """
     check_values(recipe, "")
     check_mesh(recipe.mesh)
-    _check_one(recipe, candidates=recipe.train.objective in WITH_CANDIDATES)
+    _check_one(recipe, candidates=draws_candidates(recipe))
     if judges_by_own_reward(recipe):
         raise UserError(
             "a reward model learns from scores of another judge",
@@ -47,12 +53,26 @@ def check_recipe(recipe: Recipe) -> None:
             )
         try:
             own = arm_recipe(recipe, arm)
-            _check_one(own, candidates=True)
+            _check_one(own, candidates=not own.train.pairs)
             if own.train.objective not in OF_ARMS:
                 raise UserError(
                     f"objective {own.train.objective!r} is not an arm's",
                     where="train.objective",
                     remedy=", ".join(OF_ARMS),
+                )
+            if bool(own.train.pairs) != bool(recipe.train.pairs):
+                raise UserError(
+                    "a run's systems learn from its own candidates, or all of them from files of pairs",
+                    where="train.pairs",
+                    remedy="set it for the whole recipe, or for none",
+                )
+            if own.train.pairs and any(
+                getattr(own, section) != getattr(recipe, section) for section in ("generate", "score", "select")
+            ):
+                raise UserError(
+                    "changes how candidates become pairs, and all pairs are from a file",
+                    where="train.pairs",
+                    remedy="here arms change settings of `train`",
                 )
             if own.reward != recipe.reward:
                 raise UserError(
@@ -62,11 +82,40 @@ def check_recipe(recipe: Recipe) -> None:
             raise UserError(str(error), where=f"arms.{arm}") from None
 
 
+def _check_pairs(recipe: Recipe) -> None:
+    """`train.pairs` stands in place of candidates: one round, and an objective that learns from pairs."""
+    if not recipe.train.pairs:
+        return
+    where = "train.pairs"
+    if recipe.train.objective == "reward":
+        raise UserError("a reward model learns from reward.pairs", where=where, remedy="name the file there")
+    if not needs_pairs(recipe):
+        what = "reference answers" if recipe.train.objective == "sft" else f"objective {recipe.train.objective!r}"
+        raise UserError(
+            f"{what} and pairs from a file",
+            where=where,
+            remedy="pairs serve train.objective=preference, and sft with train.sft_answers=chosen",
+        )
+    if recipe.rounds > 1:
+        raise UserError(
+            f"{recipe.rounds} rounds on pairs from a file", where=where, remedy="rounds=1: nothing is generated"
+        )
+    if uses_own_reward(recipe):
+        raise UserError(
+            "a reward model scores candidates, and pairs from a file need none",
+            where=where,
+            remedy="drop this system",
+        )
+
+
 def _check_one(recipe: Recipe, *, candidates: bool) -> None:
     check_objective(recipe.train)
     check_settings(recipe.train)
     make_optimizer(recipe.train, 1, {})
     check_trainable(recipe)
+    _check_pairs(recipe)
+    if uses_own_reward(recipe) or recipe.train.objective == "reward":
+        check_reward_config(recipe)
     for name, benchmark in recipe.evaluate.benchmarks.items():
         check_benchmark(name, benchmark)
         if METRICS[benchmark.metric].judged:
@@ -84,8 +133,6 @@ def _check_candidates(recipe: Recipe) -> None:
     check_config(recipe.select)
     sampling_config(recipe.generate, 0)
     check_score(recipe.score)
-    if uses_own_reward(recipe) or recipe.train.objective == "reward":
-        check_reward_config(recipe)
     longest, limit = recipe.generate.max_new_tokens, recipe.train.max_answer_tokens
     if longest > limit:
         raise UserError(

@@ -19,7 +19,7 @@ from m3po_jax.models.export import export_adapter, export_model
 from m3po_jax.models.export.model import RECORD
 from m3po_jax.models.identity import tree_identity
 from m3po_jax.models.registry import Loaded
-from m3po_jax.pipeline.arms import arm_recipe
+from m3po_jax.pipeline.arms import arm_recipe, trains_in_rounds
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.model_card import model_card
 from m3po_jax.pipeline.models import policy_identity
@@ -233,7 +233,7 @@ def export(given: Recipe, wanted: Wanted, *, config: str | None = None, override
 def _training(directory: RunDirectory, recipe: Recipe, wanted: Wanted) -> Path:
     """Where the training lies: a round's folder, or the run's own where the verb alone trained on rows."""
     folder = directory.round(wanted.round, wanted.arm)
-    of_rows = wanted.arm is None and wanted.round == 1 and recipe.train.objective in ("sft", "contrastive")
+    of_rows = wanted.arm is None and wanted.round == 1 and not trains_in_rounds(recipe)
     return directory.root if of_rows and not (folder / "done.json").is_file() else folder
 
 

@@ -61,6 +61,7 @@ def shrink(recipe: Recipe) -> Recipe:
         train=replace(
             recipe.train,
             data=[] if recipe.train.objective in ("preference", "rlhf", "reward") else [_rows("validation")],
+            pairs="",
             lora=replace(recipe.train.lora, lora_rank=min(recipe.train.lora.lora_rank, 4)),
             batch_size=4,
             gradient_accumulation_steps=1,

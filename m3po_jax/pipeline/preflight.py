@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from m3po_jax.config import Recipe, ScoreConfig
+from m3po_jax.data.preference_files import read_preferences
 from m3po_jax.data.processing import Processor
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.generation.memory import GIB, CacheShape, cache_bytes
@@ -28,9 +29,9 @@ from m3po_jax.models.quantized_base import quantize_base
 from m3po_jax.models.registry import Description, describe, stored_tensors
 from m3po_jax.pipeline.arms import arm_recipe
 from m3po_jax.pipeline.backends import check_ready, describe_dual_encoder, describe_judge
-from m3po_jax.pipeline.checks import WITH_CANDIDATES, judges
+from m3po_jax.pipeline.checks import draws_candidates, judges
 from m3po_jax.pipeline.models import make_dual_processor, make_processor
-from m3po_jax.pipeline.reward import find_reward, read_reward_pairs
+from m3po_jax.pipeline.reward import find_reward
 from m3po_jax.pipeline.rundir import RunDirectory
 from m3po_jax.pipeline.systems import stop_tokens
 from m3po_jax.scoring.grading import grade_tokens
@@ -50,7 +51,7 @@ class Preflight:
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self.with_candidates = recipe.train.objective in WITH_CANDIDATES
+        self.with_candidates = draws_candidates(recipe)
 
     @functools.cached_property
     def description(self) -> Description:
@@ -75,8 +76,8 @@ class Preflight:
         if self.with_candidates:
             found += [lambda: check_ready(self.recipe.score)]
             found += [functools.partial(self.judge, judge) for judge in self.judges()]
-            if self.recipe.reward.pairs:
-                found += [lambda: read_reward_pairs(self.recipe.reward.pairs)]
+        if self.recipe.reward.pairs:  # those of `train.pairs` are read when the run begins
+            found += [lambda: read_preferences(self.recipe.reward.pairs, image_root=self.recipe.data.image_root)]
         return found
 
     def trained_recipes(self) -> list[Recipe]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
 from m3po_jax.config import Recipe
+from m3po_jax.data.preference_files import FilePairs, image_folder
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import PromptSource, fingerprint
 from m3po_jax.generation.engine import Generator
@@ -15,6 +17,7 @@ from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.evaluate import Benchmark, check_scoring, read_benchmark
 from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy, make_generator, read_rows
+from m3po_jax.pipeline.pair_files import check_recorded_tokens, pairs_instead_of_prompts, read_pair_file
 from m3po_jax.pipeline.rundir import RunDirectory
 from m3po_jax.pipeline.systems import SystemEvaluator
 from m3po_jax.sharding import make_mesh, use_mesh
@@ -32,6 +35,7 @@ class Resources:
         check_recipe(recipe)
         self.directory = RunDirectory.of(recipe)
         self.mesh: Mesh = make_mesh(recipe.mesh)
+        self._pair_files: dict[str, FilePairs] = {}
 
     @functools.cached_property
     def source(self) -> PromptSource:
@@ -46,10 +50,24 @@ class Resources:
     def data_identity(self) -> str:
         return fingerprint(self.source)[:16]
 
+    def pair_file(self, path: str) -> FilePairs:
+        """The pairs of `train.pairs` or `reward.pairs`, with tokens that the policy knows."""
+        if path not in self._pair_files:
+            pairs = read_pair_file(path, self.recipe)
+            check_recorded_tokens(pairs, self.policy.processor)
+            self._pair_files[path] = pairs
+        return self._pair_files[path]
+
+    @functools.cached_property
+    def image_root(self) -> Path:
+        """Folder that the training data's image paths are relative to."""
+        pairs = pairs_instead_of_prompts(self.recipe)
+        return image_folder(pairs, self.recipe.data.image_root) if pairs else self.source.image_root
+
     @functools.cached_property
     def policy(self) -> Policy:
         with use_mesh(self.mesh):
-            return load_policy(self.recipe, self.mesh, image_root=self.source.image_root)
+            return load_policy(self.recipe, self.mesh, image_root=self.image_root)
 
     @functools.cached_property
     def start_model(self) -> Any:
@@ -85,12 +103,18 @@ class Resources:
             check_scoring(benchmark)
         facts = {
             "model": {"path": self.recipe.model.path, "hash": self.policy.identity},
-            "data": {"path": self.recipe.data.path, "fingerprint": self.data_identity, "rows": len(self.source)},
+            "data": self._data_facts(),
             "template": self.recipe.model.template,
             "image_fit": self.recipe.model.image_fit,
             "mesh": dict(self.mesh.shape),
         }
         self.directory.open(self.recorded_recipe(), facts)
+
+    def _data_facts(self) -> dict[str, Any]:
+        if path := pairs_instead_of_prompts(self.recipe):
+            pairs = self.pair_file(path)
+            return {"path": path, "fingerprint": pairs.fingerprint[:16], "rows": len(pairs), "shapes": pairs.shapes}
+        return {"path": self.recipe.data.path, "fingerprint": self.data_identity, "rows": len(self.source)}
 
     def recorded_recipe(self) -> Recipe:
         """What the run directory is checked against."""

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from flax import nnx
 from jax.sharding import Mesh
 
 from m3po_jax.config import DataConfig, ModelConfig, Recipe, SelectConfig, TrainConfig
 from m3po_jax.data import batches, pair_rows, tables
+from m3po_jax.data.pair_rows import PairRows
+from m3po_jax.data.preference_files import FilePairs
 from m3po_jax.data.processing import Processor
 from m3po_jax.errors import UserError
 from m3po_jax.evaluation.bootstrap import bootstrap
@@ -28,6 +29,7 @@ from m3po_jax.models.heads import attach_head
 from m3po_jax.models.identity import files_identity, tree_identity
 from m3po_jax.models.registry import describe
 from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy, model_identity
+from m3po_jax.pipeline.pair_files import with_identity
 from m3po_jax.pipeline.rundir import is_writer, read_json
 from m3po_jax.pipeline.stopping import barrier
 from m3po_jax.recipes import from_plain
@@ -129,29 +131,6 @@ def pair_rule(recipe: Recipe) -> SelectConfig:
     return dataclasses.replace(recipe.select, rule=recipe.reward.rule, max_pairs=None, budget=1.0)
 
 
-def read_reward_pairs(path: str) -> pa.Table:
-    """Pairs from a file or folder (`reward.pairs`); rows without an id get one.
-
-    Raises:
-        UserError: nothing there, or not pairs.
-    """
-    place = Path(path)
-    files = [place] if place.is_file() else tables.shards(place)
-    if not files:
-        raise UserError("no pairs", where=f"reward.pairs {path!r}", remedy="name a parquet file, or a folder of them")
-    parts = []
-    for file in files:
-        with tables.open_parquet(file) as opened:
-            parts.append(opened.read())
-    table = pa.concat_tables(parts, promote_options="default")
-    missing = {"prompt", "chosen", "rejected"} - set(table.column_names)
-    if missing:
-        raise UserError(f"no column {sorted(missing)[0]!r}", where=str(files[0]), remedy="TRL's vision format")
-    if "id" not in table.column_names:
-        table = table.append_column("id", pa.array([f"pair-{i}" for i in range(table.num_rows)]))
-    return table
-
-
 def check_reward_config(recipe: Recipe) -> None:
     """Raises UserError for settings of `reward` that cannot be meant."""
     check_config(pair_rule(recipe))
@@ -172,27 +151,29 @@ def start_reward(policy: Policy, recipe: Recipe, config: TrainConfig, mesh: Mesh
 
 
 def reward_of_pairs(
-    recipe: Recipe, policy: Policy, pairs: pa.Table, out: Path, mesh: Mesh, *, seed: int
+    recipe: Recipe, policy: Policy, pairs: PairRows, out: Path, mesh: Mesh, *, image_root: Path, seed: int
 ) -> TrainedReward:
     """Trains a reward model on pairs, measures it on held-out ones, and writes its folder.
 
     A finished one is loaded; an unfinished one goes on.
 
     Args:
-        pairs: PAIR rows; all pairs of a prompt stay on one side.
+        pairs: All pairs of a prompt stay on one side.
+        image_root: Folder that their image paths are relative to.
 
     Raises:
         UserError: too few pairs, or anything that training stops at.
     """
     started = time.monotonic()
     config = reward_train_config(recipe)
-    ids = pairs.column("id").to_pylist()
+    ids = pairs.ids()
     test = held_out(ids, recipe.reward.holdout)
-    learned = pairs.filter(pa.array([key not in test for key in ids]))
+    learned = pairs.take([number for number, key in enumerate(ids) if key not in test])
+    processor = dataclasses.replace(policy.processor, image_root=image_root)
     start = start_reward(policy, recipe, config, mesh)
     source = batches.pair_batches(
         learned,
-        policy.processor,
+        processor,
         batch_size=config.batch_size,
         seed=seed,
         max_answer_tokens=config.max_answer_tokens,
@@ -201,16 +182,18 @@ def reward_of_pairs(
         max_shapes=config.max_shapes,
         own=shared_out(mesh),
     )
+    if isinstance(pairs, FilePairs):
+        source = with_identity(source, pairs)
     with use_mesh(mesh):
         result = train(start, source, config, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)
         scorer = HeadScorer(result.model, mesh, batch_size=recipe.score.batch_size)
         judge = Reward(scorer, policy.processor)
         results = read_json(out / "results.json")
         if results is None:
-            unseen = pairs.filter(pa.array([key in test for key in ids]))
+            unseen = pairs.take([number for number, key in enumerate(ids) if key in test])
             results = {
-                **measure(judge, unseen, policy.processor, seed=recipe.seed),
-                "train_pairs": learned.num_rows,
+                **measure(Reward(scorer, processor), unseen, processor, seed=recipe.seed),
+                "train_pairs": len(learned),
                 "steps": result.steps,
                 "identity": tables.content_hash(
                     policy.identity, source.fingerprint, dataclasses.asdict(config), seed
@@ -220,11 +203,11 @@ def reward_of_pairs(
     return TrainedReward(judge, results, time.monotonic() - started)
 
 
-def measure(judge: Reward, pairs: pa.Table, processor: Processor, *, seed: int) -> dict[str, Any]:
+def measure(judge: Reward, pairs: PairRows, processor: Processor, *, seed: int) -> dict[str, Any]:
     """Accuracy of a reward model on pairs (a tie is half right), with a bootstrap interval over prompts."""
     prompts, answers = [], []
-    for number, row in enumerate(pair_rows.TableRows(pairs)):
-        prompts.append(pair_rows.pair_prompt(row, f"pairs:{number + 1} (id {row['id']!r})"))
+    for number, row in enumerate(pairs):
+        prompts.append(pair_rows.pair_prompt(row, pair_rows.place_of(row, number)))
         texts = {side: pair_rows.message_text(row[side]) for side in ("chosen", "rejected")}
         answers.append(
             [row.get(f"{side}_token_ids") or processor.encode_answer(text) for side, text in texts.items()]

@@ -12,11 +12,13 @@ import pyarrow as pa
 
 from m3po_jax.config import Recipe
 from m3po_jax.data import tables
+from m3po_jax.data.pair_rows import PairRows, TableRows
+from m3po_jax.data.preference_files import FilePairs, image_folder
 from m3po_jax.errors import UserError
 from m3po_jax.generation.settings import sampling_config
 from m3po_jax.pipeline import reward as rewarding
 from m3po_jax.pipeline import rounds, summary
-from m3po_jax.pipeline.arms import arm_recipe, needs_pairs
+from m3po_jax.pipeline.arms import arm_recipe, makes_pairs, needs_pairs
 from m3po_jax.pipeline.backends import judge_identities, make_backend
 from m3po_jax.pipeline.caches import vision_features
 from m3po_jax.pipeline.console import say
@@ -72,6 +74,8 @@ class Run(Resources):
         folder, recipe = self.directory.round(round, arm), self.arm_recipe(arm)
         done = folder / "done.json"
         pairs = [path.name for name in ("pairs", MIXED) for path in tables.shards(folder / name)]
+        if recipe.train.pairs:
+            pairs = [self.pair_file(recipe.train.pairs).fingerprint]
         settings: list[Any] = [dataclasses.asdict(recipe.train)]
         if recipe.train.objective == "rlhf":
             settings.append(self.reward_identity())
@@ -98,6 +102,7 @@ class Run(Resources):
     def generate_stage(self, round: int, arm: str | None = None) -> None:
         """Draws a round's candidates into ``round-R/candidates/``, as far as they are missing."""
         look("generating")
+        self._refuse_pairs(arm)
         recipe, folder = self.arm_recipe(arm), self.directory.round(round, arm) / "candidates"
         config = recipe.generate
         sampling = sampling_config(config, recipe.seed * 1000 + round)
@@ -117,6 +122,7 @@ class Run(Resources):
     def score_stage(self, round: int, arm: str | None = None) -> None:
         """Scores a round's candidates into ``round-R/scores/``, and says what its judge is worth."""
         look("scoring")
+        self._refuse_pairs(arm)
         recipe = self.arm_recipe(arm)
         candidates = self.directory.round(round, self.candidates_owner(round, arm)) / "candidates"
         inputs = tables.content_hash(
@@ -178,6 +184,14 @@ class Run(Resources):
             found.append(self.reward_identity())
         return found or [self.policy.identity]
 
+    def _refuse_pairs(self, arm: str | None) -> None:
+        if self.arm_recipe(arm).train.pairs:
+            raise UserError(
+                "training reads pairs from a file, so nothing is generated, scored or selected",
+                where="train.pairs",
+                remedy="`m3po train` comes next; without this key a run makes its own pairs",
+            )
+
     def prepare_scores(self, round: int, arm: str | None) -> None:
         """Candidates and scores that an arm does not share."""
         if arm is not None and self.candidates_owner(round, arm) == arm:
@@ -187,13 +201,14 @@ class Run(Resources):
 
     def prepare_arm(self, round: int, arm: str | None) -> None:
         """The pairs that an arm learns from, and what they are made of."""
-        if needs_pairs(self.arm_recipe(arm)):
+        if makes_pairs(self.arm_recipe(arm)):
             self.prepare_scores(round, arm)
             self.select_stage(round, arm)
 
     def select_stage(self, round: int, arm: str | None = None) -> dict[str, Any]:
         """Pairs an arm's candidates into its ``round-R/pairs/``; returns the selection's summary."""
         look("selecting")
+        self._refuse_pairs(arm)
         recipe = self.arm_recipe(arm)
         found = select(
             self.directory.round(round, self.candidates_owner(round, arm)) / "candidates",
@@ -225,7 +240,7 @@ class Run(Resources):
         recipe, folder = self.recipe, self.reward_folder
         finished = agreed([(folder / "results.json").exists()])[0]
         if recipe.reward.pairs:
-            pairs = rewarding.read_reward_pairs(recipe.reward.pairs)
+            pairs: PairRows = self.pair_file(recipe.reward.pairs)
         else:
             select(
                 self.directory.round(1) / "candidates",
@@ -237,8 +252,11 @@ class Run(Resources):
                 part=rewarding.Part(recipe.reward.split, rewards=True),
                 pairs_per_prompt=recipe.reward.pairs_per_prompt,
             )
-            pairs = read_pairs(folder / "pairs")
-        found = rewarding.reward_of_pairs(recipe, self.policy, pairs, folder, self.mesh, seed=recipe.seed)
+            pairs = TableRows(read_pairs(folder / "pairs"))
+        root = pairs.image_root if isinstance(pairs, FilePairs) else self.source.image_root
+        found = rewarding.reward_of_pairs(
+            recipe, self.policy, pairs, folder, self.mesh, image_root=root, seed=recipe.seed
+        )
         if not finished:
             self.directory.note_stage("reward", round=1, arm=None, seconds=found.seconds, **found.results)
             say(rewarding.told(found.results))
@@ -297,16 +315,19 @@ class Run(Resources):
             return train_rlhf(recipe, self.policy, own, reward, folder, self.mesh, start=start, seed=seed)
         if not needs_pairs(recipe):
             return train_on_references(recipe, self.policy, folder, self.mesh, start=start, seed=seed)
-        if round > 1 and recipe.train.objective == "preference":
-            pairs = self._later_pairs(round, arm, recipe)
+        policy = self.policy
+        if recipe.train.pairs:
+            pairs: PairRows = self.pair_file(recipe.train.pairs)
+            root = image_folder(recipe.train.pairs, recipe.data.image_root)
+            policy = dataclasses.replace(policy, processor=dataclasses.replace(policy.processor, image_root=root))
+        elif round > 1 and recipe.train.objective == "preference":
+            pairs = TableRows(self._later_pairs(round, arm, recipe))
             # Whatever the reference is, its log-probs stand in these pairs.
             recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, reference="recorded"))
             reference = self.start_of(recipe) if recipe.round.reference == "base" else None
         else:
-            pairs = read_pairs(folder / "pairs")
-        return train_on_pairs(
-            recipe, self.policy, pairs, folder, self.mesh, start=start, seed=seed, reference=reference
-        )
+            pairs = TableRows(read_pairs(folder / "pairs"))
+        return train_on_pairs(recipe, policy, pairs, folder, self.mesh, start=start, seed=seed, reference=reference)
 
     def _later_pairs(self, round: int, arm: str | None, recipe: Recipe) -> pa.Table:
         """The pairs of a round after the first, mixed with earlier ones and with their reference's log-probs."""
@@ -376,12 +397,14 @@ class Run(Resources):
                 remedy="`m3po train` trains it; the arms rm_dpo and rlhf train their own",
             )
         check_before_run(self.recipe)
+        candidates = not self.recipe.train.pairs  # else nothing is generated, scored or selected
         with self.directory.lock():
             self.open()
             arms: list[str | None] = [None, *self.recipe.arms]
             for round in range(1, self.recipe.rounds + 1):
-                self.generate_stage(round)
-                self.score_stage(round)
+                if candidates:
+                    self.generate_stage(round)
+                    self.score_stage(round)
                 for arm in arms:
                     # A later round's candidates come from the main arm's policy; arms are compared after round 1.
                     if arm is None or round == 1:

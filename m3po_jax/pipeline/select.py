@@ -11,6 +11,7 @@ from typing import Any
 from m3po_jax.config import SelectConfig
 from m3po_jax.data import tables
 from m3po_jax.data.images import read_encoded
+from m3po_jax.data.pair_rows import prompt_messages
 from m3po_jax.data.schema import PAIR, PROMPT, Prompt, prompt_to_row
 from m3po_jax.errors import UserError
 from m3po_jax.hosts import together
@@ -123,13 +124,12 @@ def share_twin(path: Path, round_folder: Path) -> bool:
 
 
 def _shown(prompt: Prompt, image_root: Path) -> dict[str, Any]:
-    """What a pair shows of its prompt: the encoded images and the user's message."""
+    """What a pair shows of its prompt: the encoded images and the conversation."""
     images = [
         {"bytes": read_encoded(image, root=image_root, where=prompt.where), "path": image.path}
         for image in prompt.images
     ]
-    content = [{"type": "image", "text": None} for _ in images] + [{"type": "text", "text": prompt.instruction}]
-    return {"images": images, "prompt": [{"role": "user", "content": content}]}
+    return {"images": images, "prompt": prompt_messages(prompt)}
 
 
 def prompt_rows(

@@ -21,6 +21,8 @@ RULE_NAMES = {"m3p": "m3po", "mas_only": "mas_dpo", "vanilla": "dpo"}
 def main_name(recipe: Recipe) -> str:
     """The recipe's own system, as the table and the report name it."""
     rule = recipe.select.rule
+    if recipe.train.pairs:
+        return "pairs" if recipe.train.objective == "preference" else "sft_chosen"
     if recipe.train.objective == "preference":
         return RULE_NAMES.get(rule, rule)
     if recipe.train.objective == "sft":

@@ -14,12 +14,15 @@ from jax.sharding import Mesh
 
 from m3po_jax.config import Recipe
 from m3po_jax.data import batches, contrastive, pair_rows, tables
+from m3po_jax.data.pair_rows import PairRows
+from m3po_jax.data.preference_files import FilePairs
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
 from m3po_jax.hosts import shared_out
 from m3po_jax.pipeline.caches import cached_reference, fill, vision_features
 from m3po_jax.pipeline.models import Joined, Policy, attach_adapter, load_dual_encoder, load_policy, read_rows
+from m3po_jax.pipeline.pair_files import any_recorded, with_identity
 from m3po_jax.sharding import use_mesh
 from m3po_jax.training.loop import TrainResult, load_trained, train
 
@@ -70,20 +73,19 @@ def training_rows(recipe: Recipe) -> Joined:
     return joined
 
 
-def chosen_answers(table: pa.Table, processor: Processor) -> dict[str, Any]:
+def chosen_answers(pairs: PairRows, processor: Processor) -> dict[str, Any]:
     """Pairs as SFT rows: the prompts, and the chosen answers' recorded tokens (the `sft_chosen` arm)."""
-    prompts, answers = [], []
-    for number, row in enumerate(pair_rows.TableRows(table)):
-        prompts.append(pair_rows.pair_prompt(row, f"pairs:{number + 1} (id {row['id']!r})"))
-        recorded = row.get("chosen_token_ids")
-        answers.append(recorded or processor.encode_answer(pair_rows.message_text(row["chosen"])))
-    return {"prompts": prompts, "processor": processor, "answer_ids": answers}
+    answers = [
+        row.get("chosen_token_ids") or processor.encode_answer(pair_rows.message_text(row["chosen"]))
+        for row in pairs.without_images()
+    ]
+    return {"prompts": pair_rows.PairPrompts(pairs), "processor": processor, "answer_ids": answers}
 
 
 def train_on_pairs(
     recipe: Recipe,
     policy: Policy,
-    pairs: pa.Table,
+    pairs: PairRows,
     out: Path,
     mesh: Mesh,
     *,
@@ -95,6 +97,7 @@ def train_on_pairs(
     """DPO, or SFT on the chosen answers, from `start`: the policy's model with adapters, trained or not.
 
     Args:
+        pairs: Of a round, or of a file (`train.pairs`).
         reference: The reference model; default: `start`.
         reference_identity: A hash of its weights; default: that of the base model, which `start` then is.
     """
@@ -104,7 +107,7 @@ def train_on_pairs(
     widths: dict[str, Any] = {"length_window": config.length_window, "max_shapes": config.max_shapes}
     features = vision_features(recipe, policy, policy.processor, mesh)
     if features is not None:
-        fill(features, [pair_rows.pair_prompt(row) for row in pair_rows.TableRows(pairs)])
+        fill(features, pair_rows.PairPrompts(pairs))
     if config.objective == "sft":
         source: Any = batches.sft_batches(
             **chosen_answers(pairs, policy.processor),
@@ -127,11 +130,17 @@ def train_on_pairs(
             own=shared_out(mesh),
             **widths,
         )
+        if isinstance(pairs, FilePairs) and not any_recorded(pairs):
+            # Nothing is recorded, so that the whole reference is computed, and may be cached.
+            config = dataclasses.replace(config, reference="computed")
+            recipe = dataclasses.replace(recipe, train=config)
         compared = start if reference is None else reference
         filled = cached_reference(recipe, source, compared, reference_identity or policy.identity, mesh)
         if filled is not None:
             # What this very model has computed needs no check against it.
             source, config = filled, dataclasses.replace(config, reference="recorded", reference_check_rows=0)
+    if isinstance(pairs, FilePairs):
+        source = with_identity(source, pairs)
     with use_mesh(mesh):
         result = train(
             start,

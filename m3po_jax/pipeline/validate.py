@@ -23,6 +23,7 @@ from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import progress, say
 from m3po_jax.pipeline.evaluate import check_scoring, read_benchmark
 from m3po_jax.pipeline.models import make_dual_processor
+from m3po_jax.pipeline.pair_files import check_pairs, pairs_instead_of_prompts
 from m3po_jax.pipeline.preflight import Preflight
 from m3po_jax.scoring.alignment import Reference
 
@@ -112,6 +113,7 @@ def validate(recipe: Recipe) -> tuple[list[UserError], str]:
     prompts, sources = 0, list[Source]()
     with problems.collect():
         sources = list(_sources(recipe, preflight))
+    read += check_pairs(recipe, lambda: preflight.processor, problems.add)
     for source in sources:
         with problems.collect():
             rows = problems.rows(source, f"validate {source.config.path}")
@@ -163,6 +165,8 @@ def _sources(recipe: Recipe, preflight: Preflight) -> Iterator[Source]:
         yield Source(recipe.data, lambda root: [*asked(root), *(judge.objects for judge in references)], drawn=True)
         shown.append(recipe.data)
     for own in [recipe, *(arm_recipe(recipe, arm) for arm in preflight.recipe.arms)]:
+        if pairs_instead_of_prompts(own):
+            continue
         if own.train.objective != "sft" or (needs_pairs(own) and own is not recipe):
             continue
         answer = _answer(own, preflight)

@@ -17,6 +17,7 @@ from m3po_jax.errors import UserError, nearest
 from m3po_jax.pipeline import evaluate as evaluating
 from m3po_jax.pipeline import summary
 from m3po_jax.pipeline import train as training
+from m3po_jax.pipeline.arms import trains_in_rounds
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.run import Run
@@ -193,7 +194,7 @@ def train(options: argparse.Namespace) -> None:
         with _stage(options) as running:
             running.reward_stage()
         return
-    if options.arm is not None or recipe.train.objective in ("preference", "rlhf"):
+    if options.arm is not None or trains_in_rounds(recipe):
         with _stage(options) as running:
             running.train_stage(options.round, _arm(recipe, options))
         return

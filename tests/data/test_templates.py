@@ -31,7 +31,7 @@ def goldens() -> dict:
 
 
 def turns_of(messages: list[dict]) -> tuple[str, int, list[tuple[str, str]]]:
-    """(instruction, images, history) of chat messages without a system message."""
+    """(instruction, images, history) of chat messages behind their system message."""
     texts = ["".join(part.get("text", "") for part in message["content"]) for message in messages]
     images = sum(part["type"] == "image" for message in messages for part in message["content"])
     return texts[-1], images, list(zip(texts[:-1:2], texts[1::2], strict=True))
@@ -70,13 +70,24 @@ def test_golden_chat_template_of_llava_hf():
         messages = case["messages"]
         if not case["add_generation_prompt"]:
             continue
-        template = get_template("hf")
-        if messages[0]["role"] == "system":  # the original prompt, as the chat template writes it
-            template, messages = get_template("vicuna_v1"), messages[1:]
-        instruction, images, history = turns_of(messages)
-        assert to_text(template.render(instruction, images, history)) == case["rendered"]
+        system = None
+        if messages[0]["role"] == "system":
+            system, messages = messages[0]["content"][0]["text"], messages[1:]
+            # It is the original's own, which our template of the original writes.
+            assert to_text(get_template("vicuna_v1").render(*turns_of(messages))) == case["rendered"]
+        assert to_text(get_template("hf").render(*turns_of(messages), system=system)) == case["rendered"]
         seen += 1
     assert seen == 6
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_a_conversation_s_own_system_turn_replaces_the_template_s(name):
+    template = get_template(name)
+    own = template.render("What?", 1, [("Hi", "Yes")], system="An <image> of you:")
+    usual = template.render("What?", 1, [("Hi", "Yes")])
+    assert to_text(own) == "An <image> of you: " + to_text(usual).removeprefix(template.system)
+    assert own.count(Marker.IMAGE) == 1
+    assert template.render("What?", 1, [("Hi", "Yes")], system="") == usual
 
 
 @pytest.mark.parametrize("instruction", ["", "  \n", "<image>", " <image>\n"])

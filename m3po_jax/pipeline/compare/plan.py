@@ -122,6 +122,12 @@ def check_compare(recipe: Recipe) -> None:
             where="train.objective",
             remedy="preference: arms may have another one",
         )
+    if recipe.train.pairs:
+        raise UserError(
+            "systems are compared on candidates of their own",
+            where="train.pairs",
+            remedy="`m3po run` trains the recipe's arms on pairs from a file",
+        )
     for arm in trained_arms(recipe):
         overrides_of(recipe, arm)
     known = [BASE, *trained_arms(recipe)]

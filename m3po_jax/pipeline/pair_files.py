@@ -1,0 +1,117 @@
+"""Pairs from elsewhere in a run: `train.pairs` and `reward.pairs`, read, told and checked in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from m3po_jax.config import Recipe
+from m3po_jax.data.batch_source import BatchSource
+from m3po_jax.data.pair_rows import message_text, pair_prompt, place_of
+from m3po_jax.data.preference_files import FilePairs, read_preferences
+from m3po_jax.data.processing import Processor
+from m3po_jax.data.row_inputs import checked_answer
+from m3po_jax.data.tables import content_hash
+from m3po_jax.errors import UserError
+from m3po_jax.pipeline.console import say
+
+SIDES = ("chosen", "rejected")
+
+
+def pairs_instead_of_prompts(recipe: Recipe) -> str:
+    """The file of pairs that a recipe's training reads, where it reads no prompts; empty: it reads `data`."""
+    if recipe.train.objective == "reward":
+        return recipe.reward.pairs
+    return recipe.train.pairs
+
+
+def read_pair_file(path: str, recipe: Recipe) -> FilePairs:
+    """The pairs of a file; says what was read.
+
+    Raises:
+        UserError: names the first row that is no pair.
+    """
+    pairs = read_preferences(path, image_root=recipe.data.image_root, exif=recipe.data.exif)
+    say(pairs.told())
+    return pairs
+
+
+def any_recorded(pairs: FilePairs) -> bool:
+    """Whether a row brings the reference's log-probs along."""
+    return any(row[f"reference_{side}_logprobs"] for row in pairs.without_images() for side in SIDES)
+
+
+def with_identity(source: BatchSource[Any], pairs: FilePairs) -> BatchSource[Any]:
+    """Batches of a file's pairs whose fingerprint changes with whatever the file says or shows."""
+    return dataclasses.replace(source, fingerprint=content_hash(source.fingerprint, pairs.fingerprint))
+
+
+def check_recorded_tokens(pairs: FilePairs, processor: Processor) -> None:
+    """Token ids that a file brings along must be this tokenizer's: they are learned as they are.
+
+    Raises:
+        UserError: names the first row whose tokens are not its text.
+    """
+    for number, row in enumerate(pairs.without_images()):
+        for side in SIDES:
+            _check_tokens(row, side, processor, place_of(row, number, pairs.path))
+
+
+def _check_tokens(row: Mapping[str, Any], side: str, processor: Processor, place: str) -> None:
+    tokens = row[f"{side}_token_ids"]
+    if tokens is None:
+        return
+    # A token that ends an answer may reach beyond its text: into a stop string.
+    known = all(0 <= token < processor.text.size for token in tokens)
+    if not known or not processor.decode(tokens).startswith(message_text(row[side]).strip()):
+        raise UserError(
+            f"`{side}_token_ids` are not the text of `{side}` in this model's tokens",
+            where=place,
+            remedy="another model recorded them: drop the columns of token ids and log-probs",
+        )
+
+
+def check_pairs(recipe: Recipe, processor: Callable[[], Processor], report: Callable[[UserError], None]) -> list[str]:
+    """What `validate` finds in `train.pairs` and `reward.pairs`: every row, its tokens and its images.
+
+    Args:
+        processor: Gives the policy's.
+        report: Gets every error, with file and row; what is wrong with the model's files is another check's.
+
+    Returns:
+        What was read, a line for each file.
+    """
+    told = []
+    for path in dict.fromkeys(filter(None, (recipe.train.pairs, recipe.reward.pairs))):
+        try:
+            problems: list[UserError] = []
+            pairs = read_preferences(
+                path, image_root=recipe.data.image_root, exif=recipe.data.exif, problems=problems
+            )
+            for problem in problems:
+                report(problem)
+        except UserError as error:
+            report(error)
+            continue
+        told.append(pairs.told())
+        try:
+            own = dataclasses.replace(processor(), image_root=pairs.image_root)
+        except UserError:
+            continue
+        for number, row in enumerate(pairs):
+            try:
+                _check_row(row, place_of(row, number, path), own, recipe.train.max_answer_tokens)
+            except UserError as error:
+                report(error)
+    return told
+
+
+def _check_row(row: Mapping[str, Any], place: str, processor: Processor, longest: int) -> None:
+    prompt = pair_prompt(row, place)
+    processor.encode_prompt(prompt)
+    for side in SIDES:
+        _check_tokens(row, side, processor, place)
+        tokens = row[f"{side}_token_ids"]
+        checked_answer(processor.encode_answer(message_text(row[side])) if tokens is None else tokens, longest, place)
+    processor.pixel_values(prompt)
