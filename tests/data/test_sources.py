@@ -256,7 +256,7 @@ def test_bad_rows_can_be_left_out_and_are_counted(tmp_path):
         read_prompts(jsonl(write_lines(tmp_path / "q.jsonl", ["{"]), on_bad_row="skip"))
     with pytest.raises(UserError, match=r"data\.on_bad_row: unknown value 'skp' \(did you mean 'skip'"):
         read_prompts(jsonl(path, on_bad_row="skp"))
-    with pytest.raises(UserError, match=r"data\.exif: unknown exif 'no'"):
+    with pytest.raises(UserError, match=r"data\.exif: unknown value 'no'"):
         read_prompts(jsonl(path, exif="no"))
 
 
