@@ -491,15 +491,20 @@ def from_plain(kind: type[T], values: Mapping[str, Any], where: str) -> T:
 
 # Keys that change how a stage runs and nothing that it computes: a run may be continued with other values.
 OPERATIONAL = {
+    "model": ("remat", "attention", "max_prompt_tokens"),
+    "data": ("max_image_pixels",),
+    "generate": ("batch_size",),
+    "score": ("batch_size",),
+    "evaluate": ("batch_size",),
     "score.endpoint": (
         *("concurrency", "requests_per_minute", "tokens_per_minute", "timeout_s", "max_retries", "retry_wait_s"),
         *("prompt_price", "completion_price", "max_cost", "cache_dir"),
-    )
+    ),
 }
 
 
 def essential(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe (or its `score` section under that key) as nested dictionaries, without the keys of `OPERATIONAL`."""
+    """A recipe (or sections under their keys) as nested dictionaries, without the keys of `OPERATIONAL`."""
     copied = copy.deepcopy(dict(recipe))
     for path, keys in OPERATIONAL.items():
         section: Any = copied

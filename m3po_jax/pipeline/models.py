@@ -87,9 +87,19 @@ def load_policy(recipe: Recipe, mesh: Mesh, *, image_root: str | Path = ".") -> 
         max_image_pixels=recipe.data.max_image_pixels,
         max_prompt_tokens=config.max_prompt_tokens,
     )
+    return Policy(loaded, processor, policy_identity(recipe))
+
+
+def policy_identity(recipe: Recipe) -> str:
+    """`Policy.identity` of a recipe's model, which is not loaded.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    config = recipe.model
     tower = directory_identity(resolve_directory(config.vision_tower)) if config.vision_tower else ""
-    identity = content_hash(
-        directory_identity(loaded.directory),
+    return content_hash(
+        directory_identity(resolve_directory(config.path)),
         tower,
         config.init,
         recipe.seed if config.init == "random" else 0,
@@ -98,7 +108,6 @@ def load_policy(recipe: Recipe, mesh: Mesh, *, image_root: str | Path = ".") -> 
         config.dtype,
         *([config.quantization] if config.quantization != "none" else []),
     )[:16]
-    return Policy(loaded, processor, identity)
 
 
 def check_trainable(recipe: Recipe) -> None:

@@ -13,22 +13,29 @@ from m3po_jax.data.sources import PromptSource, fingerprint, read_prompts
 from m3po_jax.generation.engine import Generator
 from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.pipeline.checks import check_recipe
+from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.evaluate import Benchmark, read_benchmark
-from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy, make_generator
-from m3po_jax.pipeline.rundir import RunDirectory
+from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy, make_generator, policy_identity
+from m3po_jax.pipeline.stopping import barrier
 from m3po_jax.pipeline.systems import SystemEvaluator
 from m3po_jax.sharding import make_mesh, use_mesh
+from m3po_jax.workspace.directory import RunDirectory
 
 
 class Resources:
     """A recipe's run directory, mesh, data and models; loads lazily, so that a finished stage costs nothing.
 
+    Args:
+        force: Set aside what would otherwise be protected, see `RunDirectory.open` and `trainings.begin_training`.
+
     Raises:
         UserError: settings that contradict each other; from what is loaded, whatever is wrong with it.
     """
 
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
+    one_recipe = False  # whether the directory belongs to one recipe and takes no other
+
+    def __init__(self, recipe: Recipe, *, force: bool = False):
+        self.recipe, self.force = recipe, force
         check_recipe(recipe)
         self.directory = RunDirectory.of(recipe)
         self.mesh: Mesh = make_mesh(recipe.mesh)
@@ -44,6 +51,11 @@ class Resources:
     @functools.cached_property
     def data_identity(self) -> str:
         return fingerprint(self.source)[:16]
+
+    @functools.cached_property
+    def base_identity(self) -> str:
+        """`policy.identity`, without loading the policy."""
+        return policy_identity(self.recipe)
 
     @functools.cached_property
     def policy(self) -> Policy:
@@ -78,7 +90,7 @@ class Resources:
         """Creates or continues the run directory, after opening everything that a later stage will read.
 
         Raises:
-            UserError: the directory holds a run of another recipe.
+            UserError: as `RunDirectory.open`.
         """
         _ = self.benchmarks
         facts = {
@@ -88,7 +100,10 @@ class Resources:
             "image_fit": self.recipe.model.image_fit,
             "mesh": dict(self.mesh.shape),
         }
-        self.directory.open(self.recorded_recipe(), facts)
+        lines = self.directory.open(self.recorded_recipe(), facts, force=self.force, one_recipe=self.one_recipe)
+        barrier("the run directory is open")
+        for line in lines:
+            say(line, style="yellow")
 
     def recorded_recipe(self) -> Recipe:
         """What the run directory is checked against."""

@@ -26,25 +26,32 @@ from m3po_jax.evaluation.bootstrap import bootstrap
 from m3po_jax.hosts import shared_out
 from m3po_jax.models.heads import attach_head
 from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy
-from m3po_jax.pipeline.rundir import is_writer, read_json
 from m3po_jax.pipeline.stopping import barrier
+from m3po_jax.pipeline.trainings import begin_training, finish_training
 from m3po_jax.scoring.reward import HeadScorer, Reward
 from m3po_jax.selection import RANDOM_RULES, check_config
 from m3po_jax.sharding import use_mesh
 from m3po_jax.training.loop import load_trained, train
 from m3po_jax.training.metrics_log import MetricsLog
 from m3po_jax.training.objectives import check_objective
-
-FOLDER = "reward"  # of a round
+from m3po_jax.training.stage import without_free_settings
+from m3po_jax.workspace.files import is_writer, read_json
+from m3po_jax.workspace.layout import METRICS, PAIRS, RESULTS, REWARD, REWARD_DESCRIPTION
+from m3po_jax.workspace.records import settings
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedReward:
-    """A reward model that can be asked, and what is known of it (``results.json``)."""
+    """A reward model that can be asked, and what is known of it (``results.json``).
+
+    Attributes:
+        trained: In this process, now.
+    """
 
     judge: Reward
     results: dict[str, Any]
     seconds: float
+    trained: bool = False
 
 
 def _place(kind: str, key: str) -> float:
@@ -173,7 +180,7 @@ def start_reward(policy: Policy, recipe: Recipe, config: TrainConfig, mesh: Mesh
 
 
 def reward_of_pairs(
-    recipe: Recipe, policy: Policy, pairs: pa.Table, out: Path, mesh: Mesh, *, seed: int
+    recipe: Recipe, policy: Policy, pairs: pa.Table, out: Path, mesh: Mesh, *, seed: int, force: bool = False
 ) -> TrainedReward:
     """Trains a reward model on pairs, measures it on held-out ones, and writes its folder.
 
@@ -181,6 +188,7 @@ def reward_of_pairs(
 
     Args:
         pairs: PAIR rows; all pairs of a prompt stay on one side.
+        force: As of `trainings.begin_training`.
 
     Raises:
         UserError: too few pairs, or anything that training stops at.
@@ -197,16 +205,34 @@ def reward_of_pairs(
         batch_size=config.batch_size,
         seed=seed,
         max_answer_tokens=config.max_answer_tokens,
-        where=str(out / "pairs"),
+        where=str(out / PAIRS),
         length_window=config.length_window,
         max_shapes=config.max_shapes,
         own=shared_out(mesh),
     )
+    inputs = {
+        "model": policy.identity,
+        "model.param_dtype": recipe.model.param_dtype,
+        "pairs": source.fingerprint,
+        "reward.holdout": recipe.reward.holdout,
+        "seed": seed,
+        **settings("train", without_free_settings(config)),
+    }
+    finished = begin_training(out, inputs, force=force)
     with use_mesh(mesh):
-        result = train(start, source, config, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)
+        result = train(
+            start,
+            source,
+            config,
+            output_dir=out,
+            mesh=mesh,
+            seed=seed,
+            remat=recipe.model.remat,
+            made_from=inputs,
+        )
         scorer = HeadScorer(result.model, mesh, batch_size=recipe.score.batch_size)
         judge = Reward(scorer, policy.processor)
-        results = read_json(out / "results.json")
+        results = read_json(out / RESULTS) if finished else None
         if results is None:
             unseen = pairs.filter(pa.array([key in test for key in ids]))
             results = {
@@ -218,7 +244,10 @@ def reward_of_pairs(
                 )[:16],
             }
             _write(out, recipe, config, results)
-    return TrainedReward(judge, results, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    if not finished:
+        finish_training(out, inputs, seconds, **results)
+    return TrainedReward(judge, results, seconds, trained=not finished)
 
 
 def measure(judge: Reward, pairs: pa.Table, processor: Processor, *, seed: int) -> dict[str, Any]:
@@ -246,7 +275,7 @@ def measure(judge: Reward, pairs: pa.Table, processor: Processor, *, seed: int) 
 
 def _write(out: Path, recipe: Recipe, config: TrainConfig, results: dict[str, Any]) -> None:
     if is_writer():
-        log = MetricsLog(out / "metrics.jsonl")
+        log = MetricsLog(out / METRICS)
         if not any("eval_accuracy" in line for line in log.lines(results["steps"])):
             measured = {name: results[name] for name in ("accuracy", "margin", "mean_reward")}
             log.write(results["steps"], {f"eval_{name}": value for name, value in measured.items()})
@@ -255,8 +284,8 @@ def _write(out: Path, recipe: Recipe, config: TrainConfig, results: dict[str, An
             "train": dataclasses.asdict(config),
             "seed": recipe.seed,
         }
-        tables.write_json(out / "reward.json", description)
-        tables.write_json(out / "results.json", results)
+        tables.write_json(out / REWARD_DESCRIPTION, description)
+        tables.write_json(out / RESULTS, results)
     barrier("measured")
 
 
@@ -267,9 +296,10 @@ def find_reward(path: str) -> Path:
         UserError: there is none.
     """
     folder = Path(path).expanduser()
-    found = [folder / "reward.json", *sorted(folder.glob(f"round-*/{FOLDER}/reward.json"), reverse=True)]
+    of_rounds = folder.glob(f"round-*/{REWARD}/{REWARD_DESCRIPTION}")
+    found = [folder / REWARD_DESCRIPTION, *sorted(of_rounds, reverse=True)]
     for file in found:
-        if file.is_file() and (file.parent / "results.json").is_file():
+        if file.is_file() and (file.parent / RESULTS).is_file():
             return file.parent
     raise UserError(
         "no trained reward model",
@@ -285,7 +315,7 @@ def load_reward(path: str, mesh: Mesh, *, image_root: str | Path = ".", batch_si
         UserError: no reward model there, or not the weights that it was trained from.
     """
     folder = find_reward(path)
-    known = read_json(folder / "reward.json")
+    known = read_json(folder / REWARD_DESCRIPTION)
     recipe = Recipe(
         model=from_plain(ModelConfig, known["model"], str(folder)),
         train=from_plain(TrainConfig, known["train"], str(folder)),
