@@ -107,6 +107,19 @@ def make_parser() -> argparse.ArgumentParser:
             verb.add_argument(
                 "--mock", action="store_true", help="shrink the recipe to a tiny model and a handful of rows"
             )
+        if name == "run":
+            verb.add_argument(
+                "--dry-run",
+                action="store_true",
+                help="only list every stage as done, to do or out of date, with the key that made it so",
+            )
+        if name in RESUMABLE - {"compare"}:
+            verb.add_argument(
+                "--force",
+                action="store_true",
+                help="go on in a run directory of another seed, model or data, without its saved recipe, or over an "
+                "unfinished training of something else: what is there is set aside, never deleted",
+            )
         if name in ("generate", "score", "select", "train", "evaluate", "export"):
             verb.add_argument("--round", type=int, default=1, metavar="R", help="which round's folder (default 1)")
             verb.add_argument("--arm", default=None, help="a comparison arm of the recipe (default: the main one)")

@@ -67,10 +67,12 @@ class ModelConfig:
     # chat: the model directory's own template; see data/templates.py
     template: Annotated[str, OneOf("data.templates:TEMPLATES", "chat")] = "vicuna_v1"
     image_fit: Annotated[str, OneOf("data.images:IMAGE_FITS")] = "pad"  # see data/images.py
-    remat: Annotated[str, OneOf("models.layers:REMAT_POLICIES")] = "full"  # what the backward pass recomputes
+    # what the backward pass recomputes
+    remat: Annotated[str, OneOf("models.layers:REMAT_POLICIES"), OPERATIONAL] = "full"
     # pallas: TPU kernels; cudnn: NVIDIA GPUs, 16-bit types
-    attention: Annotated[str, OneOf("models.kernels.choice:ATTENTION")] = "xla"
-    max_prompt_tokens: Tokens = 1024  # image tokens included; longer rows are refused, never truncated
+    attention: Annotated[str, OneOf("models.kernels.choice:ATTENTION"), OPERATIONAL] = "xla"
+    # image tokens included; longer rows are refused, never truncated
+    max_prompt_tokens: Annotated[Tokens, OPERATIONAL] = 1024
 
 
 @dataclass
@@ -83,7 +85,7 @@ class DataConfig:
     split: str = "train"
     image_root: File = ""  # relative image paths stay inside it; default: the data file's folder
     limit: Count | None = None
-    max_image_pixels: Count = 50_000_000  # a larger image is refused before it is decoded
+    max_image_pixels: Annotated[Count, OPERATIONAL] = 50_000_000  # a larger image is refused before it is decoded
     # an image's EXIF orientation; LLaVA's own code ignores it
     exif: Annotated[str, OneOf("data.schema:EXIF")] = "apply"
     instruction: str = ""  # of rows that have none, such as the images of a folder
@@ -126,7 +128,7 @@ class GenerateConfig:
     pool: list[PoolMember] = field(default_factory=list)
     # times that a candidate with the text of another of its prompt is drawn again
     resample_duplicates: Annotated[int, Range(0, 1000)] = 0
-    batch_size: Rows = 16  # prompts in flight
+    batch_size: Annotated[Rows, OPERATIONAL] = 16  # prompts in flight
     shard_rows: Annotated[int, Range(1, 1_000_000)] = 256  # prompts in one output shard, the unit of resumption
 
 
@@ -199,7 +201,7 @@ class ScoreConfig:
     claim_template: str = "{claim}"  # the text that stands for one claim in the dual encoder
     # variants that are computed, see method.md
     confidence: list[Variant] = field(default_factory=lambda: ["mean"])
-    batch_size: Rows = 32  # prompts
+    batch_size: Annotated[Rows, OPERATIONAL] = 32  # prompts
 
 
 @dataclass
@@ -399,7 +401,7 @@ class EvaluateConfig:
 
     benchmarks: dict[Name, BenchmarkConfig] = field(default_factory=dict)
     max_new_tokens: Tokens = 128
-    batch_size: Rows = 16
+    batch_size: Annotated[Rows, OPERATIONAL] = 16
     stop_bias: list[Finite] = field(default_factory=list)  # the base model's stop-bias frontier (chair benchmarks)
     # The words that get the bias, each one token, where they announce an answer's end; empty: the end token.
     stop_words: list[str] = field(default_factory=list)

@@ -7,9 +7,13 @@ one line and exits with status 2. Any other exception is a defect of ours and ke
 from __future__ import annotations
 
 import difflib
+import errno
 import re
+import shutil
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 # Exit statuses; sysexits.h: a launcher that sees EX_TEMPFAIL starts the same command again.
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 75
@@ -91,3 +95,77 @@ def nearest(name: str, known: Iterable[str], *, listed: bool = True) -> str:
     if close:
         return f" (did you mean {lowered[close[0]]!r}?)"
     return f" (known: {', '.join(known)})" if listed and known else ""
+
+
+# No space on the device, a quota that is used up, and a file that has grown to its limit (`ulimit -f`).
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file is too large",
+}
+# Libraries in C++ hand such errors on as text: "... No space left on device [OS error 28: ENOSPC ...]".
+_FULL_TEXT = re.compile(
+    r"OS error (\d+)|\[Errno (\d+)\]|(No space left on device|Disk quota exceeded|File too large)"
+)
+_FULL_WORDS = dict(zip(("No space left on device", "Disk quota exceeded", "File too large"), FULL, strict=True))
+
+
+def full_disk_number(error: BaseException | None) -> int | None:
+    """The errno in `FULL` that an exception (or its cause, or what a library wrote into its text) stands for."""
+    passed: set[int] = set()
+    while error is not None and id(error) not in passed:
+        passed.add(id(error))
+        if isinstance(error, OSError) and error.errno in FULL:
+            return error.errno
+        for code, bracketed, words in _FULL_TEXT.findall(str(error)):
+            number = _FULL_WORDS[words] if words else int(code or bracketed)
+            if number in FULL:
+                return number
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def full_disk(number: int, place: str | Path, needed: int = 0) -> UserError:
+    """The line for a disk that is full: the place, the space needed there and the space that is left.
+
+    Args:
+        number: Of `FULL`.
+        needed: Bytes, as far as they are known; 0: they are not.
+    """
+    folder = Path(place).absolute()
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        free = f"{_megabytes(shutil.disk_usage(folder).free)} are free"
+    except OSError:
+        free = ""
+    size = f"at least {_megabytes(needed)} are needed" if needed else ""
+    counts = ", ".join(filter(None, (size, free)))
+    return UserError(
+        f"{FULL[number]}" + (f" ({counts})" if counts else ""),
+        where=str(place),
+        remedy="make room there (`ulimit -f` may limit files too); nothing that was finished is lost, and the same "
+        "command continues",
+    )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+@contextmanager
+def full_disk_told(place: str | Path, needed: int = 0) -> Iterator[None]:
+    """Turns a full disk, whoever reports it inside the block, into one line; see `full_disk`.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = full_disk_number(error)
+        if number is None:
+            raise
+        raise full_disk(number, place, needed) from error

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from m3po_jax.data import parquet_bounds
-from m3po_jax.errors import UserError
+from m3po_jax.errors import UserError, full_disk, full_disk_number
 
 _TEMPORARY = ".tmp"
 # Small row groups let shuffled readers fetch a row without its whole file.
@@ -30,24 +30,42 @@ MAX_LINE_BYTES = 1 << 28
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears at `path` when the block ends without an exception, and not before."""
+def atomic_write(path: str | Path, *, record: Callable[[str], None] | None = None) -> Iterator[IO[bytes]]:
+    """A binary file that appears at `path` when the block ends without an exception, and not before.
+
+    Args:
+        record: Called with the SHA-256 (hex) of the whole file just before it appears, so that no file is there whose
+            checksum is not on disk, whenever a writer is killed.
+
+    Raises:
+        UserError: the disk is full; what was at `path` before is still there.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The leading dot and the suffix keep the temporary out of every reader's way.
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_TEMPORARY, dir=path.parent)
-    temporary = Path(name)
+    temporary: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The leading dot and the suffix keep the temporary out of every reader's way.
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_TEMPORARY, dir=path.parent)
+        temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if record is not None:
+            record(file_hash(temporary))
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would lock out the other users of a shared folder
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        written = 0
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                written = temporary.stat().st_size
+            temporary.unlink(missing_ok=True)
+        number = None if isinstance(error, UserError) else full_disk_number(error)
+        if number is not None:
+            raise full_disk(number, path, written) from error
         raise
     _sync_folder(path.parent)
 
@@ -98,6 +116,8 @@ def write_table(
     path: str | Path,
     rows: pa.Table | Iterable[Mapping[str, Any]] | Mapping[str, Sequence[Any]],
     schema: pa.Schema,
+    *,
+    record: Callable[[str], None] | None = None,
 ) -> None:
     """Writes a parquet file atomically.
 
@@ -105,6 +125,7 @@ def write_table(
         path: The file; folders above it are made.
         rows: A table, one dictionary of columns, or dictionaries, of which no more are held than make a row group.
         schema: Types and order of the columns, see `m3po_jax.data.schema`.
+        record: As of `atomic_write`.
 
     Raises:
         ValueError: rows that do not fit `schema`.
@@ -116,7 +137,7 @@ def write_table(
         parts = [to_table(rows, schema)]
     else:
         parts = (to_table(group, schema) for group in _row_groups(rows))
-    with atomic_write(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    with atomic_write(path, record=record) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for part in parts:
             writer.write_table(part, row_group_size=_ROW_GROUP_ROWS)
 
@@ -201,16 +222,18 @@ def read_rows(directory: str | Path, columns: Sequence[str] | None = None) -> It
                     yield from batch.to_pylist()
 
 
-def write_json_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_json_lines(
+    path: str | Path, rows: Iterable[Mapping[str, Any]], *, record: Callable[[str], None] | None = None
+) -> None:
     """Writes one JSON object per line atomically; NaN and infinities are refused (they are not JSON)."""
-    with atomic_write(path) as file:
+    with atomic_write(path, record=record) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n")
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | Path, value: Any, *, record: Callable[[str], None] | None = None) -> None:
     """Writes one JSON value atomically, keys sorted; NaN and infinities are refused."""
-    with atomic_write(path) as file:
+    with atomic_write(path, record=record) as file:
         file.write((json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode("utf-8"))
 
 

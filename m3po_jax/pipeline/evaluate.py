@@ -13,6 +13,7 @@ from m3po_jax.data import tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import PromptSource, fingerprint
+from m3po_jax.data.tables import write_json
 from m3po_jax.errors import UserError
 from m3po_jax.evaluation.registry import METRICS, image_of
 from m3po_jax.generation.engine import Generator
@@ -20,9 +21,10 @@ from m3po_jax.hosts import Shares
 from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.generate import requests
 from m3po_jax.pipeline.models import read_rows
-from m3po_jax.pipeline.rundir import is_writer, now, read_json, write_json
 from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
 from m3po_jax.reading import check_values
+from m3po_jax.workspace.files import is_writer, read_json
+from m3po_jax.workspace.shards import now
 
 
 @dataclasses.dataclass(frozen=True)

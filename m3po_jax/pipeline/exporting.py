@@ -23,10 +23,12 @@ from m3po_jax.pipeline.arms import arm_recipe, trains_in_rounds
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.model_card import model_card
 from m3po_jax.pipeline.models import policy_identity
-from m3po_jax.pipeline.rundir import RunDirectory, read_json
 from m3po_jax.pipeline.train import Trained, load_finished
 from m3po_jax.recipes import find_recipe, load_recipe, read_document
 from m3po_jax.sharding import make_mesh, use_mesh
+from m3po_jax.workspace.directory import RunDirectory
+from m3po_jax.workspace.files import read_json
+from m3po_jax.workspace.layout import CHECKPOINTS, DONE
 
 FORMATS = ("huggingface", "peft")
 # Keys that say how a program runs, or which of the kept weights are handed on; an export may choose them itself.
@@ -61,7 +63,7 @@ def saved_recipe(directory: RunDirectory) -> Recipe:
     Raises:
         UserError: there is no run, or its recipe cannot be read.
     """
-    file = directory.root / "config.yaml"
+    file = directory.config
     if not file.is_file():
         raise UserError(
             "holds no recipe of a run",
@@ -207,7 +209,7 @@ def export(given: Recipe, wanted: Wanted, *, config: str | None = None, override
             remedy="export with --format huggingface",
         )
     folder = _training(directory, recipe, wanted)
-    if not (folder / "done.json").is_file():
+    if not (folder / DONE).is_file():
         raise UserError("no finished training", where=str(folder), remedy="run `m3po train` first")
     mesh = make_mesh(recipe.mesh)
     with use_mesh(mesh):
@@ -221,7 +223,7 @@ def export(given: Recipe, wanted: Wanted, *, config: str | None = None, override
             "round": wanted.round,
             "dtype": wanted.dtype,
             "base": identity,
-            "checkpoint": tree_identity(folder / "checkpoints"),
+            "checkpoint": tree_identity(folder / CHECKPOINTS),
             "settings": content_hash(_about_weights(recipe), recipe.train.weights, recipe.train.best_metric)[:16],
         }
         output = wanted.output or default_output(directory, wanted)
@@ -234,7 +236,7 @@ def _training(directory: RunDirectory, recipe: Recipe, wanted: Wanted) -> Path:
     """Where the training lies: a round's folder, or the run's own where the verb alone trained on rows."""
     folder = directory.round(wanted.round, wanted.arm)
     of_rows = wanted.arm is None and wanted.round == 1 and not trains_in_rounds(recipe)
-    return directory.root if of_rows and not (folder / "done.json").is_file() else folder
+    return directory.root if of_rows and not (folder / DONE).is_file() else folder
 
 
 def _check_base(directory: RunDirectory, recipe: Recipe, identity: str) -> None:

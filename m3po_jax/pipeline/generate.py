@@ -6,7 +6,7 @@ import dataclasses
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -26,12 +26,14 @@ from m3po_jax.data.sources import PromptSource
 from m3po_jax.errors import UserError
 from m3po_jax.generation.answers import finish, repeats
 from m3po_jax.generation.engine import Candidates, Generator, PromptBatch, Request
-from m3po_jax.generation.settings import sampling_record
+from m3po_jax.generation.settings import SamplingConfig, sampling_record
 from m3po_jax.hosts import Hosts, Shares, first_failure, together
 from m3po_jax.pipeline.caches import fill
-from m3po_jax.pipeline.console import progress
-from m3po_jax.pipeline.rundir import is_writer
+from m3po_jax.pipeline.console import progress, say
 from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
+from m3po_jax.workspace.files import is_writer
+from m3po_jax.workspace.records import settings
+from m3po_jax.workspace.shards import ShardFolder
 
 LOADED_AHEAD = 16  # prompts whose images a host reads before the engine asks for them
 
@@ -58,13 +60,19 @@ def plan_shards(out: Path, count: int, rows: int, inputs: str) -> list[Shard]:
     ]
 
 
-def remove_stale(out: Path, shards: Sequence[Shard]) -> None:
-    """Deletes shards that other inputs made: the next stage reads the whole folder."""
+def begin_shards(
+    folder: ShardFolder, inputs: Mapping[str, Any], shards: Sequence[Shard], derived: Mapping[str, Any] | None = None
+) -> list[bool]:
+    """Which of `shards` are done, on every process alike; what does not belong to them is set aside, with a line.
+
+    Args:
+        inputs, derived: As of `workspace.records.Record`.
+    """
     if is_writer():
-        wanted = {shard.path.name for shard in shards}
-        for path in tables.shards(out):
-            if path.name not in wanted:
-                path.unlink()
+        for line in folder.begin(inputs, [shard.path.name for shard in shards], derived):
+            say(line, style="yellow")
+    barrier("set aside")
+    return agreed([shard.path.exists() for shard in shards])
 
 
 @dataclass(frozen=True)
@@ -286,6 +294,7 @@ def generate(
     out: Path,
     *,
     inputs: str,
+    made_from: Mapping[str, Any] | None = None,
     features: PromptFeatures | None = None,
 ) -> dict[str, Any]:
     """Writes the candidates of every prompt; shards that exist are kept.
@@ -293,6 +302,7 @@ def generate(
     Args:
         generator: Made with `generation.settings.sampling_config(config, seed)`.
         inputs: A hash of what the candidates depend on beside `config`: model, template, data, seed.
+        made_from: The same by name, for the record.
         features: Cached features of the generator's vision tower; what is missing is computed and stored first.
 
     Returns:
@@ -304,14 +314,13 @@ def generate(
         Interrupted: a signal arrived; finished shards stay.
     """
     started = time.monotonic()
-    records = [sampling_record(config, generator.sampling, k) for k in range(config.num_candidates)]
-    alike = all(record == records[0] for record in records)
-    sampling = json.dumps(records[0] if alike else records)
+    sampling = sampling_text(config, generator.sampling)
     shards = plan_shards(
         out, len(prompts), config.shard_rows, tables.content_hash(inputs, sampling, config.num_candidates)
     )
-    remove_stale(out, shards)
-    done = agreed([shard.path.exists() for shard in shards])
+    folder = ShardFolder(out, "m3po generate")
+    recorded = dict(made_from or {"inputs": inputs}) | settings("generate", config) | {"sampling": sampling}
+    done = begin_shards(folder, recorded, shards)
     todo = [shard for shard, exists in zip(shards, done, strict=True) if not exists]
     tally, slot_steps = Tally(), generator.slot_steps
     # Prompts run on across shards, so that the device idles at the end of the run only; a shard is written as soon
@@ -332,11 +341,11 @@ def generate(
                 del unwritten[shard.path]
                 if is_writer():
                     whole = [row for i in sorted(waiting) for row in waiting[i]]
-                    tables.write_table(shard.path, whole, CANDIDATE)
+                    tables.write_table(shard.path, whole, CANDIDATE, record=folder.noting(shard.path.name))
     slot_steps = generator.slot_steps - slot_steps
     barrier("generated")
     counts = candidate_counts(out)
-    return {
+    details = {
         "seconds": time.monotonic() - started,
         "rows": counts["candidates"],
         "shards": len(shards),
@@ -346,6 +355,16 @@ def generate(
         "resampled": tally.resampled if config.resample_duplicates else None,
         **counts,
     }
+    if is_writer():
+        folder.finish({name: value for name, value in details.items() if value is not None})
+    barrier("candidates are recorded")
+    return details
+
+
+def sampling_text(config: GenerateConfig, sampling: SamplingConfig) -> str:
+    """How candidates are drawn, as JSON: one object where all candidates agree, else a list with one for each."""
+    records = [sampling_record(config, sampling, k) for k in range(config.num_candidates)]
+    return json.dumps(records[0] if all(record == records[0] for record in records) else records)
 
 
 def candidate_counts(out: Path) -> dict[str, Any]:

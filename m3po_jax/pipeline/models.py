@@ -78,11 +78,11 @@ def load_policy(recipe: Recipe, mesh: Mesh, *, image_root: str | Path = ".") -> 
     return Policy(loaded, processor, policy_identity(recipe, loaded))
 
 
-def policy_identity(recipe: Recipe, loaded: Loaded) -> str:
+def policy_identity(recipe: Recipe, model: Loaded | Description) -> str:
     """A hash of a recipe's model: its files (the directory's own template among them), and how it is prompted."""
     config = recipe.model
     return content_hash(
-        model_identity(loaded),
+        model_identity(model),
         config.init,
         recipe.seed if config.init == "random" else 0,
         config.template,

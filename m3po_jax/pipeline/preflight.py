@@ -32,12 +32,12 @@ from m3po_jax.pipeline.backends import check_ready, describe_dual_encoder, descr
 from m3po_jax.pipeline.checks import draws_candidates, judges
 from m3po_jax.pipeline.models import make_dual_processor, make_processor
 from m3po_jax.pipeline.reward import find_reward
-from m3po_jax.pipeline.rundir import RunDirectory
 from m3po_jax.pipeline.systems import stop_tokens
 from m3po_jax.scoring.grading import grade_tokens
 from m3po_jax.scoring.judge import answer_tokens
 from m3po_jax.sharding import make_mesh
 from m3po_jax.training.step import trainable_filter
+from m3po_jax.workspace.directory import RunDirectory
 
 TRACKER_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 AMBER_PACKAGES = {"nouns": "nltk", "similarity": "spacy"}

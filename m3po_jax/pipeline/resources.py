@@ -14,24 +14,39 @@ from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import PromptSource, fingerprint
 from m3po_jax.generation.engine import Generator
 from m3po_jax.generation.settings import SamplingConfig
+from m3po_jax.models.registry import describe
 from m3po_jax.pipeline.checks import check_recipe
+from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.evaluate import Benchmark, check_scoring, read_benchmark
-from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy, make_generator, read_rows
+from m3po_jax.pipeline.models import (
+    Policy,
+    attach_adapter,
+    load_policy,
+    make_generator,
+    policy_identity,
+    read_rows,
+)
 from m3po_jax.pipeline.pair_files import check_recorded_tokens, pairs_instead_of_prompts, read_pair_file
-from m3po_jax.pipeline.rundir import RunDirectory
+from m3po_jax.pipeline.stopping import barrier
 from m3po_jax.pipeline.systems import SystemEvaluator
 from m3po_jax.sharding import make_mesh, use_mesh
+from m3po_jax.workspace.directory import RunDirectory
 
 
 class Resources:
     """A recipe's run directory, mesh, data and models; loads lazily, so that a finished stage costs nothing.
 
+    Args:
+        force: Set aside what would otherwise be protected, see `RunDirectory.open` and `trainings.begin_training`.
+
     Raises:
         UserError: settings that contradict each other; from what is loaded, whatever is wrong with it.
     """
 
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
+    one_recipe = False  # whether the directory belongs to one recipe and takes no other
+
+    def __init__(self, recipe: Recipe, *, force: bool = False):
+        self.recipe, self.force = recipe, force
         check_recipe(recipe)
         self.directory = RunDirectory.of(recipe)
         self.mesh: Mesh = make_mesh(recipe.mesh)
@@ -63,6 +78,13 @@ class Resources:
         """Folder that the training data's image paths are relative to."""
         pairs = pairs_instead_of_prompts(self.recipe)
         return image_folder(pairs, self.recipe.data.image_root) if pairs else self.source.image_root
+
+    @functools.cached_property
+    def base_identity(self) -> str:
+        """`policy.identity`, without loading the policy."""
+        model = self.recipe.model
+        described = describe(model.path, vision_tower=model.vision_tower, weights=model.init == "pretrained")
+        return policy_identity(self.recipe, described)
 
     @functools.cached_property
     def policy(self) -> Policy:
@@ -97,7 +119,7 @@ class Resources:
         """Creates or continues the run directory, after opening everything that a later stage will read.
 
         Raises:
-            UserError: the directory holds a run of another recipe.
+            UserError: as `RunDirectory.open`.
         """
         for benchmark in self.benchmarks:
             check_scoring(benchmark)
@@ -108,7 +130,10 @@ class Resources:
             "image_fit": self.recipe.model.image_fit,
             "mesh": dict(self.mesh.shape),
         }
-        self.directory.open(self.recorded_recipe(), facts)
+        lines = self.directory.open(self.recorded_recipe(), facts, force=self.force, one_recipe=self.one_recipe)
+        barrier("the run directory is open")
+        for line in lines:
+            say(line, style="yellow")
 
     def _data_facts(self) -> dict[str, Any]:
         if path := pairs_instead_of_prompts(self.recipe):

@@ -30,8 +30,8 @@ from m3po_jax.models.identity import files_identity, tree_identity
 from m3po_jax.models.registry import describe
 from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy, model_identity
 from m3po_jax.pipeline.pair_files import with_identity
-from m3po_jax.pipeline.rundir import is_writer, read_json
 from m3po_jax.pipeline.stopping import barrier
+from m3po_jax.pipeline.trainings import begin_training, finish_training
 from m3po_jax.recipes import from_plain
 from m3po_jax.scoring.reward import HeadScorer, Reward
 from m3po_jax.selection import RANDOM_RULES, check_config
@@ -39,17 +39,24 @@ from m3po_jax.sharding import use_mesh
 from m3po_jax.training.loop import load_trained, train
 from m3po_jax.training.metrics_log import MetricsLog
 from m3po_jax.training.objectives import check_objective
-
-FOLDER = "reward"  # of a round
+from m3po_jax.training.stage import without_free_settings
+from m3po_jax.workspace.files import is_writer, read_json
+from m3po_jax.workspace.layout import METRICS, PAIRS, RESULTS, REWARD, REWARD_DESCRIPTION
+from m3po_jax.workspace.records import settings
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedReward:
-    """A reward model that can be asked, and what is known of it (``results.json``)."""
+    """A reward model that can be asked, and what is known of it (``results.json``).
+
+    Attributes:
+        trained: In this process, now.
+    """
 
     judge: Reward
     results: dict[str, Any]
     seconds: float
+    trained: bool = False
 
 
 def _place(kind: str, key: str) -> float:
@@ -151,7 +158,15 @@ def start_reward(policy: Policy, recipe: Recipe, config: TrainConfig, mesh: Mesh
 
 
 def reward_of_pairs(
-    recipe: Recipe, policy: Policy, pairs: PairRows, out: Path, mesh: Mesh, *, image_root: Path, seed: int
+    recipe: Recipe,
+    policy: Policy,
+    pairs: PairRows,
+    out: Path,
+    mesh: Mesh,
+    *,
+    image_root: Path,
+    seed: int,
+    force: bool = False,
 ) -> TrainedReward:
     """Trains a reward model on pairs, measures it on held-out ones, and writes its folder.
 
@@ -160,6 +175,7 @@ def reward_of_pairs(
     Args:
         pairs: All pairs of a prompt stay on one side.
         image_root: Folder that their image paths are relative to.
+        force: As of `trainings.begin_training`.
 
     Raises:
         UserError: too few pairs, or anything that training stops at.
@@ -177,18 +193,36 @@ def reward_of_pairs(
         batch_size=config.batch_size,
         seed=seed,
         max_answer_tokens=config.max_answer_tokens,
-        where=str(out / "pairs"),
+        where=str(out / PAIRS),
         length_window=config.length_window,
         max_shapes=config.max_shapes,
         own=shared_out(mesh),
     )
     if isinstance(pairs, FilePairs):
         source = with_identity(source, pairs)
+    inputs = {
+        "model": policy.identity,
+        "model.param_dtype": recipe.model.param_dtype,
+        "pairs": source.fingerprint,
+        "reward.holdout": recipe.reward.holdout,
+        "seed": seed,
+        **settings("train", without_free_settings(config)),
+    }
+    finished = begin_training(out, inputs, force=force)
     with use_mesh(mesh):
-        result = train(start, source, config, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)
+        result = train(
+            start,
+            source,
+            config,
+            output_dir=out,
+            mesh=mesh,
+            seed=seed,
+            remat=recipe.model.remat,
+            made_from=inputs,
+        )
         scorer = HeadScorer(result.model, mesh, batch_size=recipe.score.batch_size)
         judge = Reward(scorer, policy.processor)
-        results = read_json(out / "results.json")
+        results = read_json(out / RESULTS) if finished else None
         if results is None:
             unseen = pairs.take([number for number, key in enumerate(ids) if key in test])
             results = {
@@ -200,7 +234,10 @@ def reward_of_pairs(
                 )[:16],
             }
             _write(out, recipe, config, results, base=policy.identity)
-    return TrainedReward(judge, results, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    if not finished:
+        finish_training(out, inputs, seconds, **results)
+    return TrainedReward(judge, results, seconds, trained=not finished)
 
 
 def measure(judge: Reward, pairs: PairRows, processor: Processor, *, seed: int) -> dict[str, Any]:
@@ -228,7 +265,7 @@ def measure(judge: Reward, pairs: PairRows, processor: Processor, *, seed: int) 
 
 def _write(out: Path, recipe: Recipe, config: TrainConfig, results: dict[str, Any], *, base: str) -> None:
     if is_writer():
-        log = MetricsLog(out / "metrics.jsonl")
+        log = MetricsLog(out / METRICS)
         if not any("eval_accuracy" in line for line in log.lines(results["steps"])):
             measured = {name: results[name] for name in ("accuracy", "margin", "mean_reward")}
             log.write(results["steps"], {f"eval_{name}": value for name, value in measured.items()})
@@ -238,8 +275,8 @@ def _write(out: Path, recipe: Recipe, config: TrainConfig, results: dict[str, An
             "train": dataclasses.asdict(config),
             "seed": recipe.seed,
         }
-        tables.write_json(out / "reward.json", description)
-        tables.write_json(out / "results.json", results)
+        tables.write_json(out / REWARD_DESCRIPTION, description)
+        tables.write_json(out / RESULTS, results)
     barrier("measured")
 
 
@@ -250,9 +287,10 @@ def find_reward(path: str) -> Path:
         UserError: there is none.
     """
     folder = Path(path).expanduser()
-    found = [folder / "reward.json", *sorted(folder.glob(f"round-*/{FOLDER}/reward.json"), reverse=True)]
+    of_rounds = folder.glob(f"round-*/{REWARD}/{REWARD_DESCRIPTION}")
+    found = [folder / REWARD_DESCRIPTION, *sorted(of_rounds, reverse=True)]
     for file in found:
-        if file.is_file() and (file.parent / "results.json").is_file():
+        if file.is_file() and (file.parent / RESULTS).is_file():
             return file.parent
     raise UserError(
         "no trained reward model",
@@ -288,7 +326,7 @@ def load_reward(
         UserError: no reward model there, or not the weights that it was trained from.
     """
     folder = find_reward(path)
-    known = read_json(folder / "reward.json")
+    known = read_json(folder / REWARD_DESCRIPTION)
     recipe = Recipe(
         model=from_plain(ModelConfig, known["model"], str(folder)),
         train=from_plain(TrainConfig, known["train"], str(folder)),

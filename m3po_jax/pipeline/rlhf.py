@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from m3po_jax.sharding import use_mesh
 from m3po_jax.training.loop import train
 from m3po_jax.training.metrics_log import read_metrics
 from m3po_jax.training.rollouts import RolloutSource
+from m3po_jax.workspace.layout import ROLLOUTS
 
 
 def rollout_sampling(recipe: Recipe, seed: int) -> SamplingConfig:
@@ -58,6 +59,7 @@ def train_rlhf(
     *,
     start: Any,
     seed: int,
+    made_from: Mapping[str, Any] | None = None,
 ) -> Trained:
     """RLOO or PPO from `start`, the policy's model with adapters (trained or not), on prompts of its own.
 
@@ -84,10 +86,19 @@ def train_rlhf(
             config.rl,
             config.batch_size,
             seed,
-            out / "rollouts",
+            out / ROLLOUTS,
             values=values,
             identity=reward.results["identity"],
         )
-        result = train(model, source, config, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)
+        result = train(
+            model,
+            source,
+            config,
+            output_dir=out,
+            mesh=mesh,
+            seed=seed,
+            remat=recipe.model.remat,
+            made_from=made_from,
+        )
     result = dataclasses.replace(result, model=detach_head(result.model))
     return Trained(result, policy.loaded, time.monotonic() - started)

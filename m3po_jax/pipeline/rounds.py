@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import PAIR
 from m3po_jax.pipeline.caches import fill
 from m3po_jax.pipeline.generate import prompt_batches
-from m3po_jax.pipeline.rundir import is_writer
-from m3po_jax.pipeline.stopping import agreed, barrier
+from m3po_jax.pipeline.stopping import barrier, from_writer
 from m3po_jax.scoring.engine import Scorer, pad_answers
+from m3po_jax.workspace.files import is_writer
+from m3po_jax.workspace.records import DONE, Artifact, Record
+from m3po_jax.workspace.shards import now
 
 REFERENCES = ("previous", "base")
 SIDES = ("chosen", "rejected")
@@ -82,11 +85,11 @@ def reference_log_probs(
 
 
 def training_pairs(
-    rounds: Sequence[tuple[int, Path, pa.Table]],
+    rounds: Sequence[tuple[int, pa.Table]],
     config: RoundConfig,
     out: Path,
     *,
-    inputs: str,
+    inputs: Mapping[str, Any],
     seed: int,
     processor: Processor,
     scorer: Callable[[], Scorer],
@@ -95,15 +98,14 @@ def training_pairs(
     """Pairs to train a later round on, with the reference's log-probs; written to `out` once.
 
     Args:
-        rounds: (number, pair folder, pairs) of the rounds that take part, in order; the round to train is the last.
-        inputs: A hash of the reference model's weights.
+        rounds: (number, pairs) of the rounds that take part, in order; the round to train is the last.
+        inputs: What they are made from, by name: the pairs, the reference model's weights, the settings.
         scorer: Of the reference model; called only if its log-probs are needed.
         features: Of its vision tower, from the cache; likewise.
     """
-    names = [[path.name for path in tables.shards(folder)] for _, folder, _ in rounds]
-    path = out / tables.shard_name(0, tables.content_hash(names, vars(config), inputs, seed))
-    if not agreed([path.exists()])[0]:
-        items = mix([(number, table) for number, _, table in rounds], config.mix_previous, seed)
+    path, folder = out / tables.shard_name(0, tables.content_hash(inputs)), Artifact(out)
+    if from_writer(lambda: folder.status(inputs).state) != DONE:
+        items = mix(rounds, config.mix_previous, seed)
         # The round whose recorded log-probs are the reference's own.
         recorded = 1 if config.reference == "base" else rounds[-1][0]
         unknown = [position for position, (number, _) in enumerate(items) if number != recorded]
@@ -113,8 +115,9 @@ def training_pairs(
             for position, row in zip(unknown, asked, strict=True):
                 rows[position] = row
         if is_writer():
-            for stale in tables.shards(out):
-                stale.unlink()
-            tables.write_table(path, rows, PAIR)
+            folder.set_aside()
+            sums: dict[str, str] = {}
+            tables.write_table(path, rows, PAIR, record=partial(sums.__setitem__, path.name))
+            folder.write(Record(dict(inputs), sums, finished=now()))
         barrier("mixed")
     return pa.concat_tables([tables.open_parquet(path).read()])

@@ -26,27 +26,43 @@ from m3po_jax.pipeline.generate import generate
 from m3po_jax.pipeline.preflight import check_before_run
 from m3po_jax.pipeline.resources import Resources
 from m3po_jax.pipeline.rlhf import rollout_costs, train_rlhf
-from m3po_jax.pipeline.rundir import is_writer, read_json
 from m3po_jax.pipeline.score import NEED_BLANK_IMAGE, score
 from m3po_jax.pipeline.score_counts import told
 from m3po_jax.pipeline.select import select
-from m3po_jax.pipeline.stopping import agreed, barrier, look
+from m3po_jax.pipeline.stopping import barrier, look
 from m3po_jax.pipeline.systems import System, base_systems, greedy
-from m3po_jax.pipeline.train import Trained, read_pairs, train_on_pairs, train_on_references
+from m3po_jax.pipeline.train import (
+    Trained,
+    pairs_content,
+    read_pairs,
+    rows_identity,
+    train_on_pairs,
+    train_on_references,
+    trained_settings,
+)
+from m3po_jax.pipeline.trainings import (
+    begin_training,
+    finish_training,
+    finished_record,
+    handed_on,
+    require_current,
+)
 from m3po_jax.recipes import essential
 from m3po_jax.scoring.alignment import Backend
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.sharding import use_mesh
 from m3po_jax.training.loop import load_trained
-
-MIXED = "training-pairs"  # of a later round: its own and earlier pairs with their reference's log-probs
+from m3po_jax.workspace.files import is_writer
+from m3po_jax.workspace.layout import PAIRS, REPORT, Cell
+from m3po_jax.workspace.records import Artifact, settings
+from m3po_jax.workspace.training import TrainingArtifact
 
 
 class Run(Resources):
     """One recipe's stages on one mesh; what they share is in `Resources`."""
 
-    def __init__(self, recipe: Recipe):
-        super().__init__(recipe)
+    def __init__(self, recipe: Recipe, *, force: bool = False):
+        super().__init__(recipe, force=force)
         self._trained: dict[tuple[int, str | None], Trained] = {}
         self._arm_recipes: dict[str | None, Recipe] = {}
 
@@ -68,20 +84,55 @@ class Run(Resources):
     # Stages.
 
     def weights_identity(self, round: int, arm: str | None = None) -> str:
-        """A hash of the weights after training round `round` (0: the base model)."""
+        """A hash of the weights after training round `round` (0: the base model).
+
+        Raises:
+            UserError: that training is not finished, or is out of date.
+        """
         if round == 0:
-            return self.policy.identity
-        folder, recipe = self.directory.round(round, arm), self.arm_recipe(arm)
-        done = folder / "done.json"
-        pairs = [path.name for name in ("pairs", MIXED) for path in tables.shards(folder / name)]
-        if recipe.train.pairs:
-            pairs = [self.pair_file(recipe.train.pairs).fingerprint]
-        settings: list[Any] = [dataclasses.asdict(recipe.train)]
+            return self.base_identity
+        folder, train = self.directory.round(round, arm), self.arm_recipe(arm).train
+        record = finished_record(folder)
+        require_current(folder, record, self.training_inputs(round, arm))
+        return handed_on(record, train)
+
+    def training_inputs(
+        self, round: int, arm: str | None = None, upstream: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """What a training is made from, as its record names it.
+
+        Args:
+            upstream: ``model``, ``pairs`` and ``reward`` of earlier stages; default: of what is there, verified.
+
+        Raises:
+            UserError: pairs that are not there or are not what was written; an earlier training is out of date.
+        """
+        recipe, cell = self.arm_recipe(arm), self.directory.cell(round, arm)
+        inputs: dict[str, Any] = {
+            "system": cell.name,
+            "model": upstream["model"] if upstream else self.weights_identity(round - 1, arm),
+            **trained_settings(recipe),
+        }
         if recipe.train.objective == "rlhf":
-            settings.append(self.reward_identity())
-        if not done.exists():
-            raise UserError("no finished training", where=str(done.parent), remedy="run `m3po train` first")
-        return tables.content_hash(self.weights_identity(round - 1, arm), pairs, *settings, recipe.seed)[:16]
+            part = rewarding.policy_part(recipe)
+            inputs |= {
+                "data": self.data_identity,
+                "part": None if part is None else part.split,
+                "reward": upstream["reward"] if upstream else self.reward_stage().results["identity"],
+                "generate.max_new_tokens": recipe.generate.max_new_tokens,
+                "generate.suppress_tokens": recipe.generate.suppress_tokens,
+            }
+        elif not needs_pairs(recipe):
+            inputs["data"] = rows_identity(recipe)
+        elif recipe.train.pairs:
+            inputs["pairs"] = self.pair_file(recipe.train.pairs).fingerprint
+        elif upstream:
+            inputs["pairs"] = upstream["pairs"]
+        elif round > 1 and recipe.train.objective == "preference":
+            inputs["pairs"] = tables.content_hash(self._later_inputs(round, arm, recipe))
+        else:
+            inputs["pairs"] = pairs_content(cell.pairs)
+        return inputs
 
     def model_before(self, round: int, arm: str | None = None) -> Any:
         """The policy that generates in a round: the base, then what the round before has trained."""
@@ -103,17 +154,23 @@ class Run(Resources):
         """Draws a round's candidates into ``round-R/candidates/``, as far as they are missing."""
         look("generating")
         self._refuse_pairs(arm)
-        recipe, folder = self.arm_recipe(arm), self.directory.round(round, arm) / "candidates"
+        recipe, cell = self.arm_recipe(arm), self.directory.cell(round, arm)
         config = recipe.generate
         sampling = sampling_config(config, recipe.seed * 1000 + round)
-        inputs = tables.content_hash(self.weights_identity(round - 1, arm), self.data_identity)
+        made_from = {"model": self.weights_identity(round - 1, arm), "data": self.data_identity, "seed": recipe.seed}
         generator = self.generator(self.model_before(round, arm), sampling, config.batch_size)
         features = vision_features(recipe, self.policy, self.policy.processor, self.mesh)
         details = generate(
-            self.source, generator, self.policy.processor, config, folder, inputs=inputs, features=features
+            self.source,
+            generator,
+            self.policy.processor,
+            config,
+            cell.candidates,
+            inputs=tables.content_hash(made_from["model"], self.data_identity),
+            made_from=made_from,
+            features=features,
         )
-        if details["shards_done_before"] < details["shards"]:
-            self.directory.note_stage("generate", round=round, arm=arm, **_noted(details))
+        self.directory.note_stage("generate", cell, Artifact(cell.candidates).read())
         say(
             f"round {round}: {details['candidates']} candidates of {details['prompts']} prompts, "
             f"{details['distinct']} distinct, {details['cut']} cut at {config.max_new_tokens} tokens"
@@ -124,37 +181,33 @@ class Run(Resources):
         look("scoring")
         self._refuse_pairs(arm)
         recipe = self.arm_recipe(arm)
-        candidates = self.directory.round(round, self.candidates_owner(round, arm)) / "candidates"
-        inputs = tables.content_hash(
-            essential({"score": dataclasses.asdict(recipe.score)}),
-            recipe.select.lambda_preferred,
-            recipe.select.lambda_dispreferred,
-            recipe.select.confidence,
-            *self._judge_identities(recipe),
-        )
+        cell = self.directory.cell(round, arm)
+        made_from = {
+            "judge": self._judge_identities(recipe),
+            "model": self.weights_identity(round - 1, arm),
+            "data": self.data_identity,
+        }
         warnings: list[str] = []
-        before = tables.shards(self.directory.round(round, arm) / "scores")
         with use_mesh(self.mesh):
             backend = self._judge(recipe, warnings)
             scorer = None
             if NEED_BLANK_IMAGE.intersection(recipe.score.confidence):
                 scorer = Scorer(self.model_before(round, arm), self.mesh, batch_size=recipe.score.batch_size)
             details = score(
-                candidates,
+                self.directory.cell(round, self.candidates_owner(round, arm)).candidates,
                 self.prompts,
                 backend,
                 recipe.score,
                 recipe.select,
-                self.directory.round(round, arm) / "scores",
-                inputs=inputs,
+                cell.scores,
+                inputs=tables.content_hash(made_from, essential({"score": dataclasses.asdict(recipe.score)})),
+                made_from=made_from,
                 processor=self.policy.processor,
                 scorer=scorer,
                 warnings=warnings,
             )
         verdict, judges, notes = details.pop("verdict", []), details.pop("judges", []), details.pop("notes")
-        noted = _noted(details) | ({"details": {judge["judge"]: judge for judge in judges}} if judges else {})
-        if tables.shards(self.directory.round(round, arm) / "scores") != before:
-            self.directory.note_stage("score", round=round, arm=arm, **noted)
+        self.directory.note_stage("score", cell, Artifact(cell.scores).read())
         missing = details["scored"] < details["rows"]
         say(f"round {round}: {told(details, notes, backend.name)}", style="yellow" if missing else None)
         for judge in judges:
@@ -181,7 +234,7 @@ class Run(Resources):
         """Hashes of every model that judges; the policy's own where a judge is not named."""
         found = judge_identities(recipe.score)
         if rewarding.judges_by_own_reward(recipe):
-            found.append(self.reward_identity())
+            found.append(self.reward_stage().results["identity"])
         return found or [self.policy.identity]
 
     def _refuse_pairs(self, arm: str | None) -> None:
@@ -209,18 +262,18 @@ class Run(Resources):
         """Pairs an arm's candidates into its ``round-R/pairs/``; returns the selection's summary."""
         look("selecting")
         self._refuse_pairs(arm)
-        recipe = self.arm_recipe(arm)
+        recipe, cell = self.arm_recipe(arm), self.directory.cell(round, arm)
         found = select(
-            self.directory.round(round, self.candidates_owner(round, arm)) / "candidates",
-            self.directory.round(round, self.scores_owner(round, arm)) / "scores",
+            self.directory.cell(round, self.candidates_owner(round, arm)).candidates,
+            self.directory.cell(round, self.scores_owner(round, arm)).scores,
             self.prompts,
             recipe.select,
-            self.directory.round(round, arm) / "pairs",
+            cell.pairs,
             image_root=self.source.image_root,
             part=rewarding.policy_part(recipe),
+            data=self.data_identity,
         )
-        if found["seconds"]:
-            self.directory.note_stage("select", round=round, arm=arm, seconds=found["seconds"], rows=found["pairs"])
+        self.directory.note_stage("select", cell, Artifact(cell.pairs).read())
         drops = ", ".join(f"{reason} {count}" for reason, count in found["drops"].items())
         say(
             f"round {round}, {arm or summary.main_name(recipe)}: {found['pairs']} pairs of {found['prompts']} prompts"
@@ -237,39 +290,37 @@ class Run(Resources):
     @functools.cached_property
     def reward_model(self) -> rewarding.TrainedReward:
         look("training a reward model")
-        recipe, folder = self.recipe, self.reward_folder
-        finished = agreed([(folder / "results.json").exists()])[0]
+        recipe, cell = self.recipe, self.directory.cell(1)
         if recipe.reward.pairs:
             pairs: PairRows = self.pair_file(recipe.reward.pairs)
         else:
             select(
-                self.directory.round(1) / "candidates",
-                self.directory.round(1) / "scores",
+                cell.candidates,
+                cell.scores,
                 self.prompts,
                 rewarding.pair_rule(recipe),
-                folder / "pairs",
+                cell.reward / PAIRS,
                 image_root=self.source.image_root,
                 part=rewarding.Part(recipe.reward.split, rewards=True),
                 pairs_per_prompt=recipe.reward.pairs_per_prompt,
+                data=self.data_identity,
             )
-            pairs = TableRows(read_pairs(folder / "pairs"))
+            pairs = TableRows(read_pairs(cell.reward / PAIRS))
         root = pairs.image_root if isinstance(pairs, FilePairs) else self.source.image_root
         found = rewarding.reward_of_pairs(
-            recipe, self.policy, pairs, folder, self.mesh, image_root=root, seed=recipe.seed
+            recipe,
+            self.policy,
+            pairs,
+            cell.reward,
+            self.mesh,
+            image_root=root,
+            seed=recipe.seed,
+            force=self.force,
         )
-        if not finished:
-            self.directory.note_stage("reward", round=1, arm=None, seconds=found.seconds, **found.results)
+        self.directory.note_stage("reward", cell, TrainingArtifact(cell.reward).read())
+        if found.trained:
             say(rewarding.told(found.results))
         return found
-
-    @property
-    def reward_folder(self) -> Path:
-        return self.directory.round(1) / rewarding.FOLDER
-
-    def reward_identity(self) -> str:
-        """A hash of the run's reward model, once it is trained."""
-        known = read_json(self.reward_folder / "results.json")
-        return known["identity"] if known else self.reward_stage().results["identity"]
 
     def train_stage(self, round: int, arm: str | None = None, *, only_finished: bool = False) -> Trained:
         """Trains an arm on its pairs, or loads what was trained.
@@ -279,42 +330,59 @@ class Run(Resources):
         """
         if (round, arm) in self._trained:
             return self._trained[round, arm]
-        folder, recipe = self.directory.round(round, arm), self.arm_recipe(arm)
-        finished = agreed([(folder / "done.json").exists()])[0]
-        if only_finished and not finished:
-            raise UserError("no finished training", where=str(folder), remedy="run `m3po train` first")
+        cell, recipe = self.directory.cell(round, arm), self.arm_recipe(arm)
+        if only_finished:
+            self._require_trained(cell, recipe)
+            finished = True
+        else:
+            inputs = self.training_inputs(round, arm)
+            finished = begin_training(cell.folder, inputs, force=self.force)
         if finished:
             # Adapters and weights have the same structure in every round, so the start stands for any of them.
             with use_mesh(self.mesh):
-                result = load_trained(self.start_of(recipe), recipe.train, output_dir=folder, mesh=self.mesh)
+                result = load_trained(self.start_of(recipe), recipe.train, output_dir=cell.folder, mesh=self.mesh)
             trained = Trained(result, self.policy.loaded, 0.0)
         else:
             start = (
                 self.start_of(recipe) if round == 1 else self.train_stage(round - 1, arm, only_finished=True).model
             )
-            trained = self._train(round, arm, recipe, start, folder)
-        self._trained[round, arm] = trained
-        if not finished:
-            sampled = rollout_costs(folder / "metrics.jsonl") if recipe.train.objective == "rlhf" else {}
-            self.directory.note_stage(
-                "train", round=round, arm=arm, seconds=trained.seconds, steps=trained.result.steps, **sampled
-            )
+            trained = self._train(round, arm, recipe, start, cell.folder, inputs)
+            sampled = rollout_costs(cell.metrics) if recipe.train.objective == "rlhf" else {}
+            finish_training(cell.folder, inputs, trained.seconds, steps=trained.result.steps, **sampled)
             say(
                 f"round {round}, {arm or summary.main_name(recipe)}: trained {trained.result.steps} steps "
                 f"in {trained.seconds:.0f} s"
             )
+        self._trained[round, arm] = trained
+        if not only_finished:
+            self.directory.note_stage("train", cell, TrainingArtifact(cell.folder).read())
         return trained
 
-    def _train(self, round: int, arm: str | None, recipe: Recipe, start: Any, folder: Path) -> Trained:
+    def _require_trained(self, cell: Cell, recipe: Recipe) -> None:
+        """Compares a finished training with its recipe and model, without its pairs and data.
+
+        Raises:
+            UserError: it is not finished, or was trained by other settings or from other weights.
+        """
+        record = finished_record(cell.folder)
+        settled = trained_settings(recipe)
+        if cell.round == 1:
+            settled["model"] = self.policy.identity
+        require_current(cell.folder, record, record.inputs | settled)
+
+    def _train(
+        self, round: int, arm: str | None, recipe: Recipe, start: Any, folder: Path, made_from: dict[str, Any]
+    ) -> Trained:
         look("training")
         seed, reference = recipe.seed + round, None
+        given: dict[str, Any] = {"start": start, "seed": seed, "made_from": made_from}
         if recipe.train.objective == "rlhf":
             part = rewarding.policy_part(recipe)
             own = [prompt for key, prompt in self.prompts.items() if part is None or part.holds(key)]
             reward = self.reward_stage()
-            return train_rlhf(recipe, self.policy, own, reward, folder, self.mesh, start=start, seed=seed)
+            return train_rlhf(recipe, self.policy, own, reward, folder, self.mesh, **given)
         if not needs_pairs(recipe):
-            return train_on_references(recipe, self.policy, folder, self.mesh, start=start, seed=seed)
+            return train_on_references(recipe, self.policy, folder, self.mesh, **given)
         policy = self.policy
         if recipe.train.pairs:
             pairs: PairRows = self.pair_file(recipe.train.pairs)
@@ -326,12 +394,24 @@ class Run(Resources):
             recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, reference="recorded"))
             reference = self.start_of(recipe) if recipe.round.reference == "base" else None
         else:
-            pairs = TableRows(read_pairs(folder / "pairs"))
-        return train_on_pairs(recipe, policy, pairs, folder, self.mesh, start=start, seed=seed, reference=reference)
+            pairs = TableRows(read_pairs(folder / PAIRS))
+        return train_on_pairs(recipe, policy, pairs, folder, self.mesh, reference=reference, **given)
+
+    def _mixed_cells(self, round: int, arm: str | None, recipe: Recipe) -> list[Cell]:
+        """The rounds whose pairs a later round is trained on, itself the last."""
+        return [self.directory.cell(n, arm) for n in range(1 if recipe.round.mix_previous else round, round + 1)]
+
+    def _later_inputs(self, round: int, arm: str | None, recipe: Recipe) -> dict[str, Any]:
+        """What the training pairs of a round after the first are made from."""
+        return {
+            "pairs": [pairs_content(cell.pairs) for cell in self._mixed_cells(round, arm, recipe)],
+            "reference": self.weights_identity(0 if recipe.round.reference == "base" else round - 1, arm),
+            "seed": recipe.seed,
+            **settings("round", recipe.round),
+        }
 
     def _later_pairs(self, round: int, arm: str | None, recipe: Recipe) -> pa.Table:
         """The pairs of a round after the first, mixed with earlier ones and with their reference's log-probs."""
-        earlier = range(1 if recipe.round.mix_previous else round, round + 1)
         of_base = recipe.round.reference == "base"
 
         def scorer() -> Scorer:
@@ -340,14 +420,10 @@ class Run(Resources):
 
         processor = dataclasses.replace(self.policy.processor, image_root=self.source.image_root)
         return rounds.training_pairs(
-            [
-                (number, folder, read_pairs(folder))
-                for number in earlier
-                for folder in [self.directory.round(number, arm) / "pairs"]
-            ],
+            [(cell.round, read_pairs(cell.pairs)) for cell in self._mixed_cells(round, arm, recipe)],
             recipe.round,
-            self.directory.round(round, arm) / MIXED,
-            inputs=self.weights_identity(0 if of_base else round - 1, arm),
+            self.directory.cell(round, arm).training_pairs,
+            inputs=self._later_inputs(round, arm, recipe),
             seed=recipe.seed,
             processor=processor,
             scorer=scorer,
@@ -362,12 +438,10 @@ class Run(Resources):
             name = f"{name}, round {round}"
         system = System(
             name,
-            self.directory.round(round, arm),
+            self.directory.cell(round, arm),
             lambda: self.train_stage(round, arm, only_finished=True).model,
             self.weights_identity(round, arm),
             greedy(self.recipe.evaluate),
-            round,
-            arm,
         )
         self.evaluator.evaluate(system, self.benchmarks)
 
@@ -419,8 +493,4 @@ class Run(Resources):
             if is_writer():
                 build_report(self.directory.root, tokenizer_text(self.policy.processor.text))
             barrier("reported")
-            return self.directory.root / "report.html"
-
-
-def _noted(details: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in details.items() if value is not None}
+            return self.directory.root / REPORT

@@ -16,12 +16,12 @@ from m3po_jax.config import ScoreConfig, SelectConfig
 from m3po_jax.data import tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import SCORE_FIXED, Prompt
+from m3po_jax.data.tables import write_json
 from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.pipeline.backends import usages
 from m3po_jax.pipeline.calibration import calibration
 from m3po_jax.pipeline.console import progress
-from m3po_jax.pipeline.generate import Shard, prompt_batches, remove_stale
-from m3po_jax.pipeline.rundir import is_writer, write_json
+from m3po_jax.pipeline.generate import Shard, begin_shards, prompt_batches
 from m3po_jax.pipeline.score_counts import count_scores, is_open, told
 from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
 from m3po_jax.scoring.alignment import Backend, Reference, judge_pools
@@ -30,6 +30,9 @@ from m3po_jax.scoring.endpoint import answer_limit
 from m3po_jax.scoring.engine import Scorer, pad_answers
 from m3po_jax.scoring.m3p import m3p_scores
 from m3po_jax.scoring.reasons import OUTAGES
+from m3po_jax.workspace.files import is_writer
+from m3po_jax.workspace.records import settings
+from m3po_jax.workspace.shards import ShardFolder
 
 NEED_BLANK_IMAGE = frozenset({"prior", "visual"})
 
@@ -73,27 +76,40 @@ def score_rows(
     variants = confidence_variants(
         config.confidence, [row["token_logprobs"] for row in rows], [row["text"] for row in rows], blank
     )
-    confidence = variants[select.confidence]
-    if np.isfinite(mas["mas"]).all():
-        preferred, dispreferred = m3p_scores(
-            mas["mas"], confidence, select.lambda_preferred, select.lambda_dispreferred
-        )
-    else:
-        preferred = dispreferred = np.full(len(rows), np.nan)
+    chosen = chosen_columns(np.asarray(mas["mas"], float), np.asarray(variants[select.confidence], float), select)
     return [
         {
             "id": key,
             "candidate": row["candidate"],
             "mas": mas["mas"][i],
-            "confidence": confidence[i],
-            "m3p_preferred": preferred[i],
-            "m3p_dispreferred": dispreferred[i],
+            **{name: values[i] for name, values in chosen.items()},
             "abstained": abstained[i] if abstained else None,
             **{name: values[i] for name, values in mas.items() if name != "mas"},
             **{f"confidence_{name}": values[i] for name, values in variants.items()},
         }
         for i, row in enumerate(rows)
     ]
+
+
+def chosen_columns(mas: np.ndarray, confidence: np.ndarray, select: SelectConfig) -> dict[str, np.ndarray]:
+    """The columns of a prompt's pool that `select` decides and the judge does not; M3P-Scores are NaN without MAS."""
+    if np.isfinite(mas).all():
+        preferred, dispreferred = m3p_scores(mas, confidence, select.lambda_preferred, select.lambda_dispreferred)
+    else:
+        preferred = dispreferred = np.full(len(mas), np.nan)
+    return {"confidence": confidence, "m3p_preferred": preferred, "m3p_dispreferred": dispreferred}
+
+
+def choose_columns(folder: ShardFolder, shard: Path, select: SelectConfig) -> None:
+    """Writes a finished shard again with the columns of another `select`; nothing is asked of the judge."""
+    with tables.open_parquet(shard) as file:
+        schema = file.schema_arrow
+    rows: list[dict[str, Any]] = []
+    for _, pool in pools(tables.read_rows(shard)):
+        number = lambda name, pool=pool: np.array([np.nan if r[name] is None else r[name] for r in pool])  # noqa: E731
+        chosen = chosen_columns(number("mas"), number(f"confidence_{select.confidence}"), select)
+        rows += [{**row, **{name: values[i] for name, values in chosen.items()}} for i, row in enumerate(pool)]
+    tables.write_table(shard, rows, schema, record=folder.noting(shard.name))
 
 
 def score_schema(config: ScoreConfig, backend: Backend) -> pa.Schema:
@@ -116,6 +132,7 @@ def score(
     *,
     inputs: str,
     processor: Processor,
+    made_from: Mapping[str, Any] | None = None,
     scorer: Scorer | None = None,
     warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -126,6 +143,7 @@ def score(
     Args:
         prompts: By id.
         inputs: A hash of what the scores depend on beside the candidates and `config`: the judge.
+        made_from: The same by name, for the record.
         scorer: Needed for the confidence variants ``prior`` and ``visual``.
         warnings: Of the judge; they stand on the calibration page.
 
@@ -142,14 +160,30 @@ def score(
     sources = tables.shards(candidates)
     if not sources:
         raise UserError("no candidates", where=str(candidates), remedy="run `m3po generate` first")
+    candidate_sums = ShardFolder(candidates, "m3po generate").shard_checksums()
     shards = [
-        Shard(out / tables.shard_name(i, tables.content_hash(path.name, inputs)), i, i + 1)
-        for i, path in enumerate(sources)
+        Shard(out / tables.shard_name(i, tables.content_hash(value, inputs)), i, i + 1)
+        for i, value in enumerate(candidate_sums)
     ]
-    remove_stale(out, shards)
+    folder = ShardFolder(out, "m3po score")
+    recorded = dict(made_from or {"inputs": inputs}) | settings("score", config)
+    # What the judge never sees changes columns in place.
+    derived = {
+        f"select.{name}": getattr(select, name) for name in ("confidence", "lambda_preferred", "lambda_dispreferred")
+    }
+    there = begin_shards(folder, recorded, shards, derived)
     limit = answer_limit(config.endpoint)
-    done = agreed([shard.path.exists() and not is_open(shard.path, limit) for shard in shards])
+    # What a server has left without an answer that it could give now is asked again.
+    done = agreed([exists and not is_open(shard.path, limit) for shard, exists in zip(shards, there, strict=True)])
+    if is_writer() and done != there:
+        folder.reopen()
     todo = [(path, shard) for path, shard, exists in zip(sources, shards, done, strict=True) if not exists]
+    if is_writer() and (record := folder.read()) is not None and record.derived != derived:
+        folder.derive({})  # killed before the last one, all are written again
+        for shard in [shard for shard, exists in zip(shards, done, strict=True) if exists]:
+            choose_columns(folder, shard.path, select)
+        folder.derive(derived)
+    barrier("columns are chosen")
     schema = score_schema(config, backend)
     waiting, notes = Counter[str](), dict[str, str]()
     for path, shard in stoppable(progress(todo, "score", len(todo)), "scoring"):
@@ -179,7 +213,7 @@ def score(
             mas |= {name: scores[i] for name, scores in judged.columns.items()}
             scored += score_rows(key, rows, mas, blank[i] if blank else None, config, select, judged.reasons[i])
         if is_writer():
-            tables.write_table(shard.path, scored, schema)
+            tables.write_table(shard.path, scored, schema, record=folder.noting(shard.path.name))
     barrier("scored")
     if waiting:
         total = sum(1 for _ in tables.read_rows(candidates, columns=["id"]))
@@ -195,4 +229,11 @@ def score(
         known["verdict"] = [*known["verdict"], *said]
         write_json(out / "calibration.json", known)
         found |= {"verdict": known["verdict"], "judges": known["judges"]}
-    return found | count_scores(tables.read_rows(out, columns=["mas", "abstained"])) | {"notes": notes}
+    found |= count_scores(tables.read_rows(out, columns=["mas", "abstained"]))
+    if is_writer():
+        details = {name: value for name, value in found.items() if name not in ("verdict", "judges")}
+        if found["judges"]:
+            details["details"] = {judge["judge"]: judge for judge in found["judges"]}
+        folder.finish(details)
+    barrier("scores are recorded")
+    return found | {"notes": notes}

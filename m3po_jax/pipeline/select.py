@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ from m3po_jax.data.pair_rows import prompt_messages
 from m3po_jax.data.schema import PAIR, PROMPT, Prompt, prompt_to_row
 from m3po_jax.errors import UserError
 from m3po_jax.hosts import together
+from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.reward import Part
-from m3po_jax.pipeline.rundir import is_writer, read_json, write_json
-from m3po_jax.pipeline.stopping import agreed
+from m3po_jax.pipeline.stopping import from_writer
 from m3po_jax.selection_rows import select_rows
+from m3po_jax.workspace.checksums import checksum
+from m3po_jax.workspace.files import is_writer, read_json
+from m3po_jax.workspace.records import DONE, Artifact, Record, settings
+from m3po_jax.workspace.shards import ShardFolder, now
 
 SHOWN_DROPS = 60
 
@@ -56,6 +61,7 @@ def select(
     image_root: Path,
     part: Part | None = None,
     pairs_per_prompt: int = 1,
+    data: str = "",
 ) -> dict[str, Any]:
     """Writes pairs (one parquet shard), ``drops.jsonl`` and ``summary.json``; the summary is returned.
 
@@ -64,14 +70,14 @@ def select(
     Args:
         part: Which prompts take part; None: all.
         pairs_per_prompt: Of a random rule, for a reward model; more than one: `selection.draw_pairs`.
+        data: A hash of the prompts.
     """
     started = time.monotonic()
-    sources = [path.name for folder in (candidates, scores) for path in tables.shards(folder)]
-    limits = ([] if part is None else [vars(part)]) + ([] if pairs_per_prompt == 1 else [pairs_per_prompt])
-    inputs = tables.content_hash(sources, vars(config), *limits)
-    path, known = out / tables.shard_name(0, inputs), read_json(out / "summary.json")
-    finished = path.exists() and known is not None and known.get("inputs") == inputs
-    if agreed([finished])[0]:
+    recorded = selection_inputs(candidates, scores, config, data=data, part=part, pairs_per_prompt=pairs_per_prompt)
+    inputs = tables.content_hash(recorded)
+    path, folder = out / tables.shard_name(0, inputs), Artifact(out)
+    status = from_writer(lambda: vars(folder.status(recorded)))
+    if status["state"] == DONE:
         return read_json(out / "summary.json") | {"seconds": 0.0}
     rows = (row for row in joined_rows(candidates, scores, prompts) if part is None or part.holds(row["id"]))
     pairs, drops, summary = select_rows(
@@ -90,14 +96,20 @@ def select(
     }
 
     def write() -> None:
-        for stale in tables.shards(out):
-            stale.unlink()
-        if not share_twin(path, candidates.parent):
+        if (place := folder.set_aside()) is not None:
+            reason = f"{status['state']} ({status['reason']})" if status["reason"] else status["state"]
+            say(f"{out}: {reason}; set aside in {place}", style="yellow")
+        sums: dict[str, str] = {}
+        if share_twin(path, candidates.parent):
+            sums[path.name] = checksum(path) or ""
+        else:
             rows = (pair | _shown(prompts[pair["id"]], image_root) for pair in pairs)  # one row group at a time
-            tables.write_table(path, rows, PAIR)
-        tables.write_json_lines(out / "drops.jsonl", drops)
+            tables.write_table(path, rows, PAIR, record=partial(sums.__setitem__, path.name))
+        tables.write_json_lines(out / "drops.jsonl", drops, record=partial(sums.__setitem__, "drops.jsonl"))
         tables.write_table(out.parent / "prompts.parquet", prompt_rows(prompts, drops, image_root), PROMPT)
-        write_json(out / "summary.json", summary)
+        tables.write_json(out / "summary.json", summary, record=partial(sums.__setitem__, "summary.json"))
+        details = {"seconds": time.monotonic() - started, "rows": summary["pairs"]}
+        folder.write(Record(recorded, sums, finished=now(), details=details))
 
     # The others read no image; they wait here, and hear of one that is gone.
     together(lambda: write() if is_writer() else None)
@@ -121,6 +133,39 @@ def share_twin(path: Path, round_folder: Path) -> bool:
                 return False
             return True
     return False
+
+
+def selection_inputs(
+    candidates: Path,
+    scores: Path,
+    config: SelectConfig,
+    *,
+    data: str = "",
+    part: Part | None = None,
+    pairs_per_prompt: int = 1,
+    contents: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """What pairs are made from; arguments as of `select`.
+
+    Args:
+        contents: Hashes of ``candidates`` and ``scores``; default: of what is there, verified.
+
+    Raises:
+        UserError: candidates or scores that are not what their stages wrote.
+    """
+    limits: dict[str, Any] = {} if part is None else {f"part.{name}": value for name, value in vars(part).items()}
+    if pairs_per_prompt != 1:
+        limits["pairs_per_prompt"] = pairs_per_prompt
+    contents = contents or {
+        "candidates": ShardFolder(candidates, "m3po generate").content(),
+        "scores": ShardFolder(scores, "m3po score").content(),
+    }
+    return {
+        **contents,
+        "data": data,
+        **settings("select", config),
+        **limits,
+    }
 
 
 def _shown(prompt: Prompt, image_root: Path) -> dict[str, Any]:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from m3po_jax.config import Recipe
+from m3po_jax.data.tables import write_json
 from m3po_jax.evaluation.frontier import matched
 from m3po_jax.pipeline.evaluate import Benchmark
-from m3po_jax.pipeline.rundir import RunDirectory, is_writer, read_json, write_json, write_text
+from m3po_jax.workspace.directory import RunDirectory
+from m3po_jax.workspace.files import is_writer, read_json, write_text
 
 BASE = "base"
 # What the recipe's own system is called beside its arms, from its pairing rule.

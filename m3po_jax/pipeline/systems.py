@@ -6,7 +6,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from m3po_jax.config import EvaluateConfig, Recipe
@@ -17,8 +16,15 @@ from m3po_jax.generation.engine import Generator
 from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.pipeline import summary
 from m3po_jax.pipeline.console import say
-from m3po_jax.pipeline.evaluate import Benchmark, evaluate, is_finished
-from m3po_jax.pipeline.rundir import RunDirectory
+from m3po_jax.pipeline.evaluate import Benchmark, evaluate
+from m3po_jax.pipeline.stopping import barrier, from_writer
+from m3po_jax.workspace.checksums import checksums
+from m3po_jax.workspace.directory import RunDirectory
+from m3po_jax.workspace.files import is_writer
+from m3po_jax.workspace.layout import ITEMS, RESULTS, Cell
+from m3po_jax.workspace.records import DONE as RECORD_DONE
+from m3po_jax.workspace.records import Artifact, Record, settings
+from m3po_jax.workspace.shards import now
 
 MakeGenerator = Callable[[Any, SamplingConfig, int], Generator]  # of a model, its decoding, rows at once
 
@@ -29,20 +35,16 @@ class System:
 
     Attributes:
         name: As the table and the report call it.
-        folder: ``round-R`` of the arm; answers and results lie in its ``evaluation/``.
+        cell: Whose weights they are, and of which round (0: untrained); answers and results lie in its folder.
         model: Gives the weights; called only if something has yet to be answered.
         identity: A hash of these weights.
-        round: The training round that made them (0: none), and
-        arm: whose they are; both as the manifest notes them.
     """
 
     name: str
-    folder: Path
+    cell: Cell
     model: Callable[[], Any]
     identity: str
     sampling: SamplingConfig
-    round: int
-    arm: str | None
 
 
 def greedy(config: EvaluateConfig) -> SamplingConfig:
@@ -79,16 +81,16 @@ def base_systems(
 ) -> Iterator[tuple[System, list[Benchmark]]]:
     """The starting model, its stop-bias frontier (captions only) and contrastive decoding, with their benchmarks."""
     plain = greedy(config)
-    yield System(summary.BASE, directory.round(0), model, identity, plain, 0, None), list(benchmarks)
+    yield System(summary.BASE, directory.cell(0), model, identity, plain), list(benchmarks)
     captions = [b for b in benchmarks if b.config.metric == "chair"]
     for bias in config.stop_bias:
         name = summary.stop_bias_name(bias)
         sampling = dataclasses.replace(plain, stop_bias=bias, stop_token_ids=stop_tokens(config, processor))
-        yield System(name, directory.round(0, name), model, identity, sampling, 0, name), captions
+        yield System(name, directory.cell(0, name), model, identity, sampling), captions
     for alpha in config.contrast_alpha:
         name = summary.contrast_name(alpha)
         sampling = dataclasses.replace(plain, contrast_alpha=alpha)
-        yield System(name, directory.round(0, name), model, identity, sampling, 0, name), list(benchmarks)
+        yield System(name, directory.cell(0, name), model, identity, sampling), list(benchmarks)
 
 
 class SystemEvaluator:
@@ -105,32 +107,63 @@ class SystemEvaluator:
         Raises:
             Interrupted: a signal arrived; benchmarks that are finished stay so.
         """
-        started, fresh = time.monotonic(), 0
+        started = time.monotonic()
         config = self.recipe.evaluate
         inputs = tables.content_hash(system.identity, dataclasses.asdict(system.sampling))
         generator: Generator | None = None
+        records = []
         for benchmark in benchmarks:
-            out = system.folder / "evaluation" / benchmark.name
-            if generator is None and not is_finished(benchmark, config, out, inputs):
-                generator = self._loaded(system)
-            if generator is not None:
-                evaluate(
+            artifact = Artifact(system.cell.benchmark(benchmark.name), home=system.cell.folder)
+            made_from = self.inputs(system, benchmark)
+            status = from_writer(lambda artifact=artifact, made_from=made_from: vars(artifact.status(made_from)))
+            if status["state"] != RECORD_DONE:
+                if is_writer() and (place := artifact.set_aside()) is not None:
+                    reason = f" ({status['reason']})" if status["reason"] else ""
+                    say(f"{artifact.folder}: {status['state']}{reason}; set aside in {place}", style="yellow")
+                barrier("old results are set aside")
+                if generator is None:
+                    generator = self._loaded(system)
+                results = evaluate(
                     benchmark,
                     generator,
                     self.processor,
                     config,
-                    out,
+                    artifact.folder,
                     inputs=inputs,
                     seed=self.recipe.seed,
                     system=system.name,
                 )
-                fresh += 1
-        if fresh:
-            seconds = time.monotonic() - started
-            self.directory.note_stage(
-                "evaluate", round=system.round, arm=system.arm, seconds=seconds, benchmarks=fresh
+                if is_writer():
+                    sums = {name: value or "" for name, value in checksums(artifact.folder, [ITEMS, RESULTS]).items()}
+                    details = {"seconds": results["seconds"]}
+                    artifact.write(Record(made_from, sums, finished=now(), details=details))
+                barrier("results are recorded")
+            records.append(artifact.read())
+        finished = [record for record in records if record is not None and record.finished is not None]
+        if finished:
+            whole = Record(
+                {},
+                finished=max(str(record.finished) for record in finished),
+                details={
+                    "seconds": sum(record.details.get("seconds", 0.0) for record in finished),
+                    "benchmarks": len(finished),
+                },
             )
-            say(f"evaluated {system.name} in {seconds:.0f} s")
+            self.directory.note_stage("evaluate", system.cell, whole)
+        if generator is not None:
+            say(f"evaluated {system.name} in {time.monotonic() - started:.0f} s")
+
+    def inputs(self, system: System, benchmark: Benchmark) -> dict[str, Any]:
+        """What a system's results on a benchmark are made from, as their record names it."""
+        rule = settings(f"evaluate.benchmarks.{benchmark.name}", benchmark.config)
+        return {
+            "model": system.identity,
+            "questions": benchmark.fingerprint,
+            "seed": self.recipe.seed,
+            "evaluate.bootstrap_samples": self.recipe.evaluate.bootstrap_samples,
+            **settings("decoding", system.sampling),
+            **{key: value for key, value in rule.items() if ".data." not in key},
+        }
 
     def _loaded(self, system: System) -> Generator:
         """The decoding's generator, holding the system's weights."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
 from m3po_jax.config import Recipe
@@ -18,13 +17,27 @@ from m3po_jax.data.pair_rows import PairRows
 from m3po_jax.data.preference_files import FilePairs
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
+from m3po_jax.data.sources import fingerprint
 from m3po_jax.errors import UserError
 from m3po_jax.hosts import shared_out
 from m3po_jax.pipeline.caches import cached_reference, fill, vision_features
-from m3po_jax.pipeline.models import Joined, Policy, attach_adapter, load_dual_encoder, load_policy, read_rows
+from m3po_jax.pipeline.models import (
+    Joined,
+    Policy,
+    attach_adapter,
+    load_dual_encoder,
+    load_policy,
+    model_identity,
+    read_rows,
+)
 from m3po_jax.pipeline.pair_files import any_recorded, with_identity
+from m3po_jax.pipeline.trainings import begin_training, finish_training, finished_record, require_current
 from m3po_jax.sharding import use_mesh
 from m3po_jax.training.loop import TrainResult, load_trained, train
+from m3po_jax.training.stage import without_free_settings
+from m3po_jax.workspace.records import settings
+from m3po_jax.workspace.shards import ShardFolder
+from m3po_jax.workspace.training import TrainingArtifact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +59,33 @@ def read_pairs(directory: Path) -> pa.Table:
     Raises:
         UserError: there are none, or nothing survived the selection.
     """
-    files = tables.shards(directory)
-    if not files:
-        raise UserError("no pairs", where=str(directory), remedy="run `m3po select` first")
-    table = pa.concat_tables([pq.read_table(path) for path in files], promote_options="default")
+    pairs_content(directory)
+    parts = []
+    for path in tables.shards(directory):
+        with tables.open_parquet(path) as file:
+            parts.append(file.read())
+    table = pa.concat_tables(parts, promote_options="default")
     if table.num_rows == 0:
         raise UserError(
             "no prompt gave a pair", where=str(directory), remedy="see drops.jsonl beside it; loosen select.*"
         )
     return table
+
+
+def pairs_content(directory: Path) -> str:
+    """A hash of the pairs in a directory, which are verified.
+
+    Raises:
+        UserError: there are none, or they are not what was written.
+    """
+    if not tables.shards(directory):
+        raise UserError("no pairs", where=str(directory), remedy="run `m3po select` first")
+    return ShardFolder(directory, "m3po select").content()
+
+
+def rows_identity(recipe: Recipe) -> str:
+    """A hash of the rows that `training_rows` gives, and of the images that they name."""
+    return tables.content_hash([fingerprint(part) for part in training_rows(recipe).parts])[:16]
 
 
 def training_rows(recipe: Recipe) -> Joined:
@@ -91,6 +122,7 @@ def train_on_pairs(
     *,
     start: Any,
     seed: int,
+    made_from: Mapping[str, Any] | None = None,
     reference: Any = None,
     reference_identity: str = "",
 ) -> Trained:
@@ -98,6 +130,7 @@ def train_on_pairs(
 
     Args:
         pairs: Of a round, or of a file (`train.pairs`).
+        made_from: As of `training.loop.train`.
         reference: The reference model; default: `start`.
         reference_identity: A hash of its weights; default: that of the base model, which `start` then is.
     """
@@ -151,11 +184,21 @@ def train_on_pairs(
             seed=seed,
             remat=recipe.model.remat,
             reference=reference,
+            made_from=made_from,
         )
     return Trained(result, policy.loaded, time.monotonic() - started)
 
 
-def train_on_references(recipe: Recipe, policy: Policy, out: Path, mesh: Mesh, *, start: Any, seed: int) -> Trained:
+def train_on_references(
+    recipe: Recipe,
+    policy: Policy,
+    out: Path,
+    mesh: Mesh,
+    *,
+    start: Any,
+    seed: int,
+    made_from: Mapping[str, Any] | None = None,
+) -> Trained:
     """More SFT of `start` on the reference answers of `train.data` (default: the recipe's data): the `sft` arm."""
     started = time.monotonic()
     rows = training_rows(recipe)
@@ -175,7 +218,16 @@ def train_on_references(recipe: Recipe, policy: Policy, out: Path, mesh: Mesh, *
         max_shapes=recipe.train.max_shapes,
     )
     with use_mesh(mesh):
-        result = train(start, source, recipe.train, output_dir=out, mesh=mesh, seed=seed, remat=recipe.model.remat)
+        result = train(
+            start,
+            source,
+            recipe.train,
+            output_dir=out,
+            mesh=mesh,
+            seed=seed,
+            remat=recipe.model.remat,
+            made_from=made_from,
+        )
     return Trained(result, policy.loaded, time.monotonic() - started)
 
 
@@ -185,64 +237,113 @@ def load_finished(recipe: Recipe, out: Path, mesh: Mesh) -> Trained:
     Args:
         recipe: Of the system; an arm's with the arm's settings.
         out: Where its checkpoints are.
+
+    Raises:
+        UserError: there is none, it is not what was written, or it was trained by other settings.
     """
     started = time.monotonic()
-    config = recipe.train
-    if config.objective == "contrastive":
-        loaded, _ = load_dual_encoder(
-            recipe.model.path, mesh, init=recipe.model.init, seed=recipe.seed, dtype=recipe.model.dtype
-        )
-        start = _Start(loaded.model, loaded)
-    else:
-        policy = load_policy(recipe, mesh)
-        start = _Start(attach_adapter(policy, recipe, mesh), policy.loaded)
+    record = finished_record(out)
+    TrainingArtifact(out).verify(remedy="`m3po train` mends it")
+    require_current(out, record, record.inputs | trained_settings(recipe))
+    start = _start(recipe, mesh, Path())
     with use_mesh(mesh):
-        result = load_trained(start.model, config, output_dir=out, mesh=mesh)
+        result = load_trained(start.model, recipe.train, output_dir=out, mesh=mesh)
     return Trained(result, start.base, time.monotonic() - started)
 
 
-def train_on_rows(recipe: Recipe, out: Path, mesh: Mesh) -> Trained:
-    """SFT of a vision-language model on references, or contrastive training of a dual encoder."""
+def train_on_rows(recipe: Recipe, out: Path, mesh: Mesh, *, force: bool = False) -> Trained:
+    """SFT of a vision-language model on references, or contrastive training of a dual encoder.
+
+    Args:
+        force: As of `trainings.begin_training`.
+
+    Raises:
+        UserError: anything wrong with rows or model, or an unfinished training of others is there.
+    """
     started = time.monotonic()
     config = recipe.train
     rows: Joined = training_rows(recipe)
-    loaded, source = (
-        _contrastive(recipe, rows, mesh) if config.objective == "contrastive" else _sft(recipe, rows, mesh)
-    )
+    start = _start(recipe, mesh, rows.image_root)
+    inputs = _row_inputs(recipe, start) | {"data": rows_identity(recipe)}
+    if begin_training(out, inputs, force=force):
+        with use_mesh(mesh):
+            result = load_trained(start.model, config, output_dir=out, mesh=mesh)
+        return Trained(result, start.base, 0.0)
+    source = (_contrastive if config.objective == "contrastive" else _sft)(recipe, start, rows, mesh)
     with use_mesh(mesh):
         result = train(
-            loaded.model, source, config, output_dir=out, mesh=mesh, seed=recipe.seed, remat=recipe.model.remat
+            start.model,
+            source,
+            config,
+            output_dir=out,
+            mesh=mesh,
+            seed=recipe.seed,
+            remat=recipe.model.remat,
+            made_from=inputs,
         )
-    return Trained(result, loaded.base, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    finish_training(out, inputs, seconds, steps=result.steps)
+    return Trained(result, start.base, seconds)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Start:
+    """What a training of rows starts from: the model with its adapters, the loaded directory, its identity."""
+
     model: Any
     base: Any
+    processor: Any
+    identity: str
+    policy: Policy | None = None
 
 
-def _contrastive(recipe: Recipe, rows: Joined, mesh: Mesh) -> tuple[_Start, Any]:
+def _start(recipe: Recipe, mesh: Mesh, image_root: Path) -> _Start:
+    if recipe.train.objective != "contrastive":
+        policy = load_policy(recipe, mesh, image_root=image_root)
+        return _Start(attach_adapter(policy, recipe, mesh), policy.loaded, policy.processor, policy.identity, policy)
+    model = recipe.model
     loaded, processor = load_dual_encoder(
-        recipe.model.path,
+        model.path,
         mesh,
-        image_root=rows.image_root,
-        init=recipe.model.init,
+        image_root=image_root,
+        init=model.init,
         seed=recipe.seed,
-        dtype=recipe.model.dtype,
-        image_fit=recipe.model.image_fit,
+        dtype=model.dtype,
+        image_fit=model.image_fit,
         max_image_pixels=recipe.data.max_image_pixels,
     )
-    source = contrastive.contrastive_batches(
+    identity = tables.content_hash(model_identity(loaded), model.init, model.dtype, model.image_fit)
+    return _Start(loaded.model, loaded, processor, identity[:16])
+
+
+def _row_inputs(recipe: Recipe, start: _Start) -> dict[str, Any]:
+    """What a training of rows is made from, but for the rows."""
+    return {
+        "model": start.identity,
+        "score.claim_template": recipe.score.claim_template if recipe.train.objective == "contrastive" else None,
+        **trained_settings(recipe),
+    }
+
+
+def trained_settings(recipe: Recipe) -> dict[str, Any]:
+    """The settings that every training depends on."""
+    return {
+        "model.param_dtype": recipe.model.param_dtype,
+        "seed": recipe.seed,
+        **settings("train", without_free_settings(recipe.train)),
+    }
+
+
+def _contrastive(recipe: Recipe, start: _Start, rows: Joined, mesh: Mesh) -> Any:
+    return contrastive.contrastive_batches(
         _with_objects(rows),
-        processor,
-        encode_texts=processor.encode_texts,
+        start.processor,
+        encode_texts=start.processor.encode_texts,
         batch_size=recipe.train.batch_size,
         seed=recipe.seed,
         claim_template=recipe.score.claim_template,
         own=shared_out(mesh),
     )
-    return _Start(loaded.model, loaded), source
 
 
 def _with_objects(rows: Sequence[Prompt]) -> list[Prompt]:
@@ -257,14 +358,14 @@ def _with_objects(rows: Sequence[Prompt]) -> list[Prompt]:
     return kept
 
 
-def _sft(recipe: Recipe, rows: Joined, mesh: Mesh) -> tuple[_Start, Any]:
-    policy = load_policy(recipe, mesh, image_root=rows.image_root)
-    features = vision_features(recipe, policy, policy.processor, mesh)
+def _sft(recipe: Recipe, start: _Start, rows: Joined, mesh: Mesh) -> Any:
+    assert start.policy is not None
+    features = vision_features(recipe, start.policy, start.processor, mesh)
     if features is not None:
         fill(features, rows)
-    source = batches.sft_batches(
+    return batches.sft_batches(
         rows,
-        policy.processor,
+        start.processor,
         batch_size=recipe.train.batch_size,
         seed=recipe.seed,
         max_answer_tokens=recipe.train.max_answer_tokens,
@@ -273,4 +374,3 @@ def _sft(recipe: Recipe, rows: Joined, mesh: Mesh) -> tuple[_Start, Any]:
         length_window=recipe.train.length_window,
         max_shapes=recipe.train.max_shapes,
     )
-    return _Start(attach_adapter(policy, recipe, mesh), policy.loaded), source

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 
 from m3po_jax.config import Recipe
+from m3po_jax.data.tables import write_json
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.pipeline import evaluate as evaluating
 from m3po_jax.pipeline import summary
@@ -21,10 +22,12 @@ from m3po_jax.pipeline.arms import trains_in_rounds
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.run import Run
-from m3po_jax.pipeline.rundir import RunDirectory, write_json
 from m3po_jax.pipeline.select import select_file
 from m3po_jax.recipes import load_recipe, shipped, summary_of
 from m3po_jax.sharding import initialize_distributed, make_mesh, use_mesh
+from m3po_jax.workspace.directory import RunDirectory
+from m3po_jax.workspace.layout import CHECKPOINTS, SAVED_ANSWERS
+from m3po_jax.workspace.training import TrainingArtifact
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
@@ -48,7 +51,12 @@ def _start() -> None:
 def run(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     _start()
-    report = Run(recipe).execute()
+    if options.dry_run:
+        from m3po_jax.pipeline.preview import preview
+
+        print("\n".join(map(str, preview(recipe))), flush=True)
+        return
+    report = Run(recipe, force=options.force).execute()
     say(f"report: {report}")
 
 
@@ -89,7 +97,7 @@ def evaluate(options: argparse.Namespace) -> None:
         arm = _arm(running.recipe, options)
         if not running.recipe.evaluate.benchmarks:
             raise UserError("no benchmark", where="evaluate.benchmarks", remedy="name at least one in the recipe")
-        if (running.directory.round(options.round, arm) / "done.json").exists():
+        if running.directory.cell(options.round, arm).done.exists():
             running.evaluate_stage(options.round, arm)
         else:
             running.evaluate_base()
@@ -107,7 +115,7 @@ def _evaluate_answers(options: argparse.Namespace) -> None:
             where="--benchmark",
             remedy="name one of evaluate.benchmarks",
         )
-    out = RunDirectory.of(recipe).root / "saved-answers" / name
+    out = RunDirectory.of(recipe).root / SAVED_ANSWERS / name
     benchmark = evaluating.read_benchmark(name, known[name])
     results = evaluating.score_file(benchmark, Path(options.answers), recipe.evaluate, out, seed=recipe.seed)
     print(json.dumps(results["summary"], indent=2))
@@ -182,7 +190,7 @@ def _stage(options: argparse.Namespace) -> Iterator[Run]:
     if options.round < least:
         raise UserError(f"no round {options.round}", where="--round", remedy=f"at least {least}")
     _start()
-    running = Run(recipe)
+    running = Run(recipe, force=options.force)
     with running.directory.lock():
         running.open()
         yield running
@@ -203,11 +211,12 @@ def train(options: argparse.Namespace) -> None:
     directory = RunDirectory.of(recipe)
     mesh = make_mesh(recipe.mesh)
     with directory.lock():
-        directory.open(recipe, {})
+        for line in directory.open(recipe, {}, force=options.force):
+            say(line, style="yellow")
         with use_mesh(mesh):
-            trained = training.train_on_rows(recipe, directory.root, mesh)
-        directory.note_stage("train", round=1, arm=None, seconds=trained.seconds, steps=trained.result.steps)
-    say(f"trained {trained.result.steps} steps; checkpoints in {directory.root / 'checkpoints'}")
+            trained = training.train_on_rows(recipe, directory.root, mesh, force=options.force)
+        directory.note_stage("train", directory.cell(1), TrainingArtifact(directory.root).read())
+    say(f"trained {trained.result.steps} steps; checkpoints in {directory.root / CHECKPOINTS}")
 
 
 def export(options: argparse.Namespace) -> None:

@@ -1,27 +1,41 @@
 """Checkpoints of a training stage: asynchronous, atomic, the last and the best kept, restorable onto any mesh.
 
 A checkpoint holds the `TrainState`, the data position (a Grain iterator's JSON state), counters and a fingerprint of
-data and settings. The only random numbers of training are the order of rows, a function of the seed (in the
-fingerprint) and the position. Frozen weights are not in it: with adapters, saving at every step is cheap.
+data and settings. With it, in the same folder, appears `SUMS`, the SHA-256 of each of its files: one that is not what
+was written is never restored, but set aside, and the one before it is taken. The only random numbers of training are
+the order of rows, a function of the seed (in the fingerprint) and the position. Frozen weights are not in it: with
+adapters, saving at every step is cheap.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from m3po_jax.config import TrainConfig
-from m3po_jax.errors import UserError
+from m3po_jax.data.tables import write_json
+from m3po_jax.errors import UserError, full_disk_told
 from m3po_jax.reading import check_value
 from m3po_jax.training.step import Parameters, TrainState
+from m3po_jax.workspace.checksums import checksums
+from m3po_jax.workspace.records import SET_ASIDE, free_name
+
+_logger = logging.getLogger(__name__)
+SUMS = "checksums.json"
+# Orbax writes the latter two while the checkpoint appears.
+UNSUMMED = frozenset({SUMS, "_CHECKPOINT_METADATA", "commit_success.txt"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +81,8 @@ class Checkpointer:
         self.directory, self.fingerprint = epath.Path(os.fspath(directory)), fingerprint
         if "://" not in os.fspath(directory):
             self.directory = epath.Path(Path(directory).absolute())
+        self._saving: int | None = None
+        self._bytes = 0  # of a checkpoint, as far as it is known
         best = BestN(
             get_metric_fn=_best_value,
             reverse=is_minimised(metric),
@@ -80,6 +96,7 @@ class Checkpointer:
                 best_fn=_best_value if keep_best else None,  # without it Orbax writes no metrics
                 best_mode="min" if is_minimised(metric) else "max",
                 cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._sum),
             ),
         )
 
@@ -92,7 +109,16 @@ class Checkpointer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._manager.close()
+        with full_disk_told(os.fspath(self.directory), self._bytes):
+            self._manager.close()
+
+    def _sum(self) -> None:
+        """Writes `SUMS` into the checkpoint that is about to appear; Orbax calls it before it renames the folder."""
+        if jax.process_index() != 0 or "://" in os.fspath(self.directory):
+            return
+        for folder in Path(self.directory).glob(f"{self._saving}.*tmp*"):
+            names = [name for name in _files(folder) if name not in UNSUMMED]
+            write_json(folder / SUMS, checksums(folder, names))
 
     @property
     def latest_step(self) -> int | None:
@@ -107,40 +133,150 @@ class Checkpointer:
         if step == self._manager.latest_step():
             return
         content = {"fingerprint": self.fingerprint, **dataclasses.asdict(progress)}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state._asdict()), progress=ocp.args.JsonSave(content)
-            ),
-            metrics=None if value is None else {"value": value},
-            force=True,
-        )
+        self._bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state._asdict()))
+        with full_disk_told(os.fspath(self.directory), self._bytes):
+            self._manager.wait_until_finished()  # `_sum` may still need the number of the one before
+            self._saving = step
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state._asdict()), progress=ocp.args.JsonSave(content)
+                ),
+                metrics=None if value is None else {"value": value},
+                force=True,
+            )
 
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        with full_disk_told(os.fspath(self.directory), self._bytes):
+            self._manager.wait_until_finished()
 
     def restore(self, target: TrainState) -> tuple[TrainState, Progress] | None:
-        """The latest state on the shardings of `target`, and the progress; None where there is none yet.
+        """The latest whole state on the shardings of `target`, and the progress; None where there is none yet.
+
+        A checkpoint that is damaged, or of another training while an earlier one is of this, is set aside with a
+        warning, and the one before it is taken.
 
         Raises:
-            UserError: the checkpoint belongs to other data or other settings.
+            UserError: the checkpoints belong to other data or other settings, or none of them is whole.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        loaded = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
-        progress = dict(loaded["progress"])
-        if progress.pop("fingerprint") != self.fingerprint:
+        reasons: dict[int, str] = {}
+        foreign = False
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            reason = checkpoint_damage(self.directory, step)
+            if reason is None:
+                try:
+                    found = self._restored(step, target)
+                except (MemoryError, jax.errors.JaxRuntimeError):  # nothing is wrong with the files
+                    raise
+                except Exception as error:
+                    if jax.process_count() > 1:  # the others may wait for this one inside Orbax
+                        raise _unreadable(self.directory / str(step), error) from error
+                    reason = f"cannot be read ({_first_line(error)})"
+                else:
+                    if found is not None:
+                        self._put_aside(reasons)
+                        return found
+                    reason, foreign = "is of another training", True
+            reasons[step] = reason
+        if foreign:
             raise UserError(
                 "the checkpoints there were made with other data or settings",
                 where=str(self.directory),
                 remedy="restore the earlier recipe and data, or remove the folder to start anew",
             )
+        if reasons:
+            step, reason = next(iter(reasons.items()))
+            raise UserError(
+                f"no checkpoint there is whole (step {step} {reason})",
+                where=str(self.directory),
+                remedy="put a copy in its place, or remove the folder to start the training anew",
+            )
+        return None
+
+    def _restored(self, step: int, target: TrainState) -> tuple[TrainState, Progress] | None:
+        """The state and progress of a checkpoint; None if it is of another training."""
+        loaded = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
+        progress = dict(loaded["progress"])
+        if progress.pop("fingerprint") != self.fingerprint:
+            return None
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target._asdict()
         )
         loaded = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
         return TrainState(**loaded["state"]), Progress(**progress)
+
+    def _put_aside(self, reasons: Mapping[int, str]) -> None:
+        """Moves checkpoints out of the way, so that their steps can be saved again."""
+        if not reasons:
+            return
+        if jax.process_index() == 0:
+            for step, reason in reasons.items():
+                place = free_name(Path(self.directory).parent / SET_ASIDE / "damaged" / f"checkpoint-{step}")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                (Path(self.directory) / str(step)).rename(place)
+                _logger.warning(
+                    "%s %s: set aside in %s; the checkpoint before it is taken",
+                    self.directory / str(step),
+                    reason,
+                    place,
+                )
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self._manager.reload()
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
+
+
+def _unreadable(folder: epath.Path, error: BaseException) -> UserError:
+    return UserError(
+        f"the checkpoint cannot be read ({_first_line(error)})",
+        where=str(folder),
+        remedy="put a copy in its place, or remove it: the same command continues from the one before",
+    )
+
+
+def checkpoint_damage(directory: str | os.PathLike[str], step: int) -> str | None:
+    """What is wrong with the files of a checkpoint, as process 0 sees them, on every process; None if nothing is.
+
+    One without `SUMS` (an earlier version's) cannot be told apart from what was written.
+    """
+    reason = None
+    if jax.process_index() == 0 and "://" not in os.fspath(directory):
+        reason = _damage(Path(directory) / str(step))
+    if jax.process_count() == 1:
+        return reason
+    from jax.experimental import multihost_utils
+
+    damaged = bool(multihost_utils.broadcast_one_to_all(np.array(reason is not None)))
+    return (reason or "is not what was written") if damaged else None
+
+
+def _damage(folder: Path) -> str | None:
+    sums = checkpoint_sums(folder)
+    if sums is None:
+        return f"has damaged checksums ({SUMS})" if (folder / SUMS).exists() else None
+    current = checksums(folder, sums)
+    for name, value in sums.items():
+        if current[name] != value:
+            return f"is damaged ({name} {'is gone' if current[name] is None else 'has another checksum'})"
+    return None
+
+
+def checkpoint_sums(folder: Path) -> dict[str, str] | None:
+    """File -> SHA-256 of a checkpoint, as it was written; None where that is not known."""
+    try:
+        sums = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return sums if isinstance(sums, dict) and all(isinstance(value, str) for value in sums.values()) else None
 
 
 def best_step(directory: str | os.PathLike[str], metric: str) -> int | None:
@@ -171,6 +307,12 @@ def restore_trainable(
         step = best_step(directory, metric) if weights == "best" else manager.latest_step()
         if step is None:
             raise UserError("no checkpoint", where=where, remedy="run `m3po train` first")
+        if (reason := checkpoint_damage(directory, step)) is not None:
+            raise UserError(
+                f"the checkpoint of step {step} {reason}",
+                where=where,
+                remedy="put a copy in its place, or train again: `m3po train` goes on from the checkpoint before it",
+            )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target)
         name = "ema" if weights == "ema" else "trainable"
         item = {name: abstract}
@@ -192,4 +334,6 @@ def restore_trainable(
                 where=where,
                 remedy="use the recipe that it was trained with",
             ) from None
+        except Exception as error:  # Orbax and TensorStore raise many types for files that they cannot read
+            raise _unreadable(epath.Path(where) / str(step), error) from error
     return loaded["state"][name]

@@ -42,6 +42,11 @@ class Journal:
         warned = any(line["kind"] == "collapse" for line in self._warnings.lines(done))
         self._watch = CollapseWatch(self.config.collapse_warning, self._history, warned=warned)
 
+    def last(self) -> dict[str, float]:
+        """The metrics of the last line; empty before the first."""
+        line = self._history[-1] if self._history else {}
+        return {name: value for name, value in line.items() if isinstance(value, float) and name != "epoch"}
+
     def warn(self, step: int, kind: str, message: str) -> None:
         """A line in ``warnings.jsonl`` and one for whoever looks on."""
         self._warnings.write(step, {"kind": kind, "message": message})

@@ -33,6 +33,7 @@ from m3po_jax.training.signals import stop_signal
 from m3po_jax.training.stage import Stage, StepOutput, prepare, without_free_settings
 from m3po_jax.training.step import TrainState, place_frozen, place_trainable, split_model
 from m3po_jax.training.timing import StepTimer, batch_flops, batch_tokens
+from m3po_jax.workspace.layout import CHECKPOINTS, DONE, METRICS
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,12 @@ def train(
     seed: int = 0,
     remat: str = "none",
     reference: nnx.Module | None = None,
+    made_from: Mapping[str, Any] | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> TrainResult:
     """Trains `model` on `batches`, or continues where an earlier call with the same arguments stopped.
 
-    A continuation must be given the same models.
+    A continuation must be given the same models; `made_from` is how it knows.
 
     Args:
         model: Adapters attached where `config.lora` wants them. It is left as it is.
@@ -89,6 +91,8 @@ def train(
         reference: The reference model of preference training, of the structure of `model`; default: `model` as
             given. Log-probs that the batches bring along are its own (``reference: recorded``); the others are
             computed in the step.
+        made_from: What the training depends on beside `batches` and `config`, by name (JSON values): above all a
+            hash of the starting weights. Checkpoints that were made from something else are refused.
         on_step: Called with each step's number and metrics, when these are read: the next step may be under way.
 
     Raises:
@@ -105,21 +109,24 @@ def train(
         parameters={name: start[name].shape for name in stage.partition.names},
         total=stage.total,
         seed=seed,
+        **({} if made_from is None else {"made_from": dict(made_from)}),
     )
     output.mkdir(parents=True, exist_ok=True)
     journal = Journal(output, config, enabled=jax.process_index() == 0)
     with Checkpointer(
-        output / "checkpoints",
+        output / CHECKPOINTS,
         keep=config.keep_checkpoints,
         fingerprint=fingerprint,
         keep_best=config.keep_best,
         metric=config.best_metric,
     ) as saved:
         at = _restored(stage, saved, stage.step.init(start))
-        marker = _read_marker(output / "done.json")
+        marker = _read_marker(output / DONE)
         if marker is not None and at.done == stage.total:
             return _result(model, config, output, mesh, stage.total, marker["metrics"], 0)
         journal.continue_from(at.done)
+        if at.done == stage.total:  # stopped between the last checkpoint and the mark
+            at.last = journal.last()
         if stage.agrees is not None and config.reference == "recorded" and at.done == 0:
             _check_recorded(stage, reference if reference is not None else model)
         started, first_step = time.monotonic(), at.done
@@ -350,8 +357,8 @@ def _mark_done(stage: Stage, last: dict[str, float], *, seconds: float, steps: i
             "steps_in_this_process": steps,
         }
         if stage.config.keep_best:
-            content["best_step"] = best_step(stage.output / "checkpoints", stage.config.best_metric)
-        write_json(stage.output / "done.json", content)
+            content["best_step"] = best_step(stage.output / CHECKPOINTS, stage.config.best_metric)
+        write_json(stage.output / DONE, content)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -368,7 +375,7 @@ def load_trained(model: nnx.Module, config: TrainConfig, *, output_dir: str | Pa
         UserError: the stage is not finished, or was trained with other settings.
     """
     output = Path(output_dir)
-    marker = _read_marker(output / "done.json")
+    marker = _read_marker(output / DONE)
     if marker is None:
         raise UserError("no finished training", where=str(output), remedy="run `m3po train` first")
     return _result(model, config, output, mesh, marker["steps"], marker["metrics"], 0)
@@ -386,13 +393,13 @@ def _result(
     """A stage's result from its checkpoints, with the weights that `config.weights` names."""
     partition, start, frozen = split_model(model, config)
     trained = restore_trainable(
-        output / "checkpoints",
+        output / CHECKPOINTS,
         place_trainable(partition, start, mesh),
         weights=config.weights,
         metric=config.best_metric,
     )
     merged = partition.merge(trained, place_frozen(frozen, mesh))
-    return TrainResult(merged, steps, output / "metrics.jsonl", metrics, compilations)
+    return TrainResult(merged, steps, output / METRICS, metrics, compilations)
 
 
 def _fingerprint(**content: Any) -> str:
@@ -408,7 +415,12 @@ def unreadable(failures: Mapping[int, UserError], rows: Sequence[int]) -> UserEr
 
 
 def _read_marker(path: Path) -> dict[str, Any] | None:
+    """The content of ``done.json``; None where there is none, or something else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        marker = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
+    whole = (
+        isinstance(marker, dict) and isinstance(marker.get("steps"), int) and isinstance(marker.get("metrics"), dict)
+    )
+    return marker if whole else None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from m3po_jax.data.tables import atomic_write
-from m3po_jax.errors import UserError, nearest
+from m3po_jax.errors import UserError, full_disk_told, nearest
 
 
 class MetricsLog:
@@ -39,8 +39,9 @@ class MetricsLog:
         """Appends one line, on disk when this returns, and returns it; numbers that JSON lacks become null."""
         line = {"step": step, **{name: _plain(value) for name, value in values.items()}}
         if self.enabled:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            data = json.dumps(line, ensure_ascii=False) + "\n"
+            with full_disk_told(self.path, len(data)), self.path.open("a", encoding="utf-8") as file:
+                file.write(data)
         return line
 
 
@@ -55,13 +56,14 @@ def _step(line: bytes) -> float:
     """The step of a line; infinite for what is not one."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, for reports."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    """The whole lines of a metrics file, for reports; one that a crash has cut is left out, as `truncate` does."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    return [json.loads(line) for line in lines if _step(line) < math.inf]
 
 
 class Tracker(Protocol):

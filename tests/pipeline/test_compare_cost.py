@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 from m3po_jax.config import Recipe
 from m3po_jax.pipeline.compare import collect
-from m3po_jax.pipeline.rundir import RunDirectory
+from m3po_jax.workspace.directory import RunDirectory
 
 
 def test_rollouts_count_as_generated_tokens_and_judge_calls(tmp_path: Path):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from m3po_jax.config import CompareConfig, Recipe
+from m3po_jax.data.tables import write_json
 from m3po_jax.pipeline.compare import collect, statistics
 from m3po_jax.pipeline.compare.verdict import verdict
 from m3po_jax.pipeline.run import Run
-from m3po_jax.pipeline.rundir import write_json
 
 
 def over_seeds(values, width=0.001):

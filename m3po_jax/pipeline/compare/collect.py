@@ -14,7 +14,7 @@ from m3po_jax.pipeline import summary
 from m3po_jax.pipeline.compare import statistics
 from m3po_jax.pipeline.evaluate import Benchmark, image_of
 from m3po_jax.pipeline.run import Run
-from m3po_jax.pipeline.rundir import read_json
+from m3po_jax.workspace.files import read_json
 
 
 def systems(run: Run, arms: list[str]) -> dict[str, tuple[str, Path]]:

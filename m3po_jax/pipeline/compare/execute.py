@@ -11,19 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from m3po_jax.config import Recipe
+from m3po_jax.data.tables import write_json
 from m3po_jax.errors import UserError
 from m3po_jax.pipeline.arms import needs_pairs
 from m3po_jax.pipeline.compare import plan
 from m3po_jax.pipeline.compare.tables import write_results
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.run import Run
-from m3po_jax.pipeline.rundir import RunDirectory, is_writer, read_json, write_json, write_text
 from m3po_jax.pipeline.stopping import agreed, barrier
 from m3po_jax.recipes import to_yaml
+from m3po_jax.workspace.directory import RunDirectory
+from m3po_jax.workspace.files import is_writer, read_json, write_text
 
 
 class SeedRun(Run):
     """One seed: the stages of `Run` without a system of its own, and arms that may be added later."""
+
+    one_recipe = True
 
     def __init__(self, recipe: Recipe, original: Recipe):
         super().__init__(recipe)

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from m3po_jax.config import Recipe
+from m3po_jax.data.tables import write_json
 from m3po_jax.pipeline.compare import collect, plan, statistics
 from m3po_jax.pipeline.compare.markdown import markdown
 from m3po_jax.pipeline.compare.verdict import verdict
 from m3po_jax.pipeline.run import Run
-from m3po_jax.pipeline.rundir import is_writer, write_json, write_text
+from m3po_jax.workspace.files import is_writer, write_text
 
 BETTER = {
     "chair": {"delta_chair_i": "lower", "chair_i": "lower", "chair_s": "lower", "recall": "higher", "f1": "higher"},
