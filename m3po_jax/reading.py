@@ -216,7 +216,7 @@ def assign(section: Any, parts: Sequence[str], value: Any, key: str) -> Any:
     Raises:
         Refused: no such key, or a value that it does not take.
     """
-    known = fields_of(type(section))
+    known = fields_of(_class_of(section))
     head, *rest = parts
     if head not in known:
         raise _unknown(_up_to(key, rest), head, known)
@@ -330,9 +330,13 @@ def _free(value: Any, key: str) -> Any:
     return None if _is_null(value) else value
 
 
+def _class_of(section: Any) -> Any:  # mypy holds that `type[Any]` cannot be hashed
+    return type(section)
+
+
 def values_of(section: Any, prefix: str) -> Iterator[tuple[str, Kind, Any]]:
     """(key, kind, value) of every field of a section, in order; sections in it as a whole."""
-    for name, kind in fields_of(type(section)).items():
+    for name, kind in fields_of(_class_of(section)).items():
         yield _join(prefix, name), kind, getattr(section, name)
 
 

@@ -111,7 +111,7 @@ def pair_batches(
     )
 
 
-def reference_tokens(prompt: Prompt, processor: PromptProcessor) -> Sequence[int]:
+def reference_tokens(prompt: Prompt, processor: PromptProcessor) -> Sequence[int] | np.ndarray:
     """Token ids of a row's reference answer, EOS included.
 
     Raises:

@@ -35,7 +35,8 @@ def _too_much(packed: float, unpacked: float) -> bool:
 
 def check_footer(file: pq.ParquetFile, where: str) -> None:
     """Raises UserError for a file whose footer tells of far more data than the file can hold."""
-    metadata, sizes = file.metadata, {}
+    metadata = file.metadata
+    sizes: dict[str, tuple[int, int]] = {}
     for group in range(metadata.num_row_groups):
         for index in range(metadata.num_columns):
             chunk = metadata.row_group(group).column(index)

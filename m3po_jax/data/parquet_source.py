@@ -124,7 +124,10 @@ def read_parquet(config: DataConfig, checker: Checker) -> ParquetSource:
                     position += 1
                     if values is None:
                         continue
-                    images = tuple(schema.StoredImage(store, (number, group, row), i) for i in range(counts[row]))
+                    images: tuple[schema.Image, ...] = ()
+                    if store is not None:
+                        place = number, group, row
+                        images = tuple(schema.StoredImage(store, place, i) for i in range(counts[row]))
                     prompt = checker.prompt(
                         values | {"images": [_SHELL] * counts[row]},
                         f"{file}:row {position - 1}",

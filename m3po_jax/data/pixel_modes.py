@@ -53,7 +53,8 @@ def sample_bits(image: PILImage.Image) -> int | None:
     if tags is not None:
         bits = tags.get(_BITS_PER_SAMPLE)
         return int(bits[0]) if isinstance(bits, tuple) and bits else None
-    raw = image.tile[0].args if image.format == "PNG" and getattr(image, "tile", None) else None
+    tiles = getattr(image, "tile", None)
+    raw = tiles[0].args if image.format == "PNG" and tiles else None
     return {"L;2": 2, "L;4": 4, "RGB;16B": 16, "I;16B": 16}.get(raw) if isinstance(raw, str) else None
 
 

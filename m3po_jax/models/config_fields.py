@@ -253,7 +253,8 @@ def check_fields(sections: Mapping[str, Fields], raw: Mapping[str, Any], where: 
     Raises:
         UserError: a field has a value that is not implemented; all such fields of the file are named.
     """
-    problems, unknown = [], []
+    problems: list[str] = []
+    unknown: list[str] = []
     for name, fields in sections.items():
         part, path = (raw.get(name), f"{name}.") if name else (raw, "")
         if part is None:

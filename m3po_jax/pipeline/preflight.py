@@ -173,9 +173,9 @@ class Preflight:
         recipe, root = self.recipe, RunDirectory.of(self.recipe).root
         needed = 0
         if self.with_candidates:
-            own = recipe.generate
+            drawn = recipe.generate
             # Ids and log-probs of 4 bytes, a text.
-            needed += rows * own.num_candidates * own.max_new_tokens * (4 + 4 + TEXT_BYTES) * recipe.rounds
+            needed += rows * drawn.num_candidates * drawn.max_new_tokens * (4 + 4 + TEXT_BYTES) * recipe.rounds
         trained = [recipe] * recipe.rounds + [arm_recipe(recipe, arm) for arm in recipe.arms]
         if recipe.train.objective != "contrastive":
             for own in trained:

@@ -92,7 +92,8 @@ class Record:
     @classmethod
     def parsed(cls, content: Any) -> Record | None:
         """The record that a JSON value is; None where it is none."""
-        kinds = {"inputs": dict, "outputs": dict, "derived": dict, "details": dict, "finished": (str, type(None))}
+        kinds: dict[str, Any] = dict.fromkeys(("inputs", "outputs", "derived", "details"), dict)
+        kinds["finished"] = (str, type(None))
         if not isinstance(content, dict) or not all(isinstance(content.get(k), kind) for k, kind in kinds.items()):
             return None
         if not all(isinstance(value, str) for value in content["outputs"].values()):
