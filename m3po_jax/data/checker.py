@@ -99,7 +99,7 @@ class Checker:
         return lines
 
 
-_VALUES = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\S*/\S+|\d+")
+_VALUES = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\S*/\S+|(?<![\w-])\d+(?!\w)")
 
 
 def kind_of(error: UserError) -> str:

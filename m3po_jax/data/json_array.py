@@ -67,8 +67,8 @@ def array_items(file: IO[str], where: str) -> Iterator[Any]:
                 except (RecursionError, ValueError) as error:  # too deep; a number of thousands of digits
                     raise malformed(str(error), start) from None
                 else:
-                    # A number may go on behind what is read.
-                    if stop < len(buffer) or ended:
+                    # A number may go on behind what is read ("12." is one, and so is "12").
+                    if ended or buffer[stop : stop + 1] in (*",] \t\r\n",) or stop < len(buffer) - _NEAR_END:
                         break
                 if len(buffer) - start > MAX_ITEM_CHARACTERS:
                     raise UserError(

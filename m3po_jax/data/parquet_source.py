@@ -20,7 +20,7 @@ from m3po_jax.errors import UserError
 
 Place = tuple[int, int, int]  # file, row group, row in it
 _SHELL = {"bytes": b"-"}  # stands for an image while the texts of its row are checked
-_KEPT_BYTES = 1 << 28
+_KEPT_BYTES = 1 << 27
 
 
 class ParquetImages:
