@@ -311,8 +311,10 @@ class BenchmarkConfig:
     metric: str = "pope"
     data: DataConfig = field(default_factory=DataConfig)
     kind: str = ""  # only rows whose metadata has this `kind`; empty: all rows
-    vocabulary: list[str] = field(default_factory=list)  # chair: the objects; empty: those the rows name
-    rule: str = ""  # vqa: official (the default) | llava: predictions are normalised as LLaVA does
+    rule: str = ""  # how answers are read, of those that the metric has (evaluation.md); empty: its default
+    # chair: the objects, each a name or "name, other word, …"; empty: the names that the rows have
+    vocabulary: list[str] = field(default_factory=list)
+    synonyms: str = ""  # chair: the official synonyms.txt, for rule: official
     association: str = ""  # amber: its relation.json
     safe_words: str = ""  # amber: its safe_words.txt
     nouns: str = "vocabulary"  # amber: vocabulary (words that the association file has) | nltk (official)

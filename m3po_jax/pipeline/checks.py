@@ -6,7 +6,7 @@ import dataclasses
 
 from m3po_jax.config import Recipe
 from m3po_jax.errors import UserError, nearest
-from m3po_jax.evaluation.registry import METRICS
+from m3po_jax.evaluation.registry import check as check_benchmark
 from m3po_jax.generation.settings import sampling_config
 from m3po_jax.pipeline.arms import VCD, arm_recipe
 from m3po_jax.pipeline.models import check_trainable
@@ -55,8 +55,7 @@ def _check_one(recipe: Recipe) -> None:
     check_config(recipe.select)
     check_trainable(recipe)
     for name, benchmark in recipe.evaluate.benchmarks.items():
-        metric = METRICS.get(benchmark.metric)
-        if metric is not None and metric.judged:
+        if check_benchmark(name, benchmark).judged:
             raise UserError(
                 f"{benchmark.metric} scores a judge's reviews, which a run does not write",
                 where=f"evaluate.benchmarks.{name}",
