@@ -387,11 +387,14 @@ class BenchmarkConfig:
     metric: Annotated[str, OneOf("evaluation.registry:METRICS")] = "pope"  # see evaluation.md
     data: DataConfig = field(default_factory=DataConfig)
     kind: str = ""  # only rows whose metadata has this `kind`; empty: all rows
-    vocabulary: list[str] = field(default_factory=list)  # chair: the objects; empty: those the rows name
-    rule: str = ""  # vqa: official (the default) | llava: predictions are normalised as LLaVA does
+    rule: str = ""  # how answers are read, of those that the metric has (evaluation.md); empty: its default
+    # chair: the objects, each a name or "name, other word, …"; empty: the names that the rows have
+    vocabulary: list[str] = field(default_factory=list)
+    synonyms: File = ""  # chair: the official synonyms.txt, for rule: official
     association: File = ""  # amber: its relation.json
     safe_words: File = ""  # amber: its safe_words.txt
-    nouns: Literal["vocabulary", "nltk"] = "vocabulary"  # amber: words that the association file has | official
+    # amber: vocabulary (words that the association file has) or nltk (official)
+    nouns: Literal["vocabulary", "nltk"] = "vocabulary"
     similarity: str = "exact"  # amber: exact | a spaCy model; en_core_web_lg is official
 
 

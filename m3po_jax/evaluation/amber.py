@@ -8,12 +8,32 @@ is a function that is handed in, and its name belongs to the result.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from m3po_jax.errors import UserError
-from m3po_jax.evaluation.chair import singular
-from m3po_jax.evaluation.records import Record, text_field, yes_no_items
+import numpy as np
+
+from m3po_jax.config import BenchmarkConfig
+from m3po_jax.data.schema import Prompt
+from m3po_jax.data.tables import parse_json_object
+from m3po_jax.errors import UserError, nearest
+from m3po_jax.evaluation.metric import (
+    Answers,
+    Column,
+    Item,
+    Metric,
+    Rates,
+    Sums,
+    as_label,
+    needs_all,
+    needs_reference,
+    needs_texts,
+    ratio,
+    values,
+)
+from m3po_jax.evaluation.records import Record, by_id, join, read_text, text_field, yes_no_items
+from m3po_jax.evaluation.words import BREAK, known_form, tokens
 
 EXISTENCE = "discriminative-hallucination"
 STATE, NUMBER, ACTION = (f"discriminative-attribute-{name}" for name in ("state", "number", "action"))
@@ -26,6 +46,8 @@ GROUPS = {
     "action": (ACTION,),
     "relation": ("discriminative-relation", "relation"),
 }
+EXACT = ("", "exact")  # settings of the similarity that need no model
+NOUNS = ("vocabulary", "nltk")  # ways to find them
 SIMILAR = 0.8  # strictly more is alike
 _START = 0.001  # what the official denominators start at
 Nouns = Callable[[str], Sequence[str]]
@@ -62,21 +84,41 @@ def discriminative(answers: Iterable[Record], labels: Iterable[Record]) -> dict[
     }
 
 
-def yes_no_scores(items: Sequence[Mapping[str, Any]], *, epsilon: float = 1e-4, parts: int = 1) -> dict[str, Any]:
+def yes_no_sums(item: Item) -> list[float]:
+    """What an answer adds: right answers, answers, those that say No, labels that are no, and both at once."""
+    said_no, true_no = item["parsed"] == "no", item["label"] == "no"
+    return [bool(item["correct"]), 1, said_no, true_no, said_no and true_no]
+
+
+def yes_no_rates(sums: Sums, *, epsilon: float = 1e-4, parts: int = 1) -> Rates:
+    """Percentages from `yes_no_sums`, rounded as Python rounds, and F1 of what is rounded.
+
+    Args:
+        epsilon: In F1's denominator.
+        parts: Official totals that are added up; each starts at 0.001.
+    """
+    correct, count, said_no, true_no, hits = np.moveaxis(sums, -1, 0)
+    start = parts * _START
+    accuracy, precision, recall = (
+        _percent(a / (start + b)) for a, b in ((correct, count), (hits, said_no), (hits, true_no))
+    )
+    p, r = precision / 100, recall / 100
+    f1 = _percent(2 * p * r / (p + r + epsilon))
+    return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1}
+
+
+_percent = np.vectorize(lambda share: round(float(share) * 100, 1), otypes=[float])
+
+
+def yes_no_scores(items: Sequence[Item], *, epsilon: float = 1e-4, parts: int = 1) -> dict[str, Any]:
     """Percentages with the positive class No, rounded to one decimal as officially.
 
     Args:
         epsilon: In F1's denominator.
         parts: Official totals that are added up; each starts at 0.001.
     """
-    start = parts * _START
-    said_no = [item for item in items if item["parsed"] == "no"]
-    true_no = [item for item in items if item["label"] == "no"]
-    hits = sum(item["label"] == "no" for item in said_no)
-    accuracy = round(sum(item["correct"] for item in items) / (start + len(items)) * 100, 1)
-    precision = round(hits / (start + len(said_no)) * 100, 1)
-    recall = round(hits / (start + len(true_no)) * 100, 1)
-    p, r = precision / 100, recall / 100
+    totals = np.sum([yes_no_sums(item) for item in items] or [[0, 0, 0, 0, 0]], axis=0)
+    _, _, said_no, true_no, _ = totals
     reasons = [
         reason
         for reason, applies in (
@@ -88,10 +130,7 @@ def yes_no_scores(items: Sequence[Mapping[str, Any]], *, epsilon: float = 1e-4, 
     ]
     return {
         "n": len(items),
-        "accuracy": accuracy,
-        "precision": precision,
-        "recall": recall,
-        "f1": round(2 * p * r / (p + r + epsilon) * 100, 1),
+        **{key: float(value) for key, value in yes_no_rates(totals, epsilon=epsilon, parts=parts).items()},
         "unparsed": sum(item["unparsed"] for item in items),
         "degenerate": reasons,
     }
@@ -129,8 +168,8 @@ def generative(
     vocabulary = set(association) | {word for words in association.values() for word in words}
     safe, alike = set(safe_words), _Alike(similarity)
     items = []
-    for record in records:
-        where = f"id {record.get('id')!r}"
+    for key, record in by_id(records, "description").items():
+        where = f"id {key!r}"
         truth, hallu = (_objects(record, name, association, where) for name in ("truth", "hallu"))
         kept = [noun for noun in nouns(text_field(record)) if noun in vocabulary]
         covered: set[int] = set()
@@ -155,7 +194,7 @@ def generative(
                 covered.add(place)
         items.append(
             {
-                "id": str(record["id"]),
+                "id": key,
                 "image": record.get("image"),
                 "text": record["text"],
                 "mentions": kept,
@@ -173,18 +212,34 @@ def generative(
 def generative_scores(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The summary of `generative` from its items."""
 
-    def share(part: str, whole: str) -> float:
-        return sum(len(i[part]) for i in items) / (_START + sum(len(i[whole]) for i in items)) * 100
-
-    clean = sum(not item["hallucinated"] for item in items)
+    found = values(sums, rates, items)
+    rounded = {key: round(value, 1) if value is not None else None for key, value in found.items()}
     return {
         "n": len(items),
-        "chair": round(share("hallucinated", "mentions"), 1),
-        "cover": round(share("found", "objects"), 1),
-        "hal": round(100 - clean / (_START + len(items)) * 100, 1) if items else None,
-        "cog": round(share("named", "hallu"), 1),
-        "mean_words": sum(item["words"] for item in items) / len(items) if items else None,
+        **{"chair": 0.0, "cover": 0.0, "hal": None, "cog": 0.0},
+        **rounded,
+        "mean_words": found.get("mean_words"),
         "degenerate": [] if any(item["mentions"] for item in items) else ["no description names a known object"],
+    }
+
+
+def sums(item: Item) -> list[float]:
+    """What a description adds: flagged and kept nouns, objects covered and shown, whether it is clean, 1, objects of
+    the hallucination list that it names and that there are, words."""
+    pairs = (("hallucinated", "mentions"), ("found", "objects"), ("named", "hallu"))
+    flagged, kept, covered, shown, named, listed = (len(item[name]) for pair in pairs for name in pair)
+    return [flagged, kept, covered, shown, not flagged, 1, named, listed, item["words"]]
+
+
+def rates(sums: Sums) -> Rates:
+    """Percentages from `sums`, not rounded; officially denominators start at 0.001."""
+    flagged, kept, covered, shown, clean, count, named, listed, words = np.moveaxis(sums, -1, 0)
+    return {
+        "chair": flagged / (_START + kept) * 100,
+        "cover": covered / (_START + shown) * 100,
+        "hal": 100 - clean / (_START + count) * 100,
+        "cog": named / (_START + listed) * 100,
+        "mean_words": ratio(words, count),
     }
 
 
@@ -230,11 +285,7 @@ def vocabulary_nouns(association: Mapping[str, Sequence[str]]) -> Nouns:
     """Without a tagger: every word of a text that the association file has, singular. Not the official extraction."""
     known = set(association) | {word for words in association.values() for word in words}
 
-    def find(text: str) -> list[str]:
-        words = [word.strip(".,;:!?\"'()").lower() for word in text.split()]
-        return [word if word in known else singular(word) for word in words]
-
-    return find
+    return lambda text: [known_form(word, known) for word in tokens(text) if word != BREAK]
 
 
 def nltk_nouns(text: str) -> list[str]:
@@ -263,6 +314,7 @@ def exact_similarity(first: str, second: str) -> float:
     return float(first == second)
 
 
+@functools.cache
 def spacy_similarity(model: str) -> Similarity:
     """The official similarity where `model` is ``en_core_web_lg``; other models give other scores.
 
@@ -280,3 +332,80 @@ def spacy_similarity(model: str) -> Similarity:
             remedy=f"pip install 'm3po-jax[amber]' and python -m spacy download {model}; or similarity=exact",
         ) from None
     return lambda first, second: float(language(first).similarity(language(second)))
+
+
+def _score_yes_no(prompts: Sequence[Prompt], answers: Answers, config: BenchmarkConfig, rule: str) -> dict[str, Any]:
+    return discriminative(answers, [as_label(prompt, label=prompt.reference) for prompt in prompts])
+
+
+def _score(prompts: Sequence[Prompt], answers: Answers, config: BenchmarkConfig, rule: str) -> dict[str, Any]:
+    association = parse_json_object(read_text(config.association), config.association)
+    safe = read_text(config.safe_words).splitlines() if config.safe_words else []
+    labels = [as_label(prompt, **{key: prompt.metadata[key] for key in ("truth", "hallu")}) for prompt in prompts]
+    records = [{**label, "text": text_field(answer)} for answer, label in join(answers, labels)]
+    nouns = nltk_nouns if config.nouns == "nltk" else vocabulary_nouns(association)
+    exact = config.similarity in EXACT
+    similarity = exact_similarity if exact else spacy_similarity(config.similarity)
+    scored = generative(records, association, safe, nouns=nouns, similarity=similarity)
+    # The rule belongs to the numbers: with other nouns or another model they are not the published ones.
+    scored["summary"] |= {"nouns": config.nouns, "similarity": "exact" if exact else config.similarity}
+    return scored
+
+
+def _check(config: BenchmarkConfig) -> None:
+    if not config.association:
+        raise UserError("AMBER needs its relation.json", where="association", remedy="name the file in the benchmark")
+    if config.nouns not in NOUNS:
+        raise UserError(f"unknown way {config.nouns!r} to find nouns{nearest(config.nouns, NOUNS)}", where="nouns")
+    official = config.nouns == "nltk" and config.similarity == "en_core_web_lg"
+    if config.rule == "official" and not official:
+        raise UserError(
+            "the official rule finds nouns by nltk and compares them by en_core_web_lg",
+            where="rule",
+            remedy="nouns: nltk and similarity: en_core_web_lg, or rule: approximate",
+        )
+    for path in filter(None, (config.association, config.safe_words)):
+        read_text(path)
+    if config.nouns == "nltk":
+        nltk_nouns("a dog")
+    if config.similarity not in EXACT:
+        spacy_similarity(config.similarity)
+
+
+METRIC = Metric(
+    rules={
+        "approximate": "inference.py of junyangwang0410/AMBER, with the nouns and similarity that the summary names",
+        "official": "inference.py of junyangwang0410/AMBER: nouns by nltk, similarity by spaCy's en_core_web_lg",
+    },
+    needs="`metadata.truth`, `metadata.hallu` (lists)",
+    missing=needs_all(needs_texts("truth"), needs_texts("hallu")),
+    score=_score,
+    sums=sums,
+    rates=rates,
+    columns=(
+        Column("chair", "CHAIR", "lower", "share of the nouns that are flagged (%)", 1, False),
+        Column("cover", "Cover", "higher", "share of the image's objects that are named (%)", 1, False),
+        Column("hal", "Hal", "lower", "share of the descriptions with a flag (%)", 1, False),
+        Column("cog", "Cog", "lower", "share of the likely hallucinations that are named (%)", 1, False),
+        Column("mean_words", "Words", None, "words an answer", 1, False),
+    ),
+    deciding=("chair",),
+    settings=("association", "safe_words", "nouns", "similarity"),
+    default_rule=lambda config: (
+        "official" if (config.nouns, config.similarity) == ("nltk", "en_core_web_lg") else "approximate"
+    ),
+    check=_check,
+)
+YES_NO = Metric(
+    rules={"official": "inference.py of junyangwang0410/AMBER: exactly Yes or No; the positive class is No"},
+    needs="`reference` yes or no, `metadata.category` (the annotation's `type`)",
+    missing=needs_reference,
+    score=_score_yes_no,
+    sums=yes_no_sums,
+    rates=yes_no_rates,
+    columns=(
+        Column("accuracy", "Acc", "higher", "share of right answers (%)", 1, False),
+        Column("f1", "F1", "higher", "harmonic mean of precision and recall (%)", 1, False),
+    ),
+    deciding=("accuracy",),
+)

@@ -12,8 +12,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from m3po_jax.config import BenchmarkConfig
+from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
-from m3po_jax.evaluation.records import Record, ratio, yes_no_items
+from m3po_jax.evaluation.metric import (
+    Answers,
+    Column,
+    Item,
+    Metric,
+    Rates,
+    Sums,
+    as_label,
+    needs_reference,
+    ratio,
+    values,
+)
+from m3po_jax.evaluation.records import Record, yes_no_items
 
 PERCEPTION = (
     *("existence", "count", "position", "color", "posters"),
@@ -49,46 +65,75 @@ def mme(answers: Iterable[Record], labels: Iterable[Record]) -> dict[str, Any]:
     """
     items = yes_no_items(answers, labels, parse, lambda text: parse(text) == OTHER, categories=TASKS, kind="task")
     present = [task for task in TASKS if any(item["category"] == task for item in items)]
-    categories = {task: task_scores([item for item in items if item["category"] == task]) for task in present}
-    reasons = [f"no question of {task}" for task in TASKS if task not in present]
+    for task in present:
+        _pair([item for item in items if item["category"] == task])
+    found = values(sums, rates, items)
     return {
         "summary": {
             "n": len(items),
-            "perception": sum(categories[task]["score"] for task in PERCEPTION if task in categories),
-            "cognition": sum(categories[task]["score"] for task in COGNITION if task in categories),
-            "accuracy": ratio(sum(item["correct"] for item in items), len(items)),
+            "perception": found.get("perception", 0),
+            "cognition": found.get("cognition", 0),
+            "accuracy": found.get("accuracy"),
             "other": sum(item["unparsed"] for item in items),
             "tasks": len(present),
-            "degenerate": reasons,
+            "degenerate": [f"no question of {task}" for task in TASKS if task not in present],
         },
-        "categories": categories,
+        "categories": {task: task_scores([item for item in items if item["category"] == task]) for task in present},
         "items": items,
     }
 
 
-def task_scores(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Scores of one task's items, which come in pairs about one image.
+def _pair(items: Sequence[dict[str, Any]]) -> None:
+    """Notes in each item of a task whether ``both`` questions of its image are right.
 
     Raises:
         UserError: an image does not have two questions.
     """
-    right: dict[str, list[bool]] = {}
+    pairs: dict[str, list[bool]] = {}
     for item in items:
-        right.setdefault(str(item["image"]), []).append(bool(item["correct"]))
-    uneven = sorted(image for image, own in right.items() if len(own) != 2)
+        pairs.setdefault(str(item["image"]), []).append(bool(item["correct"]))
+    uneven = sorted(image for image, right in pairs.items() if len(right) != 2)
     if uneven:
         raise UserError(
-            f"{len(right[uneven[0]])} questions about image {uneven[0]!r}, not two",
+            f"{len(pairs[uneven[0]])} questions about image {uneven[0]!r}, not two",
             where=f"MME task {items[0]['category']}",
             remedy="accuracy+ needs both questions of every image",
         )
-    accuracy = ratio(sum(bool(item["correct"]) for item in items), len(items)) or 0.0
-    plus = ratio(sum(all(own) for own in right.values()), len(right)) or 0.0
+    for item in items:
+        item["both"] = all(pairs[str(item["image"])])
+
+
+def sums(item: Item) -> list[float]:
+    """What an answer adds to its task: right answers, images with both right (half of one each), questions."""
+    added = np.zeros((len(TASKS), 3))
+    added[TASKS.index(item["category"])] = bool(item["correct"]), 0.5 * bool(item["both"]), 1
+    return added.ravel().tolist()
+
+
+def rates(sums: Sums) -> Rates:
+    """The two sums over tasks of 100·accuracy + 100·accuracy⁺, where absent ones add nothing, and all accuracy."""
+    correct, plus, questions = sums[..., 0::3], sums[..., 1::3], sums[..., 2::3]
+    # An image is half of its two questions' sum.
+    scores = 100 * ratio(correct, questions, undefined=0.0) + 100 * ratio(plus, questions / 2, undefined=0.0)
+    perception = len(PERCEPTION)
+    return {
+        "perception": scores[..., :perception].sum(axis=-1),
+        "cognition": scores[..., perception:].sum(axis=-1),
+        "accuracy": ratio(correct.sum(axis=-1), questions.sum(axis=-1)),
+    }
+
+
+def task_scores(items: Sequence[Item]) -> dict[str, Any]:
+    """Scores of one task's items: accuracy, accuracy⁺ (images with both questions right) and their sum in percent."""
+    totals = np.sum([sums(item) for item in items], axis=0)
+    place = 3 * TASKS.index(items[0]["category"])
+    correct, plus, questions = totals[place : place + 3].tolist()
+    accuracy, accuracy_plus = correct / questions, plus / (questions / 2)
     return {
         "n": len(items),
         "accuracy": accuracy,
-        "accuracy_plus": plus,
-        "score": 100 * accuracy + 100 * plus,
+        "accuracy_plus": accuracy_plus,
+        "score": 100 * accuracy + 100 * accuracy_plus,
         "other": sum(item["parsed"] == OTHER for item in items),
     }
 
@@ -188,3 +233,22 @@ def read_questions(folder: Path, suffix: str | None = None) -> list[dict[str, An
     if not rows:
         raise UserError("no question of any task", where=str(folder), remedy="name MME_Benchmark_release_version")
     return rows
+
+
+def _score(prompts: Sequence[Prompt], answers: Answers, config: BenchmarkConfig, rule: str) -> dict[str, Any]:
+    return mme(answers, [as_label(prompt, label=prompt.reference) for prompt in prompts])
+
+
+METRIC = Metric(
+    rules={"official": "eval_tool/calculation.py of MME: yes or no within the first four characters, in lower case"},
+    needs="`reference` Yes or No, `metadata.category` (the task), `metadata.image`, which two rows share",
+    missing=needs_reference,
+    score=_score,
+    sums=sums,
+    rates=rates,
+    columns=(
+        Column("perception", "Perception", "higher", "sum of ten tasks' scores, at most 2,000", 1, False),
+        Column("cognition", "Cognition", "higher", "sum of four tasks' scores, at most 800", 1, False),
+    ),
+    deciding=("perception",),
+)

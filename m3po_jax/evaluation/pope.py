@@ -11,7 +11,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from m3po_jax.evaluation.records import Record, mean, ratio, yes_no_items
+import numpy as np
+
+from m3po_jax.config import BenchmarkConfig
+from m3po_jax.data.schema import Prompt
+from m3po_jax.evaluation.metric import Answers, Column, Item, Metric, Rates, Sums, as_label, needs_reference, ratio
+from m3po_jax.evaluation.records import Record, mean, yes_no_items
+
+NEAR_CHANCE = 0.6  # accuracy of the base below which differences between systems mean little
 
 _YES = re.compile(r"\byes\b", re.IGNORECASE)
 
@@ -53,17 +60,33 @@ def pope(answers: Iterable[Record], labels: Iterable[Record]) -> dict[str, Any]:
     }
 
 
-def scores(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Accuracy, precision, recall, F1 (positive = yes), yes ratio, confusion and unparsed counts of items.
+def sums(item: Item) -> list[float]:
+    """What an answer adds: true and false positives, true and false negatives (positive = yes)."""
+    positive, correct = item["parsed"] == "yes", bool(item["correct"])
+    return [positive and correct, positive and not correct, not positive and correct, not positive and not correct]
+
+
+def rates(sums: Sums) -> Rates:
+    """POPE's scores from `sums`; 0 where a denominator is zero."""
+    tp, fp, tn, fn = np.moveaxis(sums, -1, 0)
+    return {
+        "accuracy": ratio(tp + tn, tp + fp + tn + fn, undefined=0.0),
+        "precision": ratio(tp, tp + fp, undefined=0.0),
+        "recall": ratio(tp, tp + fn, undefined=0.0),
+        # Equal to 2PR/(P+R), and defined whenever either is.
+        "f1": ratio(2 * tp, 2 * tp + fp + fn, undefined=0.0),
+        "yes_ratio": ratio(tp + fp, tp + fp + tn + fn, undefined=0.0),
+    }
+
+
+def scores(items: Sequence[Item]) -> dict[str, Any]:
+    """`rates`, the four counts and the number of unparsed answers.
 
     Where a denominator is zero the score is 0 and `degenerate` says so; without items accuracy and yes ratio
     are 0 as well.
     """
-    counts = {"tp": 0, "fp": 0, "tn": 0, "fn": 0}
-    for item in items:
-        positive = item["parsed"] == "yes"
-        counts[("t" if item["correct"] else "f") + ("p" if positive else "n")] += 1
-    tp, fp, tn, fn = counts["tp"], counts["fp"], counts["tn"], counts["fn"]
+    totals = np.sum([sums(item) for item in items] or [[0, 0, 0, 0]], axis=0)
+    tp, fp, tn, fn = map(int, totals)
     n = len(items)
     reasons = []
     if not n:
@@ -76,13 +99,39 @@ def scores(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         reasons.append("no yes is right: f1 is set to 0")
     return {
         "n": n,
-        "accuracy": ratio(tp + tn, n) or 0.0,
-        "precision": ratio(tp, tp + fp) or 0.0,
-        "recall": ratio(tp, tp + fn) or 0.0,
-        # Equal to 2PR/(P+R), and defined whenever either is.
-        "f1": ratio(2 * tp, 2 * tp + fp + fn) or 0.0,
-        "yes_ratio": ratio(tp + fp, n) or 0.0,
-        **counts,
+        **{key: float(value) for key, value in rates(totals).items()},
+        **{"tp": tp, "fp": fp, "tn": tn, "fn": fn},
         "unparsed": sum(bool(item["unparsed"]) for item in items),
         "degenerate": reasons,
     }
+
+
+def near_chance(base: Mapping[str, float | None]) -> str | None:
+    """Of yes/no questions: the base hardly answers better than a coin."""
+    accuracy = base.get("accuracy")
+    if accuracy is None or accuracy >= NEAR_CHANCE:
+        return None
+    return f"the base answers {accuracy:.0%} right, near chance; differences between systems mean little there"
+
+
+def _score(prompts: Sequence[Prompt], answers: Answers, config: BenchmarkConfig, rule: str) -> dict[str, Any]:
+    return pope(answers, [as_label(prompt, label=prompt.reference) for prompt in prompts])
+
+
+METRIC = Metric(
+    rules={
+        "official": "evaluate.py of RUCAIBox/POPE: no, if No, no or not is a word of the first sentence, else yes"
+    },
+    needs="`reference` Yes or No",
+    missing=needs_reference,
+    score=_score,
+    sums=sums,
+    rates=rates,
+    columns=(
+        Column("accuracy", "Acc", "higher", "share of right answers (%)"),
+        Column("f1", "F1", "higher", "harmonic mean of precision and recall (%)"),
+        Column("yes_ratio", "Yes", None, "share of the answers that say yes (%)"),
+    ),
+    deciding=("accuracy",),
+    gate=near_chance,
+)

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from m3po_jax.errors import UserError
 
 Record = Mapping[str, Any]
+
+
+def id_text(value: Any, where: str) -> str:
+    """An id as text: 1, 1.0 and "1" are one id.
+
+    Raises:
+        UserError: it is missing, or neither text nor a whole number.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        wrong = "the record has no id" if value is None else f"the id {value!r} is neither text nor a whole number"
+        raise UserError(wrong, where=where)
+    return str(value)
 
 
 def by_id(records: Iterable[Record], what: str) -> dict[str, Record]:
@@ -18,9 +33,7 @@ def by_id(records: Iterable[Record], what: str) -> dict[str, Record]:
     """
     keyed: dict[str, Record] = {}
     for position, record in enumerate(records):
-        if record.get("id") is None:
-            raise UserError("the record has no id", where=f"{what} {position + 1}")
-        key = str(record["id"])
+        key = id_text(record.get("id"), f"{what} {position + 1}")
         if key in keyed:
             raise UserError(f"the id {key!r} occurs twice", where=f"{what} {position + 1}")
         keyed[key] = record
@@ -46,6 +59,18 @@ def join(answers: Iterable[Record], labels: Iterable[Record]) -> list[tuple[Reco
                 remedy="score the answers against the question file that they were made from",
             )
     return [(answered[key], label) for key, label in labelled.items()]
+
+
+def read_text(path: str) -> str:
+    """A text file that a recipe names.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read ({type(error).__name__})", where=path) from None
 
 
 def text_field(record: Record, field: str = "text") -> str:

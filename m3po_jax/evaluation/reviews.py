@@ -6,11 +6,28 @@ The judge is asked elsewhere; its texts come in, by the question's id, and are r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
+from m3po_jax.config import BenchmarkConfig
+from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
-from m3po_jax.evaluation.records import Record, join, mean, ratio, text_field
+from m3po_jax.evaluation.metric import (
+    Answers,
+    Column,
+    Item,
+    Metric,
+    Rates,
+    Sums,
+    as_label,
+    needs_metadata,
+    needs_nothing,
+    ratio,
+    values,
+)
+from m3po_jax.evaluation.records import Record, join, text_field
 
 # MMHal's types in the order of its questions: question i is of type i mod 8.
 MMHAL_TYPES = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")
@@ -66,12 +83,20 @@ def mmhal(reviews: Iterable[Record], labels: Sequence[Record]) -> dict[str, Any]
     }
 
 
-def _mmhal_scores(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {
-        "n": len(items),
-        "score": mean(item["score"] for item in items),
-        "hallucination_rate": mean(item["hallucinated"] for item in items),
-    }
+def mmhal_sums(item: Item) -> list[float]:
+    """What a review adds: its rating, whether it is a hallucination, and 1."""
+    return [item["score"], bool(item["hallucinated"]), 1]
+
+
+def mmhal_rates(sums: Sums) -> Rates:
+    """The mean rating and the share of hallucinations from `mmhal_sums`."""
+    score, hallucinated, count = np.moveaxis(sums, -1, 0)
+    return {"score": ratio(score, count), "hallucination_rate": ratio(hallucinated, count)}
+
+
+def _mmhal_scores(items: Sequence[Item]) -> dict[str, Any]:
+    keys = ("score", "hallucination_rate")
+    return {"n": len(items), **dict.fromkeys(keys), **values(mmhal_sums, mmhal_rates, items)}
 
 
 def llava_scores(review: str) -> tuple[float, float]:
@@ -128,14 +153,59 @@ def llava_bench(reviews: Iterable[Record], labels: Iterable[Record]) -> dict[str
     }
 
 
-def _llava_summary(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    model, reference = mean(i["model_score"] for i in items), mean(i["reference_score"] for i in items)
-    score = None if model is None or reference is None else ratio(100 * model, reference)
+def llava_sums(item: Item) -> list[float]:
+    """What a review adds: the model's score, the reference's, and 1."""
+    return [item["model_score"], item["reference_score"], 1]
+
+
+def llava_rates(sums: Sums) -> Rates:
+    """100 · mean(model) / mean(reference) and both means, from `llava_sums`."""
+    model, reference, count = np.moveaxis(sums, -1, 0)
+    means = ratio(model, count), ratio(reference, count)
+    return {"score": 100 * ratio(model, reference), "model_mean": means[0], "reference_mean": means[1]}
+
+
+def _llava_summary(items: Sequence[Item]) -> dict[str, Any]:
+    found = dict.fromkeys(("score", "model_mean", "reference_mean")) | values(llava_sums, llava_rates, items)
     return {
         "n": len(items),
-        "score": score,
-        "model_mean": model,
-        "reference_mean": reference,
+        **found,
         "failed": sum(item["parsed"] is None for item in items),
-        "degenerate": [] if score is not None else ["the reference's mean score is 0 or there are no reviews"],
+        "degenerate": []
+        if found["score"] is not None
+        else ["the reference's mean score is 0 or there are no reviews"],
     }
+
+
+def _reviewed(score: Callable[[Answers, list[dict[str, Any]]], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    def run(prompts: Sequence[Prompt], answers: Answers, config: BenchmarkConfig, rule: str) -> dict[str, Any]:
+        return score(answers, [as_label(p, category=p.metadata.get("category")) for p in prompts])
+
+    return run
+
+
+MMHAL = Metric(
+    rules={"official": "eval_gpt4.py of MMHal-Bench: the one `rating: 0` to `rating: 6` of a review, else 0"},
+    needs="`metadata.category`, or the benchmark's order",
+    missing=needs_nothing,
+    score=_reviewed(mmhal),
+    sums=mmhal_sums,
+    rates=mmhal_rates,
+    columns=(
+        Column("score", "Score", "higher", "mean rating, 0 to 6", 2, False),
+        Column("hallucination_rate", "Hal", "lower", "share of the ratings below 3 (%)"),
+    ),
+    deciding=("score",),
+    judged=True,
+)
+LLAVA_BENCH = Metric(
+    rules={"official": "summarize_gpt_review.py of LLaVA: two numbers in the first line, else −1 for both"},
+    needs="`metadata.category` (conv, detail, complex)",
+    missing=needs_metadata("category", str),
+    score=_reviewed(llava_bench),
+    sums=llava_sums,
+    rates=llava_rates,
+    columns=(Column("score", "Score", "higher", "the model's mean in percent of the reference's", 1, False),),
+    deciding=("score",),
+    judged=True,
+)

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from m3po_jax.evaluation.records import Record, join, ratio, text_field
+from m3po_jax.config import BenchmarkConfig
+from m3po_jax.data.schema import Prompt
+from m3po_jax.evaluation.metric import (
+    Answers,
+    Column,
+    Item,
+    Metric,
+    Rates,
+    Sums,
+    as_label,
+    needs_reference,
+    ratio,
+    values,
+)
+from m3po_jax.evaluation.records import Record, join, text_field
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA = re.compile(r"\d,\d")
@@ -54,6 +68,15 @@ def normalize(text: str) -> str:
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
+def llava_normalize(text: str) -> str:
+    """What LLaVA makes of a prediction before it submits it: `EvalAIAnswerProcessor` of its m4c_evaluator.py.
+
+    Before the official normalisation, of which it has a copy, commas and question marks go and "'s" becomes a word.
+    """
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+    return normalize(text)
+
+
 def short_answers(answers: Iterable[Record], references: Iterable[Record]) -> dict[str, Any]:
     """Exact-match accuracy of short answers, in all and by type.
 
@@ -91,12 +114,37 @@ def short_answers(answers: Iterable[Record], references: Iterable[Record]) -> di
     }
 
 
-def accuracy(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def sums(item: Item) -> list[float]:
+    """What an answer adds: whether it is right, and 1."""
+    return [bool(item["correct"]), 1]
+
+
+def rates(sums: Sums) -> Rates:
+    """Accuracy from `sums`."""
+    return {"accuracy": ratio(sums[..., 0], sums[..., 1])}
+
+
+def accuracy(items: Sequence[Item]) -> dict[str, Any]:
     """How many of the items are correct."""
-    correct = sum(bool(item["correct"]) for item in items)
     return {
         "n": len(items),
-        "correct": correct,
-        "accuracy": ratio(correct, len(items)),
+        "correct": sum(bool(item["correct"]) for item in items),
+        "accuracy": values(sums, rates, items).get("accuracy"),
         "degenerate": [] if items else ["there are no questions"],
     }
+
+
+def _score(prompts: Sequence[Prompt], answers: Answers, config: BenchmarkConfig, rule: str) -> dict[str, Any]:
+    return short_answers(answers, [as_label(prompt, reference=prompt.reference) for prompt in prompts])
+
+
+METRIC = Metric(
+    rules={"vqa": "equal after the normalisation of GT-Vision-Lab/VQA's vqaEval.py"},
+    needs="`reference`",
+    missing=needs_reference,
+    score=_score,
+    sums=sums,
+    rates=rates,
+    columns=(Column("accuracy", "Acc", "higher", "share of right answers (%)"),),
+    deciding=("accuracy",),
+)

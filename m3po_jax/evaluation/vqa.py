@@ -1,8 +1,8 @@
 """VQAv2 accuracy: a mean over the ten subsets that leave one annotator out (Antol et al., 2015; Goyal et al., 2017).
 
 The official code normalises answers only where the annotators' answers are not all equal. A prediction of "Yes"
-against ten times "yes" is therefore wrong (`official`). LLaVA lower-cases and normalises its predictions before it
-submits them (`llava`); the published numbers are of that kind.
+against ten times "yes" is therefore wrong (`official`). LLaVA normalises its predictions before it submits them, in a
+way of its own (`llava`, see `short_answer.llava_normalize`); the published numbers are of that kind.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from m3po_jax.errors import UserError, nearest
-from m3po_jax.evaluation.records import Record, join, mean, text_field
-from m3po_jax.evaluation.short_answer import normalize
-
-RULES = ("official", "llava")
+from m3po_jax.config import BenchmarkConfig
+from m3po_jax.data.schema import Prompt
+from m3po_jax.errors import UserError
+from m3po_jax.evaluation.metric import Answers, Column, Item, Metric, as_label, needs_metadata, values
+from m3po_jax.evaluation.records import Record, join, text_field
+from m3po_jax.evaluation.short_answer import llava_normalize, normalize, rates
 
 
 def _plain(text: str) -> str:
@@ -31,7 +32,7 @@ def accuracy(prediction: str, annotations: Sequence[str], rule: str = "official"
     """
     said, truths = _plain(prediction), [_plain(text) for text in annotations]
     if rule == "llava":
-        said = normalize(said)
+        said = llava_normalize(said)
     if len(set(truths)) > 1:
         said, truths = normalize(said), [normalize(text) for text in truths]
     matches = sum(text == said for text in truths)
@@ -48,14 +49,12 @@ def vqa(answers: Iterable[Record], labels: Iterable[Record], rule: str = "offici
         rule: ``official`` or ``llava``.
 
     Returns:
-        ``summary`` (n, accuracy, the rule), ``categories`` by type of answer, ``question_types``, and ``items`` with
+        ``summary`` (n, accuracy), ``categories`` by type of answer, ``question_types``, and ``items`` with
         an ``accuracy`` each; ``correct`` is an accuracy of at least one half.
 
     Raises:
-        UserError: an unknown rule, ids that do not match, or answers that are no texts.
+        UserError: ids that do not match, or answers that are no texts.
     """
-    if rule not in RULES:
-        raise UserError(f"unknown rule {rule!r}{nearest(rule, RULES)}", where="VQAv2")
     items: list[dict[str, Any]] = []
     for answer, label in join(answers, labels):
         text, truths = text_field(answer), _annotations(label)
@@ -67,7 +66,7 @@ def vqa(answers: Iterable[Record], labels: Iterable[Record], rule: str = "offici
                 "category": label.get("category") or "all",
                 "question_type": label.get("question_type"),
                 "text": text,
-                "parsed": normalize(text),
+                "parsed": llava_normalize(text) if rule == "llava" else normalize(text),
                 "answers": truths,
                 "accuracy": value,
                 "correct": value >= 0.5,
@@ -76,7 +75,6 @@ def vqa(answers: Iterable[Record], labels: Iterable[Record], rule: str = "offici
     return {
         "summary": {
             **_summary(items),
-            "rule": rule,
             "degenerate": [] if items else ["there are no questions"],
         },
         "categories": _by(items, "category"),
@@ -93,10 +91,35 @@ def _annotations(label: Record) -> list[str]:
     return [str(text) for text in texts]
 
 
-def _summary(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {"n": len(items), "accuracy": mean(item["accuracy"] for item in items)}
+def sums(item: Item) -> list[float]:
+    """What an answer adds: its accuracy, and 1."""
+    return [item["accuracy"], 1]
+
+
+def _summary(items: Sequence[Item]) -> dict[str, Any]:
+    return {"n": len(items), "accuracy": values(sums, rates, items).get("accuracy")}
 
 
 def _by(items: Sequence[Mapping[str, Any]], field: str) -> dict[str, Any]:
     names = sorted({str(item[field]) for item in items})
     return {name: _summary([item for item in items if str(item[field]) == name]) for name in names}
+
+
+def _score(prompts: Sequence[Prompt], answers: Answers, config: BenchmarkConfig, rule: str) -> dict[str, Any]:
+    more = ("answers", "question_type")
+    return vqa(answers, [as_label(p, **{name: p.metadata.get(name) for name in more}) for p in prompts], rule)
+
+
+METRIC = Metric(
+    rules={
+        "official": "vqaEval.py of GT-Vision-Lab/VQA: normalised only where annotators differ",
+        "llava": "official, on predictions normalised by LLaVA's convert_vqav2_for_submission.py",
+    },
+    needs="`metadata.answers`, ten texts",
+    missing=needs_metadata("answers", list),
+    score=_score,
+    sums=sums,
+    rates=rates,
+    columns=(Column("accuracy", "Acc", "higher", "share of right answers (%)"),),
+    deciding=("accuracy",),
+)

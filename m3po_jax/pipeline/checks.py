@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from m3po_jax.config import BenchmarkConfig, Recipe, ScoreConfig
-from m3po_jax.errors import UserError, nearest
-from m3po_jax.evaluation.registry import METRICS
+from m3po_jax.config import Recipe, ScoreConfig
+from m3po_jax.errors import UserError
+from m3po_jax.evaluation.registry import check as check_benchmark
 from m3po_jax.generation.settings import sampling_config
 from m3po_jax.pipeline.arms import VCD, arm_recipe, needs_pairs
 from m3po_jax.pipeline.models import check_trainable
@@ -117,8 +117,7 @@ def _check_one(recipe: Recipe, *, candidates: bool) -> None:
     if uses_own_reward(recipe) or recipe.train.objective == "reward":
         check_reward_config(recipe)
     for name, benchmark in recipe.evaluate.benchmarks.items():
-        check_benchmark(name, benchmark)
-        if METRICS[benchmark.metric].judged:
+        if check_benchmark(name, benchmark).judged:
             raise UserError(
                 f"{benchmark.metric} scores a judge's reviews, which a run does not write",
                 where=f"evaluate.benchmarks.{name}",
@@ -147,16 +146,6 @@ def _check_candidates(recipe: Recipe) -> None:
                 where="score.confidence",
                 remedy=f"add {name!r} to it",
             )
-
-
-def check_benchmark(name: str, benchmark: BenchmarkConfig) -> None:
-    """UserError where a benchmark names a rule that its metric does not have, or lacks a file that it needs."""
-    where, metric = f"evaluate.benchmarks.{name}", METRICS[benchmark.metric]
-    if benchmark.rule and benchmark.rule not in metric.rules:
-        known = nearest(benchmark.rule, metric.rules) if metric.rules else f": {benchmark.metric} has one alone"
-        raise UserError(f"unknown rule {benchmark.rule!r}{known}", where=f"{where}.rule", remedy="leave it out")
-    if benchmark.metric == "amber" and not benchmark.association:
-        raise UserError("AMBER needs its relation.json", where=f"{where}.association", remedy="name the file")
 
 
 def judges(score: ScoreConfig) -> list[ScoreConfig]:

@@ -15,7 +15,9 @@ from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import PromptSource, fingerprint
 from m3po_jax.data.tables import write_json
 from m3po_jax.errors import UserError
-from m3po_jax.evaluation.registry import METRICS, image_of
+from m3po_jax.evaluation.metric import Metric, image_of
+from m3po_jax.evaluation.records import id_text
+from m3po_jax.evaluation.registry import METRICS, check, intervals, score
 from m3po_jax.generation.engine import Generator
 from m3po_jax.hosts import Shares
 from m3po_jax.pipeline.console import progress
@@ -41,6 +43,16 @@ class Benchmark:
     image_root: Path
     fingerprint: str
 
+    @property
+    def metric(self) -> Metric:
+        """Whose rule scores the answers."""
+        return METRICS[self.config.metric]
+
+    def images(self, items: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What tells the images of scored items apart."""
+        by_id = {prompt.id: prompt for prompt in self.prompts}
+        return [image_of(by_id[item["id"]]) for item in items]
+
 
 def read_benchmark(name: str, config: BenchmarkConfig) -> Benchmark:
     """Opens a benchmark's questions.
@@ -50,6 +62,7 @@ def read_benchmark(name: str, config: BenchmarkConfig) -> Benchmark:
     """
     where = f"evaluate.benchmarks.{name}"
     check_values(config, where)
+    metric = check(name, config)
     if not config.data.path:
         raise UserError("no questions", where=f"{where}.data.path", remedy="name a file, a folder or a builder")
     source: PromptSource = read_rows(config.data)
@@ -57,9 +70,9 @@ def read_benchmark(name: str, config: BenchmarkConfig) -> Benchmark:
     if config.kind:
         rows = [row for row in rows if row.metadata.get("kind") == config.kind]
     if not rows:
-        raise UserError(f"no row of kind {config.kind!r}", where=where)
+        raise UserError(f"no row of kind {config.kind!r}", where=f"evaluate.benchmarks.{name}")
     for row in rows:
-        if lacking := METRICS[config.metric].missing(row):
+        if lacking := metric.missing(row):
             raise UserError(lacking[0], where=row.where, remedy=f"{config.metric}: {lacking[1]}")
     return Benchmark(name, config, rows, source.image_root, fingerprint(source))
 
@@ -70,13 +83,13 @@ def check_scoring(benchmark: Benchmark) -> None:
     Raises:
         UserError: fields of other shapes than the metric reads, files or packages that it lacks.
     """
-    metric = METRICS[benchmark.config.metric]
+    metric = benchmark.metric
     if metric.judged:
         return
     answers = [{"id": prompt.id, "text": "yes", "tokens": 1} for prompt in benchmark.prompts]
     try:
-        scored = score_answers(benchmark, answers)
-        intervals(benchmark, scored, 2, 0)
+        scored = score(benchmark.prompts, answers, benchmark.config)
+        intervals(metric, scored["items"], benchmark.images(scored["items"]), 2, 0)
     except UserError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
@@ -87,27 +100,11 @@ def check_scoring(benchmark: Benchmark) -> None:
         ) from error
 
 
-def score_answers(benchmark: Benchmark, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Metrics and per-item records of answers ``{"id", "text"[, "tokens"]}``.
-
-    Raises:
-        UserError: answers and questions do not match by id.
-    """
-    return METRICS[benchmark.config.metric].score(benchmark.prompts, answers, benchmark.config)
-
-
-def intervals(benchmark: Benchmark, scored: Mapping[str, Any], resamples: int, seed: int) -> dict[str, list[float]]:
-    """95 % percentile-bootstrap intervals over images for the headline metrics."""
-    items = scored["items"]
-    by_id = {prompt.id: prompt for prompt in benchmark.prompts}
-    images = [image_of(by_id[item["id"]]) for item in items]
-    return METRICS[benchmark.config.metric].intervals(items, images, resamples, seed)
-
-
 def results_key(benchmark: Benchmark, config: EvaluateConfig, inputs: str) -> str:
     """What a benchmark's results depend on; a finished one is kept while it is the same."""
     settings = {name: value for name, value in vars(benchmark.config).items() if name != "data"}
-    return tables.content_hash(inputs, benchmark.fingerprint, settings, config.max_new_tokens)
+    rules = benchmark.metric.rules[benchmark.metric.rule(benchmark.config)]
+    return tables.content_hash(inputs, benchmark.fingerprint, settings, rules, config.max_new_tokens)
 
 
 def is_finished(benchmark: Benchmark, config: EvaluateConfig, out: Path, inputs: str) -> bool:
@@ -171,7 +168,7 @@ def save_results(
     seconds: float,
 ) -> dict[str, Any]:
     """Scores answers and writes items, then results (the mark that the benchmark is finished)."""
-    scored = score_answers(benchmark, texts)
+    scored = score(benchmark.prompts, texts, benchmark.config)
     prompts = {prompt.id: prompt for prompt in benchmark.prompts}
     items = [
         {"id": item["id"], "prompt": prompts[item["id"]].instruction, "output": item.get("text"), **item}
@@ -187,7 +184,13 @@ def save_results(
         "seconds": round(seconds, 2),
         **header,
         **{name: value for name, value in scored.items() if name != "items"},
-        "intervals": intervals(benchmark, scored, config.bootstrap_samples, seed),
+        "intervals": intervals(
+            benchmark.metric,
+            scored["items"],
+            benchmark.images(scored["items"]),
+            config.bootstrap_samples,
+            seed,
+        ),
     }
     if is_writer():
         tables.write_json_lines(out / "items.jsonl", items)
@@ -197,14 +200,21 @@ def save_results(
 
 
 def score_file(
-    benchmark: Benchmark, answers_file: Path, config: EvaluateConfig, out: Path, *, seed: int
-) -> dict[str, Any]:
-    """Scores saved answers, ``{"id", "text"}`` (or LLaVA's ``question_id``) a line."""
+    benchmark: Benchmark, answers_file: Path, config: EvaluateConfig, folder: Path, *, seed: int
+) -> tuple[dict[str, Any], Path]:
+    """(results, where they lie) of saved answers, ``{"id", "text"}`` (or LLaVA's ``question_id``) a line.
+
+    They lie under `folder` in a place of their own, named after the file and a hash of the answers, the questions and
+    the rule, so that other answers and other rules leave them alone.
+    """
     texts = []
     for where, row in tables.read_json_lines(answers_file):
-        key, text = row.get("id", row.get("question_id")), row.get("text")
+        key, text = row.get("id"), row.get("text")
+        key = row.get("question_id") if key is None else key
         if key is None or not isinstance(text, str):
             raise UserError("a line needs 'id' and 'text'", where=where)
-        texts.append({"id": str(key), "text": text})
-    header = {"inputs": tables.file_hash(answers_file), "system": str(answers_file), "cut": None}
-    return save_results(benchmark, texts, config, out, seed=seed, header=header, seconds=0.0)
+        texts.append({"id": id_text(key, where), "text": text})
+    inputs = results_key(benchmark, config, tables.file_hash(answers_file))
+    out = folder / f"{answers_file.stem}-{inputs[:8]}"
+    header = {"inputs": inputs, "system": str(answers_file), "cut": None}
+    return save_results(benchmark, texts, config, out, seed=seed, header=header, seconds=0.0), out

@@ -115,10 +115,12 @@ def _evaluate_answers(options: argparse.Namespace) -> None:
             where="--benchmark",
             remedy="name one of evaluate.benchmarks",
         )
-    out = RunDirectory.of(recipe).root / SAVED_ANSWERS / name
+    folder = RunDirectory.of(recipe).root / SAVED_ANSWERS / name
     benchmark = evaluating.read_benchmark(name, known[name])
-    results = evaluating.score_file(benchmark, Path(options.answers), recipe.evaluate, out, seed=recipe.seed)
+    results, out = evaluating.score_file(benchmark, Path(options.answers), recipe.evaluate, folder, seed=recipe.seed)
     print(json.dumps(results["summary"], indent=2))
+    if "note" in results:
+        say(f"{name}: {results['note']}")
     say(f"per-item records in {out}")
 
 

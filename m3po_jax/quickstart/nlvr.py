@@ -4,9 +4,10 @@ The corpus does not ship with this package; it is read where it lies, and what i
 
     python -m m3po_jax.quickstart.nlvr FOLDER OUT configs/quickstart/base
 
-FOLDER has ``dev.jsonl`` and ``test.jsonl`` (one example a line: ``id``, ``image``, ``sentence``, ``label``,
-``boxes``, ``fold``) and the pictures. OUT gets ``sft.jsonl``, ``prompts.jsonl`` and ``test.jsonl``, the boxes as
-pictures of their own, and ``model/``: the configuration of a tiny LLaVA and a tokenizer of the sentences' words.
+FOLDER has ``dev.jsonl`` and ``test.jsonl`` (one example a line: ``id``, ``image``, ``sentence``, ``label``, in
+the former ``boxes`` and ``fold`` too) and the pictures. OUT gets ``sft.jsonl``, ``prompts.jsonl`` and ``test.jsonl``,
+the boxes as pictures of their own, and ``model/``: the configuration of a tiny LLaVA and a tokenizer of the
+sentences' words.
 
 A picture is cut into its boxes, three images a prompt, because shapes of ten pixels vanish when the whole is shrunk.
 The order of the boxes does not matter to a statement, as in the corpus, whose pictures come in six orders.
@@ -34,6 +35,8 @@ SIDE, STEP = 100, 150  # pixels of a box, and from one box's left edge to the ne
 SFT_FOLDS = (0, 1, 2)  # of the development split, what base models learn from; the rest are prompts
 TEMPLATES = 4  # made statements about each of those pictures
 COLOURS, SHAPES = ("black", "blue", "yellow"), ("square", "circle", "triangle")
+# What is read of an example; of the test split, whose statements stand as they are, neither boxes nor folds.
+FIELDS = {"test": {"id", "image", "sentence", "label"}, "dev": {"id", "image", "sentence", "label", "boxes", "fold"}}
 INSTRUCTION = "{} True or False ?"
 
 
@@ -53,7 +56,7 @@ def read_examples(folder: Path, split: str) -> list[Row]:
         raise UserError("no such file", where=str(path), remedy="name the folder that holds dev.jsonl and test.jsonl")
     rows = []
     for number, row in read_json_lines(path):
-        missing = {"id", "image", "sentence", "label", "boxes", "fold"} - row.keys()
+        missing = FIELDS[split] - row.keys()
         if missing:
             raise UserError(f"no field {min(missing)!r}", where=f"{path}:{number}")
         rows.append(row)

@@ -26,7 +26,7 @@
   }
 
   const charts = JSON.parse(document.getElementById("chart-data").textContent);
-  const format = (value, percent) => (percent ? `${(100 * value).toFixed(1)} %` : Number(value.toPrecision(4)).toString()).replace("-", "−");
+  const format = (value, chart) => (chart.percent ? `${(100 * value).toFixed(Math.max(1, chart.digits - 3))} %` : Number(value.toPrecision(chart.digits)).toString()).replace("-", "−");
   for (const [id, chart] of Object.entries(charts)) {
     const figure = document.getElementById(id);
     const svg = figure.querySelector("svg");
@@ -52,7 +52,7 @@
         const dot = document.createElement("i");
         const value = document.createElement("b");
         entry.className = `s${series.style}`;
-        value.textContent = format(series.y[best], chart.percent);
+        value.textContent = format(series.y[best], chart);
         entry.append(dot, `${series.name} `, value);
         readout.append(entry);
       }

@@ -6,6 +6,7 @@ Every function is pure and deterministic and returns escaped markup. Marks are c
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from m3po_jax.report.formatting import format_compact
+from m3po_jax.report.formatting import format_compact, format_number
 
 WIDE, NARROW, HEIGHT = 480, 330, 240  # two and three charts in a row: text has the same size in both
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 12, 34
+CHARACTER = 5.6  # width of one of a tick's label
 MAX_POINTS = 160  # of one line; longer ones are averaged in equal bins
 
 
@@ -53,15 +55,37 @@ class Point:
     interval: tuple[float, float] | None = None
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers inside [low, high], about `count` of them."""
+def ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> list[float]:
+    """Round numbers inside [low, high], about `count` of them; `whole`: of whole things, such as steps and rounds."""
     if not (math.isfinite(low) and math.isfinite(high)) or high <= low:
         return [low]
     raw = (high - low) / max(count, 1)
+    raw = max(raw, 1.0) if whole else raw
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
+    factors = [factor for factor in (1, 2, 2.5, 5, 10) if not whole or (factor * power).is_integer()]
+    step = next(factor * power for factor in factors if factor * power >= raw * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(k * step, 12) for k in range(first, last + 1)]
+    return [float(f"{k * step:.15g}") for k in range(first, last + 1)]
+
+
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """Labels with as many digits as tell the ticks apart and put each where it stands."""
+    step = min((b - a for a, b in itertools.pairwise(values)), default=0.0)
+
+    def true(labels: list[str]) -> bool:
+        read = [float(label.replace("−", "-").replace(",", "")) for label in labels]
+        return all(abs(a - b) <= 1e-3 * step for a, b in zip(read, values, strict=True))
+
+    labels = [format_compact(value) for value in values]
+    tiny = max(map(abs, values)) < 1e-3
+    for digits in range(1, 16):
+        if true(labels):
+            break
+        if tiny:
+            labels = [f"{value:.{digits}e}".replace("-", "−") for value in values]
+        else:
+            labels = [format_number(value, digits) for value in values]
+    return labels
 
 
 def bin_size(count: int, limit: int = MAX_POINTS) -> int:
@@ -96,9 +120,15 @@ class _Frame:
         width: int = WIDE,
         height: int = HEIGHT,
         left: int = LEFT,
+        percent: bool = False,
     ):
+        """Scales for these ranges; `percent`: y is a share, `left`: the least margin, which long labels widen."""
         self.x0, self.x1 = _widen(*x)
         self.y0, self.y1 = _widen(*y)
+        scale, unit = (100, " %") if percent else (1, "")
+        marks = ticks(scale * self.y0, scale * self.y1, 4)
+        self.y_ticks = [(mark / scale, label + unit) for mark, label in zip(marks, tick_labels(marks), strict=True)]
+        left = max(left, math.ceil(CHARACTER * max(len(label) for _, label in self.y_ticks)) + 8)
         self.left, self.right, self.height, self.width = left, width - RIGHT, height, width
         self.parts: list[Markup] = []
 
@@ -111,11 +141,11 @@ class _Frame:
     def add(self, template: str, *args: object, **kwargs: object) -> None:
         self.parts.append(Markup(template).format(*args, **kwargs))
 
-    def axes(self, x_label: str, *, percent: bool = False, y_axis: bool = True) -> None:
+    def axes(self, x_label: str, *, y_axis: bool = True, whole: bool = False) -> None:
+        """Gridlines and labels; `whole`: x counts whole things."""
         bottom = self.height - BOTTOM
-        for value in ticks(self.y0, self.y1, 4) if y_axis else []:
+        for value, label in self.y_ticks if y_axis else []:
             at = self.py(value)
-            label = f"{format_compact(100 * value)} %" if percent else format_compact(value)
             self.add('<path class="grid" d="M{} {:.1f}H{}"/>', self.left, at, self.right)
             self.add(
                 '<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>',
@@ -123,12 +153,18 @@ class _Frame:
                 at + 3.5,
                 label,
             )
-        for value in ticks(self.x0, self.x1, round(self.width / 75)):
+        marks = ticks(self.x0, self.x1, round(self.width / 75), whole=whole)
+        labels = tick_labels(marks)
+        # Labels that would touch each other are thinned.
+        apart = max(map(len, labels)) * CHARACTER + 8
+        room = (self.px(marks[-1]) - self.px(marks[0])) / max(len(marks) - 1, 1)
+        every = max(1, math.ceil(apart / room)) if room > 0 else 1
+        for value, label in list(zip(marks, labels, strict=True))[::every]:
             self.add(
                 '<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>',
                 self.px(value),
                 bottom + 14,
-                format_compact(value),
+                label,
             )
         self.add('<path class="axis" d="M{} {}H{}"/>', self.left, bottom, self.right)
         middle = (self.left + self.right) / 2
@@ -148,7 +184,7 @@ class _Frame:
 
 def _widen(low: float, high: float) -> tuple[float, float]:
     """A range of positive length."""
-    if high - low > 1e-12 * max(1.0, abs(low), abs(high)):
+    if high - low > 1e-9 * max(abs(low), abs(high)):
         return low, high
     margin = abs(low) * 0.1 or 1.0
     return low - margin, high + margin
@@ -187,14 +223,15 @@ def line_chart(
         return None
     every_y = np.concatenate([y for _, _, y in drawn] + ([np.array([reference[0]])] if reference else []))
     every_x = np.concatenate([x for _, x, _ in drawn])
-    frame = _Frame((float(every_x.min()), float(every_x.max())), _padded(every_y))
-    frame.axes(x_label, percent=percent)
+    frame = _Frame((float(every_x.min()), float(every_x.max())), _padded(every_y), percent=percent)
+    # Steps, rounds and pairs are whole, even where means of them are drawn.
+    frame.axes(x_label, whole=np.ptp(every_x) >= 2 or all(float(x).is_integer() for x in every_x))
     for at, label in breaks:
         frame.add('<path class="break" d="M{:.1f} {}V{}"/>', frame.px(at), TOP, HEIGHT - BOTTOM)
         frame.add('<text class="tick" x="{:.1f}" y="{}">{}</text>', frame.px(at) + 4, TOP + 8, label)
     if reference:
         at = frame.py(reference[0])
-        frame.add('<path class="reference" d="M{} {:.1f}H{}"/>', LEFT, at, frame.right)
+        frame.add('<path class="reference" d="M{} {:.1f}H{}"/>', frame.left, at, frame.right)
         frame.add(
             '<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>',
             frame.right,
@@ -210,20 +247,23 @@ def line_chart(
             _path(frame, x, y) + ("h0" if len(x) == 1 else ""),
             s.name,
         )
+    span = float(every_y.max() - every_y.min())
+    digits = 4 if span == 0 else max(4, math.ceil(math.log10(float(np.abs(every_y).max()) / span)) + 3)
     data: dict[str, object] = {
         "x0": frame.x0,
         "x1": frame.x1,
-        "left": LEFT,
+        "left": frame.left,
         "right": frame.right,
         "width": frame.width,
         "bottom": HEIGHT - BOTTOM,
         "percent": percent,
+        "digits": digits,
         "series": [
             {
                 "name": s.name,
                 "style": s.style % 8,
-                "x": [float(f"{v:.6g}") for v in x],
-                "y": [float(f"{v:.4g}") for v in y],
+                "x": [float(f"{v:.9g}") for v in x],
+                "y": [float(f"{v:.{digits}g}") for v in y],
             }
             for s, x, y in drawn
         ],
@@ -248,8 +288,8 @@ def histogram_chart(
     edges = np.linspace(low, high, min(bins, max(4, round(math.sqrt(len(every))))) + 1)
     shares = [(name, np.histogram(values, edges)[0] / len(values)) for name, values in finite]
     top = max(float(share.max()) for _, share in shares)
-    frame = _Frame((float(edges[0]), float(edges[-1])), (0.0, top * 1.06), width=NARROW)
-    frame.axes(x_label, percent=True)
+    frame = _Frame((float(edges[0]), float(edges[-1])), (0.0, top * 1.06), width=NARROW, percent=True)
+    frame.axes(x_label)
     for name, share in shares:
         xs = np.repeat(edges, 2)
         ys = np.concatenate([[0.0], np.repeat(share, 2), [0.0]])
@@ -370,7 +410,7 @@ def frontier_chart(title: str, points: Sequence[Point], *, x_label: str, y_label
             width = 6.2 * len(shown)
             for dx, dy in ((8, 4), (-8 - width, 4), (8, -7), (8, 14), (-8 - width, -7), (-8 - width, 14)):
                 box = (x + dx, y + dy - 10, x + dx + width, y + dy + 2)
-                inside = box[0] >= LEFT and box[2] <= frame.width and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM
+                inside = box[0] >= frame.left and box[2] <= frame.width and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM
                 free = all(box[0] > o[2] or box[2] < o[0] or box[1] > o[3] or box[3] < o[1] for o in taken)
                 if inside and free:  # a label with no free place is left to the mark's tooltip
                     taken.append(box)
@@ -387,8 +427,9 @@ def reliability_chart(title: str, curves: Sequence[BinCurve], *, x_label: str, d
         diagonal: The score is a probability: both axes run from 0 to 1, with the line of perfect calibration.
     """
     every = np.concatenate([np.asarray(curve.x, float) for curve in curves])
-    frame = _Frame((0.0, 1.0) if diagonal else _padded(every), (0.0, 1.0), width=NARROW, left=LEFT + 8)
-    frame.axes(x_label, percent=True)
+    x_range = (0.0, 1.0) if diagonal else _padded(every)
+    frame = _Frame(x_range, (0.0, 1.0), width=NARROW, left=LEFT + 8, percent=True)
+    frame.axes(x_label)
     frame.add(
         '<text class="label" transform="translate(11 {}) rotate(-90)" text-anchor="middle">{}</text>',
         100,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3po_jax.errors import UserError
-from m3po_jax.evaluation.chair import chair, coco_vocabulary, singular, summarize, vocabulary
+from m3po_jax.evaluation.chair import DOUBLE_WORDS, chair, coco_vocabulary, summarize, vocabulary
 
 SHARED = Path(os.environ.get("M3PO_SHARED", Path(__file__).parents[2] / "../shared"))
 WORDS = vocabulary(
@@ -25,30 +25,6 @@ WORDS = vocabulary(
         "bus": [],
     }
 )
-
-
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    [
-        ("dogs", "dog"),
-        ("buses", "bus"),
-        ("glasses", "glass"),
-        ("benches", "bench"),
-        ("knives", "knife"),
-        ("puppies", "puppy"),
-        ("policemen", "policeman"),
-        ("people", "person"),
-        ("ties", "tie"),
-        ("bus", "bus"),
-        ("grass", "grass"),
-        ("is", "is"),
-        ("boxes", "box"),
-        ("potatoes", "potato"),
-        ("houses", "house"),
-    ],
-)
-def test_singular(word, expected):
-    assert singular(word) == expected
 
 
 def test_mentions_merge_the_longest_term_first():
@@ -133,25 +109,57 @@ def test_bounds_and_additivity(cases):
     assert summarize(result["items"][::-1]) == summary
 
 
-COCO_LINES = ["bus, minibus", "chair, seat", "toilet", "tie", "motorcycle, scooter,  motor bike", "train"]
+@pytest.mark.parametrize(
+    ("text", "mentions"),
+    [
+        ("It was hot. Dog owners came.", ["dog"]),
+        ("hot, dog", ["dog"]),
+        ("a hot (dog)", ["dog"]),
+        ("traffic - light", []),
+        ("**hot dog** and *hot* dog", ["hot dog", "hot dog"]),
+        ("hot\ndog, hot-dogs", ["hot dog", "hot dog"]),
+        ("dog/bus", ["dog", "bus"]),
+        ("the dogs' bus, the buses", ["dog", "bus", "bus"]),
+        ("TVs, a T.V. and PCs", ["tv", "tv", "pc"]),
+        ("pocketknives? taxis, collies, skies, lenses", ["pocketknife", "taxi", "collie", "lens"]),
+    ],
+)
+def test_plurals_abbreviations_and_punctuation(text, mentions):
+    names = ["hot dog", "dog", "traffic light", "bus", "tv", "PC", "pocketknife", "taxi", "collie", "lens", "skis"]
+    words = vocabulary({name: [] for name in names})
+    assert [name.lower() for name in words.mentions(text)] == mentions
+
+
+def test_a_name_in_the_plural_names_one_too():
+    assert vocabulary({"dogs": ["puppies"]}).mentions("a dog, two dogs, a puppy") == ["dogs"] * 3
+
+
+COCO_LINES = [
+    "bus, minibus",
+    "chair, seat",
+    "toilet",
+    "tie",
+    "motorcycle, scooter,  motor bike",
+    "train",
+    "cow, bison ",
+]
 
 
 def test_coco_rules():
-    words = coco_vocabulary(COCO_LINES, {"bow tie": "tie", "passenger train": "train", "train track": "train track"})
+    words = coco_vocabulary(COCO_LINES)
     assert words.mentions("A bow tie and a passenger train on a train track") == ["tie", "train"]
     assert words.mentions("a seat") == ["chair"]
     assert words.mentions("a seat by the toilet") == ["toilet"]
-    assert words.mentions("one bus, two buses") == ["bus"]
+    assert words.mentions("one bus, two buses, a minibus, ties") == ["bus"], "oddities of its lemmatiser"
+    assert words.mentions("motor bikes, bisons") == ["cow"], "a name keeps a leading space, a line no trailing one"
+    assert words.mentions("a bow, tie; a train/bus, a train-bus") == ["tie"], "as NLTK cuts words"
 
 
 @pytest.mark.skipif(not (SHARED / "data/pope/captions").is_dir(), reason="needs the shared POPE captions")
 @pytest.mark.parametrize("name", ["llava_i1_short", "llava_i2_brief", "mplug_owl_i1_short", "mplug_owl_i2_brief"])
 def test_published_coco_scores(name):
     data = SHARED / "data"
-    words = coco_vocabulary(
-        (data / "coco/synonyms.txt").read_text().splitlines(),
-        json.loads((data / "coco/double_words.json").read_text()),
-    )
+    words = coco_vocabulary((data / "coco/synonyms.txt").read_text().splitlines())
     with gzip.open(data / "coco/objects_2014.json.gz") as file:
         truth = json.load(file)
     truth = truth.get("objects", truth)
@@ -163,8 +171,16 @@ def test_published_coco_scores(name):
     summary = chair(records, words)["summary"]
     expected = json.loads((data / "pope/captions/expected.json").read_text())["files"][f"{name}.jsonl"]
     official = expected["official_rule"]
-    # The official counts come from NLTK and pattern's lemmatiser; ours from a few suffix rules.
-    assert abs(summary["mentions"] - official["mentions"]) <= 0.001 * official["mentions"]
-    assert summary["chair_i"] * 100 == pytest.approx(official["chair_i"], abs=0.03)
-    assert summary["chair_s"] * 100 == pytest.approx(official["chair_s"], abs=0.1)
-    assert summary["recall"] * 100 == pytest.approx(official["recall"], abs=0.1)
+    for count in ("hallucinated_mentions", "captions_with_hallucination", "captions_without_objects"):
+        assert summary[count] == official[count]
+    # One of 16,667 differs: which, only the official lemmatiser knows.
+    assert abs(summary["mentions"] - official["mentions"]) <= 1
+    for rate in ("chair_i", "chair_s", "recall"):
+        assert summary[rate] * 100 == pytest.approx(official[rate], abs=0.002)
+
+
+@pytest.mark.skipif(not (SHARED / "data/coco").is_dir(), reason="needs the shared COCO word lists")
+def test_double_words_are_the_official_ones():
+    official = json.loads((SHARED / "data/coco/double_words.json").read_text())
+    # Three words are never merged, and "wine glas" is what the official lemmatiser makes of a wine glass.
+    assert {k: v for k, v in official.items() if k not in ("stove top oven", "wine glas")} == DOUBLE_WORDS

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from m3po_jax.errors import UserError
 from m3po_jax.evaluation.mme import TASKS, mme, parse, read_questions, read_results, write_results
+from m3po_jax.evaluation.registry import METRICS, intervals
 
 responses = st.sampled_from(["Yes", "yes.", "No", "no", "None", "know", "eyes", "The answer is yes", "", "Y", " yes"])
 
@@ -142,8 +143,6 @@ def test_released_questions_in_both_layouts(tmp_path):
 
 
 def test_intervals_hold_the_score():
-    from m3po_jax.evaluation.registry import METRICS
-
     rng = np.random.default_rng(0)
     said = [
         (truth, "yes" if (rng.random() < 0.7) == (truth == "yes") else "no")
@@ -152,7 +151,7 @@ def test_intervals_hold_the_score():
     ]
     scored = mme(*records({"count": said, "text_translation": said[:20]}))
     images = [f"{item['category']}/{item['image']}" for item in scored["items"]]
-    found = METRICS["mme"].intervals(scored["items"], images, 400, 0)
+    found = intervals(METRICS["mme"], scored["items"], images, 400, 0)
     for name in ("perception", "cognition"):
         low, high = found[name]
         assert 0 <= low < scored["summary"][name] < high <= 200

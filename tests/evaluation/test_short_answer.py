@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3po_jax.errors import UserError
-from m3po_jax.evaluation.short_answer import normalize, short_answers
+from m3po_jax.evaluation.short_answer import llava_normalize, normalize, short_answers
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,31 @@ def test_normalized_text_has_no_outer_space_or_capitals(text):
     done = normalize(text)
     assert done == " ".join(done.split()) == done.lower()
     assert normalize(text.upper()) == done
+
+
+@pytest.mark.parametrize(
+    ("text", "official", "llava"),
+    [
+        ("Yes", "yes", "yes"),
+        ("The Blue.", "blue", "blue"),
+        ("it's red", "it's red", "it 's red"),
+        ("the dog's", "dog's", "dog 's"),
+        ("red,blue", "red blue", "redblue"),
+        ("red, blue", "red blue", "red blue"),
+        ("yes?no", "yes no", "yesno"),
+        ("1,000", "1000", "1000"),
+        ("1,000-2,000", "10002000", "1000 2000"),
+        ("black,white/red", "black white red", "blackwhite red"),
+        ("3.5", "3.5", "3.5"),
+        ("Two cats", "2 cats", "2 cats"),
+        ("dont know", "don't know", "don't know"),
+        ("None of the above!", "0 of above", "0 of above"),
+        ("", "", ""),
+    ],
+)
+def test_llavas_normaliser_is_not_the_official_one(text, official, llava):
+    assert normalize(text) == official
+    assert llava_normalize(text) == llava
 
 
 def test_accuracy_by_type():
