@@ -260,8 +260,8 @@ def _score(prompts: Sequence[Prompt], answers: Answers, config: BenchmarkConfig,
     scored = chair(records, vocabulary(words or dict.fromkeys(sorted(named), ())))
     if not any(words.values()):
         scored["note"] = (
-            "objects by their own names alone, without synonyms (a man is no person): not comparable with published "
-            "CHAIR, which is rule: official"
+            "objects are found by their own names, without synonyms: not comparable with published CHAIR, which is "
+            "of rule: official"
         )
     return scored
 

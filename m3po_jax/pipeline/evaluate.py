@@ -53,6 +53,12 @@ class Benchmark:
         by_id = {prompt.id: prompt for prompt in self.prompts}
         return [image_of(by_id[item["id"]]) for item in items]
 
+    @property
+    def title(self) -> str:
+        """The metric's name, with its rule where there are several."""
+        rule = f" (rule: {self.metric.rule(self.config)})" if len(self.metric.rules) > 1 else ""
+        return self.config.metric + rule
+
 
 def read_benchmark(name: str, config: BenchmarkConfig) -> Benchmark:
     """Opens a benchmark's questions.

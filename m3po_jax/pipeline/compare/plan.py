@@ -8,7 +8,6 @@ from typing import Any
 from m3po_jax.config import CompareConfig, Recipe
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.pipeline.arms import BASE, CONTRAST_ALPHA, SYSTEMS, VCD, arm_recipe, overrides_of
-from m3po_jax.pipeline.compare.statistics import METRICS
 from m3po_jax.recipes import override, value_of
 from m3po_jax.workspace.directory import RunDirectory
 
@@ -137,13 +136,6 @@ def check_compare(recipe: Recipe) -> None:
         raise UserError(
             f"{config.main!r} is not compared", where="compare.main", remedy=f"one of {', '.join(known[1:])}"
         )
-    for name, benchmark in recipe.evaluate.benchmarks.items():
-        if benchmark.metric not in METRICS:
-            raise UserError(
-                f"no paired statistics for {benchmark.metric}",
-                where=f"evaluate.benchmarks.{name}",
-                remedy=f"compare on {', '.join(METRICS)}; evaluate the others with `m3po evaluate --arm`",
-            )
     for system in config.efficiency_of:
         if system not in known[1:]:
             raise UserError(
