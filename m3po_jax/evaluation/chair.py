@@ -130,8 +130,8 @@ def vocabulary(synonyms: Mapping[str, Iterable[str]]) -> Vocabulary:
                 raise UserError(f"the term {term!r} of {name!r} has no words", where="CHAIR vocabulary")
             if terms.setdefault(words, name) != name:
                 raise UserError(f"{term!r} stands for {terms[words]!r} and {name!r}", where="CHAIR vocabulary")
-    for words, name in list(terms.items()):
-        terms.setdefault((*words[:-1], singular(words[-1])), name)  # "dogs" names a dog too
+    for words, owner in list(terms.items()):
+        terms.setdefault((*words[:-1], singular(words[-1])), owner)  # "dogs" names a dog too
     return Vocabulary(terms)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def sums(
         seed: {prompt.id: image_of(prompt) for prompt in benchmark.prompts} for seed, benchmark in benchmarks.items()
     }
     images = list(dict.fromkeys(image for known in image_of_item.values() for image in known.values()))
-    order = {image: position for position, image in enumerate(images)}
+    order: dict[Hashable, int] = {image: position for position, image in enumerate(images)}
     found: dict[int, dict[str, np.ndarray]] = {}
     for seed, own in folders.items():
         metric = benchmarks[seed].metric
