@@ -143,7 +143,8 @@ def same_run(one: Path, other: Path, tolerance: float = 0.0) -> None:
             [json.loads(line) for line in (run / arm / "round-1/metrics.jsonl").read_text().splitlines()]
             for run in (one, other)
         ]
-        assert [log["step"] for log in logs[0]] == [log["step"] for log in logs[1]] == [1, 2, 3, 4, 5]
+        assert [log["step"] for log in logs[0]] == [log["step"] for log in logs[1]]
+        assert [log["step"] for log in logs[0]] == list(range(1, 1 + len(logs[0]))) and len(logs[0]) >= 3
         for a, b in zip(*logs, strict=True):
             np.testing.assert_allclose(a["loss"], b["loss"], rtol=tolerance, atol=tolerance)
             np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=20 * tolerance, atol=20 * tolerance)

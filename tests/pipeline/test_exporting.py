@@ -15,6 +15,10 @@ from mini_run import write_data, write_recipe
 from m3po_jax.cli import main
 from m3po_jax.models.identity import directory_identity
 from m3po_jax.models.safetensors_io import open_directory, read_header
+from m3po_jax.pipeline.arms import arm_recipe
+from m3po_jax.pipeline.train import trained_settings
+from m3po_jax.recipes import load_recipe
+from m3po_jax.workspace.training import TrainingArtifact
 
 SHIPPED = Path(str(resources.files("m3po_jax"))) / "quickstart/checkpoints/quickstart-base"
 ADAPTER = {"lora_rank": 2, "lora_alpha": 4.0, "target_modules": ["q_proj"]}
@@ -34,10 +38,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.rmtree(folder / "data")
     run = folder / "runs/mini"
     # Other rounds and arms have the same shapes; what is in them is not what is tested.
-    for place in ("round-2", "arms/sft/round-1", "arms/wide/round-1"):
+    record = TrainingArtifact(run).read()
+    assert record is not None
+    for arm, place in ((None, "round-2"), ("sft", "arms/sft/round-1"), ("wide", "arms/wide/round-1")):
         (run / place).mkdir(parents=True)
         shutil.copytree(run / "checkpoints", run / place / "checkpoints")
         shutil.copy(run / "done.json", run / place)
+        settings = trained_settings(arm_recipe(load_recipe(recipe), arm))
+        TrainingArtifact(run / place).finish(record.inputs | settings, {})
     return folder
 
 

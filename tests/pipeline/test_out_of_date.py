@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from mini_run import rows, write_data, write_recipe
+from mini_run import rows, same_run, write_data, write_recipe
 from test_bad_input import edit, refused
 
 from m3po_jax.cli import main
@@ -188,19 +188,13 @@ def test_what_would_make_everything_anew_is_refused(
 
 
 def test_force_sets_everything_aside(copied: Copy) -> None:
-    old = {path.read_bytes() for path in (copied.run / ROUND).rglob("*.parquet")}
+    made = [path for path in (copied.run / ROUND).rglob("*.parquet") if path.name != "prompts.parquet"]
+    old = {path.read_bytes() for path in made}  # prompts.parquet shows the data, and no stage reads it
     copied.again("seed=1", "--force")
     assert copied.redone() == ALL
-    kept = {path.read_bytes() for path in copied.aside()}
-    assert old - kept <= {path.read_bytes() for path in (copied.run / ROUND).glob("prompts.parquet")} | {
-        path.read_bytes() for path in old_prompts(copied)
-    }
+    assert old <= {path.read_bytes() for path in copied.aside()}
     assert same_training(copied.run / ROUND, fresh(copied, "seed=1") / ROUND)
     assert manifest(copied.run)["seed"] == 1
-
-
-def old_prompts(copied: Copy) -> list[Path]:
-    return list(copied.run.rglob("prompts.parquet"))
 
 
 @pytest.mark.parametrize("content", [None, b"\x80\x81\x00garbage", b"- a\n- list\n", b"", b"a: [1"])
@@ -271,11 +265,14 @@ def truncate(path: Path) -> None:
 def test_damage_is_noticed_and_mended(
     finished: Path, copied: Copy, place: str, damage: Callable[[Path], Any]
 ) -> None:
-    """The run ends as it was, to the bit."""
+    """The run ends as it was, to the bit; a shard of candidates is drawn beside others, and so to the last digits."""
     [path] = copied.run.glob(place)
     damage(path)
     copied.again()
     whole = finished / "runs" / "mini"
+    if "candidates/0" in place:
+        same_run(whole, copied.run, tolerance=1e-5)
+        return
     for stage in ("candidates", "scores", "pairs"):
         assert rows(copied.run / ROUND / stage) == rows(whole / ROUND / stage)
     if "metrics" not in place:
@@ -312,7 +309,7 @@ def test_another_arms_checkpoint_is_not_taken(
     mine, other = (copied.run / place / "checkpoints" for place in (ROUND, ARM))
     shutil.rmtree(mine)
     shutil.copytree(other, mine)
-    assert "is not what was written" in refused(capsys, *copied.arguments(verb="export")) or True
+    assert "is not what was written" in refused(capsys, *copied.arguments(verb="export"))
     line = refused(capsys, *copied.arguments())
     assert "made with other data or settings" in line and str(mine) in line
     shutil.rmtree(mine)  # the remedy of the line

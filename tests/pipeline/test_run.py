@@ -85,8 +85,9 @@ def test_a_second_call_does_nothing_new(finished: Path, capsys: pytest.CaptureFi
 
 
 def test_another_recipe_is_refused_in_the_same_folder(finished: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["run", "--config", str(finished.parents[1] / "mini.yaml"), "train.beta=0.5"]) == 2
-    assert "holds a run of another recipe (it has 'beta: 0.1', this one 'beta: 0.5')" in capsys.readouterr().err
+    """One that would keep nothing of what is there; others redo what depends on them (test_out_of_date.py)."""
+    assert main(["run", "--config", str(finished.parents[1] / "mini.yaml"), "seed=5"]) == 2
+    assert "holds a run of another recipe (it has 'seed: 0', this one 'seed: 5'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
