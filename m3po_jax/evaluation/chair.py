@@ -130,8 +130,8 @@ def vocabulary(synonyms: Mapping[str, Iterable[str]]) -> Vocabulary:
                 raise UserError(f"the term {term!r} of {name!r} has no words", where="CHAIR vocabulary")
             if terms.setdefault(words, name) != name:
                 raise UserError(f"{term!r} stands for {terms[words]!r} and {name!r}", where="CHAIR vocabulary")
-    for words, name in list(terms.items()):
-        terms.setdefault((*words[:-1], singular(words[-1])), name)  # "dogs" names a dog too
+    for words, target in list(terms.items()):
+        terms.setdefault((*words[:-1], singular(words[-1])), target)  # "dogs" names a dog too
     return Vocabulary(terms)
 
 
@@ -260,8 +260,8 @@ def _score(prompts: Sequence[Prompt], answers: Answers, config: BenchmarkConfig,
     scored = chair(records, vocabulary(words or dict.fromkeys(sorted(named), ())))
     if not any(words.values()):
         scored["note"] = (
-            "objects by their own names alone, without synonyms (a man is no person): not comparable with published "
-            "CHAIR, which is rule: official"
+            "objects are found by their own names, without synonyms: not comparable with published CHAIR, which is "
+            "of rule: official"
         )
     return scored
 

@@ -1,64 +1,59 @@
-"""Recall-matched CHAIR: is an arm better than the base model that merely stops earlier?
+"""At equal gain: is an arm better than the base model that merely stops earlier or later?
 
-A bias on the base's stop token trades recall for CHAIR_i without any learning. The frontier of such points is
-what an arm has to beat at its own recall.
+A bias on the base's stop token trades recall for CHAIR_i without any learning. The frontier of such points is what an
+arm has to beat at its own recall. Between its points it is linear; a point that another one beats in both counts as
+the other one, so that the cost never falls as the gain rises; a point without a value does not count.
+
+Shape suffixes: R resamples (or one), P points.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Bool, Float
+
+Values = Float[np.ndarray, " r"]
 
 
-def frontier(points: Sequence[Mapping[str, float | None]]) -> list[tuple[float, float]]:
-    """(recall, lowest chair_i with at least this recall), recall rising.
+@dataclass(frozen=True)
+class Matched:
+    """A system's cost minus the frontier's at the same gain: below zero is better.
 
-    A point that another one beats in both is lifted to it: chair_i never falls as recall rises. Points where
-    either value is None are left out.
+    Attributes:
+        delta: [R]; NaN below the frontier's gain, where nothing is known. Above it, where no bias takes the base, the
+            frontier's end stands for it: an upper bound, since the frontier never falls as gain rises.
+        beyond: [R], whether that is so.
     """
-    best: dict[float, float] = {}
-    for point in points:
-        recall, rate = point.get("recall"), point.get("chair_i")
-        if recall is not None and rate is not None:
-            best[recall] = min(rate, best.get(recall, rate))
-    curve: list[tuple[float, float]] = []
-    lowest = float("inf")
-    for recall in sorted(best, reverse=True):
-        lowest = min(lowest, best[recall])
-        curve.append((recall, lowest))
-    return curve[::-1]
+
+    delta: Values
+    beyond: Bool[np.ndarray, " r"]
 
 
-def matched(arm: Mapping[str, float | None], points: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
-    """ΔC: the arm's chair_i minus the base frontier's at the arm's recall; negative is better.
+def matched(
+    gain: Values, cost: Values, point_gain: Float[np.ndarray, "r p"], point_cost: Float[np.ndarray, "r p"]
+) -> Matched:
+    """Compares a system with the base's points, for all resamples at once.
 
     Args:
-        arm: A CHAIR summary (``recall`` and ``chair_i``, fractions).
-        points: Summaries of the base at several stop biases, the unbiased one among them.
-
-    Returns:
-        ``delta_chair_i`` and ``frontier_chair_i`` (linear between points; None outside the frontier's recall
-        range, nothing is extrapolated), ``reason`` for a None, and ``frontier``.
+        gain: The system's, such as recall.
+        cost: The system's, such as CHAIR_i.
+        point_gain: Of the base at each stop bias, the unbiased one among them.
+        point_cost: Likewise.
     """
-    curve = frontier(points)
-    recall, rate = arm.get("recall"), arm.get("chair_i")
-    reason = None
-    if recall is None or rate is None:
-        reason = "the arm's recall or chair_i is undefined"
-    elif not curve:
-        reason = "the frontier has no points"
-    elif not curve[0][0] <= recall <= curve[-1][0]:
-        reason = f"recall {recall:.4f} is outside the frontier's range {curve[0][0]:.4f} to {curve[-1][0]:.4f}"
-    base = None
-    if reason is None and recall is not None:
-        base = float(np.interp(recall, [point[0] for point in curve], [point[1] for point in curve]))
-    return {
-        "recall": recall,
-        "chair_i": rate,
-        "frontier_chair_i": base,
-        "delta_chair_i": None if base is None or rate is None else rate - base,
-        "reason": reason,
-        "frontier": [list(point) for point in curve],
-    }
+    undefined = np.isnan(point_gain) | np.isnan(point_cost)
+    # Undefined points go to the left end, where they cannot matter: at gain −1, as bad as can be.
+    x, y = np.where(undefined, -1.0, point_gain), np.where(undefined, np.inf, point_cost)
+    order = np.lexsort((-y, x), axis=1)
+    x, y = np.take_along_axis(x, order, 1), np.take_along_axis(y, order, 1)
+    y = np.minimum.accumulate(y[:, ::-1], axis=1)[:, ::-1]
+    lowest = np.min(np.where(x < 0, np.inf, x), axis=1)
+    after = np.sum(x <= gain[:, None], axis=1)
+    rows, last = np.arange(len(gain)), x.shape[1] - 1
+    left, right = np.clip(after - 1, 0, last), np.clip(after, 0, last)
+    x0, x1, y0, y1 = x[rows, left], x[rows, right], y[rows, left], y[rows, right]
+    share = np.where(x1 > x0, (gain - x0) / np.where(x1 > x0, x1 - x0, 1.0), 0.0)
+    base = np.where(share == 0, y0, y0 + share * (y1 - np.where(np.isfinite(y0), y0, 0.0)))
+    base = np.where((gain >= lowest) & np.isfinite(base), base, np.nan)  # no gain is in no place
+    return Matched(cost - base, gain > x[:, -1])

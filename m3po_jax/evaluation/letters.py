@@ -129,7 +129,7 @@ def vlmevalkit(text: str, options: Options) -> str | None:
     One option letter among the words, within the last five of them, else one option's text in an answer that is not
     twice as long as all options. "A" in a sentence is taken for the letter.
     """
-    words = text.translate(str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))).split()
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
     letters = [letter for letter in options if letter in words]
     if len(letters) == 1 and words.index(letters[0]) > len(words) - 5:
         return letters[0]

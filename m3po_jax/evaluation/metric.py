@@ -164,7 +164,7 @@ def needs_reference(prompt: Prompt) -> Lack | None:
     return None if prompt.reference is not None else ("the row has no reference", "the metric needs the answer")
 
 
-_KINDS = {list: "list", dict: "mapping", str: "text"}
+_KINDS: dict[type, str] = {list: "list", dict: "mapping", str: "text"}
 
 
 def needs_metadata(name: str, kind: type) -> Callable[[Prompt], Lack | None]:

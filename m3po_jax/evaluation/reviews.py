@@ -192,8 +192,8 @@ MMHAL = Metric(
     sums=mmhal_sums,
     rates=mmhal_rates,
     columns=(
-        Column("score", "Score", "higher", "mean rating, 0 to 6", 2, False),
-        Column("hallucination_rate", "Hal", "lower", "share of the ratings below 3 (%)"),
+        Column("score", "Rating", "higher", "mean rating, 0 to 6", 2, False),
+        Column("hallucination_rate", "Hal rate", "lower", "share of the ratings below 3 (%)"),
     ),
     deciding=("score",),
     judged=True,
@@ -205,7 +205,7 @@ LLAVA_BENCH = Metric(
     score=_reviewed(llava_bench),
     sums=llava_sums,
     rates=llava_rates,
-    columns=(Column("score", "Score", "higher", "the model's mean in percent of the reference's", 1, False),),
+    columns=(Column("score", "Relative", "higher", "the model's mean in percent of the reference's", 1, False),),
     deciding=("score",),
     judged=True,
 )

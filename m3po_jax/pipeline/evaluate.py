@@ -44,6 +44,12 @@ class Benchmark:
         """Whose rule scores the answers."""
         return METRICS[self.config.metric]
 
+    @property
+    def title(self) -> str:
+        """The metric's name, with its rule where there are several."""
+        rule = f" (rule: {self.metric.rule(self.config)})" if len(self.metric.rules) > 1 else ""
+        return self.config.metric + rule
+
 
 def read_benchmark(name: str, config: BenchmarkConfig) -> Benchmark:
     """Opens a benchmark's questions.

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from m3po_jax.config import Recipe
 from m3po_jax.evaluation.frontier import matched
+from m3po_jax.evaluation.markdown import table as aligned
+from m3po_jax.evaluation.metric import Frontier
+from m3po_jax.pipeline.arms import BASE
 from m3po_jax.pipeline.evaluate import Benchmark
 from m3po_jax.pipeline.rundir import RunDirectory, is_writer, read_json, write_json, write_text
 
-BASE = "base"
 # What the recipe's own system is called beside its arms, from its pairing rule.
 RULE_NAMES = {"m3p": "m3po", "mas_only": "mas_dpo", "vanilla": "dpo"}
 
@@ -36,51 +39,6 @@ def contrast_name(alpha: float) -> str:
     return f"vcd α={alpha:g}"
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of the table: key of the metric, head, which way is better, and how its numbers are printed."""
-
-    key: str
-    label: str
-    better: str | None
-    digits: int = 1
-    percent: bool = True
-
-
-COLUMNS = {
-    "chair": [
-        Column("chair_i", "CHAIR_i", "lower"),
-        Column("delta_chair_i", "ΔC", "lower"),
-        Column("chair_s", "CHAIR_s", "lower"),
-        Column("recall", "Recall", "higher"),
-        Column("f1", "F1", "higher"),
-        Column("mean_objects", "Objects", None, 2, False),
-        Column("mean_tokens", "Tokens", None, 1, False),
-    ],
-    "pope": [
-        Column("accuracy", "Acc", "higher"),
-        Column("f1", "F1", "higher"),
-        Column("yes_ratio", "Yes", None),
-    ],
-    "short_answer": [Column("accuracy", "Acc", "higher")],
-    "mme": [
-        Column("perception", "Perception", "higher", 1, False),
-        Column("cognition", "Cognition", "higher", 1, False),
-    ],
-    "vqa": [Column("accuracy", "Acc", "higher")],
-    "mmbench": [Column("accuracy", "Circular", "higher"), Column("single_accuracy", "Single", "higher")],
-    "amber_yes_no": [
-        Column("accuracy", "Acc", "higher", 1, False),
-        Column("f1", "F1", "higher", 1, False),
-    ],
-    "amber": [
-        Column("chair", "CHAIR", "lower", 1, False),
-        Column("cover", "Cover", "higher", 1, False),
-        Column("hal", "Hal", "lower", 1, False),
-        Column("cog", "Cog", "lower", 1, False),
-        Column("mean_words", "Words", None, 1, False),
-    ],
-}
 DELTA_NOTE = (
     "ΔC is CHAIR_i minus that of the base's stop-bias frontier at the same recall: below zero is better than merely "
     "stopping earlier; empty outside the frontier's recall."
@@ -100,8 +58,23 @@ def systems(recipe: Recipe, directory: RunDirectory) -> list[tuple[str, str, Pat
     return [system for system in found if list(system[2].glob("evaluation/*/results.json"))]
 
 
-def _delta(results: Mapping[str, Any] | None, points: Sequence[Mapping[str, Any]]) -> float | None:
-    return matched(results["summary"], points)["delta_chair_i"] if results else None
+def _deltas(frontier: Frontier, results: Sequence[Any], on_frontier: Sequence[bool]) -> list[float | None] | None:
+    """Every system's cost minus the base's at the same gain, None outside the frontier's gain.
+
+    None of a frontier that has one point only.
+    """
+
+    def read(key: str) -> np.ndarray:
+        values = [r["summary"][key] if r else None for r in results]
+        return np.array([np.nan if value is None else value for value in values])
+
+    gain, cost = read(frontier.gain), read(frontier.cost)
+    points = np.array([r is not None and on for r, on in zip(results, on_frontier, strict=True)])
+    if points.sum() < 2:
+        return None
+    rows = len(results), 1
+    found = matched(gain, cost, np.tile(gain[points], rows), np.tile(cost[points], rows))
+    return [None if beyond or np.isnan(d) else float(d) for d, beyond in zip(found.delta, found.beyond, strict=True)]
 
 
 def build_tables(recipe: Recipe, directory: RunDirectory, benchmarks: Sequence[Benchmark]) -> dict[str, Any]:
@@ -112,73 +85,61 @@ def build_tables(recipe: Recipe, directory: RunDirectory, benchmarks: Sequence[B
         {"name": name, "kind": kind, "values": {}, "intervals": {}} for name, kind, _ in everything
     ]
     warnings: list[str] = []
-    notes = []
+    notes, with_deltas = [], False
     for benchmark in benchmarks:
-        metric = benchmark.config.metric
+        metric = benchmark.metric
         results = [read_json(folder / "evaluation" / benchmark.name / "results.json") for _, _, folder in everything]
-        points = [
-            r["summary"]
-            for r, (name, kind, _) in zip(results, everything, strict=True)
-            if r and (name == BASE or kind == "frontier")
-        ]
-        # CHAIR's columns are the table's main ones and need no prefix while there is one such benchmark.
-        plain = metric == "chair" and sum(b.config.metric == metric for b in benchmarks) == 1
-        notes.append(f"{benchmark.name}: {metric}, n = {len(benchmark.prompts)}")
-        for column in COLUMNS[metric]:
-            if column.key == "delta_chair_i" and len(points) < 2:
+        values = {
+            column.key: [r["summary"].get(column.key) if r else None for r in results] for column in metric.drawn
+        }
+        deltas = None
+        if metric.frontier:
+            on_frontier = [name == BASE or kind == "frontier" for name, kind, _ in everything]
+            if deltas := _deltas(metric.frontier, results, on_frontier):
+                values[metric.frontier.delta] = deltas
+        # Its columns are the table's main ones and need no prefix while there is one such benchmark.
+        plain = metric.frontier is not None and sum(b.metric is metric for b in benchmarks) == 1
+        notes.append(f"{benchmark.name}: {benchmark.title}, n = {len(benchmark.prompts)}")
+        notes += [r["note"] for r in results[:1] if r and "note" in r]
+        for column in metric.columns:
+            if column.key not in values:
                 continue
             key = f"{benchmark.name}/{column.key}"
             label = column.label if plain else f"{benchmark.name} {column.label}"
             columns.append({"key": key, "label": label, "digits": column.digits, "better": column.better})
-            for row, result in zip(rows, results, strict=True):
-                if column.key == "delta_chair_i":
-                    value = _delta(result, points)
-                else:
-                    value = result["summary"].get(column.key) if result else None
-                factor = 100.0 if column.percent else 1.0
-                row["values"][key] = None if value is None or math.isnan(value) else factor * value
+            for row, result, value in zip(rows, results, values[column.key], strict=True):
+                row["values"][key] = None if value is None or math.isnan(value) else column.factor * value
                 interval = (result or {}).get("intervals", {}).get(column.key)
                 if interval:
-                    row["intervals"][key] = [factor * bound for bound in interval]
-        warnings += _warnings(benchmark.name, results[0])
-    if any(c["key"].endswith("/delta_chair_i") for c in columns):
+                    row["intervals"][key] = [column.factor * bound for bound in interval]
+        warnings += _warnings(benchmark, results[0])
+        with_deltas |= deltas is not None
+    if with_deltas:
         notes.append(DELTA_NOTE)
     table = {"title": "Held-out images", "note": ". ".join(notes), "columns": columns, "rows": rows}
     return {"tables": [table], "warnings": warnings}
 
 
-def _warnings(benchmark: str, base: Mapping[str, Any] | None) -> list[str]:
-    found = []
-    if base and base["metric"] == "pope" and base["summary"]["accuracy"] < 0.6:
-        found.append(
-            f"{benchmark}: the base answers {base['summary']['accuracy']:.0%} right, near chance; differences "
-            "between systems mean little there"
-        )
-    if base and base.get("cut"):
-        found.append(f"{benchmark}: {base['cut']} of the base's answers were cut at the length limit")
-    return found
+def _warnings(benchmark: Benchmark, base: Mapping[str, Any] | None) -> list[str]:
+    if not base:
+        return []
+    found = [benchmark.metric.gate(base["summary"])]
+    if base.get("cut"):
+        found.append(f"{base['cut']} of the base's answers were cut at the length limit")
+    return [f"{benchmark.name}: {line}" for line in found if line]
 
 
 def markdown(table: Mapping[str, Any]) -> str:
     """A table as aligned Markdown."""
-    head = ["System", *(column["label"] for column in table["columns"])]
-    lines = [head]
-    for row in table["rows"]:
-        cells = [row["name"]]
-        for column in table["columns"]:
-            value = row["values"].get(column["key"])
-            cells.append("" if value is None else f"{value:.{column['digits']}f}")
-        lines.append(cells)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    columns = table["columns"]
+    rows = [
+        [row["name"], *(_cell(row["values"].get(c["key"]), c["digits"]) for c in columns)] for row in table["rows"]
+    ]
+    return aligned(["System", *(column["label"] for column in columns)], rows)
 
-    def render(cells: Sequence[str]) -> str:
-        first, *rest = (
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "| " + " | ".join([first, *rest]) + " |"
 
-    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
-    return "\n".join([render(lines[0]), rule, *map(render, lines[1:])])
+def _cell(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def write_tables(recipe: Recipe, directory: RunDirectory, benchmarks: Sequence[Benchmark]) -> None:

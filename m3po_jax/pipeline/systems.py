@@ -77,10 +77,10 @@ def base_systems(
     model: Callable[[], Any],
     identity: str,
 ) -> Iterator[tuple[System, list[Benchmark]]]:
-    """The starting model, its stop-bias frontier (captions only) and contrastive decoding, with their benchmarks."""
+    """The starting model, its stop-bias frontier (for metrics that have one) and contrastive decoding."""
     plain = greedy(config)
     yield System(summary.BASE, directory.round(0), model, identity, plain, 0, None), list(benchmarks)
-    captions = [b for b in benchmarks if b.config.metric == "chair"]
+    captions = [b for b in benchmarks if b.metric.frontier]
     for bias in config.stop_bias:
         name = summary.stop_bias_name(bias)
         sampling = dataclasses.replace(plain, stop_bias=bias, stop_token_ids=stop_tokens(config, processor))

@@ -7,28 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from m3po_jax.evaluation.metric import Column, Frontier, Metric
+from m3po_jax.evaluation.registry import METRICS
 from m3po_jax.report.figures import Figure
 from m3po_jax.report.formatting import format_number, format_span, slug
 from m3po_jax.report.svg import Point, Series, forest_chart, frontier_chart, line_chart
 
-# (key, label, better, digits, factor), in the order of the columns.
-_COLUMNS: dict[str, list[tuple[str, str, str | None, int, float]]] = {
-    "chair": [
-        ("delta_chair_i", "ΔC", "lower", 1, 100),
-        ("chair_i", "CHAIR_i", "lower", 1, 100),
-        ("chair_s", "CHAIR_s", "lower", 1, 100),
-        ("recall", "Recall", "higher", 1, 100),
-        ("f1", "F1", "higher", 1, 100),
-        ("mean_objects", "Objects", None, 2, 1),
-        ("mean_tokens", "Tokens", None, 1, 1),
-    ],
-    "pope": [
-        ("accuracy", "Accuracy", "higher", 1, 100),
-        ("f1", "F1", "higher", 1, 100),
-        ("yes_ratio", "Yes", None, 1, 100),
-    ],
-    "short_answer": [("accuracy", "Accuracy", "higher", 1, 100)],
-}
 _KINDS = {"base": "base", "frontier": "frontier", "decoding": "decoding"}
 
 
@@ -93,73 +77,86 @@ def comparison_view(results: Mapping[str, Any]) -> ComparisonView:
     return view
 
 
-def _shown(found: Mapping[str, Any], systems: Mapping[str, Any]) -> list[tuple[str, str, str | None, int, float]]:
+def _shown(found: Mapping[str, Any], systems: Mapping[str, Any]) -> list[Column]:
+    """The metric's columns that any system has a value for."""
+
     def known(key: str) -> bool:
         return any((entry["metrics"].get(key) or {}).get("mean") is not None for entry in systems.values())
 
-    return [column for column in _COLUMNS[found["metric"]] if known(column[0])]
+    return [column for column in METRICS[found["metric"]].columns if known(column.key)]
 
 
-def _span(low: float | None, high: float | None, digits: int, factor: float) -> str:
+def _deciding(found: Mapping[str, Any], shown: Sequence[Column]) -> list[Column]:
+    """The first of the shown columns that the comparison decides on, for the charts."""
+    return [column for key in METRICS[found["metric"]].deciding for column in shown if column.key == key][:1]
+
+
+def _span(low: float | None, high: float | None, column: Column) -> str:
     if low is None or high is None:
         return ""
-    return format_span(factor * low, factor * high, digits)
+    return format_span(column.factor * low, column.factor * high, column.digits)
 
 
-def _value(value: Mapping[str, Any] | None, digits: int, factor: float, bound: bool) -> ComparisonCell:
+def _value(value: Mapping[str, Any] | None, column: Column, bound: bool) -> ComparisonCell:
     if value is None or value["mean"] is None:
         return ComparisonCell("–")
-    text = ("≤ " if bound else "") + format_number(factor * value["mean"], digits)
+    text = ("≤ " if bound else "") + format_number(column.factor * value["mean"], column.digits)
     if value["sd"] is not None:
-        text += f" ± {format_number(factor * value['sd'], digits)}"
-    return ComparisonCell(text, _span(value["low"], value["high"], digits, factor))
+        text += f" ± {format_number(column.factor * value['sd'], column.digits)}"
+    return ComparisonCell(text, _span(value["low"], value["high"], column))
 
 
 def _benchmark(view: ComparisonView, name: str, found: Mapping[str, Any], curve: set[str]) -> None:
     order = [system for system in found["order"] if system not in curve]
     systems = {system: found["systems"][system] for system in order if system in found["systems"]}
     shown = _shown(found, systems)
-    heads = [(label, better or "") for _, label, better, _, _ in shown]
+    frontier = METRICS[found["metric"]].frontier
+    delta = frontier.delta if frontier else None
     rows = []
     for system, entry in systems.items():
         cells = [
-            _value(entry["metrics"].get(key), digits, factor, key == "delta_chair_i" and entry["beyond_frontier"])
-            for key, _, _, digits, factor in shown
+            _value(entry["metrics"].get(column.key), column, column.key == delta and entry["beyond_frontier"])
+            for column in shown
         ]
         rows.append((system, entry["kind"], cells))
     view.tables.append(
         ComparisonTable(
             f"{name}: {found['questions']:,} questions about {found['images']:,} images",
-            heads,
+            _heads(shown),
             rows,
             "Mean over seeds ± standard deviation between seeds. Small: 95 % bootstrap interval over images."
-            + (" ΔC: CHAIR_i minus the base's stop-bias frontier at the same recall." if _has_delta(shown) else ""),
+            + "".join(f" {c.label}: {c.meaning}." for c in shown if c.key == delta),
         )
     )
-    _frontier(view, name, systems)
+    if frontier:
+        _frontier(view, name, METRICS[found["metric"]], frontier, systems)
     for reference, differences in found["differences"].items():
         kept = {system: differences[system] for system in order if system in differences}
-        _differences(view, name, reference, kept, shown)
+        _differences(view, name, reference, kept, shown, _deciding(found, shown))
 
 
-def _has_delta(shown: Sequence[tuple[Any, ...]]) -> bool:
-    return any(column[0] == "delta_chair_i" for column in shown)
+def _heads(shown: Sequence[Column]) -> list[tuple[str, str]]:
+    return [(column.label, column.better or "") for column in shown]
 
 
-def _frontier(view: ComparisonView, name: str, systems: Mapping[str, Any]) -> None:
+def _frontier(
+    view: ComparisonView, name: str, metric: Metric, frontier: Frontier, systems: Mapping[str, Any]
+) -> None:
+    gain, cost = metric.column(frontier.gain), metric.column(frontier.cost)
     points = []
     for system, entry in systems.items():
-        recall, rate = (entry["metrics"].get(key) or {} for key in ("recall", "chair_i"))
-        if recall.get("mean") is not None and rate.get("mean") is not None:
-            kind = _KINDS.get(entry["kind"], "arm")
-            points.append(Point(system, 100 * recall["mean"], 100 * rate["mean"], kind))
+        x, y = ((entry["metrics"].get(column.key) or {}).get("mean") for column in (gain, cost))
+        if x is not None and y is not None:
+            points.append(Point(system, gain.factor * x, cost.factor * y, _KINDS.get(entry["kind"], "arm")))
     if not any(point.kind == "frontier" for point in points):
         return
-    svg = frontier_chart(f"{name}: CHAIR_i against recall", points, x_label="Recall", y_label="CHAIR_i")
+    title = f"{name}: {cost.label} against {gain.label}"
+    svg = frontier_chart(title, points, x_label=gain.label, y_label=cost.label)
     if svg is not None:
         legend = [("frontier", "base, stop bias swept"), ("arm", "trained systems"), ("decoding", "decoding")]
         note = "Means over seeds. Only a system below the line does better than a shorter answer would."
-        view.figures.append(Figure(f"compare-frontier-{slug(name)}", f"{name}: at equal recall", svg, note, legend))
+        title = f"{name}: at equal {gain.label.lower()}"
+        view.figures.append(Figure(f"compare-frontier-{slug(name)}", title, svg, note, legend))
 
 
 def _differences(
@@ -167,36 +164,36 @@ def _differences(
     name: str,
     reference: str,
     differences: Mapping[str, Any],
-    shown: Sequence[tuple[str, str, str | None, int, float]],
+    shown: Sequence[Column],
+    deciding: Sequence[Column],
 ) -> None:
-    judged = [column for column in shown if any(column[0] in values for values in differences.values())]
+    judged = [column for column in shown if any(column.key in values for values in differences.values())]
     rows = []
     for system, values in differences.items():
         cells = []
-        for key, _, _, digits, factor in judged:
-            value = values.get(key)
+        for column in judged:
+            value = values.get(column.key)
             if value is None or value["mean"] is None:
                 cells.append(ComparisonCell("–"))
                 continue
-            spans = [_span(value[a], value[b], digits, factor) for a, b in (("low", "high"), ("t_low", "t_high"))]
-            text = f"{'+' if value['mean'] > 0 else ''}{format_number(factor * value['mean'], digits)}"
+            spans = [_span(value[a], value[b], column) for a, b in (("low", "high"), ("t_low", "t_high"))]
+            text = format_number(column.factor * value["mean"], column.digits, sign=True)
             small = "; ".join(f"{what} {span}" for what, span in zip(("images", "seeds"), spans, strict=True) if span)
             verdict = value["outcome"] if value["outcome"] in ("better", "worse") else ""
             cells.append(ComparisonCell(text, small, verdict))
         rows.append((system, "arm", cells))
-    heads = [(label, better or "") for _, label, better, _, _ in judged]
     note = "Paired differences. Marked where both intervals, over images and over seeds, exclude zero."
-    view.tables.append(ComparisonTable(f"{name}: difference to {reference}", heads, rows, note))
-    for key, label, better, digits, factor in judged[:1]:
+    view.tables.append(ComparisonTable(f"{name}: difference to {reference}", _heads(judged), rows, note))
+    for column in deciding:
         points = []
         for system, values in differences.items():
-            value = values.get(key)
+            value = values.get(column.key)
             if value is not None and value["mean"] is not None and value["low"] is not None:
-                interval = (factor * value["low"], factor * value["high"])
-                points.append(Point(system, 0.0, factor * value["mean"], "arm", interval))
+                interval = (column.factor * value["low"], column.factor * value["high"])
+                points.append(Point(system, 0.0, column.factor * value["mean"], "arm", interval))
         if points:
-            title = f"{name}: {label} against {reference}"
-            svg = forest_chart(title, points, band=None, digits=digits, reference=0.0, x_label=f"{better} is better")
+            title, wish = f"{name}: {column.label} against {reference}", f"{column.better} is better"
+            svg = forest_chart(title, points, band=None, digits=column.digits, reference=0.0, x_label=wish)
             identity = f"compare-{slug(name)}-{slug(reference)}"
             view.figures.append(
                 Figure(identity, title, svg, "95 % interval over images; the dotted line is no difference.")
@@ -209,20 +206,20 @@ def _efficiency(
     if len({row["pairs"] for row in points}) < 2:
         return
     scored = {row["arm"]: found["systems"][row["arm"]] for row in points if row["arm"] in found["systems"]}
-    for key, label, better, _, factor in _shown(found, scored)[:1]:
+    for column in _deciding(found, _shown(found, scored)):
         series: list[Series] = []
         orders = (("value", "highest value first"), ("random", "random pairs"))
         for system, (order, words) in itertools.product(dict.fromkeys(row["system"] for row in points), orders):
             own = [row for row in points if row["system"] == system and row["order"] in (order, "all")]
             own = [row for row in own if row["arm"] in scored]
-            own = [row for row in own if scored[row["arm"]]["metrics"][key]["mean"] is not None]
-            values = [factor * scored[row["arm"]]["metrics"][key]["mean"] for row in own]
+            own = [row for row in own if scored[row["arm"]]["metrics"][column.key]["mean"] is not None]
+            values = [column.factor * scored[row["arm"]]["metrics"][column.key]["mean"] for row in own]
             style = len(series)
             series.append(Series(f"{system}, {words}", [row["pairs"] for row in own], values, style, bold=style == 0))
-        drawn = line_chart(f"{name}: {label} by number of pairs", series, x_label="pairs")
+        drawn = line_chart(f"{name}: {column.label} by number of pairs", series, x_label="pairs")
         if drawn is not None:
             legend = [(f"s{line.style % 8}", line.name) for line in series]
-            title, note = f"{name}: data efficiency", f"{label}, {better} is better; the same number of steps."
+            title, note = f"{name}: data efficiency", f"{column.label}, {column.better} is better; the same steps."
             view.figures.append(Figure(f"compare-efficiency-{slug(name)}", title, drawn[0], note, legend))
 
 
@@ -231,19 +228,19 @@ def _rounds(view: ComparisonView, name: str, found: Mapping[str, Any], rounds: i
         return
     names = [system for system in found["order"] if system in found["rounds"]]
     arms = list(dict.fromkeys(system.rpartition(", round ")[0] for system in names))
-    for key, label, better, _, factor in _shown(found, found["rounds"])[:1]:
+    for column in _deciding(found, _shown(found, found["rounds"])):
         series = []
         for style, arm in enumerate(arms):
             entries = [found["systems"]["base"]]
             entries += [found["rounds"][f"{arm}, round {number}"] for number in range(1, rounds)]
             entries.append(found["systems"][arm])
-            values = [(entry["metrics"].get(key) or {}).get("mean") for entry in entries]
-            pairs = [(number, factor * value) for number, value in enumerate(values) if value is not None]
+            values = [(entry["metrics"].get(column.key) or {}).get("mean") for entry in entries]
+            pairs = [(number, column.factor * value) for number, value in enumerate(values) if value is not None]
             series.append(Series(arm, [x for x, _ in pairs], [y for _, y in pairs], style))
-        drawn = line_chart(f"{name}: {label} over rounds", series, x_label="round")
+        drawn = line_chart(f"{name}: {column.label} over rounds", series, x_label="round")
         if drawn is not None:
             legend = [(f"s{line.style % 8}", line.name) for line in series]
-            title, note = f"{name}: over rounds", f"{label}, {better} is better; round 0 is the base."
+            title, note = f"{name}: over rounds", f"{column.label}, {column.better} is better; round 0 is the base."
             view.figures.append(Figure(f"compare-rounds-{slug(name)}", title, drawn[0], note, legend))
 
 

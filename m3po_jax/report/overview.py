@@ -20,8 +20,8 @@ from m3po_jax.report.formatting import (
 )
 from m3po_jax.report.run_data import Round, Run
 from m3po_jax.report.tables import EvaluationTable, flatten
+from m3po_jax.selection import CORRELATION_LIMIT
 
-CORRELATION_LIMIT = 0.4  # METHOD section 5: above it, confidence repeats MAS
 TRUNCATED_LIMIT = 0.1
 KEPT_LIMIT = 0.1
 DISPLACED_LIMIT = -0.01  # nats per token: clearly more than rounding

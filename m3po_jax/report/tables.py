@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from m3po_jax.evaluation.registry import METRICS
 from m3po_jax.report.figures import Figure
 from m3po_jax.report.formatting import (
     as_dicts,
@@ -23,19 +24,8 @@ from m3po_jax.report.svg import Point, forest_chart, frontier_chart
 
 KINDS = {"arm": "", "frontier": "stop bias", "decoding": "decoding"}
 ITEMS_SHOWN = 30
-# What the columns of evaluation tables mean, for those that a table has (docs/evaluation.md).
-TERMS = {
-    "CHAIR_i": "share of the named objects that the image lacks (%)",
-    "CHAIR_s": "share of the captions that name at least one such object (%)",
-    "ΔC": "CHAIR_i minus that of the base stopped earlier or later to the same recall",
-    "Recall": "share of the image's objects that the caption names (%)",
-    "F1": "harmonic mean of precision and recall (%)",
-    "Objects": "named objects a caption",
-    "Tokens": "tokens an answer",
-    "Acc": "share of right answers (%)",
-    "Accuracy": "share of right answers (%)",
-    "Yes": "share of the answers that say yes (%)",
-}
+# What the columns of evaluation tables mean, by label; a label that two metrics share means the same in both.
+TERMS = {column.label: column.meaning for metric in METRICS.values() for column in metric.columns}
 
 
 @dataclass
@@ -77,8 +67,12 @@ def verdict(value: float | None, base: tuple[float, float] | None, better: str |
 
 def meanings(labels: Iterable[str]) -> list[tuple[str, str]]:
     """(term, what it means) of the columns with these labels, some of which begin with a benchmark's name."""
-    last = {word for label in labels for word in (label, label.rpartition(" ")[2])}
-    return [(term, meaning) for term, meaning in TERMS.items() if term in last]
+    labels = list(labels)
+    return [
+        (term, meaning)
+        for term, meaning in TERMS.items()
+        if any(f" {label}".endswith(f" {term}") for label in labels)
+    ]
 
 
 def evaluation_tables(evaluation: dict[str, Any]) -> list[EvaluationTable]:

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3po_jax.evaluation.bootstrap import bootstrap, ratio_of_sums
+from m3po_jax.evaluation import bootstrap as module
+from m3po_jax.evaluation.bootstrap import bootstrap, image_sums, ratio_of_sums, resampled, weights
 
 
 def test_matches_the_normal_interval_of_a_mean():
@@ -65,3 +66,18 @@ def test_interval_lies_between_the_extremes(rows):
 def test_bad_arguments(wrong):
     with pytest.raises(ValueError):
         bootstrap(**({"images": "a", "values": [[1.0, 1.0]]} | wrong))
+
+
+def test_weights_are_the_sample_and_then_draws_of_as_many_images(monkeypatch):
+    drawn = np.concatenate(list(weights(6, 500, seed=3)))
+    assert drawn.shape == (501, 6) and (drawn[0] == 1).all() and (drawn.sum(axis=1) == 6).all()
+    assert (drawn != np.concatenate(list(weights(6, 500, seed=4)))).any()
+    np.testing.assert_allclose(drawn[1:].mean(axis=0), 1.0, atol=0.15)
+    monkeypatch.setattr(module, "_BLOCK", 60)
+    np.testing.assert_array_equal(np.concatenate(list(weights(6, 500, seed=3))), drawn, "blocks draw the same")
+
+
+def test_sums_by_image():
+    table = image_sums(["b", "a", "b"], np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), {"a": 0, "b": 1, "c": 2})
+    np.testing.assert_array_equal(table, [[3, 4], [6, 8], [0, 0]])
+    np.testing.assert_array_equal(resampled(table, 3, 0)[0], [9, 12])

@@ -220,7 +220,10 @@ def test_arms_and_seeds_may_join_later_but_not_change(
         ("compare.efficiency_of=[m3po]", "compare.efficiency_of: 'm3po' is not compared"),
         ("compare.per_seed={model.path: 'x{sed}'}", "compare.per_seed.model.path: cannot fill 'x{sed}'"),
         ("train.objective=sft", "train.objective"),
-        ("evaluate.benchmarks.questions.metric=mme", "evaluate.benchmarks.questions: no paired statistics for mme"),
+        (
+            "evaluate.benchmarks.questions.metric=mmhal",
+            "evaluate.benchmarks.questions: mmhal scores a judge's reviews",
+        ),
         ("evaluate.benchmarks={}", "evaluate.benchmarks: no benchmark"),
     ],
 )

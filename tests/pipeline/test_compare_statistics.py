@@ -1,4 +1,4 @@
-"""Statistics of a comparison against scipy, the metrics' own code and the frontier's scalar code."""
+"""Statistics of a comparison against scipy."""
 
 from __future__ import annotations
 
@@ -8,90 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from m3po_jax.evaluation import chair, frontier, pope, short_answer
+from m3po_jax.evaluation.bootstrap import resampled
 from m3po_jax.pipeline.compare import statistics
-
-OBJECTS = ["dog", "cat", "car", "bus", "tree"]
-CAPTIONS = st.lists(st.lists(st.sampled_from(OBJECTS), max_size=4), min_size=1, max_size=8)
-TRUTHS = st.sets(st.sampled_from(OBJECTS), max_size=4)
-
-
-def sums_of(metric, items, images):
-    order = {image: place for place, image in enumerate(dict.fromkeys(images.values()))}
-    columns, metrics = statistics.METRICS[metric]
-    table = statistics.image_sums(items, images, order, columns)
-    return metrics(statistics.weights(list(order), 3, 0) @ table)
-
-
-def same(found, expected):
-    for key, values in found.items():
-        wanted = expected[key]
-        assert values.shape == (4,)
-        assert np.isnan(values[0]) if wanted is None else values[0] == pytest.approx(wanted), key
-
-
-@settings(max_examples=40, deadline=None)
-@given(CAPTIONS, st.data())
-def test_chair_equals_the_benchmark_itself(captions, data):
-    records = [
-        {"id": f"i{n}", "text": " ".join(words), "objects": sorted(data.draw(TRUTHS)), "tokens": n}
-        for n, words in enumerate(captions)
-    ]
-    scored = chair.chair(records, chair.vocabulary(dict.fromkeys(OBJECTS, ())))
-    found = sums_of("chair", scored["items"], {record["id"]: record["id"] for record in records})
-    same(found, scored["summary"])
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["Yes", "No", "maybe"]), st.sampled_from(["Yes", "No"])), min_size=1))
-def test_pope_and_short_answers_equal_the_benchmarks_themselves(rows):
-    answers = [{"id": str(n), "text": said} for n, (said, _) in enumerate(rows)]
-    images = {str(n): f"image-{n // 3}" for n in range(len(rows))}
-    labels = [{"id": str(n), "label": truth, "category": "all"} for n, (_, truth) in enumerate(rows)]
-    scored = pope.pope(answers, labels)
-    same(sums_of("pope", scored["items"], images), scored["summary"])
-    labels = [{"id": str(n), "reference": truth, "category": "all"} for n, (_, truth) in enumerate(rows)]
-    scored = short_answer.short_answers(answers, labels)
-    same(sums_of("short_answer", scored["items"], images), scored["summary"])
-
-
-def test_weights_are_the_sample_and_then_draws_of_as_many_images():
-    drawn = statistics.weights(list("abcdef"), 500, seed=3)
-    assert drawn.shape == (501, 6) and (drawn[0] == 1).all() and (drawn.sum(axis=1) == 6).all()
-    assert (drawn == statistics.weights(list("abcdef"), 500, seed=3)).all()
-    assert (drawn != statistics.weights(list("abcdef"), 500, seed=4)).any()
-    np.testing.assert_allclose(drawn[1:].mean(axis=0), 1.0, atol=0.15)
-
-
-POINTS = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=6)
-
-
-@settings(max_examples=200, deadline=None)
-@given(POINTS, st.floats(0, 1), st.floats(0, 1))
-def test_matched_equals_the_scalar_frontier_inside_and_bounds_it_beyond(points, recall, rate):
-    expected = frontier.matched({"recall": recall, "chair_i": rate}, [{"recall": r, "chair_i": c} for r, c in points])
-    one = statistics.matched(
-        np.array([recall]), np.array([rate]), np.array([[r for r, _ in points]]), np.array([[c for _, c in points]])
-    )
-    highest = max(r for r, _ in points)
-    assert bool(one.beyond[0]) == (recall > highest)
-    if expected["delta_chair_i"] is not None:
-        assert one.delta[0] == pytest.approx(expected["delta_chair_i"], abs=1e-6)
-    elif recall > highest:
-        end = min(c for r, c in points if r == highest)
-        assert one.delta[0] == pytest.approx(rate - end)
-    else:
-        assert np.isnan(one.delta[0])
-
-
-def test_a_point_without_value_does_not_move_the_frontier():
-    recall, rate = np.array([0.5, 0.5]), np.array([0.1, 0.1])
-    points = np.array([[0.4, 0.6], [0.4, 0.6]]), np.array([[0.2, 0.4], [0.2, 0.4]])
-    with_gap = [np.concatenate([column, np.full((2, 1), np.nan)], axis=1) for column in points]
-    np.testing.assert_array_equal(
-        statistics.matched(recall, rate, *points).delta, statistics.matched(recall, rate, *with_gap).delta
-    )
-    np.testing.assert_allclose(statistics.matched(recall, rate, *points).delta, 0.1 - 0.3)
 
 
 def test_seed_interval_is_students():
@@ -109,8 +27,8 @@ def test_image_interval_agrees_with_scipys_bootstrap():
     rng = np.random.default_rng(0)
     wrong = rng.integers(0, 3, size=(3, 200)).astype(float)  # three seeds on the same images
     mentions = wrong + rng.integers(1, 4, size=(3, 200))
-    drawn = statistics.weights(range(200), 4000, seed=1)
-    found = statistics.summarise([(drawn @ w) / (drawn @ m) for w, m in zip(wrong, mentions, strict=True)])
+    sums = resampled(np.concatenate([wrong, mentions]).T, 4000, seed=1)
+    found = statistics.summarise([sums[:, n] / sums[:, 3 + n] for n in range(3)])
 
     def statistic(index):
         rows = index.astype(int)
@@ -132,8 +50,7 @@ def test_an_image_interval_of_a_difference_is_paired():
     """Two systems that fail on the same images differ by a constant: the paired interval has no width."""
     rng = np.random.default_rng(0)
     base = rng.integers(0, 2, 100).astype(float)
-    drawn = statistics.weights(range(100), 500, seed=0)
-    value, shifted = (drawn @ base) / 100, (drawn @ (base + 0.25)) / 100
+    value, shifted = (resampled(np.stack([base, base + 0.25], axis=1), 500, seed=0) / 100).T
     found = statistics.summarise([shifted - value])
     assert found["low"] == pytest.approx(0.25) and found["high"] == pytest.approx(0.25)
     alone = statistics.summarise([value])

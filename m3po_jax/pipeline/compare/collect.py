@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from m3po_jax.data import tables
+from m3po_jax.evaluation.bootstrap import image_sums
+from m3po_jax.evaluation.metric import image_of
 from m3po_jax.pipeline import summary
-from m3po_jax.pipeline.compare import statistics
-from m3po_jax.pipeline.evaluate import Benchmark, image_of
+from m3po_jax.pipeline.evaluate import Benchmark
 from m3po_jax.pipeline.run import Run
 from m3po_jax.pipeline.rundir import read_json
 
@@ -45,12 +46,12 @@ def sums(
     order = {image: position for position, image in enumerate(images)}
     found: dict[int, dict[str, np.ndarray]] = {}
     for seed, own in folders.items():
-        columns = statistics.METRICS[benchmarks[seed].config.metric][0]
+        metric = benchmarks[seed].metric
         for name, folder in own.items():
             records = items(folder, benchmarks[seed].name)
             if records:
-                table = statistics.image_sums(records, image_of_item[seed], order, columns)
-                found.setdefault(seed, {})[name] = table
+                images_of = [image_of_item[seed][record["id"]] for record in records]
+                found.setdefault(seed, {})[name] = image_sums(images_of, metric.table(records), order)
     return images, found
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from m3po_jax.pipeline import summary
+from m3po_jax.evaluation.markdown import table
+from m3po_jax.evaluation.metric import Column
+from m3po_jax.evaluation.registry import METRICS
+from m3po_jax.pipeline.summary import DELTA_NOTE
 
 NOTE = (
     "Mean over seeds ± standard deviation between seeds (n − 1); in brackets the 95 % bootstrap interval of the mean "
@@ -17,19 +20,6 @@ DIFFERENCE_NOTE = (
     "may look real by chance."
 )
 BEYOND = "≤: the recall lies beyond the frontier's, whose end stands for it, so that the true ΔC is at most this."
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned Markdown; the first column is text, the others are numbers."""
-    lines = [list(head), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-
-    def render(cells: Sequence[str]) -> str:
-        padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
-    return "\n".join([render(lines[0]), rule, *map(render, lines[1:])])
 
 
 def markdown(results: Mapping[str, Any], times: Mapping[str, Mapping[str, float]]) -> str:
@@ -49,19 +39,19 @@ def markdown(results: Mapping[str, Any], times: Mapping[str, Mapping[str, float]
     return "\n\n".join(parts) + "\n"
 
 
-def columns(metric: str, systems: Mapping[str, Any]) -> list[summary.Column]:
-    """The columns of `summary` that any system has a value for."""
+def columns(metric: str, systems: Mapping[str, Any]) -> list[Column]:
+    """The metric's columns that any system has a value for."""
     known = {
         key for entry in systems.values() for key, value in entry["metrics"].items() if value["mean"] is not None
     }
-    return [column for column in summary.COLUMNS[metric] if column.key in known]
+    return [column for column in METRICS[metric].columns if column.key in known]
 
 
-def cell(value: Mapping[str, Any] | None, column: summary.Column, *, bound: bool = False) -> str:
+def cell(value: Mapping[str, Any] | None, column: Column, *, bound: bool = False) -> str:
     """``mean ± sd [low, high]`` as the column shows it."""
     if value is None or value["mean"] is None:
         return ""
-    factor, digits = (100.0 if column.percent else 1.0), column.digits
+    factor, digits = column.factor, column.digits
     text = ("≤ " if bound else "") + f"{factor * value['mean']:.{digits}f}"
     if value["sd"] is not None:
         text += f" ± {factor * value['sd']:.{digits}f}"
@@ -88,7 +78,7 @@ def _benchmark(name: str, found: Mapping[str, Any], hidden: set[str]) -> list[st
     parts = [f"## {name} ({found['metric']}, {found['questions']} questions, {found['images']} images)"]
     parts += [table(["System", *(column.label for column in shown)], rows), NOTE]
     if any(column.key == "delta_chair_i" for column in shown):
-        parts.append(summary.DELTA_NOTE.replace("; empty outside the frontier's recall", "") + " " + BEYOND)
+        parts.append(DELTA_NOTE.replace("; empty outside the frontier's recall", "") + " " + BEYOND)
     for reference, differences in found["differences"].items():
         kept = {s: values for s, values in differences.items() if s not in hidden or reference in hidden}
         judged = [column for column in shown if any(column.key in values for values in kept.values())]
@@ -105,10 +95,10 @@ def _benchmark(name: str, found: Mapping[str, Any], hidden: set[str]) -> list[st
     return parts
 
 
-def difference_cell(value: Mapping[str, Any] | None, column: summary.Column) -> str:
+def difference_cell(value: Mapping[str, Any] | None, column: Column) -> str:
     if value is None or value["mean"] is None:
         return ""
-    factor, digits = (100.0 if column.percent else 1.0), column.digits
+    factor, digits = column.factor, column.digits
 
     def span(low: float | None, high: float | None) -> str:
         return "" if low is None or high is None else f" [{factor * low:+.{digits}f}, {factor * high:+.{digits}f}]"

@@ -10,7 +10,6 @@ from omegaconf import OmegaConf
 from m3po_jax.config import CompareConfig, Recipe, override
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.pipeline.arms import BASE, CONTRAST_ALPHA, SYSTEMS, VCD, arm_recipe, overrides_of
-from m3po_jax.pipeline.compare.statistics import METRICS
 from m3po_jax.pipeline.rundir import RunDirectory
 
 FOLDER = "compare"
@@ -132,13 +131,6 @@ def check_compare(recipe: Recipe) -> None:
         raise UserError(
             f"{config.main!r} is not compared", where="compare.main", remedy=f"one of {', '.join(known[1:])}"
         )
-    for name, benchmark in recipe.evaluate.benchmarks.items():
-        if benchmark.metric not in METRICS:
-            raise UserError(
-                f"no paired statistics for {benchmark.metric}",
-                where=f"evaluate.benchmarks.{name}",
-                remedy=f"compare on {', '.join(METRICS)}; evaluate the others with `m3po evaluate --arm`",
-            )
     if not all(0 < budget <= 1 for budget in config.efficiency):
         raise UserError(f"{config.efficiency}", where="compare.efficiency", remedy="shares in (0, 1]")
     for system in config.efficiency_of:

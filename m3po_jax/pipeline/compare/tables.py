@@ -9,17 +9,15 @@ from typing import Any
 import numpy as np
 
 from m3po_jax.config import Recipe
+from m3po_jax.evaluation.bootstrap import resampled
+from m3po_jax.evaluation.frontier import matched
+from m3po_jax.evaluation.metric import Frontier, Metric
+from m3po_jax.evaluation.registry import METRICS
 from m3po_jax.pipeline.compare import collect, plan, statistics
 from m3po_jax.pipeline.compare.markdown import markdown
 from m3po_jax.pipeline.compare.verdict import verdict
 from m3po_jax.pipeline.run import Run
 from m3po_jax.pipeline.rundir import is_writer, write_json, write_text
-
-BETTER = {
-    "chair": {"delta_chair_i": "lower", "chair_i": "lower", "chair_s": "lower", "recall": "higher", "f1": "higher"},
-    "pope": {"accuracy": "higher", "f1": "higher"},
-    "short_answer": {"accuracy": "higher"},
-}
 
 
 def write_results(recipe: Recipe, root: Path, runs: Mapping[int, Run]) -> dict[str, Any]:
@@ -66,7 +64,7 @@ def _means(values: Sequence[Mapping[str, float]], timed: bool | None = None) -> 
 def benchmark_results(recipe: Recipe, runs: Mapping[int, Run], name: str, arms: list[str]) -> dict[str, Any]:
     """Every system on one benchmark: metrics over seeds, and paired differences against `compare.against`."""
     benchmarks = {seed: next(b for b in run.benchmarks if b.name == name) for seed, run in runs.items()}
-    metric = recipe.evaluate.benchmarks[name].metric
+    metric = METRICS[recipe.evaluate.benchmarks[name].metric]
     placed = {seed: collect.systems(run, arms) for seed, run in runs.items()}
     rounds = recipe.rounds
     folders = {
@@ -79,19 +77,13 @@ def benchmark_results(recipe: Recipe, runs: Mapping[int, Run], name: str, arms: 
         for seed, found in placed.items()
     }
     images, sums = collect.sums(folders, benchmarks)
-    drawn = statistics.weights(images, recipe.compare.resamples, recipe.seed)
-    values = {
-        seed: {system: statistics.METRICS[metric][1](drawn @ table) for system, table in tables.items()}
-        for seed, tables in sums.items()
-    }
-    beyond: dict[str, bool] = {}
-    if metric == "chair":
-        beyond = _add_deltas(values, placed)
+    values = _values(metric, sums, recipe.compare.resamples, recipe.seed)
+    beyond = _add_deltas(metric.frontier, values, placed) if metric.frontier else {}
     # A system counts where every seed has it.
     shared = [s for s in folders[next(iter(folders))] if all(s in values.get(seed, {}) for seed in runs)]
     kinds = {system: kind for found in placed.values() for system, (kind, _) in found.items()}
     result: dict[str, Any] = {
-        "metric": metric,
+        "metric": recipe.evaluate.benchmarks[name].metric,
         "images": len(images),
         "questions": len(benchmarks[next(iter(benchmarks))].prompts),
         "order": shared,  # JSON objects are written in the order of their keys
@@ -114,9 +106,12 @@ def benchmark_results(recipe: Recipe, runs: Mapping[int, Run], name: str, arms: 
             continue
         result["differences"][reference] = {
             system: {
-                key: _difference([values[s][system][key] - values[s][reference][key] for s in runs], better)
-                for key, better in BETTER[metric].items()
-                if all(key in values[s][system] and key in values[s][reference] for s in runs)
+                column.key: _difference(
+                    [values[s][system][column.key] - values[s][reference][column.key] for s in runs], column.better
+                )
+                for column in metric.columns
+                if column.better
+                and all(column.key in values[s][system] and column.key in values[s][reference] for s in runs)
             }
             for system in shared
             if system != reference and kinds.get(system) in ("arm", "decoding")
@@ -129,8 +124,26 @@ def _difference(values: Sequence[np.ndarray], better: str) -> dict[str, Any]:
     return found | {"better": better, "outcome": statistics.outcome(found, better)}
 
 
+def _values(
+    metric: Metric, sums: Mapping[int, Mapping[str, np.ndarray]], resamples: int, seed: int
+) -> dict[int, dict[str, dict[str, np.ndarray]]]:
+    """Seed -> system -> key -> [R]; the same draws of images serve all of them."""
+    placed = [(run, system) for run, tables in sums.items() for system in tables]
+    if not placed:
+        return {}
+    tables = [sums[run][system] for run, system in placed]
+    drawn = np.split(resampled(np.concatenate(tables, axis=1), resamples, seed), len(tables), axis=1)
+    values: dict[int, dict[str, dict[str, np.ndarray]]] = {}
+    for (run, system), table in zip(placed, drawn, strict=True):
+        rates = metric.rates(table)
+        values.setdefault(run, {})[system] = {column.key: rates[column.key] for column in metric.drawn}
+    return values
+
+
 def _add_deltas(
-    values: dict[int, dict[str, dict[str, np.ndarray]]], placed: Mapping[int, Mapping[str, tuple[str, Path]]]
+    frontier: Frontier,
+    values: dict[int, dict[str, dict[str, np.ndarray]]],
+    placed: Mapping[int, Mapping[str, tuple[str, Path]]],
 ) -> dict[str, bool]:
     """Adds ΔC to every system; returns which of them lie beyond the frontier's recall in any seed."""
     beyond: dict[str, bool] = {}
@@ -138,10 +151,10 @@ def _add_deltas(
         points = [s for s in systems if placed[seed].get(s, ("", None))[0] in ("base", "frontier")]
         if len(points) < 2:
             continue
-        recall, rate = (np.stack([systems[s][key] for s in points], axis=1) for key in ("recall", "chair_i"))
+        gain, cost = (np.stack([systems[s][key] for s in points], axis=1) for key in (frontier.gain, frontier.cost))
         for name, metrics in systems.items():
-            found = statistics.matched(metrics["recall"], metrics["chair_i"], recall, rate)
-            metrics["delta_chair_i"] = found.delta
+            found = matched(metrics[frontier.gain], metrics[frontier.cost], gain, cost)
+            metrics[frontier.delta] = found.delta
             beyond[name] = beyond.get(name, False) or bool(found.beyond[0])
     return beyond
 

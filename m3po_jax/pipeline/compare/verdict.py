@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from m3po_jax.config import CompareConfig
+from m3po_jax.evaluation.metric import Column
+from m3po_jax.evaluation.registry import METRICS
+from m3po_jax.pipeline.arms import BASE
 from m3po_jax.pipeline.compare.statistics import MIN_SEEDS, outcome
+from m3po_jax.selection import CORRELATION_LIMIT
 
-# The metric that decides, by benchmark: recall-matched where there is a frontier, so that brevity cannot win.
-DECIDING = {"chair": ("delta_chair_i", "f1"), "pope": ("accuracy",), "short_answer": ("accuracy",)}
-LABELS = {"delta_chair_i": "ΔC", "f1": "F1", "accuracy": "accuracy"}
-CORRELATION_LIMIT = 0.4
 DISPLACED = -0.01  # nats a token: clearly more than rounding
-NEAR_CHANCE = 0.6  # accuracy of the base on yes/no questions below which differences between systems mean little
 
 
 def verdict(results: Mapping[str, Any], config: CompareConfig) -> list[str]:
@@ -33,34 +32,31 @@ def verdict(results: Mapping[str, Any], config: CompareConfig) -> list[str]:
 
 
 def _benchmark(name: str, found: Mapping[str, Any], main: str) -> list[str]:
-    lines = []
-    accuracy = found["systems"].get("base", {"metrics": {}})["metrics"].get("accuracy", {}).get("mean")
-    if found["metric"] == "pope" and accuracy is not None and accuracy < NEAR_CHANCE:
-        share = f"{100 * accuracy:.0f} %"
-        return [
-            f"{name}: the base answers {share} right, near chance; differences between systems mean little there."
-        ]
-    metrics = found["systems"][main]["metrics"]
-    delta = metrics.get("delta_chair_i")
-    if delta is not None:
-        lines.append(_frontier(name, main, delta, found["systems"][main]["beyond_frontier"]))
+    lines, metric = [], METRICS[found["metric"]]
+    base = found["systems"].get(BASE, {"metrics": {}})["metrics"]
+    if reason := metric.gate({key: value["mean"] for key, value in base.items()}):
+        return [f"{name}: {reason}."]
+    delta = found["systems"][main]["metrics"].get(metric.frontier.delta) if metric.frontier else None
+    if metric.frontier and delta is not None:
+        column = metric.column(metric.frontier.delta)
+        lines.append(_frontier(name, main, column, delta, found["systems"][main]["beyond_frontier"]))
     for reference, differences in found["differences"].items():
         if main == reference:
             continue
-        for key in DECIDING[found["metric"]]:
+        for key in metric.deciding:
             difference = differences[main].get(key)
             if difference is not None and difference["outcome"] != "undefined":
-                lines.append(_pairwise(name, main, reference, key, difference))
+                lines.append(_pairwise(name, main, reference, metric.column(key), difference))
                 break
     return lines
 
 
-def _frontier(name: str, main: str, delta: Mapping[str, Any], beyond: bool) -> str:
-    judged = outcome(delta, "lower")
+def _frontier(name: str, main: str, column: Column, delta: Mapping[str, Any], beyond: bool) -> str:
+    judged = outcome(delta, str(column.better))
     if judged == "undefined":
         return f"{name}: {main}'s recall lies below the base's stop-bias frontier, so it cannot be compared with it."
     bound = " (at most: its recall lies beyond the frontier's)" if beyond else ""
-    numbers = f"ΔC {_interval(delta)}{bound}"
+    numbers = f"{column.label} {_interval(delta, column)}{bound}"
     match judged:
         case "better":
             return f"{name}: {main} does better than the base's stop-bias frontier; {numbers}."
@@ -71,21 +67,25 @@ def _frontier(name: str, main: str, delta: Mapping[str, Any], beyond: bool) -> s
     return f"{name}: {main} against the base's stop-bias frontier: {numbers}; too few seeds for a claim."
 
 
-def _pairwise(name: str, main: str, reference: str, key: str, difference: Mapping[str, Any]) -> str:
+def _pairwise(name: str, main: str, reference: str, column: Column, difference: Mapping[str, Any]) -> str:
     words = {
         "better": f"{main} beats {reference}",
         "worse": f"{main} is worse than {reference}",
         "tie": f"{main} and {reference} are not told apart",
         "few_seeds": f"{main} against {reference}, too few seeds for a claim",
     }[difference["outcome"]]
-    return f"{name}: {words}; {LABELS[key]} differs by {_interval(difference)}."
+    return f"{name}: {words}; {column.label} differs by {_interval(difference, column)}."
 
 
-def _interval(value: Mapping[str, Any]) -> str:
-    """In points of a hundred."""
-    text = f"{100 * value['mean']:+.1f} [images {100 * value['low']:+.1f} to {100 * value['high']:+.1f}"
+def _interval(value: Mapping[str, Any], column: Column) -> str:
+    """As the column shows it."""
+
+    def shown(key: str) -> str:
+        return f"{column.factor * value[key]:+.{column.digits}f}"
+
+    text = f"{shown('mean')} [images {shown('low')} to {shown('high')}"
     if value["t_low"] is not None:
-        text += f"; seeds {100 * value['t_low']:+.1f} to {100 * value['t_high']:+.1f}"
+        text += f"; seeds {shown('t_low')} to {shown('t_high')}"
     return text + "]"
 
 
@@ -116,10 +116,9 @@ def _why(results: Mapping[str, Any], config: CompareConfig) -> list[str]:
 
 def _yes_rate(name: str, found: Mapping[str, Any], main: str) -> list[str]:
     rates = {
-        system: found["systems"][system]["metrics"]["yes_ratio"]["mean"]
-        for system in ("base", main)
-        if found["metric"] == "pope" and system in found["systems"]
+        system: found["systems"].get(system, {"metrics": {}})["metrics"].get("yes_ratio", {}).get("mean")
+        for system in (BASE, main)
     }
-    if len(rates) < 2 or None in rates.values():
+    if None in rates.values():
         return []
-    return [f"{name}: yes-rate {100 * rates['base']:.0f} % before, {100 * rates[main]:.0f} % after {main}."]
+    return [f"{name}: yes-rate {100 * rates[BASE]:.0f} % before, {100 * rates[main]:.0f} % after {main}."]
