@@ -26,7 +26,7 @@ def ratio_of_sums(sums: Float[np.ndarray, "*batch 2"]) -> Float[np.ndarray, "*ba
 
 
 def image_sums(
-    images: Sequence[Hashable], values: Float[np.ndarray, "rows columns"], order: Mapping[Hashable, int] | None = None
+    images: Sequence[Hashable], values: Float[np.ndarray, "rows columns"], order: Mapping[Any, int] | None = None
 ) -> Float[np.ndarray, "n columns"]:
     """What each image adds to each column, over its rows; zero for an image without any.
 
