@@ -151,7 +151,7 @@ def test_slot_steps_are_steps_times_slots(model):
         ({"min_p": 1.5}, r"generate\.min_p: must be in \[0, 1\], not 1\.5"),
         ({"repetition_penalty": 0.0}, r"generate\.repetition_penalty: must be in \(0, 1e\+09\], not 0"),
         ({"min_new_tokens": 257}, r"min_new_tokens: 257 is more than max_new_tokens \(256\)"),
-        ({"num_candidates": 2, "top_p": (0.5, 0.0)}, r"generate\.top_p: 0\.0 is not"),
+        ({"num_candidates": 2, "top_p": (0.5, 0.0)}, r"generate\.top_p: must be in \(0, 1\], not 0"),
         ({"num_candidates": 3, "top_k": (1, 2)}, r"generate\.top_k: 2 values for 3 candidates"),
     ],
 )

@@ -12,7 +12,7 @@ from hf_models import IMAGE, images, llava, saved, torch_and_transformers
 
 from m3po_jax.config import LoRAConfig, TrainConfig
 from m3po_jax.data.collation import TreeBatch
-from m3po_jax.models.export import pending_tensors
+from m3po_jax.models.export.model import pending_tensors
 from m3po_jax.models.heads import attach_head
 from m3po_jax.training.rl_losses import reward
 from m3po_jax.training.step import split_model

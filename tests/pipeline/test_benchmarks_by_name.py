@@ -186,8 +186,8 @@ def test_an_unknown_rule_is_refused_and_the_known_ones_are_listed(tmp_path, metr
         ("chair", {"synonyms": "none.txt"}, "none.txt: cannot be read"),
         ("chair", {"rule": "vocabulary", "synonyms": "s.txt"}, "b.synonyms: rule: vocabulary reads no synonyms file"),
         ("amber", {"rule": "official"}, "b.rule: the official rule finds nouns by nltk"),
-        ("amber", {"nouns": "tags"}, "b.nouns: unknown way 'tags'"),
-        ("dogs", {}, "unknown metric 'dogs'"),
+        ("amber", {"nouns": "tags"}, "b.nouns: unknown value 'tags'"),
+        ("dogs", {}, "unknown value 'dogs'"),
     ],
 )
 def test_settings_that_a_metric_does_not_have(tmp_path, metric, settings, message, capsys):

@@ -134,7 +134,7 @@ def test_which_metrics_are_minimised() -> None:
     [
         ({"weights": "ema"}, "set train.ema_decay"),
         ({"weights": "best"}, "set train.keep_best"),
-        ({"weights": "first"}, "last, ema or best"),
+        ({"weights": "first"}, "best, ema, last"),
         ({"ema_decay": 1.0}, r"ema_decay: must be in \[0, 1\), not 1"),
         ({"keep_best": 1, "log_steps": 2, "save_steps": 1}, "log_steps to at most"),
         ({"collapse_warning": -1.0}, "collapse_warning: must be in"),

@@ -238,7 +238,7 @@ def test_first_loss_is_ln_2_only_where_the_sums_are_alike(tmp_path: Path, one_de
         ({"anchor_weight": float("nan")}, "anchor_weight: must be a finite number"),
         ({"anchor_delta": float("nan")}, "anchor_delta: must be a finite number"),
         ({"harm_metrics_steps": -1}, "harm_metrics_steps: must be in"),
-        ({"conditional_image": "noise"}, "blank or swap"),
+        ({"conditional_image": "noise"}, "blank, swap"),
         ({"conditional_weight": 1.0, "conditional_image": "swap", "batch_size": 1}, "batch of one"),
         (
             {"conditional_weight": 1.0, "conditional_image": "swap", "gradient_accumulation_steps": 2},

@@ -162,5 +162,5 @@ def test_mixtures_with_sft_accumulate(one_device: Mesh) -> None:
 
 
 def test_unknown_means_are_refused() -> None:
-    with pytest.raises(UserError, match=r"token_mean.*data or batch"):
+    with pytest.raises(UserError, match=r"token_mean.*batch, data"):
         check_objective(base_config(token_mean="rows"))

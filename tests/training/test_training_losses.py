@@ -301,7 +301,7 @@ def test_contrastive_is_siglips_loss() -> None:
         ({"loss_type": "sigmoyd"}, "did you mean 'sigmoid'"),
         ({"gradient_accumulation_steps": 3}, "does not divide"),
         ({"loss_type": "aot", "gradient_accumulation_steps": 2}, "couples the rows"),
-        ({"reference": "guessed"}, "recorded or computed"),
+        ({"reference": "guessed"}, "computed, recorded"),
         ({"train_vision": True}, "sft only"),
     ],
 )
