@@ -93,7 +93,7 @@ def test_rewards_loss_and_gradients_equal_torch(remat: str, tmp_path: Any) -> No
     holder = partition.merge(gradients, frozen)
     delattr(holder, "scalar_head")
     compared = 0
-    for tensor in pending_tensors(holder, loaded.family, loaded.config):
+    for tensor in pending_tensors(holder, loaded.family, loaded.config, {}, None):
         name = "model." + tensor.name.replace("language_model.model.", "language_model.")
         if name not in by_name or "vision_tower" in name:
             continue
