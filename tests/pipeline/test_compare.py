@@ -206,7 +206,10 @@ def test_arms_and_seeds_may_join_later_but_not_change(
     assert main(["compare", "--config", str(first), *more]) == 2
     assert "holds another arm 'half'" in capsys.readouterr().err
     assert main(["compare", "--config", str(first), "train.beta=0.7"]) == 2
-    assert "holds a run of another recipe (it has 'beta: 0.1', this one 'beta: 0.7': train.beta)" in capsys.readouterr().err
+    assert (
+        "holds a run of another recipe (it has 'beta: 0.1', this one 'beta: 0.7': train.beta)"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
