@@ -61,6 +61,11 @@ def flag(value: Any) -> str | None:
     return None if isinstance(value, bool) else "true or false"
 
 
+def flag_or_null(value: Any) -> str | None:
+    """true or false; null stands for false."""
+    return None if value is None else flag(value)
+
+
 def word(names: tuple[str, ...] | Mapping[str, Any]) -> Check:
     """One of `names`."""
     return lambda value: None if isinstance(value, str) and value in names else f"one of {', '.join(names)}"

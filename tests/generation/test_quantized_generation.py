@@ -36,5 +36,5 @@ def test_recorded_log_probs_equal_teacher_forcing(kind):
     assert out.log_probs.min() < -1.0
     # The decoder's own arrangement of the weights holds no kernel in full.
     for layer in generator.weights.layers:
-        for weight in (layer.qkv, layer.out, layer.gate_up, layer.down):
+        for weight in (layer.qkv_kernel, layer.out_kernel, layer.gate_up_kernel, layer.down_kernel):
             assert weight.codes.dtype == (jnp.int8 if kind == "int8" else jnp.uint8)

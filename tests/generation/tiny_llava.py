@@ -10,10 +10,10 @@ from flax import nnx
 from m3po_jax.config import LoRAConfig, MeshConfig
 from m3po_jax.generation.engine import Generator, PromptBatch, SamplingConfig, right_pad
 from m3po_jax.models import lora
+from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.models.encoder import EncoderConfig
 from m3po_jax.models.forward import branch_log_probs, encode_images
 from m3po_jax.models.layers import Linear
-from m3po_jax.models.llama import LlamaConfig
 from m3po_jax.models.llava.config import LlavaConfig
 from m3po_jax.models.llava.model import build, reference_forward
 from m3po_jax.models.vit import ViTConfig
@@ -24,7 +24,7 @@ IMAGE, PAD, EOS, VOCAB = 120, 121, 2, 128
 
 def tiny_config(kv_heads=2):
     return LlavaConfig(
-        text=LlamaConfig(VOCAB, 32, 64, num_layers=2, num_heads=4, num_kv_heads=kv_heads, head_dim=8),
+        text=DecoderConfig(VOCAB, 32, 64, num_layers=2, num_heads=4, num_kv_heads=kv_heads, head_dim=8),
         vision=ViTConfig("clip", EncoderConfig(16, 32, num_layers=2, num_heads=2), image_size=12, patch_size=4),
         image_token_id=IMAGE,
     )
