@@ -205,6 +205,8 @@ CHANGES_THE_COMPUTATION = frozenset(
         *("original_max_position_embeddings", "longrope_scaling", "mrope_section", "alibi", "use_alibi"),
         *("num_experts", "num_local_experts", "num_experts_per_tok", "n_routed_experts", "moe_intermediate_size"),
         *(
+            "attention_bias",
+            "mlp_bias",
             "qkv_bias",
             "use_bias",
             "attention_out_bias",
