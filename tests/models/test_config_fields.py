@@ -28,6 +28,7 @@ ENCODER_TEXT = {
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **TEXT},
+    "mistral": {"model_type": "mistral", **TEXT, "sliding_window": 8},
     "llava": {"model_type": "llava", "image_token_index": 60, "text_config": TEXT, "vision_config": VISION},
     "clip": {
         **{"model_type": "clip", "projection_dim": 20, "vision_config": VISION},
@@ -83,7 +84,7 @@ OTHER = {
     **{"rope_scaling": {"type": "default", "rope_theta": 9.0}, "tie_word_embeddings": True, "layer_norm_eps": 0.1},
     **{"image_size": 42, "patch_size": 7, "image_token_index": 61, "projector_hidden_act": "relu"},
     **{"vision_feature_select_strategy": "full", "vision_feature_layer": [1, -1], "multimodal_projector_bias": False},
-    **{"attention_bias": True, "mlp_bias": True},
+    **{"attention_bias": True, "mlp_bias": True, "sliding_window": 9},
     **{"projection_dim": 21, "projection_size": 22, "m3po_pooling": "patches"},
 }
 # Sections, ids that the tokenizer's reader compares, and fields of which one value alone is implemented.
@@ -108,6 +109,9 @@ def test_what_is_called_read_is_read(kind: str, section: str, fields: Fields, tm
         ("llava", "text_config", "sliding_window", 8),
         ("llama", "", "layer_types", ["sliding_attention", "full_attention"]),
         ("llama", "", "attention_bias", "yes"),
+        ("mistral", "", "sliding_window", 0),
+        ("mistral", "", "layer_types", ["sliding_attention", "full_attention"]),
+        ("mistral", "", "attention_bias", True),
         ("llama", "", "rope_scaling", {"type": "linear", "factor": 2.0}),
         ("llama", "", "rope_parameters", {"rope_type": "llama3", "factor": 8.0}),
         ("llama", "", "rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
@@ -238,16 +242,16 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_drawn(tmp_path: 
         load_float32(write(tmp_path, config), init="random")
 
 
-@pytest.mark.parametrize("kind", ["llama", "llava", "clip", "siglip"])
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_absent_fields_take_transformers_defaults(kind: str, tmp_path: Path) -> None:
     """A file that states nothing, and a section that states one thing, as transformers completes them."""
     _, transformers = torch_and_transformers()
-    config_class = {"llama": "LlamaConfig", "llava": "LlavaConfig", "clip": "CLIPConfig", "siglip": "SiglipConfig"}
+    config_class = next(fields.config_class for name, section, fields in sections() if (name, section) == (kind, ""))
     plain: list[dict[str, Any]] = [{}]
-    if kind != "llama":
+    if "text_config" in CONFIGS[kind]:
         plain.append({"vision_config": {"image_size": 448}, "text_config": {"num_hidden_layers": 3}})
     for number, given in enumerate(plain):
-        stated = getattr(transformers, config_class[kind])(**given).to_dict()
+        stated = getattr(transformers, config_class)(**given).to_dict()
         ours = describe(write(tmp_path / f"{number}-ours", {"model_type": kind, **given}))
         theirs = describe(write(tmp_path / f"{number}-theirs", stated))
         assert ours.config == theirs.config

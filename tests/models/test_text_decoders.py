@@ -28,6 +28,9 @@ from m3po_jax.sharding import make_mesh
 # The decoder, and its fields beside the usual sizes. Windows are shorter than the prompts below, answers cross them.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("Mistral", {"sliding_window": 5, "head_dim": 16}),
+    "mistral_two": ("Mistral", {"sliding_window": 2}),
+    "mistral_full": ("Mistral", {"sliding_window": None}),
 }
 EOS, PAD, NEW_TOKENS = 2, 0, 14
 PROMPTS = [[1, 9, 8, 7, 11, 30, 31, 5, 6, 12, 13], [1, 5, 6, 7], [1, 9, 3, 11, 12, 40, 41]]

@@ -8,8 +8,9 @@ from typing import Any
 
 from m3po_jax.models.text_decoders.fields import TextDecoder
 from m3po_jax.models.text_decoders.llama import LLAMA
+from m3po_jax.models.text_decoders.mistral import MISTRAL
 
-TEXT_DECODERS = {decoder.model_type: decoder for decoder in (LLAMA,)}
+TEXT_DECODERS = {decoder.model_type: decoder for decoder in (LLAMA, MISTRAL)}
 
 
 def text_decoder(raw: Mapping[str, Any]) -> TextDecoder | None:
