@@ -29,6 +29,10 @@ ENCODER_TEXT = {
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **TEXT},
     "mistral": {"model_type": "mistral", **TEXT, "sliding_window": 8},
+    "qwen2": {
+        **{"model_type": "qwen2", **TEXT, "num_hidden_layers": 3},
+        **{"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    },
     "llava": {"model_type": "llava", "image_token_index": 60, "text_config": TEXT, "vision_config": VISION},
     "clip": {
         **{"model_type": "clip", "projection_dim": 20, "vision_config": VISION},
@@ -85,6 +89,8 @@ OTHER = {
     **{"image_size": 42, "patch_size": 7, "image_token_index": 61, "projector_hidden_act": "relu"},
     **{"vision_feature_select_strategy": "full", "vision_feature_layer": [1, -1], "multimodal_projector_bias": False},
     **{"attention_bias": True, "mlp_bias": True, "sliding_window": 9},
+    **{"use_sliding_window": False, "max_window_layers": 2},
+    **{"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
     **{"projection_dim": 21, "projection_size": 22, "m3po_pooling": "patches"},
 }
 # Sections, ids that the tokenizer's reader compares, and fields of which one value alone is implemented.
@@ -109,6 +115,10 @@ def test_what_is_called_read_is_read(kind: str, section: str, fields: Fields, tm
         ("llava", "text_config", "sliding_window", 8),
         ("llama", "", "layer_types", ["sliding_attention", "full_attention"]),
         ("llama", "", "attention_bias", "yes"),
+        ("qwen2", "", "sliding_window", -1),
+        ("qwen2", "", "layer_types", ["chunked_attention"] * 3),
+        ("qwen2", "", "max_window_layers", 1.5),
+        ("qwen2", "", "use_sliding_window", 1),
         ("mistral", "", "sliding_window", 0),
         ("mistral", "", "layer_types", ["sliding_attention", "full_attention"]),
         ("mistral", "", "attention_bias", True),
@@ -158,6 +168,7 @@ def test_what_is_not_implemented_is_refused_by_name(
         ("llama", "", {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
         ("llama", "", {"pretraining_tp": 2, "attention_dropout": 0.1, "torch_dtype": "float16", "temperature": 0.7}),
         ("llama", "", {"eos_token_id": [2, 7], "pad_token_id": -1, "quantization_config": None}),
+        ("qwen2", "", {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}),
         ("llava", "vision_config", {"image_size": [28, 28], "projection_dim": 99}),
         ("llava", "", {"image_seq_length": 576, "vision_feature_layer": -2}),
     ],
@@ -213,6 +224,8 @@ def test_hostile_sizes_are_one_line(name: str, value: Any, tmp_path: Path) -> No
         ("llava", "", {"vision_feature_layer": "last"}, "vision_feature_layer is 'last'"),
         ("llava", "", {"model_type": {"a": 1}}, "is not supported"),
         ("llava", "", {"model_type": "x" * 10_000}, "is not supported"),
+        ("qwen2", "", {"layer_types": ["full_attention"]}, "layer_types has 1 entries, and there are 3 layers"),
+        ("qwen2", "", {"layer_types": ["sliding_attention"] * 3, "sliding_window": None}, "there is no window"),
         ("clip", "text_config", {"max_position_embeddings": 0}, "max_position_embeddings is 0"),
         ("clip", "", {"projection_dim": -3}, "projection_dim is -3"),
         ("clip", "", {"m3po_pooling": "mean"}, "m3po_pooling 'mean' is unknown"),

@@ -31,6 +31,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": 5, "head_dim": 16}),
     "mistral_two": ("Mistral", {"sliding_window": 2}),
     "mistral_full": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2_later": ("Qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen2_between": (
+        "Qwen2",
+        {
+            **{"use_sliding_window": True, "sliding_window": 3, "num_hidden_layers": 4},
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
 }
 EOS, PAD, NEW_TOKENS = 2, 0, 14
 PROMPTS = [[1, 9, 8, 7, 11, 30, 31, 5, 6, 12, 13], [1, 5, 6, 7], [1, 9, 3, 11, 12, 40, 41]]

@@ -9,8 +9,9 @@ from typing import Any
 from m3po_jax.models.text_decoders.fields import TextDecoder
 from m3po_jax.models.text_decoders.llama import LLAMA
 from m3po_jax.models.text_decoders.mistral import MISTRAL
+from m3po_jax.models.text_decoders.qwen2 import QWEN2
 
-TEXT_DECODERS = {decoder.model_type: decoder for decoder in (LLAMA, MISTRAL)}
+TEXT_DECODERS = {decoder.model_type: decoder for decoder in (LLAMA, MISTRAL, QWEN2)}
 
 
 def text_decoder(raw: Mapping[str, Any]) -> TextDecoder | None:
