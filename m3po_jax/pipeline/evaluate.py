@@ -68,10 +68,19 @@ def read_benchmark(name: str, config: BenchmarkConfig) -> Benchmark:
     """
     where = f"evaluate.benchmarks.{name}"
     check_values(config, where)
-    metric = check(name, config)
+    check(name, config)
     if not config.data.path:
         raise UserError("no questions", where=f"{where}.data.path", remedy="name a file, a folder or a builder")
-    source: PromptSource = read_rows(config.data)
+    return open_benchmark(name, config, read_rows(config.data))
+
+
+def open_benchmark(name: str, config: BenchmarkConfig, source: PromptSource) -> Benchmark:
+    """A benchmark on questions that are read.
+
+    Raises:
+        UserError: as `read_benchmark`.
+    """
+    metric = check(name, config)
     rows = [source[i] for i in range(len(source))]
     if config.kind:
         rows = [row for row in rows if row.metadata.get("kind") == config.kind]

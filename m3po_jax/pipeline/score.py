@@ -24,7 +24,7 @@ from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.generate import Shard, begin_shards, prompt_batches
 from m3po_jax.pipeline.score_counts import count_scores, is_open, told
 from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
-from m3po_jax.scoring.alignment import Backend, Reference, judge_pools
+from m3po_jax.scoring.alignment import Backend, Judged, Reference, judge_pools
 from m3po_jax.scoring.confidence import confidence_variants
 from m3po_jax.scoring.endpoint import answer_limit
 from m3po_jax.scoring.engine import Scorer, pad_answers
@@ -122,6 +122,60 @@ def score_schema(config: ScoreConfig, backend: Backend) -> pa.Schema:
     return schema
 
 
+def judge_candidates(
+    groups: Sequence[tuple[str, Sequence[Mapping[str, Any]]]],
+    prompts: Mapping[str, Prompt],
+    backend: Backend,
+    where: str,
+) -> Judged:
+    """What a backend says of pools of candidates.
+
+    Args:
+        groups: As of `pools`.
+        prompts: By id.
+        where: The candidates' file.
+
+    Raises:
+        UserError: candidates of an unknown prompt.
+    """
+    unknown = [key for key, _ in groups if key not in prompts]
+    if unknown:
+        raise UserError(
+            f"candidates of a prompt that the data does not have ({unknown[0]!r})",
+            where=where,
+            remedy="the data changed; run `m3po generate` again",
+        )
+    return judge_pools(backend, [prompts[key] for key, _ in groups], [[row["text"] for row in g] for _, g in groups])
+
+
+def rows_of_pools(
+    groups: Sequence[tuple[str, Sequence[Mapping[str, Any]]]],
+    prompts: Mapping[str, Prompt],
+    judged: Judged,
+    name: str,
+    config: ScoreConfig,
+    select: SelectConfig,
+    processor: Processor,
+    scorer: Scorer | None,
+) -> list[dict[str, Any]]:
+    """Score rows of pools that are judged, in the order of their candidates.
+
+    Args:
+        name: Of the backend.
+        scorer: As of `score`.
+    """
+    blank: list[list[np.ndarray]] | None = None
+    if NEED_BLANK_IMAGE.intersection(config.confidence):
+        assert scorer is not None
+        blank = blank_log_probs(scorer, [prompts[key] for key, _ in groups], [rows for _, rows in groups], processor)
+    scored: list[dict[str, Any]] = []
+    for i, (key, rows) in enumerate(groups):
+        mas = {"mas": judged.scores[i], f"mas_{name}": judged.scores[i]}
+        mas |= {column: scores[i] for column, scores in judged.columns.items()}
+        scored += score_rows(key, rows, mas, blank[i] if blank else None, config, select, judged.reasons[i])
+    return scored
+
+
 def score(
     candidates: Path,
     prompts: Mapping[str, Prompt],
@@ -188,30 +242,13 @@ def score(
     waiting, notes = Counter[str](), dict[str, str]()
     for path, shard in stoppable(progress(todo, "score", len(todo)), "scoring"):
         groups = pools(tables.read_rows(path))
-        unknown = [key for key, _ in groups if key not in prompts]
-        if unknown:
-            raise UserError(
-                f"candidates of a prompt that the data does not have ({unknown[0]!r})",
-                where=str(path),
-                remedy="the data changed; run `m3po generate` again",
-            )
-        rows_of = [rows for _, rows in groups]
-        own = [prompts[key] for key, _ in groups]
-        judged = judge_pools(backend, own, [[row["text"] for row in rows] for rows in rows_of])
+        judged = judge_candidates(groups, prompts, backend, str(path))
         notes |= judged.notes
         outages = Counter(why for pool in judged.reasons for why in pool if why in OUTAGES)
         if outages:
             waiting += outages
             continue
-        blank: list[list[np.ndarray]] | None = None
-        if NEED_BLANK_IMAGE.intersection(config.confidence):
-            assert scorer is not None
-            blank = blank_log_probs(scorer, own, rows_of, processor)
-        scored: list[dict[str, Any]] = []
-        for i, (key, rows) in enumerate(groups):
-            mas = {"mas": judged.scores[i], f"mas_{backend.name}": judged.scores[i]}
-            mas |= {name: scores[i] for name, scores in judged.columns.items()}
-            scored += score_rows(key, rows, mas, blank[i] if blank else None, config, select, judged.reasons[i])
+        scored = rows_of_pools(groups, prompts, judged, backend.name, config, select, processor, scorer)
         if is_writer():
             tables.write_table(shard.path, scored, schema, record=folder.noting(shard.path.name))
     barrier("scored")

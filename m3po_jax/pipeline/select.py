@@ -103,7 +103,9 @@ def select(
         if share_twin(path, candidates.parent):
             sums[path.name] = checksum(path) or ""
         else:
-            rows = (pair | _shown(prompts[pair["id"]], image_root) for pair in pairs)  # one row group at a time
+            rows = (
+                pair_with_prompt(pair, prompts[pair["id"]], image_root) for pair in pairs
+            )  # one row group at a time
             tables.write_table(path, rows, PAIR, record=partial(sums.__setitem__, path.name))
         tables.write_json_lines(out / "drops.jsonl", drops, record=partial(sums.__setitem__, "drops.jsonl"))
         tables.write_table(out.parent / "prompts.parquet", prompt_rows(prompts, drops, image_root), PROMPT)
@@ -168,13 +170,13 @@ def selection_inputs(
     }
 
 
-def _shown(prompt: Prompt, image_root: Path) -> dict[str, Any]:
-    """What a pair shows of its prompt: the encoded images and the conversation."""
+def pair_with_prompt(pair: Mapping[str, Any], prompt: Prompt, image_root: Path) -> dict[str, Any]:
+    """A PAIR row as files have it: with its prompt's encoded images and conversation."""
     images = [
         {"bytes": read_encoded(image, root=image_root, where=prompt.where), "path": image.path}
         for image in prompt.images
     ]
-    return {"images": images, "prompt": prompt_messages(prompt)}
+    return {**pair, "images": images, "prompt": prompt_messages(prompt)}
 
 
 def prompt_rows(
