@@ -30,6 +30,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
 
+import shape_checks  # noqa: E402
+
+shape_checks.install()  # before anything of the package is imported
+
 import pytest  # noqa: E402
 from compile_log import noted_compilations  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402

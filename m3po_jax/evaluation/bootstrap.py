@@ -11,22 +11,22 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Num
 
-Statistic = Callable[[Float[np.ndarray, "*batch columns"]], Float[np.ndarray, "*batch"]]
+Statistic = Callable[[Num[np.ndarray, "*batch columns"]], Float[np.ndarray, "*batch"]]
 LEVEL = 0.95
 # Resamples are drawn in blocks of at most this many numbers.
 _BLOCK = 4_000_000
 
 
-def ratio_of_sums(sums: Float[np.ndarray, "*batch 2"]) -> Float[np.ndarray, "*batch"]:
+def ratio_of_sums(sums: Num[np.ndarray, "*batch 2"]) -> Float[np.ndarray, "*batch"]:
     """First column over second; NaN where the second is zero."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(sums[..., 1] != 0, sums[..., 0] / sums[..., 1], np.nan)
 
 
 def image_sums(
-    images: Sequence[Hashable], values: Float[np.ndarray, "rows columns"], order: Mapping[Any, int] | None = None
+    images: Sequence[Hashable], values: Num[np.ndarray, "rows columns"], order: Mapping[Any, int] | None = None
 ) -> Float[np.ndarray, "n columns"]:
     """What each image adds to each column, over its rows; zero for an image without any.
 
@@ -53,7 +53,7 @@ def weights(count: int, resamples: int, seed: int) -> Iterator[Float[np.ndarray,
 
 def resampled(
     table: Float[np.ndarray, "n columns"], resamples: int, seed: int
-) -> Float[np.ndarray, "1+resamples columns"]:
+) -> Float[np.ndarray, "{1+resamples} columns"]:
     """Column sums of the sample and of its resamples, from `image_sums`."""
     return np.concatenate([drawn @ table for drawn in weights(len(table), resamples, seed)])
 
@@ -67,7 +67,7 @@ def percentiles(sample: Float[np.ndarray, " r"], level: float = LEVEL) -> tuple[
 
 def bootstrap(
     images: Sequence[Hashable],
-    values: Float[np.ndarray, "rows columns"] | Sequence[Sequence[float]],
+    values: Num[np.ndarray, "rows columns"] | Sequence[Sequence[float]],
     statistic: Statistic = ratio_of_sums,
     *,
     resamples: int = 2000,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Num
 
 from m3po_jax.config import BenchmarkConfig
 from m3po_jax.data.schema import Prompt
@@ -15,7 +15,7 @@ from m3po_jax.errors import UserError
 
 Answers = Sequence[Mapping[str, Any]]  # {"id", "text"[, "tokens"]}
 Item = Mapping[str, Any]
-Sums = Float[np.ndarray, "*batch columns"]
+Sums = Num[np.ndarray, "*batch columns"]
 Rates = dict[str, Float[np.ndarray, "*batch"]]
 Lack = tuple[str, str]  # what a row lacks, and what the metric does with it
 

@@ -115,7 +115,7 @@ def _ungrouped(out: Float[Array, "b g k r t d"]) -> Float[Array, "b k t h d"]:
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(b, k, t, g * r, d)
 
 
-def _head_major(x: Float[Array, "... s g d"]) -> Float[Array, "... g s d"]:
+def _head_major(x: Float[Array, "b *s g d"]) -> Float[Array, "b g *s d"]:
     """[B, S, G, D] as [B, G, S, D], or [B, K, N, G, D] as [B, G, K, N, D]."""
     return jnp.moveaxis(x, -2, 1)
 
@@ -124,7 +124,7 @@ def dense_attention(
     q: Float[Array, "b s h d"],
     k: Float[Array, "b t g d"],
     v: Float[Array, "b t g d"],
-    mask: Bool[Array, "b s t"],
+    mask: Bool[Array, "#b #s t"],
 ) -> Float[Array, "b s h d"]:
     """Grouped-query attention with an explicit mask (true: may attend); softmax in float32.
 

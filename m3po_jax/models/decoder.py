@@ -131,13 +131,13 @@ class Decoder(nnx.Module):
 
     def _scan(
         self,
-        x: Float[Array, "b s d"],
+        x: Float[Array, "b s e"],
         tables: tuple[Rotary, ...],
         layout: DecoderLayout,
         *,
         remat: str,
         count: int | None = None,
-    ) -> Float[Array, "b s d"]:
+    ) -> Float[Array, "b s e"]:
         """States after the first `count` layers (None: all); `tables` as of `rotary_of_kinds`."""
         c = self.config
         windows = tuple(kind.window for kind in c.kinds)
@@ -157,21 +157,21 @@ class Decoder(nnx.Module):
         return scan_layers(self.layers, apply, _pin(x), numbers, remat=remat, count=count)[0]
 
     def __call__(
-        self, x: Float[Array, "b s d"], positions: Int[Array, "b s"], layout: DecoderLayout, *, remat: str = "none"
-    ) -> Float[Array, "b s d"]:
+        self, x: Float[Array, "b s e"], positions: Int[Array, "b s"], layout: DecoderLayout, *, remat: str = "none"
+    ) -> Float[Array, "b s e"]:
         """Hidden states after the final norm."""
         return self.norm(self._scan(x, rotary_of_kinds(self.config, positions), layout, remat=remat))
 
     def needed_states(
         self,
-        x: Float[Array, "b s d"],
+        x: Float[Array, "b s e"],
         positions: Int[Array, "b s"],
         layout: DecoderLayout,
         last: LastLayout,
         *,
         remat: str = "none",
         base_learns: bool = False,
-    ) -> Float[Array, "b n d"]:
+    ) -> Float[Array, "b n e"]:
         """States after the final norm of the tokens that `last.pick` takes: the last layer computes no others.
 
         Args:
@@ -193,7 +193,7 @@ class Decoder(nnx.Module):
         graph, layer = nnx.split(layer_at(self.layers, final))
         return self.norm(jax.checkpoint(end, policy=REMAT_POLICIES[remat])(layer, x))
 
-    def token_scores(self, hidden: Float[Array, "b n d"], token_ids: Int[Array, "b n"]) -> TokenScores:
+    def token_scores(self, hidden: Float[Array, "b n e"], token_ids: Int[Array, "b n"]) -> TokenScores:
         """log softmax(logits)[token] in float32 and what else the logits say, without the full softmax.
 
         More than `MAX_LOGITS` logits never exist at once: a large vocabulary is taken in chunks with a running

@@ -77,8 +77,8 @@ def reference_forward(
     features: Float[Array, "b m n v"] | None,
 ) -> Float[Array, "b s vocab"]:
     """Plain causal logits at every position, for tests and small tools; positions count unpadded tokens."""
-    from m3po_jax.models.attention import Causal
+    from m3po_jax.models.attention import Causal, prefix_positions
 
-    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    hidden = model.decoder(model.embed_prompts(token_ids, features), positions, Causal(mask.astype(bool)))
+    real = mask.astype(bool)
+    hidden = model.decoder(model.embed_prompts(token_ids, features), prefix_positions(real), Causal(real))
     return model.decoder.logits(hidden)
