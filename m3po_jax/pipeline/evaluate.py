@@ -13,7 +13,6 @@ from m3po_jax.data import tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import PromptSource, fingerprint
-from m3po_jax.data.tables import write_json
 from m3po_jax.errors import UserError
 from m3po_jax.evaluation.metric import Metric, image_of
 from m3po_jax.evaluation.records import id_text
@@ -25,7 +24,8 @@ from m3po_jax.pipeline.generate import requests
 from m3po_jax.pipeline.models import read_rows
 from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
 from m3po_jax.reading import check_values
-from m3po_jax.workspace.files import is_writer, read_json
+from m3po_jax.workspace.evaluation import Evaluation
+from m3po_jax.workspace.files import is_writer
 from m3po_jax.workspace.shards import now
 
 
@@ -102,7 +102,7 @@ def check_scoring(benchmark: Benchmark) -> None:
         raise UserError(
             f"{benchmark.config.metric} cannot score its rows ({type(error).__name__}: {error})",
             where=f"evaluate.benchmarks.{benchmark.name}",
-            remedy="see evaluation.md for the fields that it reads",
+            remedy="docs/evaluation.md lists the fields that it reads",
         ) from error
 
 
@@ -113,9 +113,9 @@ def results_key(benchmark: Benchmark, config: EvaluateConfig, inputs: str) -> st
     return tables.content_hash(inputs, benchmark.fingerprint, settings, rules, config.max_new_tokens)
 
 
-def is_finished(benchmark: Benchmark, config: EvaluateConfig, out: Path, inputs: str) -> bool:
+def is_finished(benchmark: Benchmark, config: EvaluateConfig, out: Evaluation, inputs: str) -> bool:
     """Whether `out` holds this benchmark's results of these weights and settings, on every process alike."""
-    known = read_json(out / "results.json")
+    known = out.results()
     return agreed([known is not None and known.get("inputs") == results_key(benchmark, config, inputs)])[0]
 
 
@@ -124,21 +124,21 @@ def evaluate(
     generator: Generator,
     processor: Processor,
     config: EvaluateConfig,
-    out: Path,
+    out: Evaluation,
     *,
     inputs: str,
     seed: int,
     system: str,
 ) -> dict[str, Any]:
-    """Answers and scores one benchmark into ``out/{items.jsonl,results.json}``; a finished one is kept.
+    """Answers and scores one benchmark into `out`; a finished one is kept.
 
     Args:
         generator: With one greedy candidate, already holding the system's weights.
         inputs: A hash of the system's weights and decoding.
     """
     started = time.monotonic()
-    if is_finished(benchmark, config, out, inputs):
-        return read_json(out / "results.json")
+    if is_finished(benchmark, config, out, inputs) and (kept := out.results()) is not None:
+        return kept
     key = results_key(benchmark, config, inputs)
     limit = benchmark.config.data.max_image_pixels
     processor = dataclasses.replace(processor, image_root=benchmark.image_root, max_image_pixels=limit)
@@ -167,7 +167,7 @@ def save_results(
     benchmark: Benchmark,
     texts: Sequence[Mapping[str, Any]],
     config: EvaluateConfig,
-    out: Path,
+    out: Evaluation,
     *,
     seed: int,
     header: Mapping[str, Any],
@@ -199,8 +199,7 @@ def save_results(
         ),
     }
     if is_writer():
-        tables.write_json_lines(out / "items.jsonl", items)
-        write_json(out / "results.json", results)
+        out.save(items, results)
     barrier("evaluated")
     return results
 
@@ -223,4 +222,4 @@ def score_file(
     inputs = results_key(benchmark, config, tables.file_hash(answers_file))
     out = folder / f"{answers_file.stem}-{inputs[:8]}"
     header = {"inputs": inputs, "system": str(answers_file), "cut": None}
-    return save_results(benchmark, texts, config, out, seed=seed, header=header, seconds=0.0), out
+    return save_results(benchmark, texts, config, Evaluation(out), seed=seed, header=header, seconds=0.0), out

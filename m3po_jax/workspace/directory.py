@@ -18,10 +18,28 @@ from m3po_jax.data.tables import write_json
 from m3po_jax.errors import UserError, full_disk, full_disk_number
 from m3po_jax.recipes import essential, to_yaml
 from m3po_jax.version import __version__
-from m3po_jax.workspace.files import is_writer, write_text
-from m3po_jax.workspace.layout import CHECKPOINTS, CONFIG, DONE, LOCK, MANIFEST, Cell, arms, cells
-from m3po_jax.workspace.records import SET_ASIDE, Record, free_name
+from m3po_jax.workspace.cell import Cell
+from m3po_jax.workspace.files import is_writer, read_json, write_text
+from m3po_jax.workspace.layout import (
+    ARM,
+    CHECKPOINTS,
+    CONFIG,
+    DONE,
+    EVALUATION,
+    EVALUATION_TEXT,
+    LOCK,
+    MANIFEST,
+    PAIRS_CAP,
+    REPORT,
+    SAVED_ANSWERS,
+    SET_ASIDE,
+    arms,
+    rounds,
+    system_folder,
+)
+from m3po_jax.workspace.records import Record, free_name
 from m3po_jax.workspace.shards import now
+from m3po_jax.workspace.training import TrainingArtifact
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tensorflow-datasets")
 # With another value of one of these, everything that a directory holds would be made anew.
@@ -52,15 +70,48 @@ class RunDirectory:
         """The directory of a recipe's run."""
         return cls(Path(recipe.output_dir) / recipe.name)
 
-    def cell(self, round: int, arm: str | None = None) -> Cell:
-        return Cell(self.root, round, arm)
+    def cell(self, round: int) -> Cell:
+        """A round of the run's own system; `Cell.of` gives another's."""
+        return Cell(self.root, round)
 
-    def round(self, number: int, arm: str | None = None) -> Path:
-        return self.cell(number, arm).folder
+    @property
+    def training(self) -> TrainingArtifact:
+        """What the verb `train` alone leaves of a training on rows, which has no rounds."""
+        return TrainingArtifact(self.root)
 
     @property
     def config(self) -> Path:
         return self.root / CONFIG
+
+    @property
+    def report(self) -> Path:
+        return self.root / REPORT
+
+    def saved_answers(self, benchmark: str) -> Path:
+        """Where the results of answers from elsewhere go."""
+        return self.root / SAVED_ANSWERS / benchmark
+
+    def save_evaluation(self, tables: Mapping[str, Any], text: str) -> None:
+        """Writes the table that ends a run, for the report and as Markdown."""
+        write_json(self.root / EVALUATION, tables)
+        write_text(self.root / EVALUATION_TEXT, text)
+
+    def arm_folder(self, arm: str) -> Path:
+        return system_folder(self.root, arm)
+
+    def arm_settings(self, arm: str) -> dict[str, Any] | None:
+        """What `save_arm_settings` noted of an arm; None where it noted nothing."""
+        return read_json(self.arm_folder(arm) / ARM)
+
+    def save_arm_settings(self, arm: str, settings: Mapping[str, Any]) -> None:
+        write_json(self.arm_folder(arm) / ARM, settings)
+
+    def pairs_cap(self) -> dict[str, Any] | None:
+        """The number of ``pairs`` of every arm and the ``cap`` that all are held to; None before they are counted."""
+        return read_json(self.root / PAIRS_CAP)
+
+    def save_pairs_cap(self, content: Mapping[str, Any]) -> None:
+        write_json(self.root / PAIRS_CAP, content)
 
     def open(
         self, recipe: Recipe, facts: Mapping[str, Any], *, force: bool = False, one_recipe: bool = False
@@ -141,7 +192,7 @@ class RunDirectory:
         """Whether a stage has left something."""
         if any((self.root / name).exists() for name in (MANIFEST, CHECKPOINTS, DONE)):
             return True
-        return bool(cells(self.root)) or bool(arms(self.root))
+        return bool(rounds(self.root)) or bool(arms(self.root))
 
     def saved_recipe(self) -> dict[str, Any] | None:
         """The recipe in `config.yaml`, as nested dictionaries; None where there is none.

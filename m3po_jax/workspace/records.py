@@ -21,8 +21,8 @@ from m3po_jax.data.tables import content_hash, write_json
 from m3po_jax.errors import UserError
 from m3po_jax.recipes import essential
 from m3po_jax.workspace.checksums import checksums
+from m3po_jax.workspace.layout import RECORD, SET_ASIDE
 
-RECORD, SET_ASIDE = "record.json", "set-aside"
 DONE, TO_DO, OUT_OF_DATE, DAMAGED, UNFINISHED = "done", "to do", "out of date", "damaged", "unfinished"
 PENDING = "(to be made)"  # the value of an input that an earlier stage has yet to make
 

@@ -32,6 +32,7 @@ from m3po_jax.pipeline.models import load_policy, make_generator
 from m3po_jax.recipes import load_recipe
 from m3po_jax.sharding import initialize_distributed, make_mesh, sharding_for
 from m3po_jax.training.loop import train
+from m3po_jax.workspace.shards import ShardFolder
 
 reads: list[str] = []
 
@@ -94,7 +95,8 @@ def main(folder: Path) -> None:
         if bad is not None:
             rows[bad] = dataclasses.replace(rows[bad], images=(Image(path="broken.png"),))
         out = folder / name
-        found = outcome(lambda: generate(rows, generator, processor, config, out, inputs="x", features=features))
+        shards = ShardFolder(out, "m3po generate")
+        found = outcome(lambda: generate(rows, generator, processor, config, shards, inputs="x", features=features))
         made = sorted(tables.read_rows(out), key=lambda row: (row["id"], row["candidate"])) if out.exists() else []
         return found | {"made": [[row["id"], row["candidate"], row["token_ids"]] for row in made]}
 
