@@ -28,6 +28,7 @@ from m3po_jax.objectives import policy_gradient as pg
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.scoring.reward import HeadScorer
 from m3po_jax.training.rl_losses import RolloutBatch
+from m3po_jax.workspace.layout import ROLLOUT_FILES, rollout_name
 
 # Rollout files kept: that of the last checkpoint, and of the one before where the last was cut short.
 _KEPT_FILES = 3
@@ -343,13 +344,13 @@ class RolloutIterator(Iterator[RolloutBatch]):
         self.rollout = self._read() if self.step else None
 
     def _path(self) -> Path:
-        return self.source.folder / f"rollout-{self.number:06d}.npz"
+        return self.source.folder / rollout_name(self.number)
 
     def _write(self, rollout: Rollout) -> None:
         with tables.atomic_write(self._path()) as file:
             arrays: dict[str, Any] = {name: getattr(rollout, name) for name in _SAVED}
             np.savez(file, metrics=np.array(json.dumps(rollout.metrics)), **arrays)
-        for old in sorted(self.source.folder.glob("rollout-*.npz"))[:-_KEPT_FILES]:
+        for old in sorted(self.source.folder.glob(ROLLOUT_FILES))[:-_KEPT_FILES]:
             old.unlink()
 
     def _read(self) -> Rollout:

@@ -5,18 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from m3po_jax.workspace import layout
 from m3po_jax.workspace.evaluation import Evaluation
-from m3po_jax.workspace.layout import (
-    ARMS,
-    BENCHMARKS,
-    CANDIDATES,
-    PAIRS,
-    REWARD,
-    SCORES,
-    TRAINING_PAIRS,
-    round_name,
-    system_folder,
-)
+from m3po_jax.workspace.layout import round_name, system_folder
 from m3po_jax.workspace.records import Artifact
 from m3po_jax.workspace.reward import RewardFolder
 from m3po_jax.workspace.selection import Selection
@@ -61,45 +52,49 @@ class Cell:
 
     @property
     def candidates(self) -> ShardFolder:
-        return ShardFolder(self.folder / CANDIDATES, "m3po generate")
+        return ShardFolder(self.folder / layout.CANDIDATES, "m3po generate")
 
     @property
     def scores(self) -> ScoreFolder:
-        return ScoreFolder(self.folder / SCORES, "m3po score")
+        return ScoreFolder(self.folder / layout.SCORES, "m3po score")
 
     @property
     def selection(self) -> Selection:
-        return Selection(self.folder / PAIRS, self._pairs_of_round())
+        return Selection(self.folder / layout.PAIRS, self._pairs_of_round())
 
     @property
     def reward(self) -> RewardFolder:
-        return RewardFolder(self.folder / REWARD)
+        return RewardFolder(self.folder / layout.REWARD)
 
     @property
     def reward_selection(self) -> Selection:
         """The pairs that a reward model is trained on."""
-        return Selection(self.reward.folder / PAIRS, self._pairs_of_round())
+        return Selection(self.reward.folder / layout.PAIRS, self._pairs_of_round())
 
     def _pairs_of_round(self) -> list[Path]:
         """The folders of pairs that this round has in any system."""
         name = round_name(self.round)
-        return [self.root / name / PAIRS, *sorted(self.root.glob(f"{ARMS}/*/{name}/{PAIRS}"))]
+        return [self.root / name / layout.PAIRS, *sorted(self.root.glob(f"{layout.ARMS}/*/{name}/{layout.PAIRS}"))]
 
     @property
     def training_pairs(self) -> Artifact:
         """Of a later round: its own and earlier pairs, with their reference's log-probs."""
-        return Artifact(self.folder / TRAINING_PAIRS)
+        return Artifact(self.folder / layout.TRAINING_PAIRS)
 
     @property
     def training(self) -> TrainingArtifact:
         return TrainingArtifact(self.folder)
 
     def evaluation(self, benchmark: str) -> Evaluation:
-        return Evaluation(self.folder / BENCHMARKS / benchmark, home=self.folder)
+        return Evaluation(self.folder / layout.BENCHMARKS / benchmark, home=self.folder)
 
     def evaluations(self) -> list[Evaluation]:
         """Of the benchmarks that have a folder, by name."""
-        return [self.evaluation(path.name) for path in sorted((self.folder / BENCHMARKS).glob("*")) if path.is_dir()]
+        return [
+            self.evaluation(path.name)
+            for path in sorted((self.folder / layout.BENCHMARKS).glob("*"))
+            if path.is_dir()
+        ]
 
     def export(self, form: str) -> Path:
         """Where an export of its weights goes by default."""

@@ -19,24 +19,10 @@ import pyarrow.parquet as pq
 import yaml
 
 from m3po_jax.errors import UserError
+from m3po_jax.workspace import layout
 from m3po_jax.workspace.cell import Cell
 from m3po_jax.workspace.files import as_number
-from m3po_jax.workspace.layout import (
-    CALIBRATION,
-    COMPARISON,
-    CONFIG,
-    DROPS,
-    EVALUATION,
-    ITEMS,
-    MANIFEST,
-    METRICS,
-    PROMPTS,
-    RESULTS,
-    SUMMARY,
-    WARNINGS,
-    arms,
-    rounds,
-)
+from m3po_jax.workspace.layout import arms, rounds
 
 _PAIR_NUMBERS = ("chosen_mas", "rejected_mas", "chosen_confidence", "rejected_confidence", "value")
 
@@ -273,24 +259,24 @@ class Reader:
 
     def prompts(self, cell: Cell, columns: Sequence[str], ids: Iterable[str] | None = None) -> pa.Table | None:
         """What a round's selection kept of its prompts."""
-        file = cell.folder / PROMPTS
+        file = cell.folder / layout.PROMPTS
         return self.table(file, columns, ids) if file.is_file() else None
 
     def round(self, cell: Cell) -> Round:
         pairs, prompts = cell.selection.folder, self.prompts(cell, ["id"])
         benchmarks = {
-            folder.name: BenchmarkContents(self.mapping(folder / RESULTS), self.lines(folder / ITEMS))
+            folder.name: BenchmarkContents(self.mapping(folder / layout.RESULTS), self.lines(folder / layout.ITEMS))
             for folder in (evaluation.folder for evaluation in cell.evaluations())
         }
         return Round(
             cell,
             candidates=self.candidates(cell),
             pairs=self.pairs(cell),
-            summary=self.mapping(pairs / SUMMARY),
-            drops=[(str(row.get("id")), str(row.get("reason"))) for row in self.lines(pairs / DROPS)],
-            calibration=self.mapping(cell.scores.folder / CALIBRATION),
-            metrics=self.metrics(cell.folder / METRICS),
-            training_warnings=self.lines(cell.folder / WARNINGS),
+            summary=self.mapping(pairs / layout.SUMMARY),
+            drops=[(str(row.get("id")), str(row.get("reason"))) for row in self.lines(pairs / layout.DROPS)],
+            calibration=self.mapping(cell.scores.folder / layout.CALIBRATION),
+            metrics=self.metrics(cell.folder / layout.METRICS),
+            training_warnings=self.lines(cell.folder / layout.WARNINGS),
             prompt_count=None if prompts is None else len(prompts),
             benchmarks={name: kept for name, kept in benchmarks.items() if kept.results or kept.items},
         )
@@ -325,21 +311,22 @@ def read_run(run_dir: Path) -> tuple[RunContents, Reader]:
     if not run_dir.is_dir():
         raise UserError("no such run directory", where=str(run_dir), remedy="give the folder of a run")
     reader = Reader(run_dir)
-    config, config_text = reader.config(run_dir / CONFIG)
+    config, config_text = reader.config(run_dir / layout.CONFIG)
     run = RunContents(
         path=run_dir,
         config=config,
         config_text=config_text,
-        manifest=reader.mapping(run_dir / MANIFEST),
-        evaluation=reader.mapping(run_dir / EVALUATION),
+        manifest=reader.mapping(run_dir / layout.MANIFEST),
+        evaluation=reader.mapping(run_dir / layout.EVALUATION),
         rounds=reader.rounds(),
         arms={arm: of_arm for arm in arms(run_dir) if (of_arm := reader.rounds(arm))},
-        comparison=reader.mapping(run_dir / RESULTS) or reader.mapping(run_dir / COMPARISON / RESULTS),
+        comparison=reader.mapping(run_dir / layout.RESULTS)
+        or reader.mapping(run_dir / layout.COMPARISON / layout.RESULTS),
         problems=reader.problems,
     )
     if not (run.config or run.manifest or run.evaluation or run.rounds or run.arms or run.comparison):
         raise UserError(
-            f"nothing to report: no {CONFIG}, {MANIFEST}, round-* or {EVALUATION}",
+            f"nothing to report: no {layout.CONFIG}, {layout.MANIFEST}, round-* or {layout.EVALUATION}",
             where=str(run_dir),
             remedy="give the folder of a run, or run a stage first",
         )

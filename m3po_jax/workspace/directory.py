@@ -18,25 +18,10 @@ from m3po_jax.data.tables import write_json
 from m3po_jax.errors import UserError, full_disk, full_disk_number
 from m3po_jax.recipes import essential, to_yaml
 from m3po_jax.version import __version__
+from m3po_jax.workspace import layout
 from m3po_jax.workspace.cell import Cell
 from m3po_jax.workspace.files import is_writer, read_json, write_text
-from m3po_jax.workspace.layout import (
-    ARM,
-    CHECKPOINTS,
-    CONFIG,
-    DONE,
-    EVALUATION,
-    EVALUATION_TEXT,
-    LOCK,
-    MANIFEST,
-    PAIRS_CAP,
-    REPORT,
-    SAVED_ANSWERS,
-    SET_ASIDE,
-    arms,
-    rounds,
-    system_folder,
-)
+from m3po_jax.workspace.layout import arms, rounds, system_folder
 from m3po_jax.workspace.records import Record, free_name
 from m3po_jax.workspace.shards import now
 from m3po_jax.workspace.training import TrainingArtifact
@@ -81,37 +66,37 @@ class RunDirectory:
 
     @property
     def config(self) -> Path:
-        return self.root / CONFIG
+        return self.root / layout.CONFIG
 
     @property
     def report(self) -> Path:
-        return self.root / REPORT
+        return self.root / layout.REPORT
 
     def saved_answers(self, benchmark: str) -> Path:
         """Where the results of answers from elsewhere go."""
-        return self.root / SAVED_ANSWERS / benchmark
+        return self.root / layout.SAVED_ANSWERS / benchmark
 
     def save_evaluation(self, tables: Mapping[str, Any], text: str) -> None:
         """Writes the table that ends a run, for the report and as Markdown."""
-        write_json(self.root / EVALUATION, tables)
-        write_text(self.root / EVALUATION_TEXT, text)
+        write_json(self.root / layout.EVALUATION, tables)
+        write_text(self.root / layout.EVALUATION_TEXT, text)
 
     def arm_folder(self, arm: str) -> Path:
         return system_folder(self.root, arm)
 
     def arm_settings(self, arm: str) -> dict[str, Any] | None:
         """What `save_arm_settings` noted of an arm; None where it noted nothing."""
-        return read_json(self.arm_folder(arm) / ARM)
+        return read_json(self.arm_folder(arm) / layout.ARM)
 
     def save_arm_settings(self, arm: str, settings: Mapping[str, Any]) -> None:
-        write_json(self.arm_folder(arm) / ARM, settings)
+        write_json(self.arm_folder(arm) / layout.ARM, settings)
 
     def pairs_cap(self) -> dict[str, Any] | None:
         """The number of ``pairs`` of every arm and the ``cap`` that all are held to; None before they are counted."""
-        return read_json(self.root / PAIRS_CAP)
+        return read_json(self.root / layout.PAIRS_CAP)
 
     def save_pairs_cap(self, content: Mapping[str, Any]) -> None:
-        write_json(self.root / PAIRS_CAP, content)
+        write_json(self.root / layout.PAIRS_CAP, content)
 
     def open(
         self, recipe: Recipe, facts: Mapping[str, Any], *, force: bool = False, one_recipe: bool = False
@@ -133,7 +118,7 @@ class RunDirectory:
         lines = []
         manifest, problem = self._read_manifest()
         if problem is not None:
-            lines.append(f"{self.root / MANIFEST}: {problem}; it is made anew")
+            lines.append(f"{self.root / layout.MANIFEST}: {problem}; it is made anew")
         for name, fact in facts.items():
             if manifest and name in ("model", "data") and manifest.get(name) != fact:
                 lines.append(f"{name}: has changed since this run began; what was made from it is out of date")
@@ -156,7 +141,7 @@ class RunDirectory:
                 **facts,
             }
             if current != manifest:
-                write_json(self.root / MANIFEST, current)
+                write_json(self.root / layout.MANIFEST, current)
         return lines
 
     def _check_recipe(self, recipe: Recipe, force: bool, one_recipe: bool) -> None:
@@ -190,7 +175,7 @@ class RunDirectory:
 
     def holds_work(self) -> bool:
         """Whether a stage has left something."""
-        if any((self.root / name).exists() for name in (MANIFEST, CHECKPOINTS, DONE)):
+        if any((self.root / name).exists() for name in (layout.MANIFEST, layout.CHECKPOINTS, layout.DONE)):
             return True
         return bool(rounds(self.root)) or bool(arms(self.root))
 
@@ -217,7 +202,7 @@ class RunDirectory:
     def _read_manifest(self) -> tuple[dict[str, Any], str | None]:
         """The manifest, empty where there is none, and what is wrong with it."""
         try:
-            content = json.loads((self.root / MANIFEST).read_text(encoding="utf-8"))
+            content = json.loads((self.root / layout.MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}, None
         except (OSError, ValueError, RecursionError):
@@ -229,9 +214,9 @@ class RunDirectory:
         return (content, None) if whole else ({}, "is not what a run writes")
 
     def _set_manifest_aside(self) -> None:
-        place = free_name(self.root / SET_ASIDE / "damaged" / MANIFEST)
+        place = free_name(self.root / layout.SET_ASIDE / "damaged" / layout.MANIFEST)
         place.parent.mkdir(parents=True, exist_ok=True)
-        (self.root / MANIFEST).rename(place)
+        (self.root / layout.MANIFEST).rename(place)
 
     def manifest(self) -> dict[str, Any]:
         """The manifest; empty where there is none.
@@ -242,7 +227,9 @@ class RunDirectory:
         manifest, problem = self._read_manifest()
         if problem is not None:
             raise UserError(
-                problem, where=str(self.root / MANIFEST), remedy="the next stage of the run, `m3po run`, mends it"
+                problem,
+                where=str(self.root / layout.MANIFEST),
+                remedy="the next stage of the run, `m3po run`, mends it",
             )
         return manifest
 
@@ -261,7 +248,7 @@ class RunDirectory:
             return
         key = (stage, cell.round, cell.arm)
         stages[:] = [other for other in stages if (other["stage"], other["round"], other["arm"]) != key] + [entry]
-        write_json(self.root / MANIFEST, manifest)
+        write_json(self.root / layout.MANIFEST, manifest)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -272,7 +259,7 @@ class RunDirectory:
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            (self.root / LOCK).touch()
+            (self.root / layout.LOCK).touch()
         except OSError as error:
             number = full_disk_number(error)
             if number is not None:
@@ -287,7 +274,7 @@ class RunDirectory:
             return
         import fcntl
 
-        with (self.root / LOCK).open("a+") as file:
+        with (self.root / layout.LOCK).open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

@@ -20,7 +20,7 @@ CANDIDATES, SCORES, PAIRS, TRAINING_PAIRS, REWARD = "candidates", "scores", "pai
 CALIBRATION, SUMMARY, DROPS, PROMPTS = "calibration.json", "summary.json", "drops.jsonl", "prompts.parquet"
 CHECKPOINTS, CHECKSUMS, DONE, TRAINING = "checkpoints", "checksums.json", "done.json", "training.json"
 METRICS, WARNINGS, TIMING, ROLLOUTS = "metrics.jsonl", "warnings.jsonl", "timing.jsonl", "rollouts"
-TENSORBOARD, WANDB = "tensorboard", "wandb"
+TENSORBOARD, WANDB, ROLLOUT_FILES = "tensorboard", "wandb", "rollout-*.npz"
 BENCHMARKS, ITEMS, RESULTS = "evaluation", "items.jsonl", "results.json"
 REWARD_DESCRIPTION = "reward.json"
 ARMS, ARM, SAVED_ANSWERS = "arms", "arm.json", "saved-answers"
@@ -32,6 +32,10 @@ TRAINING_FILES = (
 )
 
 _ROUND = re.compile(r"round-(\d+)")
+
+
+def rollout_name(number: int) -> str:
+    return ROLLOUT_FILES.replace("*", f"{number:06d}")
 
 
 def round_name(number: int) -> str:
