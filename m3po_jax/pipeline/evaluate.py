@@ -22,7 +22,7 @@ from m3po_jax.hosts import Shares
 from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.generate import requests
 from m3po_jax.pipeline.models import read_rows
-from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
+from m3po_jax.pipeline.stopping import barrier, stoppable
 from m3po_jax.reading import check_values
 from m3po_jax.workspace.evaluation import Evaluation
 from m3po_jax.workspace.files import is_writer
@@ -107,16 +107,10 @@ def check_scoring(benchmark: Benchmark) -> None:
 
 
 def results_key(benchmark: Benchmark, config: EvaluateConfig, inputs: str) -> str:
-    """What a benchmark's results depend on; a finished one is kept while it is the same."""
+    """A hash of what a benchmark's results depend on."""
     settings = {name: value for name, value in vars(benchmark.config).items() if name != "data"}
     rules = benchmark.metric.rules[benchmark.metric.rule(benchmark.config)]
     return tables.content_hash(inputs, benchmark.fingerprint, settings, rules, config.max_new_tokens)
-
-
-def is_finished(benchmark: Benchmark, config: EvaluateConfig, out: Evaluation, inputs: str) -> bool:
-    """Whether `out` holds this benchmark's results of these weights and settings, on every process alike."""
-    known = out.results()
-    return agreed([known is not None and known.get("inputs") == results_key(benchmark, config, inputs)])[0]
 
 
 def evaluate(
@@ -130,15 +124,13 @@ def evaluate(
     seed: int,
     system: str,
 ) -> dict[str, Any]:
-    """Answers and scores one benchmark into `out`; a finished one is kept.
+    """Answers and scores one benchmark into `out`.
 
     Args:
         generator: With one greedy candidate, already holding the system's weights.
         inputs: A hash of the system's weights and decoding.
     """
     started = time.monotonic()
-    if is_finished(benchmark, config, out, inputs) and (kept := out.results()) is not None:
-        return kept
     key = results_key(benchmark, config, inputs)
     limit = benchmark.config.data.max_image_pixels
     processor = dataclasses.replace(processor, image_root=benchmark.image_root, max_image_pixels=limit)

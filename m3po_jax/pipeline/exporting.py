@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.model_card import model_card
 from m3po_jax.pipeline.models import policy_identity
 from m3po_jax.pipeline.train import Trained, load_finished
-from m3po_jax.recipes import find_recipe, load_recipe, read_document
+from m3po_jax.recipes import find_recipe, leaves, load_recipe, read_document
 from m3po_jax.sharding import make_mesh, use_mesh
 from m3po_jax.workspace.cell import Cell
 from m3po_jax.workspace.directory import RunDirectory
@@ -72,21 +72,12 @@ def saved_recipe(directory: RunDirectory) -> Recipe:
     return load_recipe(file)
 
 
-def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values; keys may be dotted themselves, as those of an arm are."""
-    for key, value in section.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _stated(config: str | None, overrides: Sequence[str], arm: str | None) -> set[str]:
     """The keys that a recipe file and the command line set themselves, those of `arm` as keys of the recipe."""
     keys = {override.partition("=")[0] for override in overrides}
     if config is not None:
         content = read_document(find_recipe(config))
-        keys |= {key for key, _ in _leaves({str(name): value for name, value in content.items()})}
+        keys |= leaves(content).keys()
     own = f"arms.{arm}."
     return keys | {key.removeprefix(own) for key in keys if arm is not None and key.startswith(own)}
 
@@ -105,7 +96,7 @@ def _about_weights(recipe: Recipe) -> dict[str, Any]:
         "model": dataclasses.asdict(recipe.model),
         "train": dataclasses.asdict(recipe.train),
     }
-    return {key: value for key, value in _leaves(sections) if key not in (*_CHOICES, *_NO_TRACE)}
+    return {key: value for key, value in leaves(sections).items() if key not in (*_CHOICES, *_NO_TRACE)}
 
 
 def run_recipe(

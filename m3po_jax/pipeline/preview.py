@@ -106,12 +106,12 @@ class Preview:
             **settings("score", recipe.score),
         }
         status = _shards(cell.scores, inputs)
-        candidates = self.run.candidates_owner(cell).candidates.read()
-        if status.state == DONE and (candidates is None or candidates.finished is None):
-            status = Status(OUT_OF_DATE, "its candidates are not finished")
-        elif status.state == DONE and candidates is not None:
-            scores = cell.scores.read()
-            if scores is None or len(scores.outputs) != len(candidates.outputs):
+        if status.state == DONE:
+            owner = self.run.candidates_owner(cell)
+            shards, scored = (folder.read() for folder in (owner.candidates, cell.scores))
+            if (drawn := self._generate(owner).status.state) != DONE:
+                status = Status(OUT_OF_DATE, f"its candidates are {drawn}")
+            elif shards is None or scored is None or len(scored.outputs) != len(shards.outputs):
                 status = Status(OUT_OF_DATE, "its candidates are others")
         return Planned(cell.name, "score", status)
 

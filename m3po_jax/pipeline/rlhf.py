@@ -39,11 +39,14 @@ def rollout_sampling(recipe: Recipe, seed: int) -> SamplingConfig:
 
 
 def rollout_costs(training: TrainingArtifact) -> dict[str, int]:
-    """Answers that the reward model was asked about, and their tokens, of a finished training's metrics.
+    """Answers that the reward model was asked about, and their tokens, by its metrics; empty without rollouts.
 
     Rollouts without a line of their own (`train.log_steps`) count with the mean length of the others.
     """
-    lengths = {line["episode"]: line["completions/mean_length"] for line in training.metrics()}
+    lines = [line for line in training.metrics() if "episode" in line]
+    if not lines:
+        return {}
+    lengths = {line["episode"]: line["completions/mean_length"] for line in lines}
     answers = max(lengths)
     return {"judge_calls": int(answers), "generated_tokens": round(answers * sum(lengths.values()) / len(lengths))}
 

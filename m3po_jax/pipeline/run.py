@@ -343,8 +343,8 @@ class Run(Resources):
                 self.start_of(recipe) if cell.round == 1 else self.train_stage(cell.before, only_finished=True).model
             )
             trained = self._train(cell, start, inputs)
-            sampled = rollout_costs(cell.training) if recipe.train.objective == "rlhf" else {}
-            finish_training(cell.folder, inputs, trained.seconds, steps=trained.result.steps, **sampled)
+            costs = rollout_costs(cell.training)
+            finish_training(cell.folder, inputs, trained.seconds, steps=trained.result.steps, **costs)
             say(
                 f"round {cell.round}, {cell.arm or summary.main_name(recipe)}: trained {trained.result.steps} steps "
                 f"in {trained.seconds:.0f} s"

@@ -16,7 +16,7 @@ from m3po_jax import yaml_text
 from m3po_jax.config import Recipe
 from m3po_jax.data.tables import write_json
 from m3po_jax.errors import UserError, full_disk, full_disk_number
-from m3po_jax.recipes import essential, to_yaml
+from m3po_jax.recipes import essential, leaves, to_yaml
 from m3po_jax.version import __version__
 from m3po_jax.workspace import layout
 from m3po_jax.workspace.cell import Cell
@@ -291,8 +291,8 @@ def changed_keys(saved: Mapping[str, Any], recipe: Recipe) -> dict[str, tuple[An
 
     A key that the saved recipe lacks had its default; one that recipes no longer have is passed over.
     """
-    current, default = (_leaves(essential(dataclasses.asdict(one))) for one in (recipe, Recipe()))
-    before = _leaves(essential(saved))
+    current, default = (leaves(essential(dataclasses.asdict(one))) for one in (recipe, Recipe()))
+    before = leaves(essential(saved))
     changes = {}
     for key, value in current.items():
         old = before.get(key, default.get(key))
@@ -303,16 +303,6 @@ def changed_keys(saved: Mapping[str, Any], recipe: Recipe) -> dict[str, tuple[An
         if any(default.get(".".join(parts[:count])) == {} for count in range(1, len(parts))):
             changes[key] = (before[key], None)  # an entry of a mapping
     return changes
-
-
-def _leaves(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    keys: dict[str, Any] = {}
-    for name, value in section.items():
-        if isinstance(value, Mapping) and value:
-            keys |= _leaves(value, f"{prefix}{name}.")
-        else:
-            keys[f"{prefix}{name}"] = value
-    return keys
 
 
 def _yaml(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from m3po_jax.evaluation.bootstrap import image_sums
 from m3po_jax.evaluation.metric import image_of
 from m3po_jax.pipeline import summary
 from m3po_jax.pipeline.evaluate import Benchmark
+from m3po_jax.pipeline.rlhf import rollout_costs
 from m3po_jax.pipeline.run import Run
 from m3po_jax.workspace.cell import Cell
 
@@ -65,29 +66,22 @@ def compute(run: Run, arm: str) -> dict[str, float]:
     makers = {run.candidates_owner(cells[0]).arm, arm} if reads else set()
     judges = {run.scores_owner(cells[0]).arm, arm} if reads else set()
     generates, scores = _stages(run, "generate", makers, rounds), _stages(run, "score", judges, rounds)
-    rollouts = [_rollouts(cell) for cell in cells]
+    rollouts = [rollout_costs(cell.training) for cell in cells]
     return {
-        "pairs": sum(int(cell.selection.summary().get("pairs", 0)) for cell in cells),
-        "generated_tokens": sum(entry.get("tokens", 0) for entry in generates)
-        + sum(tokens for tokens, _ in rollouts),
-        "judge_calls": sum(entry.get("rows", 0) for entry in scores) + sum(episodes for _, episodes in rollouts),
+        "pairs": _total((cell.selection.summary() for cell in cells), "pairs"),
+        "generated_tokens": _total(generates, "tokens") + _total(rollouts, "generated_tokens"),
+        "judge_calls": _total(scores, "rows") + _total(rollouts, "judge_calls"),
         "trained_tokens": sum(_trained_tokens(cell) for cell in cells),
-        "optimizer_steps": sum(entry.get("steps", 0) for entry in trains),
+        "optimizer_steps": _total(trains, "steps"),
         "batch_size": recipe.train.batch_size,
-        "train_seconds": sum(entry["seconds"] for entry in trains),
-        "generate_seconds": sum(entry["seconds"] for entry in generates),
-        "score_seconds": sum(entry["seconds"] for entry in scores),
+        "train_seconds": _total(trains, "seconds"),
+        "generate_seconds": _total(generates, "seconds"),
+        "score_seconds": _total(scores, "seconds"),
     }
 
 
-def _rollouts(cell: Cell) -> tuple[float, float]:
-    """(tokens, answers) that a policy-gradient arm drew in a round, from its log, which has TRL's names for them."""
-    tokens = answers = 0.0
-    for row in cell.training.metrics():
-        if "episode" in row:
-            tokens += (row["episode"] - answers) * row["completions/mean_length"]
-            answers = row["episode"]
-    return tokens, answers
+def _total(entries: Iterable[Mapping[str, Any]], key: str) -> float:
+    return sum(entry.get(key, 0) for entry in entries)
 
 
 def _trained_tokens(cell: Cell) -> float:
