@@ -20,11 +20,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from m3po_jax.generation.attention import KV, merge, normalize, own_attention, part, prefix_attention
 from m3po_jax.generation.fused import FusedLayer, adapted, product
+from m3po_jax.hosts.sharding import constrain
 from m3po_jax.models.forward import prefix_positions
 from m3po_jax.models.kernels.choice import self_attention
 from m3po_jax.models.layers import ACTIVATIONS
 from m3po_jax.models.llama import LlamaConfig, apply_rotary, rotary_tables
-from m3po_jax.sharding import constrain
 
 QUERY_BLOCK = 256  # prefill attends this many queries at a time, to the keys up to them
 

@@ -25,8 +25,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from m3po_jax.generation import lanes as lane
 from m3po_jax.generation.attention import KV
+from m3po_jax.hosts.sharding import replicate, to_host
 from m3po_jax.models.llama import LlamaConfig
-from m3po_jax.sharding import replicate, to_host
 
 ROWS = ("data", "fsdp")
 

@@ -18,14 +18,14 @@ from m3po_jax.evaluation.metric import Metric, image_of
 from m3po_jax.evaluation.records import id_text
 from m3po_jax.evaluation.registry import METRICS, check, intervals, score
 from m3po_jax.generation.engine import Generator
-from m3po_jax.hosts import Shares
+from m3po_jax.hosts.agreement import barrier, is_writer
+from m3po_jax.hosts.rows import Shares
+from m3po_jax.hosts.signals import stoppable
 from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.generate import requests
 from m3po_jax.pipeline.models import read_rows
-from m3po_jax.pipeline.stopping import barrier, stoppable
 from m3po_jax.reading import check_values
 from m3po_jax.workspace.evaluation import Evaluation
-from m3po_jax.workspace.files import is_writer
 from m3po_jax.workspace.shards import now
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from m3po_jax.config import Recipe
 from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import UserError, nearest
+from m3po_jax.hosts.sharding import make_mesh, use_mesh
 from m3po_jax.models.export import export_adapter, export_model
 from m3po_jax.models.export.model import RECORD
 from m3po_jax.models.identity import tree_identity
@@ -25,7 +26,6 @@ from m3po_jax.pipeline.model_card import model_card
 from m3po_jax.pipeline.models import policy_identity
 from m3po_jax.pipeline.train import Trained, load_finished
 from m3po_jax.recipes import find_recipe, leaves, load_recipe, read_document
-from m3po_jax.sharding import make_mesh, use_mesh
 from m3po_jax.workspace.cell import Cell
 from m3po_jax.workspace.directory import RunDirectory
 from m3po_jax.workspace.files import read_json

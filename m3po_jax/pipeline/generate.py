@@ -27,11 +27,11 @@ from m3po_jax.errors import UserError
 from m3po_jax.generation.answers import finish, repeats
 from m3po_jax.generation.engine import Candidates, Generator, PromptBatch, Request
 from m3po_jax.generation.settings import SamplingConfig, sampling_record
-from m3po_jax.hosts import Hosts, Shares, first_failure, together
+from m3po_jax.hosts.agreement import agreed, barrier, first_failure, is_writer, together
+from m3po_jax.hosts.rows import Hosts, Shares
+from m3po_jax.hosts.signals import stoppable
 from m3po_jax.pipeline.caches import fill
 from m3po_jax.pipeline.console import progress, say
-from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
-from m3po_jax.workspace.files import is_writer
 from m3po_jax.workspace.records import settings
 from m3po_jax.workspace.shards import ShardFolder
 

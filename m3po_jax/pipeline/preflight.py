@@ -23,6 +23,7 @@ from m3po_jax.data.preference_files import read_preferences
 from m3po_jax.data.processing import Processor
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.generation.memory import GIB, CacheShape, cache_bytes
+from m3po_jax.hosts.sharding import make_mesh
 from m3po_jax.models import lora
 from m3po_jax.models.kernels.choice import check_attention
 from m3po_jax.models.quantized_base import quantize_base
@@ -34,7 +35,6 @@ from m3po_jax.pipeline.models import make_dual_processor, make_processor
 from m3po_jax.pipeline.systems import stop_tokens
 from m3po_jax.scoring.grading import grade_tokens
 from m3po_jax.scoring.judge import answer_tokens
-from m3po_jax.sharding import make_mesh
 from m3po_jax.training.step import trainable_filter
 from m3po_jax.workspace.directory import RunDirectory
 from m3po_jax.workspace.reward import RewardFolder

@@ -24,22 +24,21 @@ from m3po_jax.data.preference_files import FilePairs
 from m3po_jax.data.processing import Processor
 from m3po_jax.errors import UserError
 from m3po_jax.evaluation.bootstrap import bootstrap
-from m3po_jax.hosts import shared_out
+from m3po_jax.hosts.agreement import barrier, is_writer
+from m3po_jax.hosts.rows import shared_out
+from m3po_jax.hosts.sharding import use_mesh
 from m3po_jax.models.heads import attach_head
 from m3po_jax.models.identity import files_identity, tree_identity
 from m3po_jax.models.registry import describe
 from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy, model_identity
 from m3po_jax.pipeline.pair_files import with_identity
-from m3po_jax.pipeline.stopping import barrier
 from m3po_jax.pipeline.trainings import begin_training, finish_training
 from m3po_jax.recipes import from_plain
 from m3po_jax.scoring.reward import HeadScorer, Reward
 from m3po_jax.selection import RANDOM_RULES, check_config
-from m3po_jax.sharding import use_mesh
 from m3po_jax.training.loop import load_trained, train
 from m3po_jax.training.objectives import check_objective
 from m3po_jax.training.stage import without_free_settings
-from m3po_jax.workspace.files import is_writer
 from m3po_jax.workspace.records import settings
 from m3po_jax.workspace.reward import RewardFolder
 

@@ -21,11 +21,10 @@ from m3po_jax.data import pair_rows, tables
 from m3po_jax.data.feature_cache import PromptFeatures
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import PAIR
+from m3po_jax.hosts.agreement import barrier, from_writer, is_writer
 from m3po_jax.pipeline.caches import fill
 from m3po_jax.pipeline.generate import prompt_batches
-from m3po_jax.pipeline.stopping import barrier, from_writer
 from m3po_jax.scoring.engine import Scorer, pad_answers
-from m3po_jax.workspace.files import is_writer
 from m3po_jax.workspace.records import DONE, Artifact, Record
 from m3po_jax.workspace.shards import now
 

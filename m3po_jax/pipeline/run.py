@@ -16,6 +16,9 @@ from m3po_jax.data.pair_rows import PairRows, TableRows
 from m3po_jax.data.preference_files import FilePairs, image_folder
 from m3po_jax.errors import UserError
 from m3po_jax.generation.settings import sampling_config
+from m3po_jax.hosts.agreement import barrier, is_writer
+from m3po_jax.hosts.sharding import use_mesh
+from m3po_jax.hosts.signals import look
 from m3po_jax.pipeline import reward as rewarding
 from m3po_jax.pipeline import rounds, summary
 from m3po_jax.pipeline.arms import arm_recipe, makes_pairs, needs_pairs
@@ -29,7 +32,6 @@ from m3po_jax.pipeline.rlhf import rollout_costs, train_rlhf
 from m3po_jax.pipeline.score import NEED_BLANK_IMAGE, score
 from m3po_jax.pipeline.score_counts import told
 from m3po_jax.pipeline.select import select
-from m3po_jax.pipeline.stopping import barrier, look
 from m3po_jax.pipeline.systems import System, base_systems, greedy
 from m3po_jax.pipeline.train import (
     Trained,
@@ -48,10 +50,8 @@ from m3po_jax.pipeline.trainings import (
 from m3po_jax.recipes import essential
 from m3po_jax.scoring.alignment import Backend
 from m3po_jax.scoring.engine import Scorer
-from m3po_jax.sharding import use_mesh
 from m3po_jax.training.loop import load_trained
 from m3po_jax.workspace.cell import Cell
-from m3po_jax.workspace.files import is_writer
 from m3po_jax.workspace.records import settings
 
 

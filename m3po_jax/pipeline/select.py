@@ -13,12 +13,10 @@ from m3po_jax.data.images import read_encoded
 from m3po_jax.data.pair_rows import prompt_messages
 from m3po_jax.data.schema import Prompt, prompt_to_row
 from m3po_jax.errors import UserError
-from m3po_jax.hosts import together
+from m3po_jax.hosts.agreement import from_writer, is_writer, together
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.reward import Part
-from m3po_jax.pipeline.stopping import from_writer
 from m3po_jax.selection_rows import select_rows
-from m3po_jax.workspace.files import is_writer
 from m3po_jax.workspace.records import DONE, settings
 from m3po_jax.workspace.selection import Selection
 from m3po_jax.workspace.shards import ShardFolder

@@ -12,11 +12,11 @@ from m3po_jax.config import EvaluateConfig, Recipe
 from m3po_jax.evaluation.frontier import matched
 from m3po_jax.evaluation.markdown import table as aligned
 from m3po_jax.evaluation.metric import Frontier
+from m3po_jax.hosts.agreement import is_writer
 from m3po_jax.pipeline.arms import BASE
 from m3po_jax.pipeline.evaluate import Benchmark
 from m3po_jax.workspace.cell import Cell
 from m3po_jax.workspace.directory import RunDirectory
-from m3po_jax.workspace.files import is_writer
 
 # What the recipe's own system is called beside its arms, from its pairing rule.
 RULE_NAMES = {"m3p": "m3po", "mas_only": "mas_dpo", "vanilla": "dpo"}

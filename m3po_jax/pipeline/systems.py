@@ -14,13 +14,12 @@ from m3po_jax.data.processing import Processor
 from m3po_jax.errors import UserError
 from m3po_jax.generation.engine import Generator
 from m3po_jax.generation.settings import SamplingConfig
+from m3po_jax.hosts.agreement import barrier, from_writer, is_writer
 from m3po_jax.pipeline import summary
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.evaluate import Benchmark, evaluate
-from m3po_jax.pipeline.stopping import barrier, from_writer
 from m3po_jax.workspace.cell import Cell
 from m3po_jax.workspace.directory import RunDirectory
-from m3po_jax.workspace.files import is_writer
 from m3po_jax.workspace.records import DONE, Record, settings
 from m3po_jax.workspace.shards import now
 

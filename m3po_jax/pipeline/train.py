@@ -18,7 +18,8 @@ from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import fingerprint
 from m3po_jax.errors import UserError
-from m3po_jax.hosts import shared_out
+from m3po_jax.hosts.rows import shared_out
+from m3po_jax.hosts.sharding import use_mesh
 from m3po_jax.pipeline.caches import cached_reference, fill, vision_features
 from m3po_jax.pipeline.models import (
     Joined,
@@ -31,7 +32,6 @@ from m3po_jax.pipeline.models import (
 )
 from m3po_jax.pipeline.pair_files import any_recorded, with_identity
 from m3po_jax.pipeline.trainings import begin_training, finish_training, finished_record, require_current
-from m3po_jax.sharding import use_mesh
 from m3po_jax.training.loop import TrainResult, load_trained, train
 from m3po_jax.training.stage import without_free_settings
 from m3po_jax.workspace.records import settings

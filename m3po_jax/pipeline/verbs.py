@@ -15,6 +15,8 @@ import jax
 from m3po_jax.config import Recipe
 from m3po_jax.data.tables import write_json
 from m3po_jax.errors import UserError, nearest
+from m3po_jax.hosts.sharding import make_mesh, use_mesh
+from m3po_jax.hosts.startup import initialize_distributed
 from m3po_jax.pipeline import evaluate as evaluating
 from m3po_jax.pipeline import summary
 from m3po_jax.pipeline import train as training
@@ -24,7 +26,6 @@ from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.run import Run
 from m3po_jax.pipeline.select import select_file
 from m3po_jax.recipes import load_recipe, shipped, summary_of
-from m3po_jax.sharding import initialize_distributed, make_mesh, use_mesh
 from m3po_jax.workspace.cell import Cell
 from m3po_jax.workspace.directory import RunDirectory
 

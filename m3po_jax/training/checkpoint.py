@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
@@ -27,6 +26,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from m3po_jax.config import TrainConfig
 from m3po_jax.data.tables import write_json
 from m3po_jax.errors import UserError, full_disk_told
+from m3po_jax.hosts.agreement import agreed, barrier, is_writer
 from m3po_jax.reading import check_value
 from m3po_jax.training.step import Parameters, TrainState
 from m3po_jax.workspace.checksums import checksums
@@ -114,7 +114,7 @@ class Checkpointer:
 
     def _sum(self) -> None:
         """Writes `CHECKSUMS` into a checkpoint that is about to appear, before Orbax renames its folder."""
-        if jax.process_index() != 0 or "://" in os.fspath(self.directory):
+        if not is_writer() or "://" in os.fspath(self.directory):
             return
         for folder in Path(self.directory).glob(f"{self._saving}.*tmp*"):
             names = [name for name in _files(folder) if name not in UNSUMMED]
@@ -209,7 +209,7 @@ class Checkpointer:
         """Moves checkpoints out of the way, so that their steps can be saved again."""
         if not reasons:
             return
-        if jax.process_index() == 0:
+        if is_writer():
             for step, reason in reasons.items():
                 place = free_name(Path(self.directory).parent / SET_ASIDE / "damaged" / f"checkpoint-{step}")
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -220,10 +220,7 @@ class Checkpointer:
                     reason,
                     place,
                 )
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        barrier("damaged checkpoints are set aside")
         self._manager.reload()
 
 
@@ -249,14 +246,9 @@ def checkpoint_damage(directory: str | os.PathLike[str], step: int) -> str | Non
     One without `CHECKSUMS` (an earlier version's) cannot be told apart from what was written.
     """
     reason = None
-    if jax.process_index() == 0 and "://" not in os.fspath(directory):
+    if is_writer() and "://" not in os.fspath(directory):
         reason = _damage(Path(directory) / str(step))
-    if jax.process_count() == 1:
-        return reason
-    from jax.experimental import multihost_utils
-
-    damaged = bool(multihost_utils.broadcast_one_to_all(np.array(reason is not None)))
-    return (reason or "is not what was written") if damaged else None
+    return (reason or "is not what was written") if agreed([reason is not None])[0] else None
 
 
 def _damage(folder: Path) -> str | None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -20,14 +19,14 @@ from m3po_jax.config import TrainConfig
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.lengths import padding_share
 from m3po_jax.errors import Interrupted, UserError
-from m3po_jax.hosts import first_failure
-from m3po_jax.sharding import to_host
+from m3po_jax.hosts.agreement import barrier, first_failure, is_writer
+from m3po_jax.hosts.sharding import to_host
+from m3po_jax.hosts.signals import stop_signal
 from m3po_jax.training import guards as checks
 from m3po_jax.training.checkpoint import Checkpointer, Progress, best_step, restore_trainable
 from m3po_jax.training.journal import Journal
 from m3po_jax.training.progress import Advance, describe, progress_bar
 from m3po_jax.training.reference import check_sample
-from m3po_jax.training.signals import stop_signal
 from m3po_jax.training.stage import Stage, StepOutput, prepare, without_free_settings
 from m3po_jax.training.step import TrainState, place_frozen, place_trainable, split_model
 from m3po_jax.training.timing import StepTimer, batch_flops, batch_tokens
@@ -111,7 +110,7 @@ def train(
         **({} if made_from is None else {"made_from": dict(made_from)}),
     )
     output.mkdir(parents=True, exist_ok=True)
-    journal = Journal(output, config, enabled=jax.process_index() == 0)
+    journal = Journal(output, config, enabled=is_writer())
     with Checkpointer(
         artifact.checkpoints,
         keep=config.keep_checkpoints,
@@ -176,7 +175,7 @@ def _run_steps(
     Raises:
         UserError, Interrupted: as `train`.
     """
-    config, first = stage.config, jax.process_index() == 0
+    config, first = stage.config, is_writer()
     if stage.rollouts is not None:
         stage.rollouts.follow(lambda: stage.partition.merge(at.state.trainable, stage.frozen))
     with (
@@ -348,7 +347,7 @@ def _check_first_step(stage: Stage, at: _Position, journal: Journal) -> None:
 
 def _mark_done(stage: Stage, last: dict[str, float], *, seconds: float, steps: int) -> None:
     """Writes ``done.json``; no host goes on before it is there."""
-    if jax.process_index() == 0:
+    if is_writer():
         artifact = TrainingArtifact(stage.output)
         content = {
             "steps": stage.total,
@@ -359,10 +358,7 @@ def _mark_done(stage: Stage, last: dict[str, float], *, seconds: float, steps: i
         if stage.config.keep_best:
             content["best_step"] = best_step(artifact.checkpoints, stage.config.best_metric)
         artifact.mark(content)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("trained")  # the others look for the marker too
+    barrier("trained")  # the others look for the marker too
 
 
 def load_trained(model: nnx.Module, config: TrainConfig, *, output_dir: str | Path, mesh: Mesh) -> TrainResult:

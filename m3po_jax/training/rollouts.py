@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,6 +23,7 @@ from m3po_jax.data import collation, row_inputs, tables
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
 from m3po_jax.generation.engine import Generated, PromptBatch
+from m3po_jax.hosts.agreement import is_writer
 from m3po_jax.objectives import policy_gradient as pg
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.scoring.reward import HeadScorer
@@ -336,7 +336,7 @@ class RolloutIterator(Iterator[RolloutBatch]):
 
     def keep(self) -> None:
         """Writes a rollout whose steps are not all taken: the checkpoint that is made now will need it."""
-        if self.rollout is not None and self.step < self.source.rollout_steps and jax.process_index() == 0:
+        if self.rollout is not None and self.step < self.source.rollout_steps and is_writer():
             self._write(self.rollout)
 
     def set_state(self, state: dict[str, Any]) -> None:

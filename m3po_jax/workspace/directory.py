@@ -16,11 +16,12 @@ from m3po_jax import yaml_text
 from m3po_jax.config import Recipe
 from m3po_jax.data.tables import write_json
 from m3po_jax.errors import UserError, full_disk, full_disk_number
+from m3po_jax.hosts.agreement import is_writer
 from m3po_jax.recipes import essential, leaves, to_yaml
 from m3po_jax.version import __version__
 from m3po_jax.workspace import layout
 from m3po_jax.workspace.cell import Cell
-from m3po_jax.workspace.files import is_writer, read_json, write_text
+from m3po_jax.workspace.files import read_json, write_text
 from m3po_jax.workspace.layout import arms, rounds, system_folder
 from m3po_jax.workspace.records import Record, free_name
 from m3po_jax.workspace.shards import now

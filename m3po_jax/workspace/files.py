@@ -7,15 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from m3po_jax.data.tables import atomic_write
 from m3po_jax.errors import UserError
-
-
-def is_writer() -> bool:
-    """Whether this process writes what all processes know."""
-    return jax.process_index() == 0
 
 
 def write_text(path: Path, text: str) -> None:

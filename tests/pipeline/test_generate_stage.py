@@ -17,6 +17,7 @@ from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.errors import UserError
 from m3po_jax.generation.engine import Generator
 from m3po_jax.generation.settings import sampling_config, sampling_record
+from m3po_jax.hosts.sharding import make_mesh
 from m3po_jax.models.registry import load_model, resolve_directory
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.generate import Tally, candidate_pools, generate
@@ -25,7 +26,6 @@ from m3po_jax.quickstart.builder import encode_png
 from m3po_jax.quickstart.language import CAPTION_INSTRUCTION
 from m3po_jax.quickstart.scenes import scene
 from m3po_jax.recipes import load_recipe
-from m3po_jax.sharding import make_mesh
 from m3po_jax.workspace.shards import ShardFolder
 
 # A greedy candidate and three that often repeat it: every pool has duplicates.

@@ -17,12 +17,12 @@ from m3po_jax.cli import main
 from m3po_jax.config import MeshConfig, ScoreConfig
 from m3po_jax.data import tables
 from m3po_jax.errors import UserError
+from m3po_jax.hosts.sharding import make_mesh
 from m3po_jax.pipeline.arms import arm_recipe
 from m3po_jax.pipeline.backends import judge_identities
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.reward import held_out, is_reward_prompt, load_reward, uses_own_reward
 from m3po_jax.recipes import load_recipe
-from m3po_jax.sharding import make_mesh
 
 ARMS = {
     "rm_dpo": {},

@@ -12,15 +12,14 @@ from typing import Any
 
 from m3po_jax.config import Recipe
 from m3po_jax.errors import UserError
+from m3po_jax.hosts.agreement import agreed, barrier, is_writer
 from m3po_jax.pipeline.arms import needs_pairs
 from m3po_jax.pipeline.compare import plan
 from m3po_jax.pipeline.compare.tables import write_results
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.run import Run
-from m3po_jax.pipeline.stopping import agreed, barrier
 from m3po_jax.workspace.cell import Cell
 from m3po_jax.workspace.comparison import ComparisonDirectory
-from m3po_jax.workspace.files import is_writer
 
 
 class SeedRun(Run):

@@ -12,6 +12,7 @@ from m3po_jax.evaluation.bootstrap import resampled
 from m3po_jax.evaluation.frontier import matched
 from m3po_jax.evaluation.metric import Frontier, Metric
 from m3po_jax.evaluation.registry import METRICS
+from m3po_jax.hosts.agreement import is_writer
 from m3po_jax.pipeline import summary
 from m3po_jax.pipeline.compare import collect, plan, statistics
 from m3po_jax.pipeline.compare.markdown import markdown
@@ -19,7 +20,6 @@ from m3po_jax.pipeline.compare.verdict import verdict
 from m3po_jax.pipeline.run import Run
 from m3po_jax.workspace.cell import Cell
 from m3po_jax.workspace.comparison import ComparisonDirectory
-from m3po_jax.workspace.files import is_writer
 
 
 def write_results(recipe: Recipe, directory: ComparisonDirectory, runs: Mapping[int, Run]) -> dict[str, Any]:
