@@ -44,7 +44,7 @@ def breakdown(ours: Ours) -> dict[str, Any]:
     """Milliseconds of a step by part, and the number of operations."""
     import jax
 
-    from m3po_jax.sharding import use_mesh
+    from m3po_jax.hosts.sharding import use_mesh
 
     s = ours.shapes
     generator = ours.generator(candidates=s.candidates, new_tokens=s.new_tokens)

@@ -55,7 +55,7 @@ class Ours:
 
         from m3po_jax.config import MeshConfig
         from m3po_jax.generation.engine import PromptBatch
-        from m3po_jax.sharding import make_mesh
+        from m3po_jax.hosts.sharding import make_mesh
 
         self.model, self.shapes = load_ours(directory), shapes
         self.mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
@@ -143,7 +143,7 @@ def compile_figures(
     """Seconds to trace and compile a jitted program, and what can be read from it."""
     import counting
 
-    from m3po_jax.sharding import use_mesh
+    from m3po_jax.hosts.sharding import use_mesh
 
     started = time.perf_counter()
     with use_mesh(mesh):

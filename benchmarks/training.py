@@ -183,9 +183,9 @@ class Ours:
         from m3po_jax.data.collation import TreeRow, collate_tree
         from m3po_jax.data.lengths import rounded
         from m3po_jax.generation.engine import PromptBatch
+        from m3po_jax.hosts.sharding import make_mesh
         from m3po_jax.models.export import load_adapter
         from m3po_jax.scoring.engine import Scorer
-        from m3po_jax.sharding import make_mesh
         from m3po_jax.training.step import make_step, place_frozen, split_model
 
         self.shapes = shapes
@@ -231,7 +231,7 @@ class Ours:
 
     def step(self) -> float:
         """One optimizer step, the batch's way to the device included; returns the loss before the update."""
-        from m3po_jax.sharding import shard_batch, to_host
+        from m3po_jax.hosts.sharding import shard_batch, to_host
 
         batch = shard_batch(self.batch, self.mesh)
         self.state, metrics, _ = self.step_fn(self.state, self.frozen, self.base, batch)
@@ -241,7 +241,7 @@ class Ours:
         """Seconds to trace and compile the step, and what can be read from the program."""
         import counting
 
-        from m3po_jax.sharding import shard_batch, use_mesh
+        from m3po_jax.hosts.sharding import shard_batch, use_mesh
 
         s = self.shapes
         started = time.perf_counter()

@@ -29,6 +29,7 @@ from m3po_jax.data.schema import PAIR, Prompt
 from m3po_jax.data.sources import PromptSource
 from m3po_jax.errors import UserError
 from m3po_jax.generation.settings import sampling_config
+from m3po_jax.hosts.sharding import make_mesh, use_mesh
 from m3po_jax.models.export import export_adapter, export_model
 from m3po_jax.pipeline.arms import needs_pairs
 from m3po_jax.pipeline.backends import make_backend
@@ -47,8 +48,9 @@ from m3po_jax.recipes import override
 from m3po_jax.scoring.alignment import Backend, Scores
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.selection_rows import select_rows
-from m3po_jax.sharding import make_mesh, use_mesh
 from m3po_jax.training.loop import TrainResult
+from m3po_jax.workspace.cell import Cell
+from m3po_jax.workspace.evaluation import Evaluation
 
 Rows = Sequence[Mapping[str, Any]]
 Judge = Callable[[Sequence[Prompt], Sequence[Sequence[str]]], Scores]
@@ -378,7 +380,7 @@ def evaluate(
             generator,
             model.policy.processor,
             config,
-            out,
+            Evaluation(out),
             inputs=model.policy.identity,
             seed=seed,
             system="model",
@@ -410,9 +412,7 @@ def export(
     adapter, base = format == "peft", model.policy.loaded
     steps = model.training.steps if model.training is not None else 0
     texts = {
-        "README.md": model_card(
-            model.recipe, base.family, round=1, arm=None, steps=steps, dtypes=dtype, adapter=adapter
-        )
+        "README.md": model_card(model.recipe, base.family, Cell(out, 1), steps=steps, dtypes=dtype, adapter=adapter)
     }
     if adapter:
         path, lora = model.recipe.model.path, model.recipe.train.lora

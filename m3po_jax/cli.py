@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
-from m3po_jax import supervisor
 from m3po_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError
+from m3po_jax.hosts import supervisor
 from m3po_jax.version import __version__
 
 # Verbs that look for a signal at every step of theirs and save before they stop; any other ends at once.
@@ -184,8 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if several and (status := supervisor.stay_behind()) is not None:
         return status
     try:
+        from m3po_jax.hosts.signals import noted
         from m3po_jax.pipeline import verbs
-        from m3po_jax.training.signals import noted
 
         verb: Callable[[argparse.Namespace], None] = getattr(verbs, options.verb)
         with noted() if options.verb in RESUMABLE else nullcontext():

@@ -37,7 +37,7 @@ File = Annotated[str, LocalPath()]  # or folder, of this machine
 Variant = Annotated[str, OneOf("scoring.confidence:VARIANTS")]
 Rule = Annotated[str, OneOf("selection:RULES")]
 LossName = Annotated[str, OneOf("objectives.preference:LOSSES")]
-Tracker = Annotated[str, OneOf("training.metrics_log:TRACKERS")]
+Tracker = Annotated[str, OneOf("training.trackers:TRACKERS")]
 Cache = Annotated[str, Words("off", "auto"), LocalPath()]
 
 

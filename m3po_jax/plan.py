@@ -32,14 +32,14 @@ from m3po_jax.generation.fused import FusedLayer
 from m3po_jax.generation.memory import GIB
 from m3po_jax.generation.programs import fuse_layers
 from m3po_jax.generation.settings import sampling_config
+from m3po_jax.hosts.sharding import describe as describe_on
+from m3po_jax.hosts.sharding import make_mesh, shard_batch, state_shardings, use_mesh
 from m3po_jax.models import lora
 from m3po_jax.models.decoder import Decoder
 from m3po_jax.models.kernels.choice import with_attention
 from m3po_jax.models.quantized_base import quantize_base
 from m3po_jax.models.registry import Description, describe
 from m3po_jax.scoring.engine import Scorer
-from m3po_jax.sharding import describe as describe_on
-from m3po_jax.sharding import make_mesh, shard_batch, state_shardings, use_mesh
 from m3po_jax.training.flops import peak_flops, step_cost
 from m3po_jax.training.stage import without_free_settings
 from m3po_jax.training.step import make_step, split_model

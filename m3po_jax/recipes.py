@@ -169,6 +169,17 @@ def _essential(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def leaves(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one of dotted keys; keys may be dotted themselves, as those of an arm are."""
+    keys: dict[str, Any] = {}
+    for name, value in section.items():
+        if isinstance(value, Mapping) and value:
+            keys |= leaves(value, f"{prefix}{name}.")
+        else:
+            keys[f"{prefix}{name}"] = value
+    return keys
+
+
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML, as `config.yaml` of a run directory stores it."""
     return yaml_text.write(dataclasses.asdict(recipe))

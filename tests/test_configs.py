@@ -13,6 +13,7 @@ from m3po_jax.config import LoRAConfig, Recipe
 from m3po_jax.data.images import IMAGE_FITS
 from m3po_jax.data.templates import get_template
 from m3po_jax.generation.engine import SamplingConfig
+from m3po_jax.hosts.sharding import spec_for
 from m3po_jax.models import lora
 from m3po_jax.models.layers import LoRAParam
 from m3po_jax.models.llava.config import llava_config
@@ -22,7 +23,6 @@ from m3po_jax.pipeline.mock import shrink
 from m3po_jax.recipes import load_recipe, override
 from m3po_jax.scoring.confidence import VARIANTS
 from m3po_jax.selection import check_config
-from m3po_jax.sharding import spec_for
 from m3po_jax.training.objectives import check_objective
 from m3po_jax.training.optimizer import learning_rate_schedule
 

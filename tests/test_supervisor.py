@@ -10,11 +10,11 @@ import time
 import pytest
 
 from m3po_jax.errors import EXIT_INTERRUPTED
-from m3po_jax.supervisor import is_lost_host
+from m3po_jax.hosts.supervisor import is_lost_host
 
 STAY = """
 import os, signal, sys, time
-from m3po_jax.supervisor import stay_behind
+from m3po_jax.hosts.supervisor import stay_behind
 
 status = stay_behind()
 if status is not None:

@@ -18,7 +18,8 @@ import numpy as np
 from m3po_jax.config import TrainConfig
 from m3po_jax.data.lengths import Order, Shape
 from m3po_jax.errors import UserError
-from m3po_jax.hosts import OwnRows, load_shared
+from m3po_jax.hosts.agreement import load_shared
+from m3po_jax.hosts.rows import OwnRows
 from m3po_jax.reading import check_value
 
 Batch = TypeVar("Batch")

@@ -25,7 +25,7 @@ from m3po_jax.data.row_inputs import PromptProcessor, checked_answer, prompt_ids
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import UserError
-from m3po_jax.hosts import OwnRows
+from m3po_jax.hosts.rows import OwnRows
 from m3po_jax.reading import check_value
 
 

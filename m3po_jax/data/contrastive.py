@@ -13,7 +13,7 @@ from m3po_jax.data.lengths import Order
 from m3po_jax.data.row_inputs import PixelProcessor, seen_images, where_of
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
-from m3po_jax.hosts import OwnRows
+from m3po_jax.hosts.rows import OwnRows
 
 
 class ContrastiveBatch(NamedTuple):

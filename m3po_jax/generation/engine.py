@@ -35,9 +35,9 @@ from m3po_jax.generation.prompts import (
 from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.generation.state import Sizes
 from m3po_jax.generation.stream import Program, Stream
+from m3po_jax.hosts.sharding import replicate, use_mesh
 from m3po_jax.models.decoder import Decoder
 from m3po_jax.models.forward import VisionLanguageModel
-from m3po_jax.sharding import replicate, use_mesh
 
 __all__ = [
     "Candidates", "Generated", "Generator", "PromptBatch", "Request", "SamplingConfig", "bucket", "pad_rows",

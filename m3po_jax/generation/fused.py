@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from m3po_jax.hosts.sharding import constrain
 from m3po_jax.models.decoder import Decoder
 from m3po_jax.models.decoder_layer import Pick
 from m3po_jax.models.layers import Linear, matmul_precision
 from m3po_jax.models.quantization import Codes, Weight
 from m3po_jax.models.quantization import product as quantized_product
-from m3po_jax.sharding import constrain
 
 FEW_ROWS = 64  # up to which a product on CPUs has the weight on its left
 Adapter = tuple[jax.Array, jax.Array]

@@ -25,10 +25,10 @@ from m3po_jax.generation.decoder import decode_step, pin_stationary, prefill
 from m3po_jax.generation.fused import FusedLayer, fuse
 from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.generation.state import Board, Cache, Lanes, Layout, Prompts, Report, Sizes
+from m3po_jax.hosts.sharding import constrain
 from m3po_jax.models.attention_parts import KV
 from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.models.forward import encode_images
-from m3po_jax.sharding import constrain
 
 
 class Weights(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from m3po_jax.hosts import Hosts
+from m3po_jax.hosts.rows import Hosts
 
 
 @dataclass

@@ -24,9 +24,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from m3po_jax.generation import lanes as lane
+from m3po_jax.hosts.sharding import replicate, to_host
 from m3po_jax.models.attention_parts import KV
 from m3po_jax.models.decoder_config import DecoderConfig
-from m3po_jax.sharding import replicate, to_host
 
 ROWS = ("data", "fsdp")
 

@@ -22,8 +22,8 @@ from m3po_jax.generation.prompts import Candidates, Request, prompt_bucket
 from m3po_jax.generation.sampling import candidate_keys
 from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.generation.state import Board, Cache, Lanes, Layout, Prompts, Report, Sizes
-from m3po_jax.hosts import shard_hosts
-from m3po_jax.sharding import replicate, shard_batch, to_host, use_mesh
+from m3po_jax.hosts.rows import shard_hosts
+from m3po_jax.hosts.sharding import replicate, shard_batch, to_host, use_mesh
 
 
 class Engine(Protocol):

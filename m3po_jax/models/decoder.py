@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from m3po_jax.hosts.sharding import constrain
 from m3po_jax.models.attention import DecoderLayout, LastLayout
 from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.models.decoder_layer import Pick, Rotary, decoder_layer, rotary_of_kinds
@@ -29,7 +30,6 @@ from m3po_jax.models.layers import (
     scan_layers,
     stack_layers,
 )
-from m3po_jax.sharding import constrain
 
 MAX_LOGITS = 2**26  # that may exist at once on a device when log-probabilities are computed: 256 MiB
 

@@ -9,9 +9,9 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from m3po_jax.hosts.sharding import constrain
 from m3po_jax.models.attention import Layout
 from m3po_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, scan_layers, stack_layers
-from m3po_jax.sharding import constrain
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Building blocks that every model family shares.
 
-Parameters carry their logical axes as metadata (``nnx.Param(..., axes=("embed", "heads"))``); `sharding.py` maps
+Parameters carry their logical axes as metadata (``nnx.Param(..., axes=("embed", "heads"))``); `hosts.sharding` maps
 them to the mesh. Shape suffixes: B batch, S sequence, D model width, F MLP width, H heads, K head width.
 """
 

@@ -12,11 +12,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from m3po_jax.hosts.sharding import Axes, sharding_for
 from m3po_jax.models.layers import Linear
 from m3po_jax.models.quantization import BLOCK, Codes, Quantized, applies, quantize
 from m3po_jax.models.safetensors_io import StoredTensor
 from m3po_jax.models.tensor_map import Parameter
-from m3po_jax.sharding import Axes, sharding_for
 
 LAYERS = "layers"
 

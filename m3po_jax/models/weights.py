@@ -13,11 +13,11 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from m3po_jax.errors import UserError
+from m3po_jax.hosts.sharding import sharding_for, state_shardings
 from m3po_jax.models.quantization import Quantized, kind_of
 from m3po_jax.models.quantized_base import load_quantized
 from m3po_jax.models.safetensors_io import StoredTensor
 from m3po_jax.models.tensor_map import Parameter, TensorMap, check_tensors, parameters
-from m3po_jax.sharding import sharding_for, state_shardings
 
 _write_layer = jax.jit(lambda buffer, x, i: jax.lax.dynamic_update_index_in_dim(buffer, x, i, 0), donate_argnums=0)
 

@@ -15,12 +15,13 @@ from jax.sharding import Mesh
 from m3po_jax.config import DataConfig, ModelConfig, Recipe, ScoreConfig
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError, nearest
+from m3po_jax.hosts.agreement import from_writer, is_writer
+from m3po_jax.hosts.signals import stop_signal
 from m3po_jax.models.dual_encoder import DualEncoder
 from m3po_jax.models.registry import Description, Loaded, describe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.models import Policy, load_dual_encoder, load_policy, model_identity
 from m3po_jax.pipeline.reward import load_reward, trained_identity
-from m3po_jax.pipeline.stopping import from_writer
 from m3po_jax.reading import check_values
 from m3po_jax.scoring.alignment import Backend, Judged, Reference, Scores, Similarity
 from m3po_jax.scoring.blind_spots import shared_blind_spots
@@ -31,7 +32,6 @@ from m3po_jax.scoring.ensemble import Ensemble
 from m3po_jax.scoring.grading import Judge
 from m3po_jax.scoring.judge import Claims
 from m3po_jax.scoring.reward import Reward
-from m3po_jax.training.signals import stop_signal
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def judge_identity(backend: str, path: str) -> str:
 
 def check_ready(score: ScoreConfig) -> None:
     """UserError where a server's key is not in the environment: said before anything is generated for it to judge."""
-    if jax.process_index() == 0 and "endpoint" in (score.backend, *(m.partition("=")[0] for m in score.members)):
+    if is_writer() and "endpoint" in (score.backend, *(m.partition("=")[0] for m in score.members)):
         read_key(score.endpoint)
 
 

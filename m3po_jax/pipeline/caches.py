@@ -21,11 +21,11 @@ from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.tables import content_hash
 from m3po_jax.generation.prompts import bucket
-from m3po_jax.hosts import load_shared, own_rows
+from m3po_jax.hosts.agreement import barrier, gathered, load_shared
+from m3po_jax.hosts.rows import own_rows
+from m3po_jax.hosts.sharding import shard_batch, to_host, use_mesh
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.models import Policy
-from m3po_jax.pipeline.stopping import barrier
-from m3po_jax.sharding import shard_batch, to_host, use_mesh
 from m3po_jax.training.losses import tower_learns
 from m3po_jax.training.reference import ReferenceCache, with_cached_reference
 
@@ -131,8 +131,6 @@ def fill(features: PromptFeatures, prompts: Sequence[Prompt]) -> int:
 
 def _missing_anywhere(prompts: Sequence[Prompt], features: PromptFeatures) -> list[tuple[int, int, str]]:
     """As `PromptFeatures.missing`: what any process misses; each hashes the images of its share of prompts."""
-    from jax.experimental import multihost_utils
-
     own = np.arange(len(prompts)) % jax.process_count() == jax.process_index()
 
     def hashed(number: int) -> list[str]:
@@ -141,20 +139,19 @@ def _missing_anywhere(prompts: Sequence[Prompt], features: PromptFeatures) -> li
     keys = load_shared(hashed, lambda _: [], own)
     rows = [(number, place, key) for number, of_prompt in enumerate(keys) for place, key in enumerate(of_prompt)]
     # Every process's rows, padded to the longest list: number, place and the bytes of the key.
-    size = int(np.max(multihost_utils.process_allgather(np.int32(len(rows)))))
+    size = int(np.max(gathered(np.int32(len(rows)))))
     if size == 0:
         return []
     heads, hashes = np.full((size, 2), -1, np.int32), np.zeros((size, 32), np.uint8)
     for row, (number, place, key) in enumerate(rows):
         heads[row], hashes[row] = (number, place), np.frombuffer(bytes.fromhex(key), np.uint8)
-    gathered = multihost_utils.process_allgather((heads, hashes))
-    told = zip(*(np.asarray(part).reshape(-1, part.shape[-1]) for part in gathered), strict=True)
+    told = zip(*(gathered(part).reshape(-1, part.shape[-1]) for part in (heads, hashes)), strict=True)
     known: dict[str, tuple[int, int]] = {}
     for first, second, key in sorted((*head.tolist(), digest.tobytes().hex()) for head, digest in told):
         if first >= 0:
             known.setdefault(key, (first, second))
     absent = np.array([key not in features.cache for key in known], bool)
-    absent = np.any(multihost_utils.process_allgather(absent), axis=0)
+    absent = np.any(gathered(absent), axis=0)
     return [(*place, key) for (key, place), flag in zip(known.items(), absent, strict=True) if flag]
 
 

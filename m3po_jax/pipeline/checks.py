@@ -6,6 +6,7 @@ from m3po_jax.config import Recipe, ScoreConfig
 from m3po_jax.errors import UserError
 from m3po_jax.evaluation.registry import check as check_benchmark
 from m3po_jax.generation.settings import sampling_config
+from m3po_jax.hosts.sharding import check_mesh
 from m3po_jax.pipeline.arms import VCD, arm_recipe, needs_pairs
 from m3po_jax.pipeline.models import check_trainable
 from m3po_jax.pipeline.pair_files import pairs_instead_of_prompts
@@ -16,7 +17,6 @@ from m3po_jax.scoring.alignment import check_aggregate, check_template
 from m3po_jax.scoring.chat import check_endpoint
 from m3po_jax.scoring.grading import check_rubric
 from m3po_jax.selection import check_config
-from m3po_jax.sharding import check_mesh
 from m3po_jax.training.guards import check_settings
 from m3po_jax.training.objectives import check_objective
 from m3po_jax.training.optimizer import make_optimizer

@@ -13,19 +13,19 @@ from m3po_jax.data import tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import PromptSource, fingerprint
-from m3po_jax.data.tables import write_json
 from m3po_jax.errors import UserError
 from m3po_jax.evaluation.metric import Metric, image_of
 from m3po_jax.evaluation.records import id_text
 from m3po_jax.evaluation.registry import METRICS, check, intervals, score
 from m3po_jax.generation.engine import Generator
-from m3po_jax.hosts import Shares
+from m3po_jax.hosts.agreement import barrier, is_writer
+from m3po_jax.hosts.rows import Shares
+from m3po_jax.hosts.signals import stoppable
 from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.generate import requests
 from m3po_jax.pipeline.models import read_rows
-from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
 from m3po_jax.reading import check_values
-from m3po_jax.workspace.files import is_writer, read_json
+from m3po_jax.workspace.evaluation import Evaluation
 from m3po_jax.workspace.shards import now
 
 
@@ -111,21 +111,15 @@ def check_scoring(benchmark: Benchmark) -> None:
         raise UserError(
             f"{benchmark.config.metric} cannot score its rows ({type(error).__name__}: {error})",
             where=f"evaluate.benchmarks.{benchmark.name}",
-            remedy="see evaluation.md for the fields that it reads",
+            remedy="docs/evaluation.md lists the fields that it reads",
         ) from error
 
 
 def results_key(benchmark: Benchmark, config: EvaluateConfig, inputs: str) -> str:
-    """What a benchmark's results depend on; a finished one is kept while it is the same."""
+    """A hash of what a benchmark's results depend on."""
     settings = {name: value for name, value in vars(benchmark.config).items() if name != "data"}
     rules = benchmark.metric.rules[benchmark.metric.rule(benchmark.config)]
     return tables.content_hash(inputs, benchmark.fingerprint, settings, rules, config.max_new_tokens)
-
-
-def is_finished(benchmark: Benchmark, config: EvaluateConfig, out: Path, inputs: str) -> bool:
-    """Whether `out` holds this benchmark's results of these weights and settings, on every process alike."""
-    known = read_json(out / "results.json")
-    return agreed([known is not None and known.get("inputs") == results_key(benchmark, config, inputs)])[0]
 
 
 def evaluate(
@@ -133,21 +127,19 @@ def evaluate(
     generator: Generator,
     processor: Processor,
     config: EvaluateConfig,
-    out: Path,
+    out: Evaluation,
     *,
     inputs: str,
     seed: int,
     system: str,
 ) -> dict[str, Any]:
-    """Answers and scores one benchmark into ``out/{items.jsonl,results.json}``; a finished one is kept.
+    """Answers and scores one benchmark into `out`.
 
     Args:
         generator: With one greedy candidate, already holding the system's weights.
         inputs: A hash of the system's weights and decoding.
     """
     started = time.monotonic()
-    if is_finished(benchmark, config, out, inputs):
-        return read_json(out / "results.json")
     key = results_key(benchmark, config, inputs)
     limit = benchmark.config.data.max_image_pixels
     processor = dataclasses.replace(processor, image_root=benchmark.image_root, max_image_pixels=limit)
@@ -176,7 +168,7 @@ def save_results(
     benchmark: Benchmark,
     texts: Sequence[Mapping[str, Any]],
     config: EvaluateConfig,
-    out: Path,
+    out: Evaluation,
     *,
     seed: int,
     header: Mapping[str, Any],
@@ -208,8 +200,7 @@ def save_results(
         ),
     }
     if is_writer():
-        tables.write_json_lines(out / "items.jsonl", items)
-        write_json(out / "results.json", results)
+        out.save(items, results)
     barrier("evaluated")
     return results
 
@@ -232,4 +223,4 @@ def score_file(
     inputs = results_key(benchmark, config, tables.file_hash(answers_file))
     out = folder / f"{answers_file.stem}-{inputs[:8]}"
     header = {"inputs": inputs, "system": str(answers_file), "cut": None}
-    return save_results(benchmark, texts, config, out, seed=seed, header=header, seconds=0.0), out
+    return save_results(benchmark, texts, config, Evaluation(out), seed=seed, header=header, seconds=0.0), out

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from m3po_jax.config import Recipe
 from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import UserError, nearest
+from m3po_jax.hosts.sharding import make_mesh, use_mesh
 from m3po_jax.models.export import export_adapter, export_model
 from m3po_jax.models.export.model import RECORD
 from m3po_jax.models.identity import tree_identity
@@ -24,11 +25,11 @@ from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.model_card import model_card
 from m3po_jax.pipeline.models import policy_identity
 from m3po_jax.pipeline.train import Trained, load_finished
-from m3po_jax.recipes import find_recipe, load_recipe, read_document
-from m3po_jax.sharding import make_mesh, use_mesh
+from m3po_jax.recipes import find_recipe, leaves, load_recipe, read_document
+from m3po_jax.workspace.cell import Cell
 from m3po_jax.workspace.directory import RunDirectory
 from m3po_jax.workspace.files import read_json
-from m3po_jax.workspace.layout import CHECKPOINTS, DONE
+from m3po_jax.workspace.training import TrainingArtifact
 
 FORMATS = ("huggingface", "peft")
 # Keys that say how a program runs, or which of the kept weights are handed on; an export may choose them itself.
@@ -41,16 +42,14 @@ class Wanted:
     """What is to be exported.
 
     Attributes:
-        round: The training round, and
-        arm: whose it is (None: the recipe's own system).
+        cell: Whose weights they are, and of which round.
         format: One of `FORMATS`.
         dtype: One of `EXPORT_DTYPES`.
-        output: The directory; None: named after arm, round and format, in the run directory.
+        output: The directory; None: `Cell.export`.
         overwrite: Replace an export that is another one.
     """
 
-    round: int
-    arm: str | None
+    cell: Cell
     format: str
     dtype: str
     output: Path | None
@@ -73,21 +72,12 @@ def saved_recipe(directory: RunDirectory) -> Recipe:
     return load_recipe(file)
 
 
-def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values; keys may be dotted themselves, as those of an arm are."""
-    for key, value in section.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _stated(config: str | None, overrides: Sequence[str], arm: str | None) -> set[str]:
     """The keys that a recipe file and the command line set themselves, those of `arm` as keys of the recipe."""
     keys = {override.partition("=")[0] for override in overrides}
     if config is not None:
         content = read_document(find_recipe(config))
-        keys |= {key for key, _ in _leaves({str(name): value for name, value in content.items()})}
+        keys |= leaves(content).keys()
     own = f"arms.{arm}."
     return keys | {key.removeprefix(own) for key in keys if arm is not None and key.startswith(own)}
 
@@ -106,7 +96,7 @@ def _about_weights(recipe: Recipe) -> dict[str, Any]:
         "model": dataclasses.asdict(recipe.model),
         "train": dataclasses.asdict(recipe.train),
     }
-    return {key: value for key, value in _leaves(sections) if key not in (*_CHOICES, *_NO_TRACE)}
+    return {key: value for key, value in leaves(sections).items() if key not in (*_CHOICES, *_NO_TRACE)}
 
 
 def run_recipe(
@@ -151,12 +141,6 @@ def run_recipe(
     return dataclasses.replace(trained, mesh=given.mesh, **changed)
 
 
-def default_output(directory: RunDirectory, wanted: Wanted) -> Path:
-    """``export-[ARM-]round-R-FORMAT`` in the run directory."""
-    arm = f"{wanted.arm}-" if wanted.arm is not None else ""
-    return directory.root / f"export-{arm}round-{wanted.round}-{wanted.format}"
-
-
 def _check_output(
     output: Path, record: Mapping[str, Any], base: Loaded, directory: RunDirectory, overwrite: bool
 ) -> None:
@@ -195,7 +179,7 @@ def export(given: Recipe, wanted: Wanted, *, config: str | None = None, override
             an output that is in the way.
     """
     directory = RunDirectory.of(given)
-    recipe = run_recipe(directory, given, wanted.arm, config=config, overrides=overrides)
+    recipe = run_recipe(directory, given, wanted.cell.arm, config=config, overrides=overrides)
     if recipe.train.objective == "reward":
         raise UserError(
             "a reward model is no language model to export",
@@ -208,35 +192,34 @@ def export(given: Recipe, wanted: Wanted, *, config: str | None = None, override
             where="--format peft",
             remedy="export with --format huggingface",
         )
-    folder = _training(directory, recipe, wanted)
-    if not (folder / DONE).is_file():
-        raise UserError("no finished training", where=str(folder), remedy="run `m3po train` first")
+    training = _training(directory, recipe, wanted.cell)
+    if not training.is_marked:
+        raise UserError("no finished training", where=str(training.folder), remedy="run `m3po train` first")
     mesh = make_mesh(recipe.mesh)
     with use_mesh(mesh):
-        trained = load_finished(recipe, folder, mesh)
+        trained = load_finished(recipe, training.folder, mesh)
         base: Loaded = trained.base
         identity = policy_identity(recipe, base)
         _check_base(directory, recipe, identity)
         record = {
             "format": wanted.format,
-            "arm": wanted.arm,
-            "round": wanted.round,
+            "arm": wanted.cell.arm,
+            "round": wanted.cell.round,
             "dtype": wanted.dtype,
             "base": identity,
-            "checkpoint": tree_identity(folder / CHECKPOINTS),
+            "checkpoint": tree_identity(training.checkpoints),
             "settings": content_hash(_about_weights(recipe), recipe.train.weights, recipe.train.best_metric)[:16],
         }
-        output = wanted.output or default_output(directory, wanted)
+        output = wanted.output or wanted.cell.export(wanted.format)
         _check_output(output, record, base, directory, wanted.overwrite)
         _write(trained, recipe, wanted, output, record)
     return output
 
 
-def _training(directory: RunDirectory, recipe: Recipe, wanted: Wanted) -> Path:
-    """Where the training lies: a round's folder, or the run's own where the verb alone trained on rows."""
-    folder = directory.round(wanted.round, wanted.arm)
-    of_rows = wanted.arm is None and wanted.round == 1 and not trains_in_rounds(recipe)
-    return directory.root if of_rows and not (folder / DONE).is_file() else folder
+def _training(directory: RunDirectory, recipe: Recipe, cell: Cell) -> TrainingArtifact:
+    """Where the training lies: in a round's folder, or the run's own where the verb alone trained on rows."""
+    of_rows = cell == directory.cell(1) and not trains_in_rounds(recipe)
+    return directory.training if of_rows and not cell.training.is_marked else cell.training
 
 
 def _check_base(directory: RunDirectory, recipe: Recipe, identity: str) -> None:
@@ -256,8 +239,7 @@ def _write(trained: Trained, recipe: Recipe, wanted: Wanted, output: Path, recor
     card = model_card(
         recipe,
         trained.base.family,
-        round=wanted.round,
-        arm=wanted.arm,
+        cell=wanted.cell,
         steps=trained.result.steps,
         dtypes=auto if wanted.dtype == "auto" else wanted.dtype,
         adapter=adapter,

@@ -27,11 +27,11 @@ from m3po_jax.errors import UserError
 from m3po_jax.generation.answers import finish, repeats
 from m3po_jax.generation.engine import Candidates, Generator, PromptBatch, Request
 from m3po_jax.generation.settings import SamplingConfig, sampling_record
-from m3po_jax.hosts import Hosts, Shares, first_failure, together
+from m3po_jax.hosts.agreement import agreed, barrier, first_failure, is_writer, together
+from m3po_jax.hosts.rows import Hosts, Shares
+from m3po_jax.hosts.signals import stoppable
 from m3po_jax.pipeline.caches import fill
 from m3po_jax.pipeline.console import progress, say
-from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
-from m3po_jax.workspace.files import is_writer
 from m3po_jax.workspace.records import settings
 from m3po_jax.workspace.shards import ShardFolder
 
@@ -291,7 +291,7 @@ def generate(
     generator: Generator,
     processor: Processor,
     config: GenerateConfig,
-    out: Path,
+    out: ShardFolder,
     *,
     inputs: str,
     made_from: Mapping[str, Any] | None = None,
@@ -316,11 +316,10 @@ def generate(
     started = time.monotonic()
     sampling = sampling_text(config, generator.sampling)
     shards = plan_shards(
-        out, len(prompts), config.shard_rows, tables.content_hash(inputs, sampling, config.num_candidates)
+        out.folder, len(prompts), config.shard_rows, tables.content_hash(inputs, sampling, config.num_candidates)
     )
-    folder = ShardFolder(out, "m3po generate")
     recorded = dict(made_from or {"inputs": inputs}) | settings("generate", config) | {"sampling": sampling}
-    done = begin_shards(folder, recorded, shards)
+    done = begin_shards(out, recorded, shards)
     todo = [shard for shard, exists in zip(shards, done, strict=True) if not exists]
     tally, slot_steps = Tally(), generator.slot_steps
     # Prompts run on across shards, so that the device idles at the end of the run only; a shard is written as soon
@@ -341,10 +340,10 @@ def generate(
                 del unwritten[shard.path]
                 if is_writer():
                     whole = [row for i in sorted(waiting) for row in waiting[i]]
-                    tables.write_table(shard.path, whole, CANDIDATE, record=folder.noting(shard.path.name))
+                    tables.write_table(shard.path, whole, CANDIDATE, record=out.noting(shard.path.name))
     slot_steps = generator.slot_steps - slot_steps
     barrier("generated")
-    counts = candidate_counts(out)
+    counts = candidate_counts(out.folder)
     details = {
         "seconds": time.monotonic() - started,
         "rows": counts["candidates"],
@@ -356,7 +355,7 @@ def generate(
         **counts,
     }
     if is_writer():
-        folder.finish({name: value for name, value in details.items() if value is not None})
+        out.finish({name: value for name, value in details.items() if value is not None})
     barrier("candidates are recorded")
     return details
 

@@ -10,6 +10,7 @@ import yaml
 from m3po_jax.config import Recipe
 from m3po_jax.models.registry import HUB_ID, Family
 from m3po_jax.version import __version__
+from m3po_jax.workspace.cell import Cell
 
 
 def _method(recipe: Recipe) -> tuple[str, list[str]]:
@@ -30,7 +31,7 @@ def _method(recipe: Recipe) -> tuple[str, list[str]]:
     return "supervised fine-tuning", ["sft"]
 
 
-def _facts(recipe: Recipe, round: int, arm: str | None, steps: int, dtypes: str) -> dict[str, Any]:
+def _facts(recipe: Recipe, cell: Cell, steps: int, dtypes: str) -> dict[str, Any]:
     train, model = recipe.train, recipe.model
     rank = train.lora.lora_rank
     adapter = {
@@ -41,8 +42,8 @@ def _facts(recipe: Recipe, round: int, arm: str | None, steps: int, dtypes: str)
     }
     return {
         "run": recipe.name,
-        **({"system": arm} if arm is not None else {}),
-        "round": round,
+        **({"system": cell.arm} if cell.arm is not None else {}),
+        "round": cell.round,
         **(adapter if rank else {"parameters": "full fine-tuning"}),
         **({"beta": f"{train.beta:g}"} if train.objective == "preference" else {}),
         "learning rate": f"{train.learning_rate:g}",
@@ -61,8 +62,7 @@ def model_card(
     recipe: Recipe,
     family: Family,
     *,
-    round: int,
-    arm: str | None,
+    cell: Cell,
     steps: int,
     dtypes: str,
     adapter: bool,
@@ -86,8 +86,8 @@ def model_card(
     }
     name = base if on_hub or not local else Path(base).expanduser().resolve().name
     kind = "A PEFT adapter of" if adapter else "A fine-tuned copy of"
-    title = recipe.name if arm is None else f"{recipe.name}, {arm}"
-    rows = [f"| {key} | {value} |" for key, value in _facts(recipe, round, arm, steps, dtypes).items()]
+    title = recipe.name if cell.arm is None else f"{recipe.name}, {cell.arm}"
+    rows = [f"| {key} | {value} |" for key, value in _facts(recipe, cell, steps, dtypes).items()]
     return "\n".join(
         [
             f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---",

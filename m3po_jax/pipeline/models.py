@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -81,6 +82,7 @@ def load_policy(recipe: Recipe, mesh: Mesh, *, image_root: str | Path = ".") -> 
 def policy_identity(recipe: Recipe, model: Loaded | Description) -> str:
     """A hash of a recipe's model: its files (the directory's own template among them), and how it is prompted."""
     config = recipe.model
+    is_rounded = jnp.dtype(config.param_dtype).itemsize < jnp.dtype(config.dtype).itemsize
     return content_hash(
         model_identity(model),
         config.init,
@@ -89,6 +91,7 @@ def policy_identity(recipe: Recipe, model: Loaded | Description) -> str:
         config.image_fit,
         config.dtype,
         *([config.quantization] if config.quantization != "none" else []),
+        *([config.param_dtype] if is_rounded else []),
     )[:16]
 
 

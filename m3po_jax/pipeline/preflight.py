@@ -23,6 +23,7 @@ from m3po_jax.data.preference_files import read_preferences
 from m3po_jax.data.processing import Processor
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.generation.memory import GIB, CacheShape, cache_bytes
+from m3po_jax.hosts.sharding import make_mesh
 from m3po_jax.models import lora
 from m3po_jax.models.kernels.choice import check_attention
 from m3po_jax.models.quantized_base import quantize_base
@@ -31,13 +32,12 @@ from m3po_jax.pipeline.arms import arm_recipe
 from m3po_jax.pipeline.backends import check_ready, describe_dual_encoder, describe_judge
 from m3po_jax.pipeline.checks import draws_candidates, judges
 from m3po_jax.pipeline.models import make_dual_processor, make_processor
-from m3po_jax.pipeline.reward import find_reward
 from m3po_jax.pipeline.systems import stop_tokens
 from m3po_jax.scoring.grading import grade_tokens
 from m3po_jax.scoring.judge import answer_tokens
-from m3po_jax.sharding import make_mesh
 from m3po_jax.training.step import trainable_filter
 from m3po_jax.workspace.directory import RunDirectory
+from m3po_jax.workspace.reward import RewardFolder
 
 TRACKER_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 AMBER_PACKAGES = {"nouns": "nltk", "similarity": "spacy"}
@@ -160,7 +160,7 @@ class Preflight:
             else:
                 grade_tokens(processor, judge.grades)
         elif judge.backend == "reward" and judge.model:
-            find_reward(judge.model)
+            RewardFolder.find(judge.model)
         elif judge.backend == "endpoint" and judge.endpoint.cache_dir:
             check_writable(Path(judge.endpoint.cache_dir), "score.endpoint.cache_dir")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from m3po_jax.config import Recipe
+from m3po_jax.config import Recipe, SelectConfig
 from m3po_jax.data import tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.generation.settings import sampling_config
@@ -24,7 +24,7 @@ from m3po_jax.pipeline.select import selection_inputs
 from m3po_jax.pipeline.systems import System, SystemEvaluator, base_systems, greedy
 from m3po_jax.pipeline.trainings import handed_on
 from m3po_jax.training.stage import without_free_settings
-from m3po_jax.workspace.layout import PAIRS, Cell
+from m3po_jax.workspace.cell import Cell
 from m3po_jax.workspace.records import (
     DONE,
     OUT_OF_DATE,
@@ -35,8 +35,6 @@ from m3po_jax.workspace.records import (
     Status,
     settings,
 )
-from m3po_jax.workspace.shards import ShardFolder
-from m3po_jax.workspace.training import TrainingArtifact
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Preview:
 
     def __init__(self, run: Run):
         self.run, self.recipe, self.directory = run, run.recipe, run.directory
-        self.weights: dict[tuple[int, str | None], str] = {}  # of trainings that are done
+        self.weights: dict[Cell, str] = {}  # of trainings that are done
         self.reward = PENDING
 
     def stages(self) -> Iterator[Planned]:
@@ -70,121 +68,103 @@ class Preview:
         Raises:
             UserError: what the run would stop at before its first stage.
         """
-        arms: list[str | None] = [None, *self.recipe.arms]
-        for round in range(1, self.recipe.rounds + 1):
-            yield self._generate(round, None)
-            yield self._score(round, None)
-            if round == 1 and any(rewarding.uses_own_reward(self.run.arm_recipe(arm)) for arm in arms):
-                yield self._reward()
-            for arm in arms:
-                if arm is None or round == 1:
-                    yield from self._arm(round, arm)
+        for number in range(1, self.recipe.rounds + 1):
+            shared, cells = self.directory.cell(number), self.run.trained_in(number)
+            yield self._generate(shared)
+            yield self._score(shared)
+            if number == 1 and any(rewarding.uses_own_reward(self.run.arm_recipe(cell.arm)) for cell in cells):
+                yield self._reward(shared)
+            for cell in cells:
+                yield from self._system(cell)
         if self.recipe.evaluate.benchmarks:
-            yield from self._evaluations(arms)
+            yield from self._evaluations()
 
-    def _weights(self, round: int, arm: str | None) -> str:
-        return self.run.base_identity if round == 0 else self.weights.get((round, arm), PENDING)
+    def _weights(self, cell: Cell) -> str:
+        return self.run.base_identity if cell.round == 0 else self.weights.get(cell, PENDING)
 
-    def _generate(self, round: int, arm: str | None) -> Planned:
-        recipe, cell = self.run.arm_recipe(arm), self.directory.cell(round, arm)
+    def _generate(self, cell: Cell) -> Planned:
+        recipe = self.run.arm_recipe(cell.arm)
+        seed = recipe.seed * 1000 + cell.round
         inputs = {
-            "model": self._weights(round - 1, arm),
+            "model": self._weights(cell.before),
             "data": self.run.data_identity,
             "seed": recipe.seed,
             **settings("generate", recipe.generate),
-            "sampling": sampling_text(recipe.generate, sampling_config(recipe.generate, recipe.seed * 1000 + round)),
+            "sampling": sampling_text(recipe.generate, sampling_config(recipe.generate, seed)),
         }
-        return Planned(cell.name, "generate", _shards(Artifact(cell.candidates), inputs))
+        return Planned(cell.name, "generate", _shards(cell.candidates, inputs))
 
-    def _score(self, round: int, arm: str | None) -> Planned:
-        recipe, cell = self.run.arm_recipe(arm), self.directory.cell(round, arm)
+    def _score(self, cell: Cell) -> Planned:
+        recipe = self.run.arm_recipe(cell.arm)
         judges = judge_identities(recipe.score)
         if rewarding.judges_by_own_reward(recipe):
             judges.append(self.reward)
         inputs = {
             "judge": judges or [self.run.base_identity],
-            "model": self._weights(round - 1, arm),
+            "model": self._weights(cell.before),
             "data": self.run.data_identity,
             **settings("score", recipe.score),
         }
-        status = _shards(Artifact(cell.scores), inputs)
-        owner = self.directory.cell(round, self.run.candidates_owner(round, arm))
-        candidates = ShardFolder(owner.candidates, "m3po generate").read()
-        if status.state == DONE and (candidates is None or candidates.finished is None):
-            status = Status(OUT_OF_DATE, "its candidates are not finished")
-        elif status.state == DONE and candidates is not None:
-            scores = Artifact(cell.scores).read()
-            if scores is None or len(scores.outputs) != len(candidates.outputs):
+        status = _shards(cell.scores, inputs)
+        if status.state == DONE:
+            owner = self.run.candidates_owner(cell)
+            shards, scored = (folder.read() for folder in (owner.candidates, cell.scores))
+            if (drawn := self._generate(owner).status.state) != DONE:
+                status = Status(OUT_OF_DATE, f"its candidates are {drawn}")
+            elif shards is None or scored is None or len(scored.outputs) != len(shards.outputs):
                 status = Status(OUT_OF_DATE, "its candidates are others")
         return Planned(cell.name, "score", status)
 
-    def _contents(self, candidates: Cell, scores: Cell, statuses: Mapping[str, Status]) -> dict[str, str]:
-        """Hashes of what a selection would read."""
-        folders = {"candidates": candidates.candidates, "scores": scores.scores}
-        return {
-            name: ShardFolder(folder, "").recorded_content() if statuses[name].state == DONE else PENDING
-            for name, folder in folders.items()
+    def _selection(self, candidates: Cell, scores: Cell, config: SelectConfig, **limits: Any) -> dict[str, Any]:
+        """What a selection from the candidates and scores of two cells is made from."""
+        contents = {
+            name: folder.recorded_content() if planned.status.state == DONE else PENDING
+            for name, folder, planned in (
+                ("candidates", candidates.candidates, self._generate(candidates)),
+                ("scores", scores.scores, self._score(scores)),
+            )
         }
-
-    def _selection(self, cell: Cell, recipe: Recipe, owners: tuple[str | None, str | None]) -> dict[str, Any]:
-        round = cell.round
-        statuses = {
-            "candidates": self._generate(round, owners[0]).status,
-            "scores": self._score(round, owners[1]).status,
-        }
-        candidates, scores = (self.directory.cell(round, owner) for owner in owners)
         return selection_inputs(
-            candidates.candidates,
-            scores.scores,
-            recipe.select,
-            data=self.run.data_identity,
-            part=rewarding.policy_part(recipe),
-            contents=self._contents(candidates, scores, statuses),
+            candidates.candidates, scores.scores, config, data=self.run.data_identity, contents=contents, **limits
         )
 
-    def _arm(self, round: int, arm: str | None) -> Iterator[Planned]:
-        recipe, cell = self.run.arm_recipe(arm), self.directory.cell(round, arm)
+    def _system(self, cell: Cell) -> Iterator[Planned]:
+        recipe = self.run.arm_recipe(cell.arm)
         pairs = PENDING
         if needs_pairs(recipe):
-            owners = self.run.candidates_owner(round, arm), self.run.scores_owner(round, arm)
-            if arm is not None and owners[0] == arm:
-                yield self._generate(round, arm)
-            if arm is not None and owners[1] == arm:
-                yield self._score(round, arm)
-            selected = Artifact(cell.pairs).status(self._selection(cell, recipe, owners), contents=False)
+            drawn, scored = self.run.candidates_owner(cell), self.run.scores_owner(cell)
+            if cell.arm is not None and drawn == cell:
+                yield self._generate(cell)
+            if cell.arm is not None and scored == cell:
+                yield self._score(cell)
+            inputs = self._selection(drawn, scored, recipe.select, part=rewarding.policy_part(recipe))
+            selected = cell.selection.status(inputs, contents=False)
             yield Planned(cell.name, "select", selected)
             if selected.state == DONE:
-                pairs = self._pairs(round, arm, recipe)
-        upstream = {"model": self._weights(round - 1, arm), "pairs": pairs, "reward": self.reward}
-        artifact = TrainingArtifact(cell.folder)
-        status = artifact.status(self.run.training_inputs(round, arm, upstream), contents=False)
+                pairs = self._pairs(cell, recipe)
+        upstream = {"model": self._weights(cell.before), "pairs": pairs, "reward": self.reward}
+        artifact = cell.training
+        status = artifact.status(self.run.training_inputs(cell, upstream), contents=False)
         if artifact.unrecorded:
             status = Status(UNFINISHED, "nothing tells what it was made from")
         record = artifact.read()
         if status.state == DONE and record is not None:
-            self.weights[round, arm] = handed_on(record, recipe.train)
+            self.weights[cell] = handed_on(record, recipe.train)
         yield Planned(cell.name, "train", status)
 
-    def _pairs(self, round: int, arm: str | None, recipe: Recipe) -> str:
+    def _pairs(self, cell: Cell, recipe: Recipe) -> str:
         """What a training's record has for its pairs, of pairs that are done."""
-        if round == 1 or recipe.train.objective != "preference":
-            return ShardFolder(self.directory.cell(round, arm).pairs, "").recorded_content()
-        reference = self._weights(0 if recipe.round.reference == "base" else round - 1, arm)
-        earlier = range(1 if recipe.round.mix_previous else round, round + 1)
+        if cell.round == 1 or recipe.train.objective != "preference":
+            return cell.selection.recorded_content()
+        reference = self._weights(self.run.reference_cell(cell))
         if reference == PENDING:
             return PENDING
-        return tables.content_hash(
-            {
-                "pairs": [ShardFolder(self.directory.cell(n, arm).pairs, "").recorded_content() for n in earlier],
-                "reference": reference,
-                "seed": recipe.seed,
-                **settings("round", recipe.round),
-            }
-        )
+        contents = [one.selection.recorded_content() for one in self.run.mixed_cells(cell)]
+        return tables.content_hash(self.run.later_inputs(cell, contents, reference))
 
-    def _reward(self) -> Planned:
-        cell, recipe = self.directory.cell(1), self.recipe
-        artifact, config = TrainingArtifact(cell.reward), rewarding.reward_train_config(recipe)
+    def _reward(self, cell: Cell) -> Planned:
+        recipe = self.recipe
+        artifact, config = cell.reward, rewarding.reward_train_config(recipe)
         record = artifact.read()
         inputs: dict[str, Any] = {} if record is None else dict(record.inputs)
         inputs |= {
@@ -195,24 +175,21 @@ class Preview:
             **settings("train", without_free_settings(config)),
         }
         if not recipe.reward.pairs:
-            statuses = {"candidates": self._generate(1, None).status, "scores": self._score(1, None).status}
-            chosen = selection_inputs(
-                cell.candidates,
-                cell.scores,
+            chosen = self._selection(
+                cell,
+                cell,
                 rewarding.pair_rule(recipe),
-                data=self.run.data_identity,
                 part=rewarding.Part(recipe.reward.split, rewards=True),
                 pairs_per_prompt=recipe.reward.pairs_per_prompt,
-                contents=self._contents(cell, cell, statuses),
             )
-            if Artifact(cell.reward / PAIRS).status(chosen, contents=False).state != DONE:
+            if cell.reward_selection.status(chosen, contents=False).state != DONE:
                 inputs["pairs"] = PENDING
         status = artifact.status(inputs, contents=False)
         if status.state == DONE and record is not None:
             self.reward = str(record.details.get("identity", PENDING))
         return Planned(cell.name, "reward", status)
 
-    def _evaluations(self, arms: list[str | None]) -> Iterator[Planned]:
+    def _evaluations(self) -> Iterator[Planned]:
         run, config = self.run, self.recipe.evaluate
         processor = Processor.from_pretrained(
             resolve_directory(self.recipe.model.path), self.recipe.model.template, self.recipe.model.image_fit
@@ -220,24 +197,18 @@ class Preview:
         evaluator = SystemEvaluator(self.recipe, self.directory, processor, run.generator)
         systems = [
             *base_systems(config, self.directory, processor, run.benchmarks, lambda: None, run.base_identity),
-            *(
-                (self._trained(round, arm), run.benchmarks)
-                for arm in arms
-                for round in range(1, self.recipe.rounds + 1 if arm is None else 2)
-            ),
+            *((self._trained(cell), run.benchmarks) for cell in run.trained_cells()),
         ]
         for system, benchmarks in systems:
             for benchmark in benchmarks:
-                artifact = Artifact(system.cell.benchmark(benchmark.name), home=system.cell.folder)
-                status = artifact.status(evaluator.inputs(system, benchmark), contents=False)
+                status = system.cell.evaluation(benchmark.name).status(
+                    evaluator.inputs(system, benchmark), contents=False
+                )
                 yield Planned(system.name, f"evaluate {benchmark.name}", status)
 
-    def _trained(self, round: int, arm: str | None) -> System:
-        name = summary.main_name(self.recipe) if arm is None else arm
-        if round < self.recipe.rounds:
-            name = f"{name}, round {round}"
-        weights = self._weights(round, arm)
-        return System(name, self.directory.cell(round, arm), lambda: None, weights, greedy(self.recipe.evaluate))
+    def _trained(self, cell: Cell) -> System:
+        name, weights = summary.system_name(self.recipe, cell), self._weights(cell)
+        return System(name, cell, lambda: None, weights, greedy(self.recipe.evaluate))
 
 
 def _shards(artifact: Artifact, inputs: Mapping[str, Any]) -> Status:

@@ -14,6 +14,8 @@ from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import PromptSource, fingerprint
 from m3po_jax.generation.engine import Generator
 from m3po_jax.generation.settings import SamplingConfig
+from m3po_jax.hosts.agreement import barrier
+from m3po_jax.hosts.sharding import make_mesh, use_mesh
 from m3po_jax.models.registry import describe
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import say
@@ -27,9 +29,7 @@ from m3po_jax.pipeline.models import (
     read_rows,
 )
 from m3po_jax.pipeline.pair_files import check_recorded_tokens, pairs_instead_of_prompts, read_pair_file
-from m3po_jax.pipeline.stopping import barrier
 from m3po_jax.pipeline.systems import SystemEvaluator
-from m3po_jax.sharding import make_mesh, use_mesh
 from m3po_jax.workspace.directory import RunDirectory
 
 

@@ -24,25 +24,23 @@ from m3po_jax.data.preference_files import FilePairs
 from m3po_jax.data.processing import Processor
 from m3po_jax.errors import UserError
 from m3po_jax.evaluation.bootstrap import bootstrap
-from m3po_jax.hosts import shared_out
+from m3po_jax.hosts.agreement import barrier, is_writer
+from m3po_jax.hosts.rows import shared_out
+from m3po_jax.hosts.sharding import use_mesh
 from m3po_jax.models.heads import attach_head
 from m3po_jax.models.identity import files_identity, tree_identity
 from m3po_jax.models.registry import describe
 from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy, model_identity
 from m3po_jax.pipeline.pair_files import with_identity
-from m3po_jax.pipeline.stopping import barrier
 from m3po_jax.pipeline.trainings import begin_training, finish_training
 from m3po_jax.recipes import from_plain
 from m3po_jax.scoring.reward import HeadScorer, Reward
 from m3po_jax.selection import RANDOM_RULES, check_config
-from m3po_jax.sharding import use_mesh
 from m3po_jax.training.loop import load_trained, train
-from m3po_jax.training.metrics_log import MetricsLog
 from m3po_jax.training.objectives import check_objective
 from m3po_jax.training.stage import without_free_settings
-from m3po_jax.workspace.files import is_writer, read_json
-from m3po_jax.workspace.layout import METRICS, PAIRS, RESULTS, REWARD, REWARD_DESCRIPTION
 from m3po_jax.workspace.records import settings
+from m3po_jax.workspace.reward import RewardFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +159,10 @@ def reward_of_pairs(
     recipe: Recipe,
     policy: Policy,
     pairs: PairRows,
-    out: Path,
+    out: RewardFolder,
     mesh: Mesh,
     *,
+    where: str,
     image_root: Path,
     seed: int,
     force: bool = False,
@@ -174,6 +173,7 @@ def reward_of_pairs(
 
     Args:
         pairs: All pairs of a prompt stay on one side.
+        where: Of the pairs, for messages.
         image_root: Folder that their image paths are relative to.
         force: As of `trainings.begin_training`.
 
@@ -193,7 +193,7 @@ def reward_of_pairs(
         batch_size=config.batch_size,
         seed=seed,
         max_answer_tokens=config.max_answer_tokens,
-        where=str(out / PAIRS),
+        where=where,
         length_window=config.length_window,
         max_shapes=config.max_shapes,
         own=shared_out(mesh),
@@ -208,13 +208,13 @@ def reward_of_pairs(
         "seed": seed,
         **settings("train", without_free_settings(config)),
     }
-    finished = begin_training(out, inputs, force=force)
+    finished = begin_training(out.folder, inputs, force=force)
     with use_mesh(mesh):
         result = train(
             start,
             source,
             config,
-            output_dir=out,
+            output_dir=out.folder,
             mesh=mesh,
             seed=seed,
             remat=recipe.model.remat,
@@ -222,7 +222,7 @@ def reward_of_pairs(
         )
         scorer = HeadScorer(result.model, mesh, batch_size=recipe.score.batch_size)
         judge = Reward(scorer, policy.processor)
-        results = read_json(out / RESULTS) if finished else None
+        results = out.results() if finished else None
         if results is None:
             unseen = pairs.take([number for number, key in enumerate(ids) if key in test])
             results = {
@@ -236,7 +236,7 @@ def reward_of_pairs(
             _write(out, recipe, config, results, base=policy.identity)
     seconds = time.monotonic() - started
     if not finished:
-        finish_training(out, inputs, seconds, **results)
+        finish_training(out.folder, inputs, seconds, **results)
     return TrainedReward(judge, results, seconds, trained=not finished)
 
 
@@ -263,9 +263,9 @@ def measure(judge: Reward, pairs: PairRows, processor: Processor, *, seed: int) 
     }
 
 
-def _write(out: Path, recipe: Recipe, config: TrainConfig, results: dict[str, Any], *, base: str) -> None:
+def _write(out: RewardFolder, recipe: Recipe, config: TrainConfig, results: dict[str, Any], *, base: str) -> None:
     if is_writer():
-        log = MetricsLog(out / METRICS)
+        log, *_ = out.logs(enabled=True)
         if not any("eval_accuracy" in line for line in log.lines(results["steps"])):
             measured = {name: results[name] for name in ("accuracy", "margin", "mean_reward")}
             log.write(results["steps"], {f"eval_{name}": value for name, value in measured.items()})
@@ -275,28 +275,8 @@ def _write(out: Path, recipe: Recipe, config: TrainConfig, results: dict[str, An
             "train": dataclasses.asdict(config),
             "seed": recipe.seed,
         }
-        tables.write_json(out / REWARD_DESCRIPTION, description)
-        tables.write_json(out / RESULTS, results)
+        out.save(description, results)
     barrier("measured")
-
-
-def find_reward(path: str) -> Path:
-    """The folder of a trained reward model: itself, or the latest one of a run directory.
-
-    Raises:
-        UserError: there is none.
-    """
-    folder = Path(path).expanduser()
-    of_rounds = folder.glob(f"round-*/{REWARD}/{REWARD_DESCRIPTION}")
-    found = [folder / REWARD_DESCRIPTION, *sorted(of_rounds, reverse=True)]
-    for file in found:
-        if file.is_file() and (file.parent / RESULTS).is_file():
-            return file.parent
-    raise UserError(
-        "no trained reward model",
-        where=f"score.model {path!r}",
-        remedy="name a run directory whose `m3po train train.objective=reward` has finished, or its reward folder",
-    )
 
 
 def trained_identity(path: str) -> str:
@@ -305,11 +285,11 @@ def trained_identity(path: str) -> str:
     Raises:
         UserError: there is none, or a file cannot be read.
     """
-    folder = find_reward(path)
-    model = read_json(folder / "reward.json")["model"]
+    reward = RewardFolder.find(path)
+    model = reward.description()["model"]
     base = describe(model["path"], vision_tower=model["vision_tower"])
-    facts = files_identity(folder, [folder / "reward.json", folder / "results.json"])
-    return tables.content_hash(facts, tree_identity(folder / "checkpoints"), model_identity(base))[:16]
+    facts = files_identity(reward.folder, reward.facts)
+    return tables.content_hash(facts, tree_identity(reward.checkpoints), model_identity(base))[:16]
 
 
 def load_reward(
@@ -325,8 +305,8 @@ def load_reward(
     Raises:
         UserError: no reward model there, or not the weights that it was trained from.
     """
-    folder = find_reward(path)
-    known = read_json(folder / REWARD_DESCRIPTION)
+    reward = RewardFolder.find(path)
+    folder, known = reward.folder, reward.description()
     recipe = Recipe(
         model=from_plain(ModelConfig, known["model"], str(folder)),
         train=from_plain(TrainConfig, known["train"], str(folder)),

@@ -14,17 +14,16 @@ from jax.sharding import Mesh
 from m3po_jax.config import Recipe
 from m3po_jax.data.schema import Prompt
 from m3po_jax.generation.settings import SamplingConfig
+from m3po_jax.hosts.sharding import use_mesh
 from m3po_jax.models.heads import attach_head, detach_head
 from m3po_jax.pipeline.models import Policy, make_generator
 from m3po_jax.pipeline.reward import TrainedReward
 from m3po_jax.pipeline.train import Trained
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.scoring.reward import HeadScorer
-from m3po_jax.sharding import use_mesh
 from m3po_jax.training.loop import train
-from m3po_jax.training.metrics_log import read_metrics
 from m3po_jax.training.rollouts import RolloutSource
-from m3po_jax.workspace.layout import ROLLOUTS
+from m3po_jax.workspace.training import TrainingArtifact
 
 
 def rollout_sampling(recipe: Recipe, seed: int) -> SamplingConfig:
@@ -39,12 +38,15 @@ def rollout_sampling(recipe: Recipe, seed: int) -> SamplingConfig:
     )
 
 
-def rollout_costs(metrics: Path) -> dict[str, int]:
-    """Answers that the reward model was asked about, and their tokens, of a finished run's metrics.
+def rollout_costs(training: TrainingArtifact) -> dict[str, int]:
+    """Answers that the reward model was asked about, and their tokens, by its metrics; empty without rollouts.
 
     Rollouts without a line of their own (`train.log_steps`) count with the mean length of the others.
     """
-    lengths = {line["episode"]: line["completions/mean_length"] for line in read_metrics(metrics)}
+    lines = [line for line in training.metrics() if "episode" in line]
+    if not lines:
+        return {}
+    lengths = {line["episode"]: line["completions/mean_length"] for line in lines}
     answers = max(lengths)
     return {"judge_calls": int(answers), "generated_tokens": round(answers * sum(lengths.values()) / len(lengths))}
 
@@ -86,7 +88,7 @@ def train_rlhf(
             config.rl,
             config.batch_size,
             seed,
-            out / ROLLOUTS,
+            TrainingArtifact(out).rollouts,
             values=values,
             identity=reward.results["identity"],
         )

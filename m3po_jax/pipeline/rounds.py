@@ -11,7 +11,6 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,10 @@ from m3po_jax.data import pair_rows, tables
 from m3po_jax.data.feature_cache import PromptFeatures
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import PAIR
+from m3po_jax.hosts.agreement import barrier, from_writer, is_writer
 from m3po_jax.pipeline.caches import fill
 from m3po_jax.pipeline.generate import prompt_batches
-from m3po_jax.pipeline.stopping import barrier, from_writer
 from m3po_jax.scoring.engine import Scorer, pad_answers
-from m3po_jax.workspace.files import is_writer
 from m3po_jax.workspace.records import DONE, Artifact, Record
 from m3po_jax.workspace.shards import now
 
@@ -87,7 +85,7 @@ def reference_log_probs(
 def training_pairs(
     rounds: Sequence[tuple[int, pa.Table]],
     config: RoundConfig,
-    out: Path,
+    out: Artifact,
     *,
     inputs: Mapping[str, Any],
     seed: int,
@@ -103,8 +101,8 @@ def training_pairs(
         scorer: Of the reference model; called only if its log-probs are needed.
         features: Of its vision tower, from the cache; likewise.
     """
-    path, folder = out / tables.shard_name(0, tables.content_hash(inputs)), Artifact(out)
-    if from_writer(lambda: folder.status(inputs).state) != DONE:
+    path = out.folder / tables.shard_name(0, tables.content_hash(inputs))
+    if from_writer(lambda: out.status(inputs).state) != DONE:
         items = mix(rounds, config.mix_previous, seed)
         # The round whose recorded log-probs are the reference's own.
         recorded = 1 if config.reference == "base" else rounds[-1][0]
@@ -115,9 +113,9 @@ def training_pairs(
             for position, row in zip(unknown, asked, strict=True):
                 rows[position] = row
         if is_writer():
-            folder.set_aside()
+            out.set_aside()
             sums: dict[str, str] = {}
             tables.write_table(path, rows, PAIR, record=partial(sums.__setitem__, path.name))
-            folder.write(Record(dict(inputs), sums, finished=now()))
+            out.write(Record(dict(inputs), sums, finished=now()))
         barrier("mixed")
     return pa.concat_tables([tables.open_parquet(path).read()])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from m3po_jax.data.pair_rows import PairRows, TableRows
 from m3po_jax.data.preference_files import FilePairs, image_folder
 from m3po_jax.errors import UserError
 from m3po_jax.generation.settings import sampling_config
+from m3po_jax.hosts.agreement import barrier, is_writer
+from m3po_jax.hosts.sharding import use_mesh
+from m3po_jax.hosts.signals import look
 from m3po_jax.pipeline import reward as rewarding
 from m3po_jax.pipeline import rounds, summary
 from m3po_jax.pipeline.arms import arm_recipe, makes_pairs, needs_pairs
@@ -29,12 +32,9 @@ from m3po_jax.pipeline.rlhf import rollout_costs, train_rlhf
 from m3po_jax.pipeline.score import NEED_BLANK_IMAGE, score
 from m3po_jax.pipeline.score_counts import told
 from m3po_jax.pipeline.select import select
-from m3po_jax.pipeline.stopping import barrier, look
 from m3po_jax.pipeline.systems import System, base_systems, greedy
 from m3po_jax.pipeline.train import (
     Trained,
-    pairs_content,
-    read_pairs,
     rows_identity,
     train_on_pairs,
     train_on_references,
@@ -50,12 +50,9 @@ from m3po_jax.pipeline.trainings import (
 from m3po_jax.recipes import essential
 from m3po_jax.scoring.alignment import Backend
 from m3po_jax.scoring.engine import Scorer
-from m3po_jax.sharding import use_mesh
 from m3po_jax.training.loop import load_trained
-from m3po_jax.workspace.files import is_writer
-from m3po_jax.workspace.layout import PAIRS, REPORT, Cell
-from m3po_jax.workspace.records import Artifact, settings
-from m3po_jax.workspace.training import TrainingArtifact
+from m3po_jax.workspace.cell import Cell
+from m3po_jax.workspace.records import settings
 
 
 class Run(Resources):
@@ -63,7 +60,7 @@ class Run(Resources):
 
     def __init__(self, recipe: Recipe, *, force: bool = False):
         super().__init__(recipe, force=force)
-        self._trained: dict[tuple[int, str | None], Trained] = {}
+        self._trained: dict[Cell, Trained] = {}
         self._arm_recipes: dict[str | None, Recipe] = {}
 
     def arm_recipe(self, arm: str | None) -> Recipe:
@@ -72,9 +69,9 @@ class Run(Resources):
             self._arm_recipes[arm] = arm_recipe(self.recipe, arm)
         return self._arm_recipes[arm]
 
-    def forget(self, round: int, arm: str | None) -> None:
+    def forget(self, cell: Cell) -> None:
         """Lets go of a trained model; its checkpoint stays."""
-        self._trained.pop((round, arm), None)
+        self._trained.pop(cell, None)
 
     def release(self) -> None:
         super().release()
@@ -83,22 +80,19 @@ class Run(Resources):
 
     # Stages.
 
-    def weights_identity(self, round: int, arm: str | None = None) -> str:
-        """A hash of the weights after training round `round` (0: the base model).
+    def weights_identity(self, cell: Cell) -> str:
+        """A hash of the weights after the training of a cell (round 0: the base model).
 
         Raises:
             UserError: that training is not finished, or is out of date.
         """
-        if round == 0:
+        if cell.round == 0:
             return self.base_identity
-        folder, train = self.directory.round(round, arm), self.arm_recipe(arm).train
-        record = finished_record(folder)
-        require_current(folder, record, self.training_inputs(round, arm))
-        return handed_on(record, train)
+        record = finished_record(cell.folder)
+        require_current(cell.folder, record, self.training_inputs(cell))
+        return handed_on(record, self.arm_recipe(cell.arm).train)
 
-    def training_inputs(
-        self, round: int, arm: str | None = None, upstream: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def training_inputs(self, cell: Cell, upstream: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What a training is made from, as its record names it.
 
         Args:
@@ -107,10 +101,10 @@ class Run(Resources):
         Raises:
             UserError: pairs that are not there or are not what was written; an earlier training is out of date.
         """
-        recipe, cell = self.arm_recipe(arm), self.directory.cell(round, arm)
+        recipe = self.arm_recipe(cell.arm)
         inputs: dict[str, Any] = {
             "system": cell.name,
-            "model": upstream["model"] if upstream else self.weights_identity(round - 1, arm),
+            "model": upstream["model"] if upstream else self.weights_identity(cell.before),
             **trained_settings(recipe),
         }
         if recipe.train.objective == "rlhf":
@@ -128,37 +122,34 @@ class Run(Resources):
             inputs["pairs"] = self.pair_file(recipe.train.pairs).fingerprint
         elif upstream:
             inputs["pairs"] = upstream["pairs"]
-        elif round > 1 and recipe.train.objective == "preference":
-            inputs["pairs"] = tables.content_hash(self._later_inputs(round, arm, recipe))
+        elif cell.round > 1 and recipe.train.objective == "preference":
+            inputs["pairs"] = tables.content_hash(self._later_inputs(cell))
         else:
-            inputs["pairs"] = pairs_content(cell.pairs)
+            inputs["pairs"] = cell.selection.content()
         return inputs
 
-    def model_before(self, round: int, arm: str | None = None) -> Any:
+    def model_before(self, cell: Cell) -> Any:
         """The policy that generates in a round: the base, then what the round before has trained."""
-        if round == 1:
-            return self.start_model
-        return self.train_stage(round - 1, arm, only_finished=True).model
+        return self.start_model if cell.round == 1 else self.train_stage(cell.before, only_finished=True).model
 
-    def candidates_owner(self, round: int, arm: str | None) -> str | None:
+    def candidates_owner(self, cell: Cell) -> Cell:
         """Whose candidates an arm reads: the shared ones, where the same weights drew them by the same settings."""
-        shared = round == 1 and self.arm_recipe(arm).generate == self.recipe.generate
-        return None if shared else arm
+        shared = cell.round == 1 and self.arm_recipe(cell.arm).generate == self.recipe.generate
+        return cell.of(None) if shared else cell
 
-    def scores_owner(self, round: int, arm: str | None) -> str | None:
+    def scores_owner(self, cell: Cell) -> Cell:
         """Whose scores an arm reads: those of the shared candidates, where the same judge gave them."""
-        shared = self.candidates_owner(round, arm) is None and self.arm_recipe(arm).score == self.recipe.score
-        return None if shared else arm
+        shared = self.candidates_owner(cell).arm is None and self.arm_recipe(cell.arm).score == self.recipe.score
+        return cell.of(None) if shared else cell
 
-    def generate_stage(self, round: int, arm: str | None = None) -> None:
-        """Draws a round's candidates into ``round-R/candidates/``, as far as they are missing."""
+    def generate_stage(self, cell: Cell) -> None:
+        """Draws a round's candidates, as far as they are missing."""
         look("generating")
-        self._refuse_pairs(arm)
-        recipe, cell = self.arm_recipe(arm), self.directory.cell(round, arm)
+        recipe = self._pairing_recipe(cell)
         config = recipe.generate
-        sampling = sampling_config(config, recipe.seed * 1000 + round)
-        made_from = {"model": self.weights_identity(round - 1, arm), "data": self.data_identity, "seed": recipe.seed}
-        generator = self.generator(self.model_before(round, arm), sampling, config.batch_size)
+        sampling = sampling_config(config, recipe.seed * 1000 + cell.round)
+        made_from = {"model": self.weights_identity(cell.before), "data": self.data_identity, "seed": recipe.seed}
+        generator = self.generator(self.model_before(cell), sampling, config.batch_size)
         features = vision_features(recipe, self.policy, self.policy.processor, self.mesh)
         details = generate(
             self.source,
@@ -170,21 +161,19 @@ class Run(Resources):
             made_from=made_from,
             features=features,
         )
-        self.directory.note_stage("generate", cell, Artifact(cell.candidates).read())
+        self.directory.note_stage("generate", cell, cell.candidates.read())
         say(
-            f"round {round}: {details['candidates']} candidates of {details['prompts']} prompts, "
+            f"round {cell.round}: {details['candidates']} candidates of {details['prompts']} prompts, "
             f"{details['distinct']} distinct, {details['cut']} cut at {config.max_new_tokens} tokens"
         )
 
-    def score_stage(self, round: int, arm: str | None = None) -> None:
-        """Scores a round's candidates into ``round-R/scores/``, and says what its judge is worth."""
+    def score_stage(self, cell: Cell) -> None:
+        """Scores a round's candidates, and says what its judge is worth."""
         look("scoring")
-        self._refuse_pairs(arm)
-        recipe = self.arm_recipe(arm)
-        cell = self.directory.cell(round, arm)
+        recipe = self._pairing_recipe(cell)
         made_from = {
             "judge": self._judge_identities(recipe),
-            "model": self.weights_identity(round - 1, arm),
+            "model": self.weights_identity(cell.before),
             "data": self.data_identity,
         }
         warnings: list[str] = []
@@ -192,9 +181,9 @@ class Run(Resources):
             backend = self._judge(recipe, warnings)
             scorer = None
             if NEED_BLANK_IMAGE.intersection(recipe.score.confidence):
-                scorer = Scorer(self.model_before(round, arm), self.mesh, batch_size=recipe.score.batch_size)
+                scorer = Scorer(self.model_before(cell), self.mesh, batch_size=recipe.score.batch_size)
             details = score(
-                self.directory.cell(round, self.candidates_owner(round, arm)).candidates,
+                self.candidates_owner(cell).candidates,
                 self.prompts,
                 backend,
                 recipe.score,
@@ -207,9 +196,9 @@ class Run(Resources):
                 warnings=warnings,
             )
         verdict, judges, notes = details.pop("verdict", []), details.pop("judges", []), details.pop("notes")
-        self.directory.note_stage("score", cell, Artifact(cell.scores).read())
+        self.directory.note_stage("score", cell, cell.scores.read())
         missing = details["scored"] < details["rows"]
-        say(f"round {round}: {told(details, notes, backend.name)}", style="yellow" if missing else None)
+        say(f"round {cell.round}: {told(details, notes, backend.name)}", style="yellow" if missing else None)
         for judge in judges:
             paid = f"{judge['requests']} requests paid, {judge['from_cache']} answers from the cache"
             guessed = f" (of {judge['guessed']} requests guessed: the server tells no tokens)"
@@ -237,49 +226,55 @@ class Run(Resources):
             found.append(self.reward_stage().results["identity"])
         return found or [self.policy.identity]
 
-    def _refuse_pairs(self, arm: str | None) -> None:
-        if self.arm_recipe(arm).train.pairs:
+    def _pairing_recipe(self, cell: Cell) -> Recipe:
+        """The recipe of a system that makes its own pairs.
+
+        Raises:
+            UserError: it reads them from a file.
+        """
+        recipe = self.arm_recipe(cell.arm)
+        if recipe.train.pairs:
             raise UserError(
                 "training reads pairs from a file, so nothing is generated, scored or selected",
                 where="train.pairs",
                 remedy="`m3po train` comes next; without this key a run makes its own pairs",
             )
+        return recipe
 
-    def prepare_scores(self, round: int, arm: str | None) -> None:
+    def prepare_scores(self, cell: Cell) -> None:
         """Candidates and scores that an arm does not share."""
-        if arm is not None and self.candidates_owner(round, arm) == arm:
-            self.generate_stage(round, arm)
-        if arm is not None and self.scores_owner(round, arm) == arm:
-            self.score_stage(round, arm)
+        if cell.arm is not None and self.candidates_owner(cell) == cell:
+            self.generate_stage(cell)
+        if cell.arm is not None and self.scores_owner(cell) == cell:
+            self.score_stage(cell)
 
-    def prepare_arm(self, round: int, arm: str | None) -> None:
+    def prepare_arm(self, cell: Cell) -> None:
         """The pairs that an arm learns from, and what they are made of."""
-        if makes_pairs(self.arm_recipe(arm)):
-            self.prepare_scores(round, arm)
-            self.select_stage(round, arm)
+        if makes_pairs(self.arm_recipe(cell.arm)):
+            self.prepare_scores(cell)
+            self.select_stage(cell)
 
-    def select_stage(self, round: int, arm: str | None = None) -> dict[str, Any]:
-        """Pairs an arm's candidates into its ``round-R/pairs/``; returns the selection's summary."""
+    def select_stage(self, cell: Cell) -> dict[str, Any]:
+        """Pairs a system's candidates; returns the selection's summary."""
         look("selecting")
-        self._refuse_pairs(arm)
-        recipe, cell = self.arm_recipe(arm), self.directory.cell(round, arm)
+        recipe = self._pairing_recipe(cell)
         found = select(
-            self.directory.cell(round, self.candidates_owner(round, arm)).candidates,
-            self.directory.cell(round, self.scores_owner(round, arm)).scores,
+            self.candidates_owner(cell).candidates,
+            self.scores_owner(cell).scores,
             self.prompts,
             recipe.select,
-            cell.pairs,
+            cell.selection,
             image_root=self.source.image_root,
             part=rewarding.policy_part(recipe),
             data=self.data_identity,
         )
-        self.directory.note_stage("select", cell, Artifact(cell.pairs).read())
+        self.directory.note_stage("select", cell, cell.selection.read())
         drops = ", ".join(f"{reason} {count}" for reason, count in found["drops"].items())
         say(
-            f"round {round}, {arm or summary.main_name(recipe)}: {found['pairs']} pairs of {found['prompts']} prompts"
-            + (f" (dropped: {drops})" if drops else "")
+            f"round {cell.round}, {cell.arm or summary.main_name(recipe)}: {found['pairs']} pairs of "
+            f"{found['prompts']} prompts" + (f" (dropped: {drops})" if drops else "")
         )
-        for warning in found["warnings"] if arm is None else ():
+        for warning in found["warnings"] if cell.arm is None else ():
             say(f"  {warning}", style="yellow")
         return found
 
@@ -299,13 +294,13 @@ class Run(Resources):
                 cell.scores,
                 self.prompts,
                 rewarding.pair_rule(recipe),
-                cell.reward / PAIRS,
+                cell.reward_selection,
                 image_root=self.source.image_root,
                 part=rewarding.Part(recipe.reward.split, rewards=True),
                 pairs_per_prompt=recipe.reward.pairs_per_prompt,
                 data=self.data_identity,
             )
-            pairs = TableRows(read_pairs(cell.reward / PAIRS))
+            pairs = TableRows(cell.reward_selection.pairs())
         root = pairs.image_root if isinstance(pairs, FilePairs) else self.source.image_root
         found = rewarding.reward_of_pairs(
             recipe,
@@ -313,29 +308,30 @@ class Run(Resources):
             pairs,
             cell.reward,
             self.mesh,
+            where=recipe.reward.pairs or str(cell.reward_selection.folder),
             image_root=root,
             seed=recipe.seed,
             force=self.force,
         )
-        self.directory.note_stage("reward", cell, TrainingArtifact(cell.reward).read())
+        self.directory.note_stage("reward", cell, cell.reward.read())
         if found.trained:
             say(rewarding.told(found.results))
         return found
 
-    def train_stage(self, round: int, arm: str | None = None, *, only_finished: bool = False) -> Trained:
-        """Trains an arm on its pairs, or loads what was trained.
+    def train_stage(self, cell: Cell, *, only_finished: bool = False) -> Trained:
+        """Trains a system on its pairs, or loads what was trained.
 
         Raises:
             UserError: `only_finished`, and it is not.
         """
-        if (round, arm) in self._trained:
-            return self._trained[round, arm]
-        cell, recipe = self.directory.cell(round, arm), self.arm_recipe(arm)
+        if cell in self._trained:
+            return self._trained[cell]
+        recipe = self.arm_recipe(cell.arm)
         if only_finished:
             self._require_trained(cell, recipe)
             finished = True
         else:
-            inputs = self.training_inputs(round, arm)
+            inputs = self.training_inputs(cell)
             finished = begin_training(cell.folder, inputs, force=self.force)
         if finished:
             # Adapters and weights have the same structure in every round, so the start stands for any of them.
@@ -344,18 +340,18 @@ class Run(Resources):
             trained = Trained(result, self.policy.loaded, 0.0)
         else:
             start = (
-                self.start_of(recipe) if round == 1 else self.train_stage(round - 1, arm, only_finished=True).model
+                self.start_of(recipe) if cell.round == 1 else self.train_stage(cell.before, only_finished=True).model
             )
-            trained = self._train(round, arm, recipe, start, cell.folder, inputs)
-            sampled = rollout_costs(cell.metrics) if recipe.train.objective == "rlhf" else {}
-            finish_training(cell.folder, inputs, trained.seconds, steps=trained.result.steps, **sampled)
+            trained = self._train(cell, start, inputs)
+            costs = rollout_costs(cell.training)
+            finish_training(cell.folder, inputs, trained.seconds, steps=trained.result.steps, **costs)
             say(
-                f"round {round}, {arm or summary.main_name(recipe)}: trained {trained.result.steps} steps "
+                f"round {cell.round}, {cell.arm or summary.main_name(recipe)}: trained {trained.result.steps} steps "
                 f"in {trained.seconds:.0f} s"
             )
-        self._trained[round, arm] = trained
+        self._trained[cell] = trained
         if not only_finished:
-            self.directory.note_stage("train", cell, TrainingArtifact(cell.folder).read())
+            self.directory.note_stage("train", cell, cell.training.read())
         return trained
 
     def _require_trained(self, cell: Cell, recipe: Recipe) -> None:
@@ -370,11 +366,10 @@ class Run(Resources):
             settled["model"] = self.policy.identity
         require_current(cell.folder, record, record.inputs | settled)
 
-    def _train(
-        self, round: int, arm: str | None, recipe: Recipe, start: Any, folder: Path, made_from: dict[str, Any]
-    ) -> Trained:
+    def _train(self, cell: Cell, start: Any, made_from: dict[str, Any]) -> Trained:
         look("training")
-        seed, reference = recipe.seed + round, None
+        recipe, folder = self.arm_recipe(cell.arm), cell.folder
+        seed, reference, where = recipe.seed + cell.round, None, str(cell.selection.folder)
         given: dict[str, Any] = {"start": start, "seed": seed, "made_from": made_from}
         if recipe.train.objective == "rlhf":
             part = rewarding.policy_part(recipe)
@@ -386,61 +381,76 @@ class Run(Resources):
         policy = self.policy
         if recipe.train.pairs:
             pairs: PairRows = self.pair_file(recipe.train.pairs)
+            where = recipe.train.pairs
             root = image_folder(recipe.train.pairs, recipe.data.image_root)
             policy = dataclasses.replace(policy, processor=dataclasses.replace(policy.processor, image_root=root))
-        elif round > 1 and recipe.train.objective == "preference":
-            pairs = TableRows(self._later_pairs(round, arm, recipe))
+        elif cell.round > 1 and recipe.train.objective == "preference":
+            pairs = TableRows(self._later_pairs(cell))
             # Whatever the reference is, its log-probs stand in these pairs.
             recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, reference="recorded"))
             reference = self.start_of(recipe) if recipe.round.reference == "base" else None
         else:
-            pairs = TableRows(read_pairs(folder / PAIRS))
-        return train_on_pairs(recipe, policy, pairs, folder, self.mesh, reference=reference, **given)
+            pairs = TableRows(cell.selection.pairs())
+        return train_on_pairs(recipe, policy, pairs, folder, self.mesh, where=where, reference=reference, **given)
 
-    def _mixed_cells(self, round: int, arm: str | None, recipe: Recipe) -> list[Cell]:
+    def mixed_cells(self, cell: Cell) -> list[Cell]:
         """The rounds whose pairs a later round is trained on, itself the last."""
-        return [self.directory.cell(n, arm) for n in range(1 if recipe.round.mix_previous else round, round + 1)]
+        first = 1 if self.arm_recipe(cell.arm).round.mix_previous else cell.round
+        return [cell.at(number) for number in range(first, cell.round + 1)]
 
-    def _later_inputs(self, round: int, arm: str | None, recipe: Recipe) -> dict[str, Any]:
-        """What the training pairs of a round after the first are made from."""
+    def reference_cell(self, cell: Cell) -> Cell:
+        """Whose weights are the reference of a later round."""
+        return cell.at(0) if self.arm_recipe(cell.arm).round.reference == "base" else cell.before
+
+    def later_inputs(self, cell: Cell, pairs: Sequence[str], reference: str) -> dict[str, Any]:
+        """What the training pairs of a round after the first are made from.
+
+        Args:
+            pairs: Hashes of the pairs of `mixed_cells`.
+            reference: A hash of the weights of `reference_cell`.
+        """
+        recipe = self.arm_recipe(cell.arm)
         return {
-            "pairs": [pairs_content(cell.pairs) for cell in self._mixed_cells(round, arm, recipe)],
-            "reference": self.weights_identity(0 if recipe.round.reference == "base" else round - 1, arm),
+            "pairs": list(pairs),
+            "reference": reference,
             "seed": recipe.seed,
             **settings("round", recipe.round),
         }
 
-    def _later_pairs(self, round: int, arm: str | None, recipe: Recipe) -> pa.Table:
+    def _later_inputs(self, cell: Cell) -> dict[str, Any]:
+        """`later_inputs` of what is there, verified."""
+        contents = [one.selection.content() for one in self.mixed_cells(cell)]
+        return self.later_inputs(cell, contents, self.weights_identity(self.reference_cell(cell)))
+
+    def _later_pairs(self, cell: Cell) -> pa.Table:
         """The pairs of a round after the first, mixed with earlier ones and with their reference's log-probs."""
+        recipe = self.arm_recipe(cell.arm)
         of_base = recipe.round.reference == "base"
 
         def scorer() -> Scorer:
-            model = self.start_of(recipe) if of_base else self.model_before(round, arm)
+            model = self.start_of(recipe) if of_base else self.model_before(cell)
             return Scorer(model, self.mesh, batch_size=recipe.train.batch_size)
 
         processor = dataclasses.replace(self.policy.processor, image_root=self.source.image_root)
         return rounds.training_pairs(
-            [(cell.round, read_pairs(cell.pairs)) for cell in self._mixed_cells(round, arm, recipe)],
+            [(one.round, one.selection.pairs()) for one in self.mixed_cells(cell)],
             recipe.round,
-            self.directory.cell(round, arm).training_pairs,
-            inputs=self._later_inputs(round, arm, recipe),
+            cell.training_pairs,
+            inputs=self._later_inputs(cell),
             seed=recipe.seed,
             processor=processor,
             scorer=scorer,
             features=lambda: vision_features(recipe, self.policy, processor, self.mesh),
         )
 
-    def evaluate_stage(self, round: int, arm: str | None = None) -> None:
+    def evaluate_stage(self, cell: Cell) -> None:
         """Evaluates one trained system on every benchmark."""
         look("evaluating")
-        name = summary.main_name(self.recipe) if arm is None else arm
-        if round < self.recipe.rounds:
-            name = f"{name}, round {round}"
         system = System(
-            name,
-            self.directory.cell(round, arm),
-            lambda: self.train_stage(round, arm, only_finished=True).model,
-            self.weights_identity(round, arm),
+            summary.system_name(self.recipe, cell),
+            cell,
+            lambda: self.train_stage(cell, only_finished=True).model,
+            self.weights_identity(cell),
             greedy(self.recipe.evaluate),
         )
         self.evaluator.evaluate(system, self.benchmarks)
@@ -453,11 +463,21 @@ class Run(Resources):
             self.policy.processor,
             self.benchmarks,
             lambda: self.start_model,
-            self.weights_identity(0),
+            self.base_identity,
         )
         for system, benchmarks in systems:
             look("evaluating the base")
             self.evaluator.evaluate(system, benchmarks)
+
+    def trained_in(self, number: int) -> list[Cell]:
+        """What is trained in a round: a later one's candidates come from the main policy, so that arms end before."""
+        own = self.directory.cell(number)
+        return [own, *map(own.of, self.recipe.arms if number == 1 else ())]
+
+    def trained_cells(self) -> list[Cell]:
+        """All that is trained, the rounds of the run's own system first."""
+        own, *arms = self.trained_in(1)
+        return [*map(own.at, range(1, self.recipe.rounds + 1)), *arms]
 
     def execute(self) -> Path:
         """Everything, in order; returns the report."""
@@ -474,23 +494,20 @@ class Run(Resources):
         candidates = not self.recipe.train.pairs  # else nothing is generated, scored or selected
         with self.directory.lock():
             self.open()
-            arms: list[str | None] = [None, *self.recipe.arms]
-            for round in range(1, self.recipe.rounds + 1):
+            for number in range(1, self.recipe.rounds + 1):
+                shared = self.directory.cell(number)
                 if candidates:
-                    self.generate_stage(round)
-                    self.score_stage(round)
-                for arm in arms:
-                    # A later round's candidates come from the main arm's policy; arms are compared after round 1.
-                    if arm is None or round == 1:
-                        self.prepare_arm(round, arm)
-                        self.train_stage(round, arm)
+                    self.generate_stage(shared)
+                    self.score_stage(shared)
+                for cell in self.trained_in(number):
+                    self.prepare_arm(cell)
+                    self.train_stage(cell)
             if self.recipe.evaluate.benchmarks:
                 self.evaluate_base()
-                for arm in arms:
-                    for round in range(1, self.recipe.rounds + 1 if arm is None else 2):
-                        self.evaluate_stage(round, arm)
+                for cell in self.trained_cells():
+                    self.evaluate_stage(cell)
                 summary.write_tables(self.recipe, self.directory, self.benchmarks)
             if is_writer():
                 build_report(self.directory.root, tokenizer_text(self.policy.processor.text))
             barrier("reported")
-            return self.directory.root / REPORT
+            return self.directory.report

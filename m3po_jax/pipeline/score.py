@@ -16,23 +16,22 @@ from m3po_jax.config import ScoreConfig, SelectConfig
 from m3po_jax.data import tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import SCORE_FIXED, Prompt
-from m3po_jax.data.tables import write_json
 from m3po_jax.errors import Interrupted, UserError
+from m3po_jax.hosts.agreement import agreed, barrier, is_writer
+from m3po_jax.hosts.signals import stoppable
 from m3po_jax.pipeline.backends import usages
 from m3po_jax.pipeline.calibration import calibration
 from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.generate import Shard, begin_shards, prompt_batches
 from m3po_jax.pipeline.score_counts import count_scores, is_open, told
-from m3po_jax.pipeline.stopping import agreed, barrier, stoppable
 from m3po_jax.scoring.alignment import Backend, Judged, Reference, judge_pools
 from m3po_jax.scoring.confidence import confidence_variants
 from m3po_jax.scoring.endpoint import answer_limit
 from m3po_jax.scoring.engine import Scorer, pad_answers
 from m3po_jax.scoring.m3p import m3p_scores
 from m3po_jax.scoring.reasons import OUTAGES
-from m3po_jax.workspace.files import is_writer
 from m3po_jax.workspace.records import settings
-from m3po_jax.workspace.shards import ShardFolder
+from m3po_jax.workspace.shards import ScoreFolder, ShardFolder
 
 NEED_BLANK_IMAGE = frozenset({"prior", "visual"})
 
@@ -177,12 +176,12 @@ def rows_of_pools(
 
 
 def score(
-    candidates: Path,
+    candidates: ShardFolder,
     prompts: Mapping[str, Prompt],
     backend: Backend,
     config: ScoreConfig,
     select: SelectConfig,
-    out: Path,
+    out: ScoreFolder,
     *,
     inputs: str,
     processor: Processor,
@@ -211,32 +210,31 @@ def score(
             raise UserError(
                 f"select.confidence {name!r} is not computed", where="score.confidence", remedy=f"add {name!r} to it"
             )
-    sources = tables.shards(candidates)
+    sources = tables.shards(candidates.folder)
     if not sources:
-        raise UserError("no candidates", where=str(candidates), remedy="run `m3po generate` first")
-    candidate_sums = ShardFolder(candidates, "m3po generate").shard_checksums()
+        raise UserError("no candidates", where=str(candidates.folder), remedy="run `m3po generate` first")
+    candidate_sums = candidates.shard_checksums()
     shards = [
-        Shard(out / tables.shard_name(i, tables.content_hash(value, inputs)), i, i + 1)
+        Shard(out.folder / tables.shard_name(i, tables.content_hash(value, inputs)), i, i + 1)
         for i, value in enumerate(candidate_sums)
     ]
-    folder = ShardFolder(out, "m3po score")
     recorded = dict(made_from or {"inputs": inputs}) | settings("score", config)
     # What the judge never sees changes columns in place.
     derived = {
         f"select.{name}": getattr(select, name) for name in ("confidence", "lambda_preferred", "lambda_dispreferred")
     }
-    there = begin_shards(folder, recorded, shards, derived)
+    there = begin_shards(out, recorded, shards, derived)
     limit = answer_limit(config.endpoint)
     # What a server has left without an answer that it could give now is asked again.
     done = agreed([exists and not is_open(shard.path, limit) for shard, exists in zip(shards, there, strict=True)])
     if is_writer() and done != there:
-        folder.reopen()
+        out.reopen()
     todo = [(path, shard) for path, shard, exists in zip(sources, shards, done, strict=True) if not exists]
-    if is_writer() and (record := folder.read()) is not None and record.derived != derived:
-        folder.derive({})  # killed before the last one, all are written again
+    if is_writer() and (record := out.read()) is not None and record.derived != derived:
+        out.derive({})  # killed before the last one, all are written again
         for shard in [shard for shard, exists in zip(shards, done, strict=True) if exists]:
-            choose_columns(folder, shard.path, select)
-        folder.derive(derived)
+            choose_columns(out, shard.path, select)
+        out.derive(derived)
     barrier("columns are chosen")
     schema = score_schema(config, backend)
     waiting, notes = Counter[str](), dict[str, str]()
@@ -250,27 +248,32 @@ def score(
             continue
         scored = rows_of_pools(groups, prompts, judged, backend.name, config, select, processor, scorer)
         if is_writer():
-            tables.write_table(shard.path, scored, schema, record=folder.noting(shard.path.name))
+            tables.write_table(shard.path, scored, schema, record=out.noting(shard.path.name))
     barrier("scored")
     if waiting:
-        total = sum(1 for _ in tables.read_rows(candidates, columns=["id"]))
+        total = sum(1 for _ in tables.read_rows(candidates.folder, columns=["id"]))
         counts = {"rows": total, "scored": total - waiting.total(), "abstained": waiting}
         raise Interrupted(f"scoring: {told(counts, notes)}; paid answers are kept and the rest is asked again")
     found: dict[str, Any] = {"seconds": time.monotonic() - started}
     if is_writer():
         known = calibration(
-            candidates, out, prompts, select.confidence, circular=isinstance(backend, Reference), seed=select.seed
+            candidates.folder,
+            out.folder,
+            prompts,
+            select.confidence,
+            circular=isinstance(backend, Reference),
+            seed=select.seed,
         )
         known["judges"] = usages(backend)
         said = [{"about": "judge", "tone": "warn", "text": f"{line[:1].upper()}{line[1:]}."} for line in warnings]
         known["verdict"] = [*known["verdict"], *said]
-        write_json(out / "calibration.json", known)
+        out.save_calibration(known)
         found |= {"verdict": known["verdict"], "judges": known["judges"]}
-    found |= count_scores(tables.read_rows(out, columns=["mas", "abstained"]))
+    found |= count_scores(tables.read_rows(out.folder, columns=["mas", "abstained"]))
     if is_writer():
         details = {name: value for name, value in found.items() if name not in ("verdict", "judges")}
         if found["judges"]:
             details["details"] = {judge["judge"]: judge for judge in found["judges"]}
-        folder.finish(details)
+        out.finish(details)
     barrier("scores are recorded")
     return found | {"notes": notes}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,57 +11,59 @@ from m3po_jax.config import SelectConfig
 from m3po_jax.data import tables
 from m3po_jax.data.images import read_encoded
 from m3po_jax.data.pair_rows import prompt_messages
-from m3po_jax.data.schema import PAIR, PROMPT, Prompt, prompt_to_row
+from m3po_jax.data.schema import Prompt, prompt_to_row
 from m3po_jax.errors import UserError
-from m3po_jax.hosts import together
+from m3po_jax.hosts.agreement import from_writer, is_writer, together
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.reward import Part
-from m3po_jax.pipeline.stopping import from_writer
 from m3po_jax.selection_rows import select_rows
-from m3po_jax.workspace.checksums import checksum
-from m3po_jax.workspace.files import is_writer, read_json
-from m3po_jax.workspace.records import DONE, Artifact, Record, settings
-from m3po_jax.workspace.shards import ShardFolder, now
+from m3po_jax.workspace.records import DONE, settings
+from m3po_jax.workspace.selection import Selection
+from m3po_jax.workspace.shards import ShardFolder
 
 SHOWN_DROPS = 60
 
 
-def joined_rows(candidates: Path, scores: Path, prompts: Mapping[str, Prompt]) -> Iterator[dict[str, Any]]:
+def joined_rows(
+    candidates: ShardFolder, scores: ShardFolder, prompts: Mapping[str, Prompt]
+) -> Iterator[dict[str, Any]]:
     """Candidate rows with their scores and their prompt's instruction and metadata.
 
     Raises:
         UserError: there is nothing, or candidates and scores do not belong together.
     """
-    by_key = {(row["id"], row["candidate"]): row for row in tables.read_rows(scores)}
+    by_key = {(row["id"], row["candidate"]): row for row in tables.read_rows(scores.folder)}
     if not by_key:
-        raise UserError("no scores", where=str(scores), remedy="run `m3po score` first")
-    for row in tables.read_rows(candidates):
+        raise UserError("no scores", where=str(scores.folder), remedy="run `m3po score` first")
+    for row in tables.read_rows(candidates.folder):
         key = (row["id"], row["candidate"])
         if key not in by_key:
             raise UserError(
-                f"no score for candidate {key[1]} of {key[0]!r}", where=str(scores), remedy="run `m3po score` again"
+                f"no score for candidate {key[1]} of {key[0]!r}",
+                where=str(scores.folder),
+                remedy="run `m3po score` again",
             )
         if row["id"] not in prompts:
             raise UserError(
-                f"a candidate of a prompt that the data does not have ({row['id']!r})", where=str(candidates)
+                f"a candidate of a prompt that the data does not have ({row['id']!r})", where=str(candidates.folder)
             )
         prompt = prompts[row["id"]]
         yield row | by_key[key] | {"instruction": prompt.instruction, "metadata": prompt.metadata}
 
 
 def select(
-    candidates: Path,
-    scores: Path,
+    candidates: ShardFolder,
+    scores: ShardFolder,
     prompts: Mapping[str, Prompt],
     config: SelectConfig,
-    out: Path,
+    out: Selection,
     *,
     image_root: Path,
     part: Part | None = None,
     pairs_per_prompt: int = 1,
     data: str = "",
 ) -> dict[str, Any]:
-    """Writes pairs (one parquet shard), ``drops.jsonl`` and ``summary.json``; the summary is returned.
+    """Writes pairs, dropped prompts and a summary, which is returned.
 
     A folder made from the same scores by the same rules is kept.
 
@@ -75,17 +75,16 @@ def select(
     started = time.monotonic()
     recorded = selection_inputs(candidates, scores, config, data=data, part=part, pairs_per_prompt=pairs_per_prompt)
     inputs = tables.content_hash(recorded)
-    path, folder = out / tables.shard_name(0, inputs), Artifact(out)
-    status = from_writer(lambda: vars(folder.status(recorded)))
+    status = from_writer(lambda: vars(out.status(recorded)))
     if status["state"] == DONE:
-        return read_json(out / "summary.json") | {"seconds": 0.0}
+        return out.summary() | {"seconds": 0.0}
     rows = (row for row in joined_rows(candidates, scores, prompts) if part is None or part.holds(row["id"]))
     pairs, drops, summary = select_rows(
         rows,
         config,
         dispreferred_confidence=config.confidence_dispreferred,
         pairs_per_prompt=pairs_per_prompt,
-        where=str(scores),
+        where=str(scores.folder),
     )
     summary |= {
         "inputs": inputs,
@@ -96,50 +95,27 @@ def select(
     }
 
     def write() -> None:
-        if (place := folder.set_aside()) is not None:
+        if (place := out.set_aside()) is not None:
             reason = f"{status['state']} ({status['reason']})" if status["reason"] else status["state"]
-            say(f"{out}: {reason}; set aside in {place}", style="yellow")
-        sums: dict[str, str] = {}
-        if share_twin(path, candidates.parent):
-            sums[path.name] = checksum(path) or ""
-        else:
-            rows = (
-                pair_with_prompt(pair, prompts[pair["id"]], image_root) for pair in pairs
-            )  # one row group at a time
-            tables.write_table(path, rows, PAIR, record=partial(sums.__setitem__, path.name))
-        tables.write_json_lines(out / "drops.jsonl", drops, record=partial(sums.__setitem__, "drops.jsonl"))
-        tables.write_table(out.parent / "prompts.parquet", prompt_rows(prompts, drops, image_root), PROMPT)
-        tables.write_json(out / "summary.json", summary, record=partial(sums.__setitem__, "summary.json"))
-        details = {"seconds": time.monotonic() - started, "rows": summary["pairs"]}
-        folder.write(Record(recorded, sums, finished=now(), details=details))
+            say(f"{out.folder}: {reason}; set aside in {place}", style="yellow")
+        out.save(
+            recorded,
+            # One row group at a time.
+            (pair_with_prompt(pair, prompts[pair["id"]], image_root) for pair in pairs),
+            drops,
+            summary,
+            prompt_rows(prompts, drops, image_root),
+            started=started,
+        )
 
     # The others read no image; they wait here, and hear of one that is gone.
     together(lambda: write() if is_writer() else None)
     return summary | {"seconds": time.monotonic() - started}
 
 
-def share_twin(path: Path, round_folder: Path) -> bool:
-    """Makes a pairs file a second name of one that the same round has elsewhere; False where there is none.
-
-    Pairs carry their images, so that TRL and `datasets` open the file alone. Arms of one rule choose the same pairs
-    (the name of a shard is a hash of all that it is made from), and their images need to be on the disk once.
-    """
-    run = round_folder.parent
-    twins = [round_folder / "pairs" / path.name, *sorted(run.glob(f"arms/*/{round_folder.name}/pairs/{path.name}"))]
-    for twin in twins:
-        if twin.is_file() and twin.resolve() != path.resolve():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(twin, path)  # files of a run are replaced and never written to, so that the two stay alike
-            except OSError:  # a file system without hard links
-                return False
-            return True
-    return False
-
-
 def selection_inputs(
-    candidates: Path,
-    scores: Path,
+    candidates: ShardFolder,
+    scores: ShardFolder,
     config: SelectConfig,
     *,
     data: str = "",
@@ -158,10 +134,7 @@ def selection_inputs(
     limits: dict[str, Any] = {} if part is None else {f"part.{name}": value for name, value in vars(part).items()}
     if pairs_per_prompt != 1:
         limits["pairs_per_prompt"] = pairs_per_prompt
-    contents = contents or {
-        "candidates": ShardFolder(candidates, "m3po generate").content(),
-        "scores": ShardFolder(scores, "m3po score").content(),
-    }
+    contents = contents or {"candidates": candidates.content(), "scores": scores.content()}
     return {
         **contents,
         "data": data,

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from m3po_jax.config import Recipe
-from m3po_jax.data.tables import write_json
+from m3po_jax.config import EvaluateConfig, Recipe
 from m3po_jax.evaluation.frontier import matched
 from m3po_jax.evaluation.markdown import table as aligned
 from m3po_jax.evaluation.metric import Frontier
+from m3po_jax.hosts.agreement import is_writer
 from m3po_jax.pipeline.arms import BASE
 from m3po_jax.pipeline.evaluate import Benchmark
+from m3po_jax.workspace.cell import Cell
 from m3po_jax.workspace.directory import RunDirectory
-from m3po_jax.workspace.files import is_writer, read_json, write_text
 
 # What the recipe's own system is called beside its arms, from its pairing rule.
 RULE_NAMES = {"m3p": "m3po", "mas_only": "mas_dpo", "vanilla": "dpo"}
@@ -51,17 +50,26 @@ DELTA_NOTE = (
 )
 
 
-def systems(recipe: Recipe, directory: RunDirectory) -> list[tuple[str, str, Path]]:
-    """(name, kind, folder) of everything that was evaluated, in the table's order."""
-    folder = directory.round
-    found = [(BASE, "arm", folder(0))]
-    found += [(name, "frontier", folder(0, name)) for name in map(stop_bias_name, recipe.evaluate.stop_bias)]
-    found += [(name, "decoding", folder(0, name)) for name in map(contrast_name, recipe.evaluate.contrast_alpha)]
-    found += [(arm, "arm", folder(1, arm)) for arm in recipe.arms]
-    main = main_name(recipe)
-    found += [(f"{main}, round {number}", "arm", folder(number)) for number in range(1, recipe.rounds)]
-    found.append((main, "arm", folder(recipe.rounds)))
-    return [system for system in found if list(system[2].glob("evaluation/*/results.json"))]
+def decodings(config: EvaluateConfig, base: Cell) -> list[tuple[str, str, Cell]]:
+    """(name, kind, cell) of the base's stop-bias frontier and contrastive decodings."""
+    names = [("frontier", name) for name in map(stop_bias_name, config.stop_bias)]
+    names += [("decoding", name) for name in map(contrast_name, config.contrast_alpha)]
+    return [(name, kind, base.of(name)) for kind, name in names]
+
+
+def system_name(recipe: Recipe, cell: Cell) -> str:
+    """What a trained system is called; its last round by the system's name alone."""
+    name = main_name(recipe) if cell.arm is None else cell.arm
+    return name if cell.round == recipe.rounds else f"{name}, round {cell.round}"
+
+
+def systems(recipe: Recipe, directory: RunDirectory) -> list[tuple[str, str, Cell]]:
+    """(name, kind, cell) of everything that was evaluated, in the table's order."""
+    base, own = directory.cell(0), directory.cell(1)
+    every = [(BASE, "arm", base), *decodings(recipe.evaluate, base)]
+    every += [(arm, "arm", own.of(arm)) for arm in recipe.arms]
+    every += [(system_name(recipe, cell), "arm", cell) for cell in map(own.at, range(1, recipe.rounds + 1))]
+    return [system for system in every if any(one.is_finished for one in system[2].evaluations())]
 
 
 def _deltas(frontier: Frontier, results: Sequence[Any], on_frontier: Sequence[bool]) -> list[float | None] | None:
@@ -84,7 +92,7 @@ def _deltas(frontier: Frontier, results: Sequence[Any], on_frontier: Sequence[bo
 
 
 def build_tables(recipe: Recipe, directory: RunDirectory, benchmarks: Sequence[Benchmark]) -> dict[str, Any]:
-    """`evaluation.json`: one table over all benchmarks."""
+    """One table over all benchmarks, as the report reads it."""
     everything = systems(recipe, directory)
     columns: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = [
@@ -94,7 +102,7 @@ def build_tables(recipe: Recipe, directory: RunDirectory, benchmarks: Sequence[B
     notes, with_deltas = [], False
     for benchmark in benchmarks:
         metric = benchmark.metric
-        results = [read_json(folder / "evaluation" / benchmark.name / "results.json") for _, _, folder in everything]
+        results = [cell.evaluation(benchmark.name).results() for _, _, cell in everything]
         values = {
             column.key: [r["summary"].get(column.key) if r else None for r in results] for column in metric.drawn
         }
@@ -149,11 +157,10 @@ def _cell(value: float | None, digits: int) -> str:
 
 
 def write_tables(recipe: Recipe, directory: RunDirectory, benchmarks: Sequence[Benchmark]) -> None:
-    """Writes ``evaluation.json`` and ``evaluation.md`` and prints the table on standard output."""
+    """Writes the table into the run directory and prints it on standard output."""
     tables = build_tables(recipe, directory, benchmarks)
     if not is_writer():
         return
-    write_json(directory.root / "evaluation.json", tables)
     texts = [f"**{t['title']}**\n\n{markdown(t)}\n\n{t['note']}\n" for t in tables["tables"]]
-    write_text(directory.root / "evaluation.md", "\n".join(texts))
+    directory.save_evaluation(tables, "\n".join(texts))
     print("\n".join(texts), flush=True)

@@ -14,16 +14,13 @@ from m3po_jax.data.processing import Processor
 from m3po_jax.errors import UserError
 from m3po_jax.generation.engine import Generator
 from m3po_jax.generation.settings import SamplingConfig
+from m3po_jax.hosts.agreement import barrier, from_writer, is_writer
 from m3po_jax.pipeline import summary
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.evaluate import Benchmark, evaluate
-from m3po_jax.pipeline.stopping import barrier, from_writer
-from m3po_jax.workspace.checksums import checksums
+from m3po_jax.workspace.cell import Cell
 from m3po_jax.workspace.directory import RunDirectory
-from m3po_jax.workspace.files import is_writer
-from m3po_jax.workspace.layout import ITEMS, RESULTS, Cell
-from m3po_jax.workspace.records import DONE as RECORD_DONE
-from m3po_jax.workspace.records import Artifact, Record, settings
+from m3po_jax.workspace.records import DONE, Record, settings
 from m3po_jax.workspace.shards import now
 
 MakeGenerator = Callable[[Any, SamplingConfig, int], Generator]  # of a model, its decoding, rows at once
@@ -81,16 +78,17 @@ def base_systems(
 ) -> Iterator[tuple[System, list[Benchmark]]]:
     """The starting model, its stop-bias frontier (for metrics that have one) and contrastive decoding."""
     plain = greedy(config)
-    yield System(summary.BASE, directory.cell(0), model, identity, plain), list(benchmarks)
+    base = directory.cell(0)
+    yield System(summary.BASE, base, model, identity, plain), list(benchmarks)
     captions = [b for b in benchmarks if b.metric.frontier]
     for bias in config.stop_bias:
         name = summary.stop_bias_name(bias)
         sampling = dataclasses.replace(plain, stop_bias=bias, stop_token_ids=stop_tokens(config, processor))
-        yield System(name, directory.cell(0, name), model, identity, sampling), captions
+        yield System(name, base.of(name), model, identity, sampling), captions
     for alpha in config.contrast_alpha:
         name = summary.contrast_name(alpha)
         sampling = dataclasses.replace(plain, contrast_alpha=alpha)
-        yield System(name, directory.cell(0, name), model, identity, sampling), list(benchmarks)
+        yield System(name, base.of(name), model, identity, sampling), list(benchmarks)
 
 
 class SystemEvaluator:
@@ -113,10 +111,10 @@ class SystemEvaluator:
         generator: Generator | None = None
         records = []
         for benchmark in benchmarks:
-            artifact = Artifact(system.cell.benchmark(benchmark.name), home=system.cell.folder)
+            artifact = system.cell.evaluation(benchmark.name)
             made_from = self.inputs(system, benchmark)
             status = from_writer(lambda artifact=artifact, made_from=made_from: vars(artifact.status(made_from)))
-            if status["state"] != RECORD_DONE:
+            if status["state"] != DONE:
                 if is_writer() and (place := artifact.set_aside()) is not None:
                     reason = f" ({status['reason']})" if status["reason"] else ""
                     say(f"{artifact.folder}: {status['state']}{reason}; set aside in {place}", style="yellow")
@@ -128,15 +126,14 @@ class SystemEvaluator:
                     generator,
                     self.processor,
                     config,
-                    artifact.folder,
+                    artifact,
                     inputs=inputs,
                     seed=self.recipe.seed,
                     system=system.name,
                 )
                 if is_writer():
-                    sums = {name: value or "" for name, value in checksums(artifact.folder, [ITEMS, RESULTS]).items()}
                     details = {"seconds": results["seconds"]}
-                    artifact.write(Record(made_from, sums, finished=now(), details=details))
+                    artifact.write(Record(made_from, artifact.outputs(), finished=now(), details=details))
                 barrier("results are recorded")
             records.append(artifact.read())
         finished = [record for record in records if record is not None and record.finished is not None]

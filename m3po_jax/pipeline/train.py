@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from jax.sharding import Mesh
 
 from m3po_jax.config import Recipe
@@ -19,7 +18,8 @@ from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import fingerprint
 from m3po_jax.errors import UserError
-from m3po_jax.hosts import shared_out
+from m3po_jax.hosts.rows import shared_out
+from m3po_jax.hosts.sharding import use_mesh
 from m3po_jax.pipeline.caches import cached_reference, fill, vision_features
 from m3po_jax.pipeline.models import (
     Joined,
@@ -32,11 +32,9 @@ from m3po_jax.pipeline.models import (
 )
 from m3po_jax.pipeline.pair_files import any_recorded, with_identity
 from m3po_jax.pipeline.trainings import begin_training, finish_training, finished_record, require_current
-from m3po_jax.sharding import use_mesh
 from m3po_jax.training.loop import TrainResult, load_trained, train
 from m3po_jax.training.stage import without_free_settings
 from m3po_jax.workspace.records import settings
-from m3po_jax.workspace.shards import ShardFolder
 from m3po_jax.workspace.training import TrainingArtifact
 
 
@@ -51,36 +49,6 @@ class Trained:
     @property
     def model(self) -> Any:
         return self.result.model
-
-
-def read_pairs(directory: Path) -> pa.Table:
-    """All complete pair shards of a directory.
-
-    Raises:
-        UserError: there are none, or nothing survived the selection.
-    """
-    pairs_content(directory)
-    parts = []
-    for path in tables.shards(directory):
-        with tables.open_parquet(path) as file:
-            parts.append(file.read())
-    table = pa.concat_tables(parts, promote_options="default")
-    if table.num_rows == 0:
-        raise UserError(
-            "no prompt gave a pair", where=str(directory), remedy="see drops.jsonl beside it; loosen select.*"
-        )
-    return table
-
-
-def pairs_content(directory: Path) -> str:
-    """A hash of the pairs in a directory, which are verified.
-
-    Raises:
-        UserError: there are none, or they are not what was written.
-    """
-    if not tables.shards(directory):
-        raise UserError("no pairs", where=str(directory), remedy="run `m3po select` first")
-    return ShardFolder(directory, "m3po select").content()
 
 
 def rows_identity(recipe: Recipe) -> str:
@@ -123,6 +91,7 @@ def train_on_pairs(
     start: Any,
     seed: int,
     made_from: Mapping[str, Any] | None = None,
+    where: str = "pairs",
     reference: Any = None,
     reference_identity: str = "",
 ) -> Trained:
@@ -131,6 +100,7 @@ def train_on_pairs(
     Args:
         pairs: Of a round, or of a file (`train.pairs`).
         made_from: As of `training.loop.train`.
+        where: Of the pairs, for messages.
         reference: The reference model; default: `start`.
         reference_identity: A hash of its weights; default: that of the base model, which `start` then is.
     """
@@ -158,7 +128,7 @@ def train_on_pairs(
             batch_size=size,
             seed=seed,
             max_answer_tokens=longest,
-            where=str(out / "pairs"),
+            where=where,
             features=features,
             own=shared_out(mesh),
             **widths,

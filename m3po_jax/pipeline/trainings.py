@@ -9,9 +9,8 @@ from typing import Any
 from m3po_jax.config import TrainConfig
 from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import UserError
+from m3po_jax.hosts.agreement import barrier, from_writer, is_writer
 from m3po_jax.pipeline.console import say
-from m3po_jax.pipeline.stopping import barrier, from_writer
-from m3po_jax.workspace.files import is_writer
 from m3po_jax.workspace.records import DAMAGED, DONE, OUT_OF_DATE, UNFINISHED, Record, differences, in_words
 from m3po_jax.workspace.training import TrainingArtifact
 

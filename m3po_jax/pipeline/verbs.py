@@ -15,6 +15,8 @@ import jax
 from m3po_jax.config import Recipe
 from m3po_jax.data.tables import write_json
 from m3po_jax.errors import UserError, nearest
+from m3po_jax.hosts.sharding import make_mesh, use_mesh
+from m3po_jax.hosts.startup import initialize_distributed
 from m3po_jax.pipeline import evaluate as evaluating
 from m3po_jax.pipeline import summary
 from m3po_jax.pipeline import train as training
@@ -24,10 +26,8 @@ from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.run import Run
 from m3po_jax.pipeline.select import select_file
 from m3po_jax.recipes import load_recipe, shipped, summary_of
-from m3po_jax.sharding import initialize_distributed, make_mesh, use_mesh
+from m3po_jax.workspace.cell import Cell
 from m3po_jax.workspace.directory import RunDirectory
-from m3po_jax.workspace.layout import CHECKPOINTS, SAVED_ANSWERS
-from m3po_jax.workspace.training import TrainingArtifact
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
@@ -70,12 +70,12 @@ def compare(options: argparse.Namespace) -> None:
 
 def generate(options: argparse.Namespace) -> None:
     with _stage(options) as running:
-        running.generate_stage(options.round, _arm(running.recipe, options))
+        running.generate_stage(_cell(running, options))
 
 
 def score(options: argparse.Namespace) -> None:
     with _stage(options) as running:
-        running.score_stage(options.round, _arm(running.recipe, options))
+        running.score_stage(_cell(running, options))
 
 
 def select(options: argparse.Namespace) -> None:
@@ -86,7 +86,7 @@ def select(options: argparse.Namespace) -> None:
         say(f"{found['pairs']} pairs of {found['prompts']} prompts; dropped: {found['dropped'] or 'none'}")
         return
     with _stage(options) as running:
-        running.select_stage(options.round, _arm(running.recipe, options))
+        running.select_stage(_cell(running, options))
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -94,11 +94,11 @@ def evaluate(options: argparse.Namespace) -> None:
         _evaluate_answers(options)
         return
     with _stage(options) as running:
-        arm = _arm(running.recipe, options)
+        cell = _cell(running, options)
         if not running.recipe.evaluate.benchmarks:
             raise UserError("no benchmark", where="evaluate.benchmarks", remedy="name at least one in the recipe")
-        if running.directory.cell(options.round, arm).done.exists():
-            running.evaluate_stage(options.round, arm)
+        if cell.training.is_marked:
+            running.evaluate_stage(cell)
         else:
             running.evaluate_base()
         summary.write_tables(running.recipe, running.directory, running.benchmarks)
@@ -115,7 +115,7 @@ def _evaluate_answers(options: argparse.Namespace) -> None:
             where="--benchmark",
             remedy="name one of evaluate.benchmarks",
         )
-    folder = RunDirectory.of(recipe).root / SAVED_ANSWERS / name
+    folder = RunDirectory.of(recipe).saved_answers(name)
     benchmark = evaluating.read_benchmark(name, known[name])
     results, out = evaluating.score_file(benchmark, Path(options.answers), recipe.evaluate, folder, seed=recipe.seed)
     print(json.dumps(results["summary"], indent=2))
@@ -206,7 +206,7 @@ def train(options: argparse.Namespace) -> None:
         return
     if options.arm is not None or trains_in_rounds(recipe):
         with _stage(options) as running:
-            running.train_stage(options.round, _arm(recipe, options))
+            running.train_stage(_cell(running, options))
         return
     check_recipe(recipe)
     _start()
@@ -217,8 +217,8 @@ def train(options: argparse.Namespace) -> None:
             say(line, style="yellow")
         with use_mesh(mesh):
             trained = training.train_on_rows(recipe, directory.root, mesh, force=options.force)
-        directory.note_stage("train", directory.cell(1), TrainingArtifact(directory.root).read())
-    say(f"trained {trained.result.steps} steps; checkpoints in {directory.root / CHECKPOINTS}")
+        directory.note_stage("train", directory.cell(1), directory.training.read())
+    say(f"trained {trained.result.steps} steps; checkpoints in {directory.training.checkpoints}")
 
 
 def export(options: argparse.Namespace) -> None:
@@ -228,8 +228,7 @@ def export(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     _start()
     wanted = Wanted(
-        round=options.round,
-        arm=options.arm,
+        cell=RunDirectory.of(recipe).cell(options.round).of(options.arm),
         format=options.format,
         dtype=options.dtype,
         output=Path(options.output) if options.output else None,
@@ -239,7 +238,8 @@ def export(options: argparse.Namespace) -> None:
     say(f"exported to {output}")
 
 
-def _arm(recipe: Recipe, options: argparse.Namespace) -> str | None:
-    if options.arm is not None and options.arm not in recipe.arms:
-        raise UserError(f"unknown arm {options.arm!r}{nearest(options.arm, recipe.arms)}", where="--arm")
-    return options.arm
+def _cell(running: Run, options: argparse.Namespace) -> Cell:
+    arms = running.recipe.arms
+    if options.arm is not None and options.arm not in arms:
+        raise UserError(f"unknown arm {options.arm!r}{nearest(options.arm, arms)}", where="--arm")
+    return running.directory.cell(options.round).of(options.arm)

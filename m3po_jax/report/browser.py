@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from m3po_jax.report.formatting import as_number, clip, format_number
+from m3po_jax.report.formatting import clip, format_number
 from m3po_jax.report.images import thumbnails
-from m3po_jax.report.run_data import Pairs, Reader, Round
+from m3po_jax.workspace.contents import Pairs, Reader, Round
+from m3po_jax.workspace.files import as_number
 
 TokenText = Callable[[int], str]
 TOKEN_BUDGET = 1_600_000  # characters of coloured tokens in one page; the other answers are plain text
@@ -163,12 +164,13 @@ def browse_round(
     ids = {item.id for item in items}
     if not ids:
         return [], []
-    pair_rows = _by_id(reader.table(found.path / "pairs", ["id", "images", "prompt", "chosen", "rejected"], ids))
-    file = found.path / "prompts.parquet"
-    prompts = _by_id(reader.table(file, ["id", "images", "instruction"], ids)) if file.is_file() else {}
+    pair_rows = _by_id(
+        reader.table(found.cell.selection.folder, ["id", "images", "prompt", "chosen", "rejected"], ids)
+    )
+    prompts = _by_id(reader.prompts(found.cell, ["id", "images", "instruction"], ids))
     columns = ["id", "candidate", "text", "token_ids", "token_logprobs", "finish_reason"]
-    candidates = _by_id(reader.table(found.path / "candidates", columns, ids))
-    scores = _by_id(reader.table(found.path / "scores", None, ids))
+    candidates = _by_id(reader.table(found.cell.candidates.folder, columns, ids))
+    scores = _by_id(reader.table(found.cell.scores.folder, None, ids))
     images = []
     for item, (chosen, rejected) in zip(items, roles, strict=True):
         prompt = (prompts.get(item.id) or [{}])[0]

@@ -25,9 +25,10 @@ from m3po_jax.report.formatting import (
     format_percent,
     slug,
 )
-from m3po_jax.report.run_data import Reader, Run, read_run
 from m3po_jax.report.tables import benchmark_views, evaluation_tables, meanings
 from m3po_jax.version import __version__
+from m3po_jax.workspace.contents import Reader, RunContents, read_run
+from m3po_jax.workspace.layout import REPORT, RESULTS
 
 MAX_PAIRS = 60
 MAX_DROPS = 24
@@ -43,7 +44,7 @@ def _environment() -> Environment:
     return environment
 
 
-def _browse(reader: Reader, run: Run, pairs: int, drops: int, token_text: TokenText | None) -> list[Item]:
+def _browse(reader: Reader, run: RunContents, pairs: int, drops: int, token_text: TokenText | None) -> list[Item]:
     """Items of all rounds, latest first; the number of pairs is shared out equally."""
     rounds = [r for r in reversed(run.rounds) if (r.pairs is not None and len(r.pairs)) or r.drops]
     items, images = [], []
@@ -60,7 +61,7 @@ def _browse(reader: Reader, run: Run, pairs: int, drops: int, token_text: TokenT
 
 
 def render(
-    run: Run, reader: Reader, token_text: TokenText | None, max_pairs: int, max_drops: int = MAX_DROPS
+    run: RunContents, reader: Reader, token_text: TokenText | None, max_pairs: int, max_drops: int = MAX_DROPS
 ) -> bytes:
     """The page of a run as UTF-8."""
     tables = evaluation_tables(run.evaluation)
@@ -112,14 +113,14 @@ def render(
     return encode_page(page)
 
 
-def _comparison(run: Run, reader: Reader) -> ComparisonView | None:
+def _comparison(run: RunContents, reader: Reader) -> ComparisonView | None:
     """The comparison's section, or None without one; a malformed file is noted and left out."""
     if not run.comparison:
         return None
     try:
         return comparison_view(run.comparison)
     except (KeyError, TypeError, ValueError, AttributeError):
-        reader.note(run.path / "results.json", "not what `m3po compare` writes, left out")
+        reader.note(run.path / RESULTS, "not what `m3po compare` writes, left out")
         return None
 
 
@@ -139,7 +140,7 @@ def build_report(run_dir: Path | str, token_text: TokenText | None = None, *, ma
     gives a report of that half, with what is missing named.
 
     Args:
-        run_dir: A run directory (DESIGN section 3).
+        run_dir: A run directory.
         token_text: The text that a token id stands for, spaces included; with it, answers are coloured by the
             log-probability of their tokens (`browser.tokenizer_text` makes one of a tokenizer).
         max_pairs: Pairs in the browser, evenly spread over the ranking by value.
@@ -150,7 +151,7 @@ def build_report(run_dir: Path | str, token_text: TokenText | None = None, *, ma
     run_dir = Path(run_dir)
     run, reader = read_run(run_dir)
     page = render(run, reader, token_text, max_pairs)
-    target = run_dir / "report.html"
+    target = run_dir / REPORT
     with atomic_write(target) as file:
         file.write(page)
     return target

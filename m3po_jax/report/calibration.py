@@ -6,19 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from m3po_jax.report.figures import Figure
-from m3po_jax.report.formatting import (
-    as_dict,
-    as_dicts,
-    as_number,
-    clip,
-    format_compact,
-    format_number,
-    format_percent,
-    format_span,
-    slug,
-)
-from m3po_jax.report.run_data import Round
+from m3po_jax.report.formatting import clip, format_compact, format_number, format_percent, format_span, slug
 from m3po_jax.report.svg import BinCurve, Point, forest_chart, reliability_chart
+from m3po_jax.workspace.contents import Round
+from m3po_jax.workspace.files import as_dict, as_dicts, as_number
 
 TONES = {"warn": "Warning", "good": "Good", "note": "Note"}
 

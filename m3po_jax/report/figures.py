@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from m3po_jax.report.formatting import as_number, slug
-from m3po_jax.report.run_data import Candidates, Pairs, Round, Run
+from m3po_jax.report.formatting import slug
 from m3po_jax.report.svg import Series, bin_size, histogram_chart, line_chart, scatter_chart
+from m3po_jax.workspace.contents import Candidates, Pairs, Round, RunContents
+from m3po_jax.workspace.files import as_number
 
 
 @dataclass
@@ -69,7 +70,7 @@ MORE_CURVES = (
 )
 
 
-def main_arm(run: Run) -> str:
+def main_arm(run: RunContents) -> str:
     """The name of the run's own arm beside its comparison arms."""
     rule = run.setting("select.rule", "m3p")
     name = "m3po" if rule == "m3p" else str(rule)
@@ -101,7 +102,7 @@ def _breaks(rounds: Sequence[Round]) -> list[tuple[float, str]]:
     return at
 
 
-def training_curves(run: Run, curves: Sequence[Curve]) -> list[Figure]:
+def training_curves(run: RunContents, curves: Sequence[Curve]) -> list[Figure]:
     """One figure per metric, one line per arm; the steps of later rounds follow those of earlier ones."""
     figures = []
     anchored = as_number(run.setting("train.chosen_nll_weight", 0.0))

@@ -10,32 +10,13 @@ from typing import Any
 
 from markupsafe import Markup
 
+from m3po_jax.workspace.files import as_number
+
 DASH = "–"
 MAX_TEXT = 2000  # characters of one model answer that are shown
 # C0 and C1 controls have no meaning in HTML (NUL is a parse error); bidi controls may reorder what surrounds
 # them, which `<bdi>` isolates, so they may stay.
 _CONTROLS = dict.fromkeys((*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), *range(0x7F, 0xA0)), "\ufffd")
-
-
-def as_number(value: Any) -> float | None:
-    """`value` as a finite float, or None (missing, text, a truth value, NaN, infinity)."""
-    if isinstance(value, bool) or value is None:
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def as_dict(value: Any) -> dict[str, Any]:
-    """`value` where it is a dictionary, an empty one elsewhere: a malformed part of a file is left out."""
-    return value if isinstance(value, dict) else {}
-
-
-def as_dicts(value: Any) -> list[dict[str, Any]]:
-    """The dictionaries among the items of a list, nothing of what is no list."""
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def format_number(value: Any, digits: int = 3, *, sign: bool = False) -> str:
@@ -108,11 +89,6 @@ def clip(text: Any, limit: int = MAX_TEXT) -> str:
     if len(text) <= limit:
         return text
     return f"{text[:limit]} … ({len(text) - limit:,} more characters)"
-
-
-def normalise(text: str) -> str:
-    """Two answers are the same if they differ in case and spaces only."""
-    return " ".join(text.casefold().split())
 
 
 def slug(text: str) -> str:

@@ -8,19 +8,11 @@ from typing import Any
 import numpy as np
 
 from m3po_jax.report.figures import main_arm, within_prompt_correlation
-from m3po_jax.report.formatting import (
-    DASH,
-    as_dict,
-    as_dicts,
-    as_number,
-    format_duration,
-    format_number,
-    format_percent,
-    format_time,
-)
-from m3po_jax.report.run_data import Round, Run
+from m3po_jax.report.formatting import DASH, format_duration, format_number, format_percent, format_time
 from m3po_jax.report.tables import EvaluationTable, flatten
 from m3po_jax.selection import CORRELATION_LIMIT
+from m3po_jax.workspace.contents import Round, RunContents
+from m3po_jax.workspace.files import as_dict, as_dicts, as_number
 
 TRUNCATED_LIMIT = 0.1
 KEPT_LIMIT = 0.1
@@ -48,12 +40,12 @@ class Headline:
     tone: str = ""  # good | bad
 
 
-def stages(run: Run) -> list[dict[str, Any]]:
+def stages(run: RunContents) -> list[dict[str, Any]]:
     found = run.manifest.get("stages")
     return [stage for stage in found if isinstance(stage, dict)] if isinstance(found, list) else []
 
 
-def header(run: Run) -> dict[str, Any]:
+def header(run: RunContents) -> dict[str, Any]:
     """Name, when, where and the facts that make the run repeatable."""
     manifest = run.manifest
     model, data = as_dict(manifest.get("model")), as_dict(manifest.get("data"))
@@ -81,7 +73,7 @@ def header(run: Run) -> dict[str, Any]:
     }
 
 
-def stage_bars(run: Run) -> list[Bar]:
+def stage_bars(run: RunContents) -> list[Bar]:
     """One bar per finished stage, in the order in which they ran."""
     rows = [(stage, as_number(stage.get("seconds")) or 0.0) for stage in stages(run)]
     longest = max((seconds for _, seconds in rows), default=0.0)
@@ -104,7 +96,7 @@ def stage_bars(run: Run) -> list[Bar]:
     return bars
 
 
-def total_seconds(run: Run) -> float:
+def total_seconds(run: RunContents) -> float:
     """Seconds of all stages together."""
     return sum(as_number(stage.get("seconds")) or 0.0 for stage in stages(run))
 
@@ -187,7 +179,7 @@ def _mean(values: np.ndarray) -> float | None:
     return float(finite.mean()) if len(finite) else None
 
 
-def arm_rows(run: Run) -> list[dict[str, str]]:
+def arm_rows(run: RunContents) -> list[dict[str, str]]:
     """The run and its comparison arms side by side, each at its latest round with metrics or pairs."""
     if not run.arms:
         return []
@@ -215,7 +207,7 @@ def arm_rows(run: Run) -> list[dict[str, str]]:
     return rows
 
 
-def headlines(run: Run, tables: list[EvaluationTable]) -> list[Headline]:
+def headlines(run: RunContents, tables: list[EvaluationTable]) -> list[Headline]:
     """Up to six numbers that a reader wants first."""
     found: list[Headline] = []
     main = main_arm(run)
@@ -263,7 +255,7 @@ def _stated(value: Any) -> list[str]:
     return [str(item) for item in value if item] if isinstance(value, list) else []
 
 
-def warnings(run: Run) -> list[str]:
+def warnings(run: RunContents) -> list[str]:
     """What a careful reader should know, in plain words; the stages' own warnings first.
 
     Our own remarks are about the latest state of the run; the arms' numbers stand in their table.
@@ -328,7 +320,7 @@ def _training_warnings(found: Round) -> list[str]:
     return lines
 
 
-def missing(run: Run, tables: list[EvaluationTable]) -> list[str]:
+def missing(run: RunContents, tables: list[EvaluationTable]) -> list[str]:
     """Stages of which nothing is there yet."""
     absent: list[str] = []
     rounds = run.rounds

@@ -9,18 +9,10 @@ from typing import Any
 
 from m3po_jax.evaluation.registry import METRICS
 from m3po_jax.report.figures import Figure
-from m3po_jax.report.formatting import (
-    as_dicts,
-    as_number,
-    clip,
-    format_compact,
-    format_number,
-    format_percent,
-    format_span,
-    slug,
-)
-from m3po_jax.report.run_data import Benchmark, Round, Run
+from m3po_jax.report.formatting import clip, format_compact, format_number, format_percent, format_span, slug
 from m3po_jax.report.svg import Point, forest_chart, frontier_chart
+from m3po_jax.workspace.contents import BenchmarkContents, Round, RunContents
+from m3po_jax.workspace.files import as_dicts, as_number
 
 KINDS = {"arm": "", "frontier": "stop bias", "decoding": "decoding"}
 ITEMS_SHOWN = 30
@@ -230,7 +222,7 @@ def mcnemar(fixed: int, broken: int) -> float:
     return min(1.0, 2 * tail / 2**total)
 
 
-def _base_items(run: Run, name: str) -> dict[str, dict[str, Any]]:
+def _base_items(run: RunContents, name: str) -> dict[str, dict[str, Any]]:
     """The base model's records of a benchmark, where the run kept them (round 0, or an arm named base)."""
     rounds: list[Round] = [r for r in run.rounds if r.number == 0] + run.arms.get("base", [])
     for found in rounds:
@@ -239,7 +231,7 @@ def _base_items(run: Run, name: str) -> dict[str, dict[str, Any]]:
     return {}
 
 
-def benchmark_views(run: Run) -> list[BenchmarkView]:
+def benchmark_views(run: RunContents) -> list[BenchmarkView]:
     """Every benchmark of every round, the latest round first."""
     return [
         _benchmark(run, found, name, benchmark)
@@ -248,7 +240,7 @@ def benchmark_views(run: Run) -> list[BenchmarkView]:
     ]
 
 
-def _benchmark(run: Run, found: Round, name: str, benchmark: Benchmark) -> BenchmarkView:
+def _benchmark(run: RunContents, found: Round, name: str, benchmark: BenchmarkContents) -> BenchmarkView:
     base = _base_items(run, name) if found.number else {}
     rows: list[dict[str, Any]] = []
     for item in benchmark.items:

@@ -21,11 +21,11 @@ from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.evaluation.short_answer import normalize
 from m3po_jax.generation.prompts import bucket
-from m3po_jax.hosts import own_rows
+from m3po_jax.hosts.rows import own_rows
+from m3po_jax.hosts.sharding import shard_batch, to_host, use_mesh
 from m3po_jax.scoring.claims import Claim, object_vocabulary, polarity, split_claims
 from m3po_jax.scoring.reasons import ABSTAINED, NO_IMAGE, NO_REFERENCE
 from m3po_jax.scoring.shown_images import shared_pixels
-from m3po_jax.sharding import shard_batch, to_host, use_mesh
 
 Scores = list[np.ndarray]
 AGGREGATES = ("mean", "min", "soft_f1")

@@ -19,10 +19,10 @@ from jaxtyping import Bool, Float, Float32, Int
 from m3po_jax.data.collation import padded_length
 from m3po_jax.errors import UserError
 from m3po_jax.generation.engine import PromptBatch, bucket, pad_rows
-from m3po_jax.hosts import own_rows
+from m3po_jax.hosts.rows import own_rows
+from m3po_jax.hosts.sharding import replicate, shard_batch, to_host, use_mesh
 from m3po_jax.models import lora
 from m3po_jax.models.forward import VisionLanguageModel, branch_hidden, branch_log_probs, encode_images
-from m3po_jax.sharding import replicate, shard_batch, to_host, use_mesh
 
 
 def pad_answers(

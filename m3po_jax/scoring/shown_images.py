@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float32
 
 from m3po_jax.data.row_inputs import PixelProcessor, no_pixels
 from m3po_jax.data.schema import Prompt
-from m3po_jax.hosts import load_shared
+from m3po_jax.hosts.agreement import load_shared
 
 
 def shared_pixels(

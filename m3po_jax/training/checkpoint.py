@@ -1,10 +1,10 @@
 """Checkpoints of a training stage: asynchronous, atomic, the last and the best kept, restorable onto any mesh.
 
 A checkpoint holds the `TrainState`, the data position (a Grain iterator's JSON state), counters and a fingerprint of
-data and settings. With it, in the same folder, appears `SUMS`, the SHA-256 of each of its files: one that is not what
-was written is never restored, but set aside, and the one before it is taken. The only random numbers of training are
-the order of rows, a function of the seed (in the fingerprint) and the position. Frozen weights are not in it: with
-adapters, saving at every step is cheap.
+data and settings. With it, in the same folder, appears `CHECKSUMS`, the SHA-256 of each of its files: one that is not
+what was written is never restored, but set aside, and the one before it is taken. The only random numbers of training
+are the order of rows, a function of the seed (in the fingerprint) and the position. Frozen weights are not in it:
+with adapters, saving at every step is cheap.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
@@ -27,15 +26,16 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from m3po_jax.config import TrainConfig
 from m3po_jax.data.tables import write_json
 from m3po_jax.errors import UserError, full_disk_told
+from m3po_jax.hosts.agreement import agreed, barrier, is_writer
 from m3po_jax.reading import check_value
 from m3po_jax.training.step import Parameters, TrainState
 from m3po_jax.workspace.checksums import checksums
-from m3po_jax.workspace.records import SET_ASIDE, free_name
+from m3po_jax.workspace.layout import CHECKSUMS, SET_ASIDE
+from m3po_jax.workspace.records import free_name
 
 _logger = logging.getLogger(__name__)
-SUMS = "checksums.json"
 # Orbax writes the latter two while the checkpoint appears.
-UNSUMMED = frozenset({SUMS, "_CHECKPOINT_METADATA", "commit_success.txt"})
+UNSUMMED = frozenset({CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +113,12 @@ class Checkpointer:
             self._manager.close()
 
     def _sum(self) -> None:
-        """Writes `SUMS` into the checkpoint that is about to appear; Orbax calls it before it renames the folder."""
-        if jax.process_index() != 0 or "://" in os.fspath(self.directory):
+        """Writes `CHECKSUMS` into a checkpoint that is about to appear, before Orbax renames its folder."""
+        if not is_writer() or "://" in os.fspath(self.directory):
             return
         for folder in Path(self.directory).glob(f"{self._saving}.*tmp*"):
             names = [name for name in _files(folder) if name not in UNSUMMED]
-            write_json(folder / SUMS, checksums(folder, names))
+            write_json(folder / CHECKSUMS, checksums(folder, names))
 
     @property
     def latest_step(self) -> int | None:
@@ -209,7 +209,7 @@ class Checkpointer:
         """Moves checkpoints out of the way, so that their steps can be saved again."""
         if not reasons:
             return
-        if jax.process_index() == 0:
+        if is_writer():
             for step, reason in reasons.items():
                 place = free_name(Path(self.directory).parent / SET_ASIDE / "damaged" / f"checkpoint-{step}")
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -220,10 +220,7 @@ class Checkpointer:
                     reason,
                     place,
                 )
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        barrier("damaged checkpoints are set aside")
         self._manager.reload()
 
 
@@ -246,23 +243,18 @@ def _unreadable(folder: epath.Path, error: BaseException) -> UserError:
 def checkpoint_damage(directory: str | os.PathLike[str], step: int) -> str | None:
     """What is wrong with the files of a checkpoint, as process 0 sees them, on every process; None if nothing is.
 
-    One without `SUMS` (an earlier version's) cannot be told apart from what was written.
+    One without `CHECKSUMS` (an earlier version's) cannot be told apart from what was written.
     """
     reason = None
-    if jax.process_index() == 0 and "://" not in os.fspath(directory):
+    if is_writer() and "://" not in os.fspath(directory):
         reason = _damage(Path(directory) / str(step))
-    if jax.process_count() == 1:
-        return reason
-    from jax.experimental import multihost_utils
-
-    damaged = bool(multihost_utils.broadcast_one_to_all(np.array(reason is not None)))
-    return (reason or "is not what was written") if damaged else None
+    return (reason or "is not what was written") if agreed([reason is not None])[0] else None
 
 
 def _damage(folder: Path) -> str | None:
     sums = checkpoint_sums(folder)
     if sums is None:
-        return f"has damaged checksums ({SUMS})" if (folder / SUMS).exists() else None
+        return f"has damaged checksums ({CHECKSUMS})" if (folder / CHECKSUMS).exists() else None
     current = checksums(folder, sums)
     for name, value in sums.items():
         if current[name] != value:
@@ -273,7 +265,7 @@ def _damage(folder: Path) -> str | None:
 def checkpoint_sums(folder: Path) -> dict[str, str] | None:
     """File -> SHA-256 of a checkpoint, as it was written; None where that is not known."""
     try:
-        sums = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     return sums if isinstance(sums, dict) and all(isinstance(value, str) for value in sums.values()) else None

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m3po_jax.config import TrainConfig
-from m3po_jax.sharding import use_mesh
+from m3po_jax.hosts.sharding import use_mesh
 from m3po_jax.training.losses import text_only_accuracies
 from m3po_jax.training.objectives import check_objective
 from m3po_jax.training.step import Batch, Parameters, Partition, micro_batches, reference_model

@@ -11,13 +11,13 @@ import numpy as np
 from m3po_jax.config import TrainConfig
 from m3po_jax.errors import UserError
 from m3po_jax.training.guards import CollapseWatch
-from m3po_jax.training.metrics_log import MetricsLog
+from m3po_jax.workspace.training import TrainingArtifact
 
 _logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """The three files of a stage; read them with `metrics_log.read_metrics`.
+    """The three files of a stage; read them with `workspace.metrics_log.read_metrics`.
 
     Args:
         output: The stage's folder.
@@ -29,9 +29,7 @@ class Journal:
 
     def __init__(self, output: Path, config: TrainConfig, *, enabled: bool):
         self.config, self.enabled = config, enabled
-        self._metrics, self._warnings, self._timing = (
-            MetricsLog(output / f"{name}.jsonl", enabled=enabled) for name in ("metrics", "warnings", "timing")
-        )
+        self._metrics, self._warnings, self._timing = TrainingArtifact(output).logs(enabled=enabled)
         self.path = self._metrics.path
 
     def continue_from(self, done: int) -> None:

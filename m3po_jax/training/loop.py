@@ -12,28 +12,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.sharding import Mesh
 
 from m3po_jax.config import TrainConfig
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.lengths import padding_share
-from m3po_jax.data.tables import write_json
 from m3po_jax.errors import Interrupted, UserError
-from m3po_jax.hosts import first_failure
-from m3po_jax.sharding import to_host
+from m3po_jax.hosts.agreement import barrier, first_failure, is_writer
+from m3po_jax.hosts.sharding import to_host
+from m3po_jax.hosts.signals import stop_signal
 from m3po_jax.training import guards as checks
 from m3po_jax.training.checkpoint import Checkpointer, Progress, best_step, restore_trainable
 from m3po_jax.training.journal import Journal
-from m3po_jax.training.metrics_log import Trackers
 from m3po_jax.training.progress import Advance, describe, progress_bar
 from m3po_jax.training.reference import check_sample
-from m3po_jax.training.signals import stop_signal
 from m3po_jax.training.stage import Stage, StepOutput, prepare, without_free_settings
 from m3po_jax.training.step import TrainState, place_frozen, place_trainable, split_model
 from m3po_jax.training.timing import StepTimer, batch_flops, batch_tokens
-from m3po_jax.workspace.layout import CHECKPOINTS, DONE, METRICS
+from m3po_jax.training.trackers import Trackers
+from m3po_jax.workspace.training import TrainingArtifact
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def train(
             are named, the state before is saved); reference log-probs that are not the reference model's.
         Interrupted: SIGTERM or SIGINT arrived; everything is saved.
     """
-    output = Path(output_dir)
+    output, artifact = Path(output_dir), TrainingArtifact(Path(output_dir))
     stage, start = prepare(model, batches, config, output, mesh, remat=remat, reference=reference)
     compiled_before = stage.step.compilations
     fingerprint = _fingerprint(
@@ -112,16 +110,16 @@ def train(
         **({} if made_from is None else {"made_from": dict(made_from)}),
     )
     output.mkdir(parents=True, exist_ok=True)
-    journal = Journal(output, config, enabled=jax.process_index() == 0)
+    journal = Journal(output, config, enabled=is_writer())
     with Checkpointer(
-        output / CHECKPOINTS,
+        artifact.checkpoints,
         keep=config.keep_checkpoints,
         fingerprint=fingerprint,
         keep_best=config.keep_best,
         metric=config.best_metric,
     ) as saved:
         at = _restored(stage, saved, stage.step.init(start))
-        marker = _read_marker(output / DONE)
+        marker = artifact.marker()
         if marker is not None and at.done == stage.total:
             return _result(model, config, output, mesh, stage.total, marker["metrics"], 0)
         journal.continue_from(at.done)
@@ -177,7 +175,7 @@ def _run_steps(
     Raises:
         UserError, Interrupted: as `train`.
     """
-    config, first = stage.config, jax.process_index() == 0
+    config, first = stage.config, is_writer()
     if stage.rollouts is not None:
         stage.rollouts.follow(lambda: stage.partition.merge(at.state.trainable, stage.frozen))
     with (
@@ -349,7 +347,8 @@ def _check_first_step(stage: Stage, at: _Position, journal: Journal) -> None:
 
 def _mark_done(stage: Stage, last: dict[str, float], *, seconds: float, steps: int) -> None:
     """Writes ``done.json``; no host goes on before it is there."""
-    if jax.process_index() == 0:
+    if is_writer():
+        artifact = TrainingArtifact(stage.output)
         content = {
             "steps": stage.total,
             "metrics": {name: value if math.isfinite(value) else None for name, value in last.items()},
@@ -357,12 +356,9 @@ def _mark_done(stage: Stage, last: dict[str, float], *, seconds: float, steps: i
             "steps_in_this_process": steps,
         }
         if stage.config.keep_best:
-            content["best_step"] = best_step(stage.output / CHECKPOINTS, stage.config.best_metric)
-        write_json(stage.output / DONE, content)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("trained")  # the others look for the marker too
+            content["best_step"] = best_step(artifact.checkpoints, stage.config.best_metric)
+        artifact.mark(content)
+    barrier("trained")  # the others look for the marker too
 
 
 def load_trained(model: nnx.Module, config: TrainConfig, *, output_dir: str | Path, mesh: Mesh) -> TrainResult:
@@ -375,7 +371,7 @@ def load_trained(model: nnx.Module, config: TrainConfig, *, output_dir: str | Pa
         UserError: the stage is not finished, or was trained with other settings.
     """
     output = Path(output_dir)
-    marker = _read_marker(output / DONE)
+    marker = TrainingArtifact(output).marker()
     if marker is None:
         raise UserError("no finished training", where=str(output), remedy="run `m3po train` first")
     return _result(model, config, output, mesh, marker["steps"], marker["metrics"], 0)
@@ -392,14 +388,15 @@ def _result(
 ) -> TrainResult:
     """A stage's result from its checkpoints, with the weights that `config.weights` names."""
     partition, start, frozen = split_model(model, config)
+    artifact = TrainingArtifact(output)
     trained = restore_trainable(
-        output / CHECKPOINTS,
+        artifact.checkpoints,
         place_trainable(partition, start, mesh),
         weights=config.weights,
         metric=config.best_metric,
     )
     merged = partition.merge(trained, place_frozen(frozen, mesh))
-    return TrainResult(merged, steps, output / METRICS, metrics, compilations)
+    return TrainResult(merged, steps, artifact.metrics_path, metrics, compilations)
 
 
 def _fingerprint(**content: Any) -> str:
@@ -412,15 +409,3 @@ def unreadable(failures: Mapping[int, UserError], rows: Sequence[int]) -> UserEr
     own = next(((place, failures[row]) for place, row in enumerate(map(int, rows)) if row in failures), None)
     found = first_failure(own)
     return None if found is None else found[1]
-
-
-def _read_marker(path: Path) -> dict[str, Any] | None:
-    """The content of ``done.json``; None where there is none, or something else."""
-    try:
-        marker = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    whole = (
-        isinstance(marker, dict) and isinstance(marker.get("steps"), int) and isinstance(marker.get("metrics"), dict)
-    )
-    return marker if whole else None

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.tables import atomic_write, content_hash, shards
-from m3po_jax.hosts import shared_hashes
-from m3po_jax.sharding import shard_batch, to_host, use_mesh
+from m3po_jax.hosts.agreement import is_writer, shared_hashes, writers
+from m3po_jax.hosts.sharding import shard_batch, to_host, use_mesh
 from m3po_jax.training.guards import check_recorded
 from m3po_jax.training.losses import reference_sums
 
@@ -119,10 +119,7 @@ def with_cached_reference(
     branches = np.shape(batches.take([0]).reference)[1]
     usable = lambda sums: sums is not None and len(sums) == branches and all(map(math.isfinite, sums))  # noqa: E731
     sums = np.array([stored[key] if usable(stored.get(key)) else [np.nan] * branches for key in keys], np.float64)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        sums = np.asarray(multihost_utils.broadcast_one_to_all(sums))  # file systems may show a file late
+    sums = writers(sums)  # file systems may show a file late
     missing = [index for index in range(len(keys)) if np.isnan(sums[index]).any()]
     program, fresh = sums_program(model, mesh), {}
     for part in _chunks(missing, max(rows_at_once, 1)):
@@ -150,5 +147,5 @@ def with_cached_reference(
 
 
 def _store(cache: ReferenceCache, rows: dict[str, list[float]]) -> None:
-    if jax.process_index() == 0:
+    if is_writer():
         cache.add(rows)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,10 +23,12 @@ from m3po_jax.data import collation, row_inputs, tables
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
 from m3po_jax.generation.engine import Generated, PromptBatch
+from m3po_jax.hosts.agreement import is_writer
 from m3po_jax.objectives import policy_gradient as pg
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.scoring.reward import HeadScorer
 from m3po_jax.training.rl_losses import RolloutBatch
+from m3po_jax.workspace.layout import ROLLOUT_FILES, rollout_name
 
 # Rollout files kept: that of the last checkpoint, and of the one before where the last was cut short.
 _KEPT_FILES = 3
@@ -335,7 +336,7 @@ class RolloutIterator(Iterator[RolloutBatch]):
 
     def keep(self) -> None:
         """Writes a rollout whose steps are not all taken: the checkpoint that is made now will need it."""
-        if self.rollout is not None and self.step < self.source.rollout_steps and jax.process_index() == 0:
+        if self.rollout is not None and self.step < self.source.rollout_steps and is_writer():
             self._write(self.rollout)
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -343,13 +344,13 @@ class RolloutIterator(Iterator[RolloutBatch]):
         self.rollout = self._read() if self.step else None
 
     def _path(self) -> Path:
-        return self.source.folder / f"rollout-{self.number:06d}.npz"
+        return self.source.folder / rollout_name(self.number)
 
     def _write(self, rollout: Rollout) -> None:
         with tables.atomic_write(self._path()) as file:
             arrays: dict[str, Any] = {name: getattr(rollout, name) for name in _SAVED}
             np.savez(file, metrics=np.array(json.dumps(rollout.metrics)), **arrays)
-        for old in sorted(self.source.folder.glob("rollout-*.npz"))[:-_KEPT_FILES]:
+        for old in sorted(self.source.folder.glob(ROLLOUT_FILES))[:-_KEPT_FILES]:
             old.unlink()
 
     def _read(self) -> Rollout:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from m3po_jax.config import TrainConfig
 from m3po_jax.data.batch_source import BatchSource
-from m3po_jax.sharding import shard_batch, to_host
+from m3po_jax.hosts.sharding import shard_batch, to_host
 from m3po_jax.training import guards as checks
 from m3po_jax.training.flops import StepCost, step_cost
 from m3po_jax.training.harm import make_harm_metrics

@@ -25,10 +25,10 @@ from m3po_jax.config import LoRAConfig, RLConfig, TrainConfig
 from m3po_jax.data.collation import TreeBatch
 from m3po_jax.data.contrastive import ContrastiveBatch
 from m3po_jax.errors import UserError, nearest
+from m3po_jax.hosts.sharding import AXES, Axes, describe, sharding_for, state_shardings, use_mesh
 from m3po_jax.models import lora
 from m3po_jax.models.heads import HEAD
 from m3po_jax.models.layers import LoRAParam
-from m3po_jax.sharding import AXES, Axes, describe, sharding_for, state_shardings, use_mesh
 from m3po_jax.training.losses import LossOutput
 from m3po_jax.training.objectives import check_objective
 from m3po_jax.training.optimizer import learning_rate_schedule, make_optimizer

@@ -16,12 +16,16 @@ from m3po_jax import yaml_text
 from m3po_jax.config import Recipe
 from m3po_jax.data.tables import write_json
 from m3po_jax.errors import UserError, full_disk, full_disk_number
-from m3po_jax.recipes import essential, to_yaml
+from m3po_jax.hosts.agreement import is_writer
+from m3po_jax.recipes import essential, leaves, to_yaml
 from m3po_jax.version import __version__
-from m3po_jax.workspace.files import is_writer, write_text
-from m3po_jax.workspace.layout import CHECKPOINTS, CONFIG, DONE, LOCK, MANIFEST, Cell, arms, cells
-from m3po_jax.workspace.records import SET_ASIDE, Record, free_name
+from m3po_jax.workspace import layout
+from m3po_jax.workspace.cell import Cell
+from m3po_jax.workspace.files import read_json, write_text
+from m3po_jax.workspace.layout import arms, rounds, system_folder
+from m3po_jax.workspace.records import Record, free_name
 from m3po_jax.workspace.shards import now
+from m3po_jax.workspace.training import TrainingArtifact
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tensorflow-datasets")
 # With another value of one of these, everything that a directory holds would be made anew.
@@ -52,15 +56,48 @@ class RunDirectory:
         """The directory of a recipe's run."""
         return cls(Path(recipe.output_dir) / recipe.name)
 
-    def cell(self, round: int, arm: str | None = None) -> Cell:
-        return Cell(self.root, round, arm)
+    def cell(self, round: int) -> Cell:
+        """A round of the run's own system; `Cell.of` gives another's."""
+        return Cell(self.root, round)
 
-    def round(self, number: int, arm: str | None = None) -> Path:
-        return self.cell(number, arm).folder
+    @property
+    def training(self) -> TrainingArtifact:
+        """What the verb `train` alone leaves of a training on rows, which has no rounds."""
+        return TrainingArtifact(self.root)
 
     @property
     def config(self) -> Path:
-        return self.root / CONFIG
+        return self.root / layout.CONFIG
+
+    @property
+    def report(self) -> Path:
+        return self.root / layout.REPORT
+
+    def saved_answers(self, benchmark: str) -> Path:
+        """Where the results of answers from elsewhere go."""
+        return self.root / layout.SAVED_ANSWERS / benchmark
+
+    def save_evaluation(self, tables: Mapping[str, Any], text: str) -> None:
+        """Writes the table that ends a run, for the report and as Markdown."""
+        write_json(self.root / layout.EVALUATION, tables)
+        write_text(self.root / layout.EVALUATION_TEXT, text)
+
+    def arm_folder(self, arm: str) -> Path:
+        return system_folder(self.root, arm)
+
+    def arm_settings(self, arm: str) -> dict[str, Any] | None:
+        """What `save_arm_settings` noted of an arm; None where it noted nothing."""
+        return read_json(self.arm_folder(arm) / layout.ARM)
+
+    def save_arm_settings(self, arm: str, settings: Mapping[str, Any]) -> None:
+        write_json(self.arm_folder(arm) / layout.ARM, settings)
+
+    def pairs_cap(self) -> dict[str, Any] | None:
+        """The number of ``pairs`` of every arm and the ``cap`` that all are held to; None before they are counted."""
+        return read_json(self.root / layout.PAIRS_CAP)
+
+    def save_pairs_cap(self, content: Mapping[str, Any]) -> None:
+        write_json(self.root / layout.PAIRS_CAP, content)
 
     def open(
         self, recipe: Recipe, facts: Mapping[str, Any], *, force: bool = False, one_recipe: bool = False
@@ -82,7 +119,7 @@ class RunDirectory:
         lines = []
         manifest, problem = self._read_manifest()
         if problem is not None:
-            lines.append(f"{self.root / MANIFEST}: {problem}; it is made anew")
+            lines.append(f"{self.root / layout.MANIFEST}: {problem}; it is made anew")
         for name, fact in facts.items():
             if manifest and name in ("model", "data") and manifest.get(name) != fact:
                 lines.append(f"{name}: has changed since this run began; what was made from it is out of date")
@@ -105,7 +142,7 @@ class RunDirectory:
                 **facts,
             }
             if current != manifest:
-                write_json(self.root / MANIFEST, current)
+                write_json(self.root / layout.MANIFEST, current)
         return lines
 
     def _check_recipe(self, recipe: Recipe, force: bool, one_recipe: bool) -> None:
@@ -139,9 +176,9 @@ class RunDirectory:
 
     def holds_work(self) -> bool:
         """Whether a stage has left something."""
-        if any((self.root / name).exists() for name in (MANIFEST, CHECKPOINTS, DONE)):
+        if any((self.root / name).exists() for name in (layout.MANIFEST, layout.CHECKPOINTS, layout.DONE)):
             return True
-        return bool(cells(self.root)) or bool(arms(self.root))
+        return bool(rounds(self.root)) or bool(arms(self.root))
 
     def saved_recipe(self) -> dict[str, Any] | None:
         """The recipe in `config.yaml`, as nested dictionaries; None where there is none.
@@ -166,7 +203,7 @@ class RunDirectory:
     def _read_manifest(self) -> tuple[dict[str, Any], str | None]:
         """The manifest, empty where there is none, and what is wrong with it."""
         try:
-            content = json.loads((self.root / MANIFEST).read_text(encoding="utf-8"))
+            content = json.loads((self.root / layout.MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}, None
         except (OSError, ValueError, RecursionError):
@@ -178,9 +215,9 @@ class RunDirectory:
         return (content, None) if whole else ({}, "is not what a run writes")
 
     def _set_manifest_aside(self) -> None:
-        place = free_name(self.root / SET_ASIDE / "damaged" / MANIFEST)
+        place = free_name(self.root / layout.SET_ASIDE / "damaged" / layout.MANIFEST)
         place.parent.mkdir(parents=True, exist_ok=True)
-        (self.root / MANIFEST).rename(place)
+        (self.root / layout.MANIFEST).rename(place)
 
     def manifest(self) -> dict[str, Any]:
         """The manifest; empty where there is none.
@@ -191,7 +228,9 @@ class RunDirectory:
         manifest, problem = self._read_manifest()
         if problem is not None:
             raise UserError(
-                problem, where=str(self.root / MANIFEST), remedy="the next stage of the run, `m3po run`, mends it"
+                problem,
+                where=str(self.root / layout.MANIFEST),
+                remedy="the next stage of the run, `m3po run`, mends it",
             )
         return manifest
 
@@ -210,7 +249,7 @@ class RunDirectory:
             return
         key = (stage, cell.round, cell.arm)
         stages[:] = [other for other in stages if (other["stage"], other["round"], other["arm"]) != key] + [entry]
-        write_json(self.root / MANIFEST, manifest)
+        write_json(self.root / layout.MANIFEST, manifest)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -221,7 +260,7 @@ class RunDirectory:
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            (self.root / LOCK).touch()
+            (self.root / layout.LOCK).touch()
         except OSError as error:
             number = full_disk_number(error)
             if number is not None:
@@ -236,7 +275,7 @@ class RunDirectory:
             return
         import fcntl
 
-        with (self.root / LOCK).open("a+") as file:
+        with (self.root / layout.LOCK).open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -253,8 +292,8 @@ def changed_keys(saved: Mapping[str, Any], recipe: Recipe) -> dict[str, tuple[An
 
     A key that the saved recipe lacks had its default; one that recipes no longer have is passed over.
     """
-    current, default = (_leaves(essential(dataclasses.asdict(one))) for one in (recipe, Recipe()))
-    before = _leaves(essential(saved))
+    current, default = (leaves(essential(dataclasses.asdict(one))) for one in (recipe, Recipe()))
+    before = leaves(essential(saved))
     changes = {}
     for key, value in current.items():
         old = before.get(key, default.get(key))
@@ -265,16 +304,6 @@ def changed_keys(saved: Mapping[str, Any], recipe: Recipe) -> dict[str, tuple[An
         if any(default.get(".".join(parts[:count])) == {} for count in range(1, len(parts))):
             changes[key] = (before[key], None)  # an entry of a mapping
     return changes
-
-
-def _leaves(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    keys: dict[str, Any] = {}
-    for name, value in section.items():
-        if isinstance(value, Mapping) and value:
-            keys |= _leaves(value, f"{prefix}{name}.")
-        else:
-            keys[f"{prefix}{name}"] = value
-    return keys
 
 
 def _yaml(value: Any) -> str:

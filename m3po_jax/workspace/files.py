@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from m3po_jax.data.tables import atomic_write
 from m3po_jax.errors import UserError
-
-
-def is_writer() -> bool:
-    """Whether this process writes what all processes know."""
-    return jax.process_index() == 0
 
 
 def write_text(path: Path, text: str) -> None:
@@ -37,10 +31,22 @@ def read_json(path: Path) -> Any:
         raise UserError(f"not valid JSON ({error})", where=str(path), remedy="delete it and repeat") from None
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where it is absent, garbled or something else, as a report needs it."""
+def as_number(value: Any) -> float | None:
+    """`value` as a finite float, or None (missing, text, a truth value, NaN, infinity)."""
+    if isinstance(value, bool) or value is None:
+        return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    """`value` where it is a dictionary, an empty one elsewhere: a malformed part of a file is left out."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_dicts(value: Any) -> list[dict[str, Any]]:
+    """The dictionaries among the items of a list, nothing of what is no list."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []

@@ -19,27 +19,18 @@ from typing import Any
 
 from m3po_jax.data.tables import content_hash, write_json
 from m3po_jax.errors import UserError
-from m3po_jax.recipes import essential
+from m3po_jax.recipes import essential, leaves
 from m3po_jax.workspace.checksums import checksums
+from m3po_jax.workspace.layout import RECORD, SET_ASIDE
 
-RECORD, SET_ASIDE = "record.json", "set-aside"
 DONE, TO_DO, OUT_OF_DATE, DAMAGED, UNFINISHED = "done", "to do", "out of date", "damaged", "unfinished"
 PENDING = "(to be made)"  # the value of an input that an earlier stage has yet to make
 
 
 def settings(name: str, section: Any) -> dict[str, Any]:
     """A section of a recipe as dotted keys with JSON values, without what changes nothing that is computed."""
-    return _flat(name, essential({name: dataclasses.asdict(section)})[name])
-
-
-def _flat(name: str, section: Mapping[str, Any]) -> dict[str, Any]:
-    keys: dict[str, Any] = {}
-    for key, value in section.items():
-        if isinstance(value, Mapping) and value:
-            keys |= _flat(f"{name}.{key}", value)
-        else:
-            keys[f"{name}.{key}"] = json.loads(json.dumps(value))
-    return keys
+    kept = essential({name: dataclasses.asdict(section)})[name]
+    return {key: json.loads(json.dumps(value)) for key, value in leaves(kept, f"{name}.").items()}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,8 @@ from m3po_jax.data import tables
 from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import UserError
 from m3po_jax.workspace.checksums import checksums
+from m3po_jax.workspace.files import read_json
+from m3po_jax.workspace.layout import CALIBRATION
 from m3po_jax.workspace.records import Artifact, Record, differences, in_words
 
 
@@ -120,3 +122,14 @@ class ShardFolder(Artifact):
             if value is None:
                 raise UserError("cannot be read", where=str(self.folder / name))
         return [value or "" for value in sums.values()]
+
+
+class ScoreFolder(ShardFolder):
+    """The shards of scores, and what their judge is worth."""
+
+    def calibration(self) -> dict[str, Any]:
+        """Empty where nothing was scored."""
+        return read_json(self.folder / CALIBRATION) or {}
+
+    def save_calibration(self, content: Mapping[str, Any]) -> None:
+        tables.write_json(self.folder / CALIBRATION, content)

@@ -8,13 +8,13 @@ import pytest
 from flax import nnx
 from tiny_llava import make_generator, one_device, prompts, take, tiny_model
 
-from m3po_jax import hosts
 from m3po_jax.config import MeshConfig
 from m3po_jax.generation import stream
 from m3po_jax.generation.prompts import requests_of
+from m3po_jax.hosts import rows
+from m3po_jax.hosts.sharding import make_mesh, state_shardings
 from m3po_jax.models.decoder_config import LayerKind
 from m3po_jax.scoring.engine import Scorer
-from m3po_jax.sharding import make_mesh, state_shardings
 
 
 def on_mesh(model, mesh):
@@ -26,10 +26,10 @@ def streamed(generator, batch, processes):
     """Answers by id and the occupancy, with the prompts dealt to `processes` hosts of equally many devices."""
     owners = lambda mesh: [(device.id * processes // mesh.size,) for device in mesh.devices.flat]  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hosts, "shard_hosts", owners)
+        patch.setattr(rows, "shard_hosts", owners)
         patch.setattr(stream, "shard_hosts", owners)
         patch.setattr(stream, "_here", lambda request: True)
-        shares = hosts.Shares(generator.mesh)
+        shares = rows.Shares(generator.mesh)
         dealt = (
             dataclasses.replace(request, hosts=shares.deal(), wanted=(0,) if place % 2 else None)
             for place, request in enumerate(requests_of(batch))

@@ -10,11 +10,11 @@ from m3po_jax.config import MeshConfig
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.generation.engine import Generator, PromptBatch, SamplingConfig, right_pad
+from m3po_jax.hosts.sharding import make_mesh
 from m3po_jax.models.registry import load_model, resolve_directory
 from m3po_jax.quickstart.builder import encode_png
 from m3po_jax.quickstart.language import CAPTION_INSTRUCTION
 from m3po_jax.quickstart.scenes import scene
-from m3po_jax.sharding import make_mesh
 
 torch = pytest.importorskip("torch")
 NEW_TOKENS = 24

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_llava import make_generator, prompts, tiny_model
 
-from m3po_jax.sharding import use_mesh
+from m3po_jax.hosts.sharding import use_mesh
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import decode_breakdown

@@ -9,6 +9,7 @@ from flax import nnx
 
 from m3po_jax.config import LoRAConfig, MeshConfig
 from m3po_jax.generation.engine import Generator, PromptBatch, SamplingConfig, right_pad
+from m3po_jax.hosts.sharding import make_mesh
 from m3po_jax.models import lora
 from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.models.encoder import EncoderConfig
@@ -17,7 +18,6 @@ from m3po_jax.models.layers import Linear
 from m3po_jax.models.llava.config import LlavaConfig
 from m3po_jax.models.llava.model import build, reference_forward
 from m3po_jax.models.vit import ViTConfig
-from m3po_jax.sharding import make_mesh
 
 IMAGE, PAD, EOS, VOCAB = 120, 121, 2, 128
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3po_jax.config import MeshConfig
+from m3po_jax.hosts.sharding import make_mesh, sharding_for, use_mesh
 from m3po_jax.models.kernels.choice import decode_kernel, self_attention
 from m3po_jax.models.kernels.fused_gpu import fused_attention
-from m3po_jax.sharding import make_mesh, sharding_for, use_mesh
 
 assert len(jax.devices()) == 8
 rng = np.random.default_rng(0)

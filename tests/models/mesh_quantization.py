@@ -10,10 +10,10 @@ import numpy as np
 from flax import nnx
 
 from m3po_jax.config import MeshConfig
+from m3po_jax.hosts.sharding import make_mesh, use_mesh
 from m3po_jax.models.llava.model import reference_forward
 from m3po_jax.models.quantization import Quantized
 from m3po_jax.models.registry import load_model
-from m3po_jax.sharding import make_mesh, use_mesh
 
 assert jax.device_count() == 8
 ids = np.random.default_rng(0).integers(1, 50, (8, 6)).astype(np.int32)

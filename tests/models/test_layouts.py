@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 
 from m3po_jax.config import MeshConfig
 from m3po_jax.errors import UserError
+from m3po_jax.hosts.sharding import make_mesh
 from m3po_jax.models.llava import model as llava_model
 from m3po_jax.models.llava.config import llava_config
 from m3po_jax.models.llava.weights import canonical_name, tensor_map
 from m3po_jax.models.registry import describe, load_model, resolve_directory
 from m3po_jax.models.safetensors_io import PendingTensor, open_directory, write_directory
 from m3po_jax.models.tensor_map import Source, expected_tensors, parameters
-from m3po_jax.sharding import make_mesh
 
 
 def flat(model: nnx.Module) -> dict[tuple[Any, ...], np.ndarray]:

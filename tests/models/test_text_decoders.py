@@ -15,6 +15,7 @@ from hf_models import IMAGE, PATCHES, causal_lm, images, llava, saved, torch_and
 
 from m3po_jax.config import LoRAConfig, MeshConfig
 from m3po_jax.generation.engine import Generator, PromptBatch, SamplingConfig, right_pad
+from m3po_jax.hosts.sharding import make_mesh
 from m3po_jax.models import lora
 from m3po_jax.models.decoder_config import LayerKind
 from m3po_jax.models.export.adapter import export_adapter
@@ -23,7 +24,6 @@ from m3po_jax.models.forward import branch_log_probs, encode_images
 from m3po_jax.models.kernels.choice import with_attention
 from m3po_jax.models.llava.model import reference_forward
 from m3po_jax.models.registry import Loaded
-from m3po_jax.sharding import make_mesh
 
 # The decoder, and its fields beside the usual sizes. Windows are shorter than the prompts below, answers cross them.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -17,6 +17,8 @@ from flax import nnx
 
 from m3po_jax.config import LoRAConfig, MeshConfig, Recipe, TrainConfig
 from m3po_jax.data.collation import TreeBatch
+from m3po_jax.hosts.sharding import describe as describe_on
+from m3po_jax.hosts.sharding import make_mesh, sharding_for, state_shardings, use_mesh
 from m3po_jax.models import lora
 from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.models.encoder import EncoderConfig
@@ -26,8 +28,6 @@ from m3po_jax.models.llava.model import build
 from m3po_jax.models.registry import describe
 from m3po_jax.models.vit import ViTConfig
 from m3po_jax.plan import Planner, topology_devices
-from m3po_jax.sharding import describe as describe_on
-from m3po_jax.sharding import make_mesh, sharding_for, state_shardings, use_mesh
 from m3po_jax.training.step import make_step, split_model
 
 LAYERS = 2

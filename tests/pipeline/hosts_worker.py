@@ -25,13 +25,15 @@ from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.data.sources import read_prompts
 from m3po_jax.errors import UserError
 from m3po_jax.generation.settings import sampling_config
-from m3po_jax.hosts import own_rows, shared_out
+from m3po_jax.hosts.rows import own_rows, shared_out
+from m3po_jax.hosts.sharding import make_mesh, sharding_for
+from m3po_jax.hosts.startup import initialize_distributed
 from m3po_jax.pipeline.caches import vision_features
 from m3po_jax.pipeline.generate import generate
 from m3po_jax.pipeline.models import load_policy, make_generator
 from m3po_jax.recipes import load_recipe
-from m3po_jax.sharding import initialize_distributed, make_mesh, sharding_for
 from m3po_jax.training.loop import train
+from m3po_jax.workspace.shards import ShardFolder
 
 reads: list[str] = []
 
@@ -94,7 +96,8 @@ def main(folder: Path) -> None:
         if bad is not None:
             rows[bad] = dataclasses.replace(rows[bad], images=(Image(path="broken.png"),))
         out = folder / name
-        found = outcome(lambda: generate(rows, generator, processor, config, out, inputs="x", features=features))
+        shards = ShardFolder(out, "m3po generate")
+        found = outcome(lambda: generate(rows, generator, processor, config, shards, inputs="x", features=features))
         made = sorted(tables.read_rows(out), key=lambda row: (row["id"], row["candidate"])) if out.exists() else []
         return found | {"made": [[row["id"], row["candidate"], row["token_ids"]] for row in made]}
 

@@ -11,9 +11,10 @@ from m3po_jax.data.schema import CANDIDATE, Prompt
 from m3po_jax.pipeline.calibration import calibration
 from m3po_jax.pipeline.score import score_schema
 from m3po_jax.report.calibration import calibration_views
-from m3po_jax.report.run_data import Round
 from m3po_jax.scoring.claims import object_vocabulary
 from m3po_jax.scoring.truth import known_truth
+from m3po_jax.workspace.cell import Cell
+from m3po_jax.workspace.contents import Round
 
 VARIANTS = ["mean", "sum", "cluster", "visual"]
 
@@ -137,16 +138,16 @@ def test_weak_judges_and_absent_truth_are_said(tmp_path):
 
 def test_the_page_survives_anything_in_the_file(tmp_path):
     found = calibration(*write(tmp_path, knowing), "mean")
-    (view,) = calibration_views([Round(1, tmp_path, calibration=found)])
+    (view,) = calibration_views([Round(Cell(tmp_path, 1), calibration=found)])
     assert view.rows[0]["name"] == "MAS" and len(view.rows) == 7 and view.comparison is not None
     assert len(view.figures) == 5 and len(view.bins) == 7
     broken = {
         "mas": {"auroc": "x", "within": 3, "reliability": {"bins": [{"low": 1}, 4]}},
         "verdict": [{"tone": "x"}, 1],
     }
-    (view,) = calibration_views([Round(1, tmp_path, calibration=broken | {"truths": "x", "judges": [{}]})])
+    (view,) = calibration_views([Round(Cell(tmp_path, 1), calibration=broken | {"truths": "x", "judges": [{}]})])
     assert view.rows[0]["auroc"] == "–" and not view.figures and view.comparison is None and not view.verdict
-    assert calibration_views([Round(1, tmp_path)]) == []
+    assert calibration_views([Round(Cell(tmp_path, 1))]) == []
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from m3po_jax.workspace.directory import RunDirectory
 def test_rollouts_count_as_generated_tokens_and_judge_calls(tmp_path: Path):
     recipe = Recipe(output_dir=str(tmp_path), name="run")
     directory = RunDirectory.of(recipe)
-    folder = directory.round(1, "rlhf")
+    folder = directory.cell(1).of("rlhf").folder
     folder.mkdir(parents=True)
     log = [
         {"step": 1, "episode": 8.0, "completions/mean_length": 10.0, "num_tokens": 100.0},
@@ -32,8 +32,8 @@ def test_rollouts_count_as_generated_tokens_and_judge_calls(tmp_path: Path):
         recipe=recipe,
         directory=directory,
         arm_recipe=lambda arm: replace(recipe, train=replace(recipe.train, batch_size=4)),
-        candidates_owner=lambda round, arm: None,
-        scores_owner=lambda round, arm: None,
+        candidates_owner=lambda cell: cell.of(None),
+        scores_owner=lambda cell: cell.of(None),
     )
     cost = collect.compute(run, "rlhf")
     assert (cost["generated_tokens"], cost["judge_calls"]) == (8 * 10 + 8 * 5, 16)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from m3po_jax.config import CompareConfig, Recipe
-from m3po_jax.data.tables import write_json
 from m3po_jax.pipeline.compare import collect, statistics
 from m3po_jax.pipeline.compare.verdict import verdict
 from m3po_jax.pipeline.run import Run
@@ -96,7 +95,7 @@ def test_signals_of_a_run_are_read_from_its_calibration(tmp_path: Path):
         "confidence_prior": {"auroc": 0.6, "within": None},
         "correlation_mas_confidence": {"confidence_mean": 0.3},
     }
-    write_json(run.directory.round(1) / "scores" / "calibration.json", known)
+    run.directory.cell(1).scores.save_calibration(known)
     assert collect.signals(run) == {
         "auroc/mas": 0.9,
         "auroc_within/mas": 0.8,

@@ -192,11 +192,11 @@ def test_mock_recipes_call_no_server():
 
 
 WORKER = """
-from m3po_jax.sharding import initialize_distributed
+from m3po_jax.hosts.startup import initialize_distributed
 initialize_distributed()
 import jax
 from m3po_jax.errors import Interrupted, UserError
-from m3po_jax.pipeline.stopping import from_writer
+from m3po_jax.hosts.agreement import from_writer
 assert jax.process_count() == 2
 ran = []
 def make(outcome):

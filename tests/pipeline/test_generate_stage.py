@@ -17,6 +17,7 @@ from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.errors import UserError
 from m3po_jax.generation.engine import Generator
 from m3po_jax.generation.settings import sampling_config, sampling_record
+from m3po_jax.hosts.sharding import make_mesh
 from m3po_jax.models.registry import load_model, resolve_directory
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.generate import Tally, candidate_pools, generate
@@ -25,7 +26,7 @@ from m3po_jax.quickstart.builder import encode_png
 from m3po_jax.quickstart.language import CAPTION_INSTRUCTION
 from m3po_jax.quickstart.scenes import scene
 from m3po_jax.recipes import load_recipe
-from m3po_jax.sharding import make_mesh
+from m3po_jax.workspace.shards import ShardFolder
 
 # A greedy candidate and three that often repeat it: every pool has duplicates.
 CONFIG = GenerateConfig(num_candidates=4, temperature=0.8, greedy_member=True, max_new_tokens=16, batch_size=4)
@@ -118,7 +119,7 @@ def test_stop_strings_cut_text_and_tokens_alike(setting, plain):
 
 def test_the_stage_reports_occupancy(setting, plain, tmp_path: Path):
     generator, processor = setting
-    details = generate(PROMPTS, generator, processor, CONFIG, tmp_path, inputs="x")
+    details = generate(PROMPTS, generator, processor, CONFIG, ShardFolder(tmp_path, "m3po generate"), inputs="x")
     rows = list(tables.read_rows(tmp_path))
     assert [row["token_ids"] for row in rows] == [row["token_ids"] for row in plain]
     # 16 lanes for 24 candidates; at most they work one after the other, at least as long as the longest of them.
@@ -127,7 +128,7 @@ def test_the_stage_reports_occupancy(setting, plain, tmp_path: Path):
     assert steps == pytest.approx(round(steps), abs=0.01)
     assert max(*lengths, sum(lengths) / 16) <= round(steps) <= 2 * max(lengths)
     assert details["distinct"] == distinct(plain) and details["resampled"] is None
-    again = generate(PROMPTS, generator, processor, CONFIG, tmp_path, inputs="x")
+    again = generate(PROMPTS, generator, processor, CONFIG, ShardFolder(tmp_path, "m3po generate"), inputs="x")
     assert again["shards_done_before"] == 1 and again["occupancy"] is None
 
 

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from mini_run import ROOT, environment, free_port, write_data, write_recipe
 
 from m3po_jax.errors import UserError
-from m3po_jax.hosts import Shares, load_shared, own_rows, shard_hosts
+from m3po_jax.hosts.agreement import load_shared
+from m3po_jax.hosts.rows import Shares, own_rows, shard_hosts
 
 
 def mesh_of(data: int, fsdp: int, tensor: int, processes: list[int]) -> Any:

@@ -17,7 +17,10 @@ from test_bad_input import edit, refused
 from m3po_jax.cli import main
 from m3po_jax.data import tables
 from m3po_jax.models.registry import resolve_directory
+from m3po_jax.pipeline.preview import preview
+from m3po_jax.recipes import load_recipe
 from m3po_jax.scoring.m3p import m3p_scores
+from m3po_jax.workspace.records import DONE, OUT_OF_DATE, TO_DO, Record
 
 ROUND, ARM = "round-1", "arms/mas_dpo/round-1"
 STAGES = {
@@ -115,6 +118,80 @@ def test_a_changed_recipe_redoes_what_depends_on_it(
     capsys.readouterr()
     assert main(copied.arguments("--dry-run", change)) == 0
     assert {line.rpartition(": ")[2] for line in capsys.readouterr().out.splitlines()} == {"done"}
+
+
+OWN, OTHER, TRAINED = "round 1", "round 1 of mas_dpo", ("m3po", "mas_dpo")
+SELECTIONS = {(OWN, "select"), (OTHER, "select")}
+TRAININGS = {(OWN, "train"), (OTHER, "train")}
+EVALUATIONS = {(name, "evaluate questions") for name in TRAINED}
+SCORES = {(OWN, "score"), *SELECTIONS, *TRAININGS, *EVALUATIONS}
+ALL_STAGES = {(OWN, "generate"), *SCORES, ("base", "evaluate questions")}
+MORE = "{metric: pope, kind: yesno, data: {source: jsonl, path: DATA/prompts.jsonl}}"
+
+
+@pytest.mark.parametrize(
+    ("change", "stages"),
+    [
+        ("select.margin=0.01", {*SELECTIONS, *TRAININGS, *EVALUATIONS}),
+        ("select.cut=keep", {*SELECTIONS, *TRAININGS, *EVALUATIONS}),
+        ("train.beta=0.5", {*TRAININGS, *EVALUATIONS}),
+        ("train.lora.lora_alpha=4", {*TRAININGS, *EVALUATIONS}),
+        ("model.param_dtype=bfloat16", ALL_STAGES),
+        ("score.aggregate=mean", SCORES),
+        ("score.confidence=[mean]", SCORES),
+        ("generate.temperature=0.5", {(OWN, "generate"), *SCORES}),
+        ("generate.max_new_tokens=10", {(OWN, "generate"), *SCORES}),
+        ("generate.num_candidates=3", {(OWN, "generate"), *SCORES}),
+        ("seed=1", ALL_STAGES),
+        ("evaluate.max_new_tokens=10", {*EVALUATIONS, ("base", "evaluate questions")}),
+        ("evaluate.benchmarks.more=" + MORE, {(name, "evaluate more") for name in ("base", *TRAINED)}),
+        (
+            "arms.random={select.rule: random}",
+            {("round 1 of random", "select"), ("round 1 of random", "train"), ("random", "evaluate questions")},
+        ),
+        ("arms.mas_dpo={train.beta: 0.5}", {(OTHER, "train"), ("mas_dpo", "evaluate questions")}),
+        # How a stage runs, what it shows and where it keeps things changes nothing that it computes.
+        *(
+            (change, set())
+            for change in (
+                *("train.report_to=[tensorboard]", "train.log_steps=7", "train.keep_checkpoints=9"),
+                *("cache.vision_features=auto", "cache.reference=auto"),
+                *("generate.batch_size=2", "score.batch_size=2", "evaluate.batch_size=2"),
+            )
+        ),
+    ],
+)
+def test_the_preview_lists_what_depends_on_a_key(finished: Path, change: str, stages: set[tuple[str, str]]) -> None:
+    """Records are compared with what stages would get, and nothing runs."""
+    recipe = load_recipe(finished / "mini.yaml", [change.replace("DATA", str(finished / "data"))])
+    listed = {(planned.where, planned.stage): planned.status for planned in preview(recipe)}
+    assert {stage for stage, status in listed.items() if status.state != DONE} == stages
+    assert listed.keys() >= ALL_STAGES
+    added = change.startswith(("arms.random", "evaluate.benchmarks"))
+    states = {listed[stage].state for stage in stages}
+    assert states == ({TO_DO} if added else {OUT_OF_DATE} if stages else set())
+    if stages and not added:
+        key = change.partition("=")[0]
+        first = next(iter(status for status in listed.values() if status.state != DONE)).reason
+        names = {"model.param_dtype": "model", "evaluate.max_new_tokens": "decoding.max_new_tokens"}
+        names |= {"arms.mas_dpo": "train.beta"}
+        assert first.startswith(f"{names.get(key, key)} ") and " -> " in first
+
+
+def test_what_is_replaced_lies_under_its_own_hash(copied: Copy) -> None:
+    before = {
+        folder: Record.parsed(json.loads((copied.run / folder / "record.json").read_text()))
+        for folder in (f"{ROUND}/pairs", f"{ARM}/pairs")
+    }
+    copied.again("select.rule=random", "train.max_steps=2")
+    changed = before[f"{ROUND}/pairs"]
+    assert changed is not None
+    assert (copied.run / ROUND / "set-aside" / changed.hash / "pairs" / "record.json").exists()
+    assert not (copied.run / ARM / "set-aside" / before[f"{ARM}/pairs"].hash).exists(), "that arm has its own rule"
+    trained = json.loads((copied.run / ROUND / "training.json").read_text())
+    (kept,) = [path.parent for path in (copied.run / ROUND / "set-aside").rglob("training.json")]
+    old = Record.parsed(json.loads((kept / "training.json").read_text()))
+    assert old is not None and kept.name == old.hash != Record.parsed(trained).hash
 
 
 def test_lambda_chooses_columns_and_asks_no_judge(

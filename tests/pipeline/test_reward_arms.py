@@ -17,12 +17,12 @@ from m3po_jax.cli import main
 from m3po_jax.config import MeshConfig, ScoreConfig
 from m3po_jax.data import tables
 from m3po_jax.errors import UserError
+from m3po_jax.hosts.sharding import make_mesh
 from m3po_jax.pipeline.arms import arm_recipe
 from m3po_jax.pipeline.backends import judge_identities
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.reward import held_out, is_reward_prompt, load_reward, uses_own_reward
 from m3po_jax.recipes import load_recipe
-from m3po_jax.sharding import make_mesh
 
 ARMS = {
     "rm_dpo": {},
@@ -238,8 +238,8 @@ def test_every_recipe_may_have_the_arms(name: str) -> None:
 
 
 def test_a_missing_reward_model_is_one_line(finished: Path, tmp_path: Path) -> None:
-    from m3po_jax.pipeline.reward import find_reward
+    from m3po_jax.workspace.reward import RewardFolder
 
     with pytest.raises(UserError, match="no trained reward model"):
-        find_reward(str(tmp_path))
-    assert find_reward(str(finished)) == find_reward(str(finished / "round-1/reward"))
+        RewardFolder.find(str(tmp_path))
+    assert RewardFolder.find(str(finished)).folder == RewardFolder.find(str(finished / "round-1/reward")).folder

@@ -15,18 +15,16 @@ from m3po_jax.pipeline.caches import image_features, vision_features
 from m3po_jax.pipeline.rounds import reference_log_probs
 from m3po_jax.pipeline.run import Run
 from m3po_jax.pipeline.score import blank_log_probs, pools
-from m3po_jax.pipeline.train import read_pairs
 from m3po_jax.recipes import load_recipe
 from m3po_jax.scoring.engine import Scorer
-from m3po_jax.training.metrics_log import read_metrics
 
 
 def candidates_of(path: Path, name: str, *overrides: str) -> list[dict]:
     run = Run(load_recipe(path, [f"name={name}", *overrides]))
     with run.directory.lock():
         run.open()
-        run.generate_stage(1)
-    return list(tables.read_rows(run.directory.round(1) / "candidates"))
+        run.generate_stage(run.directory.cell(1))
+    return list(tables.read_rows(run.directory.cell(1).candidates.folder))
 
 
 def test_generation_reads_cached_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,7 +63,7 @@ def test_a_second_run_computes_nothing_but_what_is_damaged(
     image_features.clear_cache()
     first = trained_run(recipe, "first", *caches)
     assert image_features._cache_size() == 1, "generation and training share one program"
-    pairs = read_pairs(first.directory.round(1) / "pairs")
+    pairs = first.directory.cell(1).selection.pairs()
     said = " ".join(" ".join(capsys.readouterr()).split())
     assert "6 images computed" in said and f"reference log-probs: {len(pairs)} of {len(pairs)} rows computed" in said
 
@@ -84,7 +82,7 @@ def test_a_second_run_computes_nothing_but_what_is_damaged(
         made, before = np.load(file), np.load(io.BytesIO(content))
         np.testing.assert_allclose(made, before, atol=1e-5)
 
-    lines = [read_metrics(run.directory.round(1) / "metrics.jsonl") for run in (plain, first, second)]
+    lines = [run.directory.cell(1).training.metrics() for run in (plain, first, second)]
     for other in lines[1:]:
         for line, expected in zip(other, lines[0], strict=True):
             np.testing.assert_allclose(line["loss"], expected["loss"], rtol=1e-4)
@@ -93,7 +91,7 @@ def test_a_second_run_computes_nothing_but_what_is_damaged(
     # Log-probs under blank images and of a later round's reference: the same numbers, and no image is read.
     scorer = Scorer(second.start_model, second.mesh, batch_size=8)
     rows = pairs.to_pylist()
-    groups = [group for _, group in pools(tables.read_rows(second.directory.round(1) / "candidates"))]
+    groups = [group for _, group in pools(tables.read_rows(second.directory.cell(1).candidates.folder))]
     own = [second.prompts[group[0]["id"]] for group in groups]
     expected = reference_log_probs(scorer, second.policy.processor, rows)
     features = vision_features(second.recipe, second.policy, second.policy.processor, second.mesh)
@@ -113,7 +111,7 @@ def test_a_second_run_computes_nothing_but_what_is_damaged(
             np.testing.assert_allclose(row[name], other[name], atol=1e-5)
     scored = {
         (row["id"], row["candidate"]): row["confidence_prior"]
-        for row in tables.read_rows(plain.directory.round(1) / "scores")
+        for row in tables.read_rows(plain.directory.cell(1).scores.folder)
     }
     for group, found in zip(groups, blank, strict=True):
         for row, log_probs in zip(group, found, strict=True):

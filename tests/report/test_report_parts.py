@@ -17,7 +17,7 @@ from report_runs import picture
 
 from m3po_jax.report import browser, formatting, images, svg, tables
 from m3po_jax.report.figures import within_prompt_correlation
-from m3po_jax.report.run_data import Candidates
+from m3po_jax.workspace.contents import Candidates
 
 json_values = st.recursive(
     st.none()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from m3po_jax.report.overview import warnings
-from m3po_jax.report.run_data import read_run
+from m3po_jax.workspace.contents import read_run
 
 
 def test_training_warnings_are_shown(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from hf_models import dual_encoder, llava, torch_and_transformers
 from m3po_jax.config import MeshConfig, ModelConfig, Recipe
 from m3po_jax.data.processing import PlainText
 from m3po_jax.data.schema import Image, Prompt
+from m3po_jax.hosts.sharding import make_mesh
 from m3po_jax.models.layers import Linear
 from m3po_jax.pipeline.models import Policy, load_policy
-from m3po_jax.sharding import make_mesh
 
 __all__ = [
     "END",

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh
 
 from m3po_jax.config import MeshConfig
-from m3po_jax.sharding import make_mesh
+from m3po_jax.hosts.sharding import make_mesh
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 
 from m3po_jax.config import TrainConfig
 from m3po_jax.data.collation import TreeBatch
+from m3po_jax.hosts.sharding import shard_batch
 from m3po_jax.models.forward import encode_images
 from m3po_jax.models.llava.model import reference_forward
-from m3po_jax.sharding import shard_batch
 from m3po_jax.training.step import make_step, place_frozen, split_model
 
 

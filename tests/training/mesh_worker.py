@@ -22,7 +22,7 @@ from training_tools import base_config, tiny_model, tiny_pairs
 
 from m3po_jax.config import MeshConfig
 from m3po_jax.errors import Interrupted
-from m3po_jax.sharding import make_mesh
+from m3po_jax.hosts.sharding import make_mesh
 from m3po_jax.training.loop import TrainResult, train
 
 

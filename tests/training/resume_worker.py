@@ -27,7 +27,8 @@ from training_tools import base_config, tiny_model, tiny_pairs
 from m3po_jax.config import MeshConfig
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.errors import Interrupted
-from m3po_jax.sharding import initialize_distributed, make_mesh
+from m3po_jax.hosts.sharding import make_mesh
+from m3po_jax.hosts.startup import initialize_distributed
 from m3po_jax.training.loop import train
 
 # A large ε: see mesh_worker.py; what one and two processes compute differs by rounding alone.

@@ -18,9 +18,9 @@ from m3po_jax.data.batches import pair_batches
 from m3po_jax.data.feature_cache import FeatureCache, PromptFeatures
 from m3po_jax.errors import UserError
 from m3po_jax.training.loop import train
-from m3po_jax.training.metrics_log import read_metrics
 from m3po_jax.training.objectives import check_objective
 from m3po_jax.training.reference import ReferenceCache, check_sample, sums_program, with_cached_reference
+from m3po_jax.workspace.metrics_log import read_metrics
 
 
 def features_of(model: Any, folder: Path) -> tuple[PromptFeatures, list[int]]:

@@ -14,8 +14,9 @@ from training_tools import base_config, tiny_model, tiny_pairs
 
 from m3po_jax.config import TrainConfig
 from m3po_jax.errors import UserError
-from m3po_jax.training.checkpoint import SUMS, UNSUMMED, checkpoint_sums
+from m3po_jax.training.checkpoint import UNSUMMED, checkpoint_sums
 from m3po_jax.training.loop import TrainResult, load_trained, train
+from m3po_jax.workspace.layout import CHECKSUMS
 
 CONFIG = base_config(max_steps=4, save_steps=2)
 
@@ -53,8 +54,8 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "empty_progress": lambda step: every(step / "progress", lambda path: path.write_bytes(b"")),
     "deleted_progress": lambda step: shutil.rmtree(step / "progress"),
     "other_counters": lambda step: every(step / "progress", flip),
-    "garbled_checksums": lambda step: (step / SUMS).write_text("{"),
-    "without_checksums": lambda step: ((step / SUMS).unlink(), shutil.rmtree(step / "state")),
+    "garbled_checksums": lambda step: (step / CHECKSUMS).write_text("{"),
+    "without_checksums": lambda step: ((step / CHECKSUMS).unlink(), shutil.rmtree(step / "state")),
     "empty_folder": lambda step: every(step, Path.unlink),
 }
 

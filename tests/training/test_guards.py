@@ -20,9 +20,9 @@ from m3po_jax.objectives.preference import LOSSES, preference_loss
 from m3po_jax.training.checkpoint import restore_trainable
 from m3po_jax.training.guards import COLLAPSE_WINDOW, CollapseWatch, check_image_tokens, check_recorded
 from m3po_jax.training.loop import train
-from m3po_jax.training.metrics_log import read_metrics
 from m3po_jax.training.objectives import OBJECTIVES, first_preference_values
 from m3po_jax.training.step import split_model
+from m3po_jax.workspace.metrics_log import read_metrics
 
 # Value of each loss where policy and reference agree, by hand, at β 0.5, label smoothing 0.1, τ 0.05.
 LN2 = float(np.log(2))

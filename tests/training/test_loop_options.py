@@ -27,11 +27,12 @@ from m3po_jax.models.llava.model import build
 from m3po_jax.training.checkpoint import best_step, is_minimised
 from m3po_jax.training.flops import PEAK_FLOPS, peak_flops, seen_pairs, step_cost
 from m3po_jax.training.loop import load_trained, train
-from m3po_jax.training.metrics_log import MetricsLog, Trackers, read_metrics
 from m3po_jax.training.optimizer import learning_rate_schedule
 from m3po_jax.training.progress import describe, duration, progress_bar
 from m3po_jax.training.step import make_step, place_frozen, split_model
 from m3po_jax.training.timing import StepTimer
+from m3po_jax.training.trackers import Trackers
+from m3po_jax.workspace.metrics_log import MetricsLog, read_metrics
 
 
 def leaves(model: Any) -> dict[str, np.ndarray]:

@@ -18,9 +18,9 @@ from m3po_jax.errors import UserError
 from m3po_jax.training.harm import make_harm_metrics
 from m3po_jax.training.loop import train
 from m3po_jax.training.losses import adapters_off, preference, text_only_accuracies
-from m3po_jax.training.metrics_log import read_metrics
 from m3po_jax.training.objectives import check_objective, first_preference_values
 from m3po_jax.training.step import split_model
+from m3po_jax.workspace.metrics_log import read_metrics
 
 MPO = {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}
 

@@ -23,8 +23,8 @@ from m3po_jax.models.heads import HEAD, answer_rewards, attach_head, detach_head
 from m3po_jax.models.layers import LoRAParam
 from m3po_jax.scoring.reward import HeadScorer, Reward, squash
 from m3po_jax.training.loop import TrainResult, train
-from m3po_jax.training.metrics_log import read_metrics
 from m3po_jax.training.objectives import check_objective
+from m3po_jax.workspace.metrics_log import read_metrics
 
 
 def reward_config(**changes: Any) -> Any:

@@ -20,10 +20,10 @@ from m3po_jax.config import RLConfig
 from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.objectives import policy_gradient as pg
 from m3po_jax.training.loop import TrainResult, train
-from m3po_jax.training.metrics_log import read_metrics
 from m3po_jax.training.objectives import check_objective
 from m3po_jax.training.rl_losses import policy_gradient
 from m3po_jax.training.rollouts import RolloutSource, score_rollout
+from m3po_jax.workspace.metrics_log import read_metrics
 
 
 def run(folder: Path, mesh: Any, config: Any, stop_at: set[int] = frozenset(), **options: Any) -> TrainResult:

@@ -15,9 +15,8 @@ import pytest
 
 from m3po_jax import cli
 from m3po_jax.errors import Interrupted
-from m3po_jax.pipeline.stopping import look, stoppable
-from m3po_jax.training import signals
-from m3po_jax.training.signals import noted, stop_signal
+from m3po_jax.hosts import signals
+from m3po_jax.hosts.signals import look, noted, stop_signal, stoppable
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
@@ -145,7 +144,7 @@ def test_a_signal_that_no_look_has_seen_is_raised_at_the_end() -> None:
 # In C for a minute, where no handler of Python's runs, as in XLA's compiler.
 BUSY = """
 import ctypes, signal
-from m3po_jax.training.signals import noted, stop_signal
+from m3po_jax.hosts.signals import noted, stop_signal
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 wait = ctypes.CDLL(None).clock_nanosleep

@@ -19,9 +19,9 @@ from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.models.layers import LoRAParam
 from m3po_jax.training.checkpoint import restore_trainable
 from m3po_jax.training.loop import TrainResult, train
-from m3po_jax.training.metrics_log import read_metrics
 from m3po_jax.training.stage import Stage
 from m3po_jax.training.step import split_model
+from m3po_jax.workspace.metrics_log import read_metrics
 
 
 def leaves(model: Any) -> dict[str, np.ndarray]:

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from m3po_jax.config import LoRAConfig
 from m3po_jax.errors import UserError
+from m3po_jax.hosts.agreement import is_writer
+from m3po_jax.hosts.sharding import to_host
 from m3po_jax.models import lora
 from m3po_jax.models.export.directory import AUTO, atomic_directory, export_dtype
 from m3po_jax.models.export.model import layer_of, loaded_tensors, pending_tensors
@@ -21,7 +22,6 @@ from m3po_jax.models.layers import Linear
 from m3po_jax.models.registry import Family, Loaded, family_of_model
 from m3po_jax.models.safetensors_io import DTYPES, PendingTensor, write_file
 from m3po_jax.models.tensor_map import Parameter, parameters
-from m3po_jax.sharding import to_host
 
 
 def _adapted(model: Any, family: Family) -> Iterator[tuple[Linear, Parameter]]:
@@ -140,7 +140,7 @@ def export_adapter(
         "target_modules": targets[0] if len(targets) == 1 else f"({'|'.join(targets)})",
     }
     with atomic_directory(out_dir, overwrite=overwrite) as partial:
-        write = jax.process_index() == 0
+        write = is_writer()
         if write:
             (partial / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2) + "\n", "utf-8")
             for name, text in (texts or {}).items():

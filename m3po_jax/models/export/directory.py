@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from m3po_jax.errors import UserError, nearest
+from m3po_jax.hosts.agreement import is_writer
 from m3po_jax.models.safetensors_io import DTYPES
 
 AUTO = "auto"
@@ -47,7 +47,7 @@ def atomic_directory(out_dir: Path, *, overwrite: bool) -> Iterator[Path]:
         raise UserError("a file is in the way", where=str(out_dir), remedy="choose another output directory")
     if out_dir.is_dir() and any(out_dir.iterdir()) and not overwrite:
         raise UserError("already holds files", where=str(out_dir), remedy="remove it or choose another directory")
-    if jax.process_index() != 0:
+    if not is_writer():
         yield out_dir
         return
     out_dir.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,8 @@ import numpy as np
 from flax import nnx
 
 from m3po_jax.errors import UserError
+from m3po_jax.hosts.agreement import is_writer
+from m3po_jax.hosts.sharding import to_host
 from m3po_jax.models.export.directory import AUTO, atomic_directory, export_dtype
 from m3po_jax.models.layers import Linear
 from m3po_jax.models.quantization import Quantized
@@ -21,7 +23,6 @@ from m3po_jax.models.quantized_base import is_quantized
 from m3po_jax.models.registry import Description, Family, Loaded, describe, stored_tensors
 from m3po_jax.models.safetensors_io import DTYPES, PendingTensor, StoredTensor, read_json, write_directory
 from m3po_jax.models.tensor_map import Parameter, parameters
-from m3po_jax.sharding import to_host
 
 RECORD = "m3po_export.json"  # what an export was made of, see pipeline/exporting.py
 _WEIGHT_SUFFIXES = (
@@ -240,7 +241,7 @@ def export_model(
     stored = {} if drawn else loaded_tensors(description)
     tensors = pending_tensors(model, description.family, description.config, stored, kind)
     with atomic_directory(out_dir, overwrite=overwrite) as partial:
-        write = jax.process_index() == 0
+        write = is_writer()
         if write:
             _copy_other_files(description.directory, partial)
             written = {tensor.dtype for tensor in tensors}

@@ -13,13 +13,13 @@ from flax import nnx
 
 from m3po_jax.config import LoRAConfig
 from m3po_jax.errors import UserError
+from m3po_jax.hosts.sharding import sharding_for
 from m3po_jax.models import lora
 from m3po_jax.models.export.model import modules
 from m3po_jax.models.layers import LoRAParam
 from m3po_jax.models.registry import family_of_model
 from m3po_jax.models.safetensors_io import read_header, read_json
 from m3po_jax.models.tensor_map import Parameter, parameters
-from m3po_jax.sharding import sharding_for
 
 # Every field of PEFT's LoraConfig is in one of these three.
 READ = ("peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights")

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from m3po_jax.sharding import Axes, spec_for
+from m3po_jax.hosts.sharding import Axes, spec_for
 
 
 def head_axis(kv_heads: int) -> str | None:

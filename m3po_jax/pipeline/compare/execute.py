@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from m3po_jax.config import Recipe
-from m3po_jax.data.tables import write_json
 from m3po_jax.errors import UserError
+from m3po_jax.hosts.agreement import agreed, barrier, is_writer
 from m3po_jax.pipeline.arms import needs_pairs
 from m3po_jax.pipeline.compare import plan
 from m3po_jax.pipeline.compare.tables import write_results
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.run import Run
-from m3po_jax.pipeline.stopping import agreed, barrier
-from m3po_jax.recipes import to_yaml
-from m3po_jax.workspace.directory import RunDirectory
-from m3po_jax.workspace.files import is_writer, read_json, write_text
+from m3po_jax.workspace.cell import Cell
+from m3po_jax.workspace.comparison import ComparisonDirectory
 
 
 class SeedRun(Run):
@@ -61,55 +59,64 @@ class SeedRun(Run):
 
     def check_arm(self, arm: str) -> None:
         """Notes what an arm is, or refuses another one under a name that is taken."""
-        path = self.directory.root / "arms" / arm / "arm.json"
         overrides = json.loads(json.dumps(self.recipe.arms[arm]))
-        known = read_json(path)
+        known = self.directory.arm_settings(arm)
         if known is not None and known != overrides:
             raise UserError(
                 f"holds another arm {arm!r}",
-                where=str(path.parent),
+                where=str(self.directory.arm_folder(arm)),
                 remedy="give the arm another name, or delete that folder",
             )
         if known is None and is_writer():
-            write_json(path, overrides)
+            self.directory.save_arm_settings(arm, overrides)
 
     def equalise_pairs(self) -> None:
         """Finds how many pairs the arm with the fewest has, once; arms that join later keep to that number."""
-        path, arms = self.directory.root / "pairs-cap.json", self.capped_arms
+        arms = self.capped_arms
         if len(arms) < 2:
             return
-        known = read_json(path)
+        known = self.directory.pairs_cap()
         if not agreed([known is not None])[0]:
             counts = {}
             for arm in arms:
-                self.prepare_scores(1, arm)
-                counts[arm] = self.select_stage(1, arm)["pairs"]
-            known = {"pairs": counts, "cap": min(counts.values())}
+                cell = self.directory.cell(1).of(arm)
+                self.prepare_scores(cell)
+                counts[arm] = self.select_stage(cell)["pairs"]
             if is_writer():
-                write_json(path, known)
+                self.directory.save_pairs_cap({"pairs": counts, "cap": min(counts.values())})
             barrier("counted")
-            say(f"every arm trains on {known['cap']} pairs, as many as {min(counts, key=counts.__getitem__)} has")
-        cap = read_json(path)["cap"]
-        if cap < 1:
-            fewest = min(known["pairs"], key=known["pairs"].__getitem__)
-            raise UserError(f"{fewest} has no pair", where=str(path), remedy="loosen select.*, or leave that arm out")
-        self._cap = cap
+            fewest = min(counts, key=counts.__getitem__)
+            say(f"every arm trains on {counts[fewest]} pairs, as many as {fewest} has")
+            known = self.directory.pairs_cap()
+        assert known is not None, "written before the barrier"
+        if known["cap"] < 1:
+            raise UserError(
+                f"{min(known['pairs'], key=known['pairs'].__getitem__)} has no pair",
+                where=str(self.directory.root),
+                remedy="loosen select.*, or leave that arm out",
+            )
+        self._cap = known["cap"]
 
     def arm_finished(self, arm: str) -> bool:
         """Whether the last thing that an arm leaves behind is there."""
-        rounds = [self.directory.round(number, arm) for number in range(1, self.recipe.rounds + 1)]
-        wanted = [folder / "done.json" for folder in rounds]
-        wanted += [folder / "evaluation" / b.name / "results.json" for folder in rounds for b in self.benchmarks]
-        return agreed([all(path.exists() for path in wanted)])[0]
+        finished = all(
+            cell.training.is_marked and all(cell.evaluation(b.name).is_finished for b in self.benchmarks)
+            for cell in self._cells(arm)
+        )
+        return agreed([finished])[0]
+
+    def _cells(self, arm: str) -> list[Cell]:
+        return [self.directory.cell(number).of(arm) for number in range(1, self.recipe.rounds + 1)]
 
     def work_on(self, arm: str) -> None:
         """All rounds of an arm, each evaluated; nothing of it stays in memory."""
-        for round in range(1, self.recipe.rounds + 1):
-            self.prepare_arm(round, arm)
-            self.train_stage(round, arm)
-            self.evaluate_stage(round, arm)
-            self.forget(round - 1, arm)
-        self.forget(self.recipe.rounds, arm)
+        cells = self._cells(arm)
+        for cell in cells:
+            self.prepare_arm(cell)
+            self.train_stage(cell)
+            self.evaluate_stage(cell)
+            self.forget(cell.before)
+        self.forget(cells[-1])
 
 
 class Progress:
@@ -164,12 +171,12 @@ def compare(recipe: Recipe) -> Path:
     if not recipe.evaluate.benchmarks:
         raise UserError("no benchmark", where="evaluate.benchmarks", remedy="name at least one in the recipe")
     recipes = {seed: plan.seed_recipe(recipe, seed) for seed in recipe.compare.seeds}
-    root = RunDirectory(RunDirectory.of(recipe).root / plan.FOLDER)
+    directory = ComparisonDirectory.of(recipe)
     arms = [*plan.trained_arms(recipe), *(point.arm for point in plan.efficiency_points(recipe))]
     progress = Progress({"base": len(recipes), "arm": len(recipes) * len(arms)})
-    with root.lock():
+    with directory.lock():
         if is_writer():
-            write_text(root.root / "config.yaml", to_yaml(recipe))
+            directory.save_recipe(recipe)
         done: dict[int, Run] = {}
         for seed, own in recipes.items():
             run = SeedRun(own, recipe)
@@ -177,15 +184,15 @@ def compare(recipe: Recipe) -> Path:
                 text = _one_seed(run, seed, arms, progress, tokenizer_text)
             done[seed] = run
             run.release()
-            results = write_results(recipe, root.root, done)
+            results = write_results(recipe, directory, done)
             if is_writer():
-                build_report(root.root, text)
+                build_report(directory.root, text)
             barrier("compared")
     if is_writer():
-        print((root.root / "results.md").read_text(encoding="utf-8"), flush=True)
+        print(directory.text(), flush=True)
     for line in results["verdict"]:
         say(line)
-    return root.root / "report.html"
+    return directory.report
 
 
 def _one_seed(
@@ -195,8 +202,8 @@ def _one_seed(
     for arm in arms:
         run.check_arm(arm)
     with progress.part("base", f"seed {seed}: candidates, scores, the base"):
-        run.generate_stage(1)
-        run.score_stage(1)
+        run.generate_stage(run.directory.cell(1))
+        run.score_stage(run.directory.cell(1))
         run.evaluate_base()
         run.equalise_pairs()
     for arm in arms:

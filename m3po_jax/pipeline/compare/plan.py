@@ -9,9 +9,7 @@ from m3po_jax.config import CompareConfig, Recipe
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.pipeline.arms import BASE, CONTRAST_ALPHA, SYSTEMS, VCD, arm_recipe, overrides_of
 from m3po_jax.recipes import override, value_of
-from m3po_jax.workspace.directory import RunDirectory
-
-FOLDER = "compare"
+from m3po_jax.workspace.comparison import ComparisonDirectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +69,7 @@ def seed_recipe(recipe: Recipe, seed: int) -> Recipe:
         recipe,
         seed=seed,
         name=f"seed-{seed}",
-        output_dir=str(RunDirectory.of(recipe).root / FOLDER),
+        output_dir=str(ComparisonDirectory.of(recipe).root),
         arms=arms,
         select=dataclasses.replace(recipe.select, seed=seed),
         score=dataclasses.replace(recipe.score, confidence=variants),

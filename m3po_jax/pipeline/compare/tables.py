@@ -1,28 +1,29 @@
-"""`results.json` and `results.md`: the table of arms, paired differences, cost, curves and the verdict in words."""
+"""The results of a comparison: the table of arms, paired differences, cost, curves and the verdict in words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from m3po_jax.config import Recipe
-from m3po_jax.data.tables import write_json
 from m3po_jax.evaluation.bootstrap import resampled
 from m3po_jax.evaluation.frontier import matched
 from m3po_jax.evaluation.metric import Frontier, Metric
 from m3po_jax.evaluation.registry import METRICS
+from m3po_jax.hosts.agreement import is_writer
+from m3po_jax.pipeline import summary
 from m3po_jax.pipeline.compare import collect, plan, statistics
 from m3po_jax.pipeline.compare.markdown import markdown
 from m3po_jax.pipeline.compare.verdict import verdict
 from m3po_jax.pipeline.run import Run
-from m3po_jax.workspace.files import is_writer, write_text
+from m3po_jax.workspace.cell import Cell
+from m3po_jax.workspace.comparison import ComparisonDirectory
 
 
-def write_results(recipe: Recipe, root: Path, runs: Mapping[int, Run]) -> dict[str, Any]:
-    """Makes and writes the tables of the seeds that are there; seconds go to ``times.json``, as they never repeat."""
+def write_results(recipe: Recipe, directory: ComparisonDirectory, runs: Mapping[int, Run]) -> dict[str, Any]:
+    """Makes and writes the tables of the seeds that are there."""
     arms = plan.trained_arms(recipe)
     everything = [*arms, *(point.arm for point in plan.efficiency_points(recipe))]
     cost = {arm: [collect.compute(run, arm) for run in runs.values()] for arm in everything}
@@ -44,9 +45,7 @@ def write_results(recipe: Recipe, root: Path, runs: Mapping[int, Run]) -> dict[s
     results["verdict"] = verdict(results, recipe.compare)
     times = {arm: _means(values, timed=True) for arm, values in cost.items()}
     if is_writer():
-        write_json(root / "results.json", results)
-        write_json(root / "times.json", times)
-        write_text(root / "results.md", markdown(results, times))
+        directory.save(results, times, markdown(results, times))
     return results
 
 
@@ -67,21 +66,20 @@ def benchmark_results(recipe: Recipe, runs: Mapping[int, Run], name: str, arms: 
     benchmarks = {seed: next(b for b in run.benchmarks if b.name == name) for seed, run in runs.items()}
     metric = METRICS[recipe.evaluate.benchmarks[name].metric]
     placed = {seed: collect.systems(run, arms) for seed, run in runs.items()}
-    rounds = recipe.rounds
-    folders = {
-        seed: {system: folder for system, (_, folder) in found.items()}
+    cells = {
+        seed: {system: cell for system, (_, cell) in found.items()}
         | {
-            f"{arm}, round {number}": runs[seed].directory.round(number, arm)
+            summary.system_name(recipe, cell): cell
             for arm in arms
-            for number in range(1, rounds)
+            for cell in (runs[seed].directory.cell(number).of(arm) for number in range(1, recipe.rounds))
         }
         for seed, found in placed.items()
     }
-    images, sums = collect.sums(folders, benchmarks)
+    images, sums = collect.sums(cells, benchmarks)
     values = _values(metric, sums, recipe.compare.resamples, recipe.seed)
     beyond = _add_deltas(metric.frontier, values, placed) if metric.frontier else {}
     # A system counts where every seed has it.
-    shared = [s for s in folders[next(iter(folders))] if all(s in values.get(seed, {}) for seed in runs)]
+    shared = [s for s in cells[next(iter(cells))] if all(s in values.get(seed, {}) for seed in runs)]
     kinds = {system: kind for found in placed.values() for system, (kind, _) in found.items()}
     result: dict[str, Any] = {
         "metric": recipe.evaluate.benchmarks[name].metric,
@@ -144,12 +142,12 @@ def _values(
 def _add_deltas(
     frontier: Frontier,
     values: dict[int, dict[str, dict[str, np.ndarray]]],
-    placed: Mapping[int, Mapping[str, tuple[str, Path]]],
+    placed: Mapping[int, Mapping[str, tuple[str, Cell]]],
 ) -> dict[str, bool]:
     """Adds ΔC to every system; returns which of them lie beyond the frontier's recall in any seed."""
     beyond: dict[str, bool] = {}
     for seed, systems in values.items():
-        points = [s for s in systems if placed[seed].get(s, ("", None))[0] in ("base", "frontier")]
+        points = [s for s in systems if s in placed[seed] and placed[seed][s][0] in ("base", "frontier")]
         if len(points) < 2:
             continue
         gain, cost = (np.stack([systems[s][key] for s in points], axis=1) for key in (frontier.gain, frontier.cost))

@@ -1,4 +1,4 @@
-"""Reads whatever exists of a run directory (DESIGN section 3); what cannot be read is noted, not fatal.
+"""Reads whatever exists of a run directory, of any version; what cannot be read is noted, not fatal.
 
 Texts and images are read for the rows that the report shows only, so that a run of many gigabytes needs
 little memory here.
@@ -7,7 +7,6 @@ little memory here.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +19,11 @@ import pyarrow.parquet as pq
 import yaml
 
 from m3po_jax.errors import UserError
-from m3po_jax.report.formatting import as_number, normalise
+from m3po_jax.workspace import layout
+from m3po_jax.workspace.cell import Cell
+from m3po_jax.workspace.files import as_number
+from m3po_jax.workspace.layout import arms, rounds
 
-_ROUND = re.compile(r"^round-(\d+)$")
 _PAIR_NUMBERS = ("chosen_mas", "rejected_mas", "chosen_confidence", "rejected_confidence", "value")
 
 
@@ -39,12 +40,6 @@ class Candidates:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def rows_by_id(self) -> dict[str, list[int]]:
-        rows: dict[str, list[int]] = {}
-        for row, prompt_id in enumerate(self.ids):
-            rows.setdefault(prompt_id, []).append(row)
-        return rows
 
 
 @dataclass
@@ -64,8 +59,7 @@ class Pairs:
 class Round:
     """One round of the run, or of one of its comparison arms."""
 
-    number: int
-    path: Path
+    cell: Cell
     candidates: Candidates | None = None
     pairs: Pairs | None = None
     summary: dict[str, Any] = field(default_factory=dict)
@@ -74,11 +68,15 @@ class Round:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     training_warnings: list[dict[str, Any]] = field(default_factory=list)
     prompt_count: int | None = None
-    benchmarks: dict[str, Benchmark] = field(default_factory=dict)
+    benchmarks: dict[str, BenchmarkContents] = field(default_factory=dict)
+
+    @property
+    def number(self) -> int:
+        return self.cell.round
 
 
 @dataclass
-class Benchmark:
+class BenchmarkContents:
     """One benchmark's results and items of a round."""
 
     results: dict[str, Any]
@@ -86,8 +84,8 @@ class Benchmark:
 
 
 @dataclass
-class Run:
-    """What was found of a run directory; whatever is missing is empty."""
+class RunContents:
+    """What there is of a run directory; whatever is missing is empty."""
 
     path: Path
     config: dict[str, Any]
@@ -195,16 +193,17 @@ class Reader:
                 self.note(where, f"column {name!r} is not numeric, left out")
         return np.full(len(table), np.nan)
 
-    def candidates(self, path: Path) -> Candidates | None:
+    def candidates(self, cell: Cell) -> Candidates | None:
         columns = ["id", "candidate", "text", "token_ids", "finish_reason"]
-        table = self.table(path / "candidates", columns)
-        scores = self.table(path / "scores", None)
+        folder = cell.candidates.folder
+        table = self.table(folder, columns)
+        scores = self.table(cell.scores.folder, None)
         if table is None:
             if scores is None:
                 return None
             table = scores.select([name for name in ("id", "candidate") if name in scores.column_names])
         ids = [str(value) for value in table.column("id").to_pylist()]
-        index = self.numbers(table, "candidate", path / "candidates")
+        index = self.numbers(table, "candidate", folder)
         candidate = np.nan_to_num(index, nan=-1).astype(np.int64)
         names = table.column_names
         tokens = np.full(len(ids), np.nan)
@@ -217,31 +216,31 @@ class Reader:
         distinct = 0
         if "text" in names:
             texts = table.column("text").to_pylist()
-            distinct = len({(i, normalise(str(text))) for i, text in zip(ids, texts, strict=True)})
-        return Candidates(ids, candidate, tokens, truncated, distinct, self._join(ids, candidate, scores, path))
+            distinct = len({(i, _normalised(str(text))) for i, text in zip(ids, texts, strict=True)})
+        return Candidates(ids, candidate, tokens, truncated, distinct, self._join(ids, candidate, scores, cell))
 
     def _join(
-        self, ids: list[str], candidate: np.ndarray, scores: pa.Table | None, path: Path
+        self, ids: list[str], candidate: np.ndarray, scores: pa.Table | None, cell: Cell
     ) -> dict[str, np.ndarray]:
         if scores is None:
             return {}
         score_ids = [str(value) for value in scores.column("id").to_pylist()]
-        index = np.nan_to_num(self.numbers(scores, "candidate", path / "scores"), nan=-1).astype(np.int64)
+        index = np.nan_to_num(self.numbers(scores, "candidate", cell.scores.folder), nan=-1).astype(np.int64)
         row_of = {key: row for row, key in enumerate(zip(score_ids, index.tolist(), strict=True))}
         rows = np.array([row_of.get(key, -1) for key in zip(ids, candidate.tolist(), strict=True)], np.int64)
         joined = {}
         for name in scores.column_names:
             if name in ("id", "candidate", "abstained"):
                 continue
-            values = self.numbers(scores, name, path / "scores")
+            values = self.numbers(scores, name, cell.scores.folder)
             joined[name] = np.where(rows >= 0, values[np.maximum(rows, 0)], np.nan) if len(values) else values
         return joined
 
-    def pairs(self, path: Path) -> Pairs | None:
-        table = self.table(path / "pairs", ["id", "chosen_candidate", "rejected_candidate", *_PAIR_NUMBERS])
+    def pairs(self, cell: Cell) -> Pairs | None:
+        where = cell.selection.folder
+        table = self.table(where, ["id", "chosen_candidate", "rejected_candidate", *_PAIR_NUMBERS])
         if table is None:
             return None
-        where = path / "pairs"
         chosen, rejected = (
             np.nan_to_num(self.numbers(table, name, where), nan=-1).astype(np.int64)
             for name in ("chosen_candidate", "rejected_candidate")
@@ -258,33 +257,33 @@ class Reader:
                 by_step[step] = row
         return [by_step[step] for step in sorted(by_step)]
 
-    def round(self, number: int, path: Path) -> Round:
-        drops = self.lines(path / "pairs" / "drops.jsonl")
-        benchmarks = {}
-        for folder in sorted((path / "evaluation").glob("*")):
-            if folder.is_dir():
-                found = Benchmark(self.mapping(folder / "results.json"), self.lines(folder / "items.jsonl"))
-                if found.results or found.items:
-                    benchmarks[folder.name] = found
-        prompts = self.table(path / "prompts.parquet", ["id"]) if (path / "prompts.parquet").is_file() else None
+    def prompts(self, cell: Cell, columns: Sequence[str], ids: Iterable[str] | None = None) -> pa.Table | None:
+        """What a round's selection kept of its prompts."""
+        file = cell.folder / layout.PROMPTS
+        return self.table(file, columns, ids) if file.is_file() else None
+
+    def round(self, cell: Cell) -> Round:
+        pairs, prompts = cell.selection.folder, self.prompts(cell, ["id"])
+        benchmarks = {
+            folder.name: BenchmarkContents(self.mapping(folder / layout.RESULTS), self.lines(folder / layout.ITEMS))
+            for folder in (evaluation.folder for evaluation in cell.evaluations())
+        }
         return Round(
-            number=number,
-            path=path,
-            candidates=self.candidates(path),
-            pairs=self.pairs(path),
-            summary=self.mapping(path / "pairs" / "summary.json"),
-            drops=[(str(row.get("id")), str(row.get("reason"))) for row in drops],
-            calibration=self.mapping(path / "scores" / "calibration.json"),
-            metrics=self.metrics(path / "metrics.jsonl"),
-            training_warnings=self.lines(path / "warnings.jsonl"),
+            cell,
+            candidates=self.candidates(cell),
+            pairs=self.pairs(cell),
+            summary=self.mapping(pairs / layout.SUMMARY),
+            drops=[(str(row.get("id")), str(row.get("reason"))) for row in self.lines(pairs / layout.DROPS)],
+            calibration=self.mapping(cell.scores.folder / layout.CALIBRATION),
+            metrics=self.metrics(cell.folder / layout.METRICS),
+            training_warnings=self.lines(cell.folder / layout.WARNINGS),
             prompt_count=None if prompts is None else len(prompts),
-            benchmarks=benchmarks,
+            benchmarks={name: kept for name, kept in benchmarks.items() if kept.results or kept.items},
         )
 
-    def rounds(self, root: Path) -> list[Round]:
-        found = [(match, path) for path in root.glob("round-*") if (match := _ROUND.match(path.name))]
-        numbered = sorted((int(match.group(1)), path) for match, path in found if path.is_dir())
-        return [self.round(number, path) for number, path in numbered]
+    def rounds(self, arm: str | None = None) -> list[Round]:
+        """All rounds of one system."""
+        return [self.round(Cell(self.root, number, arm)) for number in rounds(self.root, arm)]
 
     def config(self, path: Path) -> tuple[dict[str, Any], str]:
         if not path.is_file():
@@ -298,7 +297,12 @@ class Reader:
         return (loaded if isinstance(loaded, dict) else {}), text
 
 
-def read_run(run_dir: Path) -> tuple[Run, Reader]:
+def _normalised(text: str) -> str:
+    """Two answers are the same if they differ in case and spaces only."""
+    return " ".join(text.casefold().split())
+
+
+def read_run(run_dir: Path) -> tuple[RunContents, Reader]:
     """Everything in a run directory but texts and images, and the reader that fetches those.
 
     Raises:
@@ -307,26 +311,22 @@ def read_run(run_dir: Path) -> tuple[Run, Reader]:
     if not run_dir.is_dir():
         raise UserError("no such run directory", where=str(run_dir), remedy="give the folder of a run")
     reader = Reader(run_dir)
-    config, config_text = reader.config(run_dir / "config.yaml")
-    arms = {
-        folder.name: rounds
-        for folder in sorted((run_dir / "arms").glob("*"))
-        if folder.is_dir() and (rounds := reader.rounds(folder))
-    }
-    run = Run(
+    config, config_text = reader.config(run_dir / layout.CONFIG)
+    run = RunContents(
         path=run_dir,
         config=config,
         config_text=config_text,
-        manifest=reader.mapping(run_dir / "manifest.json"),
-        evaluation=reader.mapping(run_dir / "evaluation.json"),
-        rounds=reader.rounds(run_dir),
-        arms=arms,
-        comparison=reader.mapping(run_dir / "results.json") or reader.mapping(run_dir / "compare" / "results.json"),
+        manifest=reader.mapping(run_dir / layout.MANIFEST),
+        evaluation=reader.mapping(run_dir / layout.EVALUATION),
+        rounds=reader.rounds(),
+        arms={arm: of_arm for arm in arms(run_dir) if (of_arm := reader.rounds(arm))},
+        comparison=reader.mapping(run_dir / layout.RESULTS)
+        or reader.mapping(run_dir / layout.COMPARISON / layout.RESULTS),
         problems=reader.problems,
     )
     if not (run.config or run.manifest or run.evaluation or run.rounds or run.arms or run.comparison):
         raise UserError(
-            "nothing to report: no config.yaml, manifest.json, round-* or evaluation.json",
+            f"nothing to report: no {layout.CONFIG}, {layout.MANIFEST}, round-* or {layout.EVALUATION}",
             where=str(run_dir),
             remedy="give the folder of a run, or run a stage first",
         )

@@ -19,15 +19,18 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
 
 import jax
 import numpy as np
 
 from m3po_jax.errors import EXIT_INTERRUPTED, Interrupted
+from m3po_jax.hosts.agreement import gathered
 
+T = TypeVar("T")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _unseen: list[str] = []  # a signal that the next look has yet to see
 
@@ -46,11 +49,7 @@ class StopSignal:
         self.received = signal.Signals(number).name
 
     def any_host(self) -> bool:
-        if jax.process_count() == 1:
-            return self.received is not None
-        from jax.experimental import multihost_utils
-
-        return bool(multihost_utils.process_allgather(np.array(self.received is not None)).any())
+        return bool(gathered(np.array(self.received is not None)).any())
 
 
 @contextmanager
@@ -81,6 +80,34 @@ def stop_signal() -> Iterator[StopSignal]:
             signal.raise_signal(number)
     else:
         _unseen[:] = [stop.received]
+
+
+def stoppable(items: Iterable[T], what: str) -> Iterator[T]:
+    """Yields `items` until SIGTERM or SIGINT arrives; every host stops before the same item.
+
+    Raises:
+        Interrupted: between two items, so that what was written stays whole.
+    """
+    with stop_signal() as stop:
+        for item in items:
+            if stop.any_host():
+                raise Interrupted(
+                    f"stopped by {stop.received or 'another host'} while {what}; finished shards are saved"
+                )
+            yield item
+
+
+def look(what: str) -> None:
+    """Stops here if a signal has arrived since the last look, on all hosts together.
+
+    Raises:
+        Interrupted: before `what` has begun.
+    """
+    with stop_signal() as stop:
+        if stop.any_host():
+            raise Interrupted(
+                f"stopped by {stop.received or 'another host'} before {what}; what is finished is saved"
+            )
 
 
 @contextmanager

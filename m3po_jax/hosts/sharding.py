@@ -1,4 +1,4 @@
-"""Device mesh, the one table of logical axes, and multi-host start-up.
+"""Device mesh, and the one table of logical axes.
 
 Model code names the *logical* axes of its parameters and activations; `RULES` maps them to the mesh axes
 ``data`` (replicas), ``fsdp`` (weights split by rows and gathered when used) and ``tensor`` (heads, MLP width and
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,7 +21,6 @@ from jax.sharding import PartitionSpec as P
 from m3po_jax.config import MeshConfig
 from m3po_jax.errors import UserError
 from m3po_jax.reading import check_values
-from m3po_jax.supervisor import HEARTBEAT_SECONDS
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -162,26 +160,3 @@ def to_host(x: jax.Array) -> np.ndarray:
 
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)
-
-
-def initialize_distributed() -> None:
-    """Joins the other hosts, when a launcher started several.
-
-    TPU pods and Slurm are detected by jax. Elsewhere a launcher sets ``M3PO_COORDINATOR`` (host:port),
-    ``M3PO_NUM_PROCESSES`` and ``M3PO_PROCESS_ID``.
-    """
-    coordinator = os.environ.get("M3PO_COORDINATOR")
-    if coordinator:
-        try:
-            count, index = int(os.environ["M3PO_NUM_PROCESSES"]), int(os.environ["M3PO_PROCESS_ID"])
-        except (KeyError, ValueError):
-            raise UserError(
-                "M3PO_COORDINATOR is set without M3PO_NUM_PROCESSES and M3PO_PROCESS_ID",
-                where="environment",
-                remedy="set all three, or none",
-            ) from None
-        jax.distributed.initialize(
-            coordinator, num_processes=count, process_id=index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
-        )
-    elif os.environ.get("M3PO_MULTI_HOST") == "1":
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
