@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from m3po_jax.report.charts import BinCurve, Point, forest_chart, reliability_chart
 from m3po_jax.report.figures import Figure
 from m3po_jax.report.formatting import (
     as_dict,
@@ -18,7 +19,6 @@ from m3po_jax.report.formatting import (
     slug,
 )
 from m3po_jax.report.run_data import Round
-from m3po_jax.report.svg import BinCurve, Point, forest_chart, reliability_chart
 
 TONES = {"warn": "Warning", "good": "Good", "note": "Note"}
 
@@ -143,12 +143,12 @@ def _comparison(number: int, signals: list[tuple[str, dict[str, Any]]]) -> Figur
     if not points:
         return None
     title = "Who knows which answer is right?"
-    svg = forest_chart(title, points, band=None, digits=2, x_label="AUROC within prompts", reference=0.5)
+    chart = forest_chart(title, points, band=None, digits=2, x_label="AUROC within prompts", reference=0.5)
     note = (
         "How often a right answer outscores a wrong one to the same prompt: 0.5, the dotted line, is chance. "
         "Whiskers are bootstrap intervals over prompts (95 %)."
     )
-    return Figure(f"auroc-{number}", title, svg, note)
+    return Figure(f"auroc-{number}", title, chart, note)
 
 
 def _figures(number: int, signals: list[tuple[str, dict[str, Any]]]) -> list[Figure]:
@@ -172,8 +172,8 @@ def _reliability(number: int, key: str, title: str, signals: list[tuple[str, dic
         return []
     nats = as_dict(signals[0][1].get("reliability")).get("scale") == "nats"
     axis = "confidence in nats" if nats else "score, as a probability"
-    svg = reliability_chart(title, curves, x_label=axis, diagonal=not nats)
+    chart = reliability_chart(title, curves, x_label=axis, diagonal=not nats)
     note = "" if nats else "A calibrated score lies on the dotted line. "
     note += "A dot's size and the bars below tell how many answers it stands for."
-    legend = [(f"s{curve.style % 8}", curve.name) for curve in curves] if len(curves) > 1 else []
-    return [Figure(f"reliability-{slug(key)}-{number}", title, svg, note, legend)]
+    legend = [(curve.colour, curve.name) for curve in curves] if len(curves) > 1 else []
+    return [Figure(f"reliability-{slug(key)}-{number}", title, chart, note, legend)]

@@ -9,9 +9,9 @@ from typing import Any
 
 from m3po_jax.evaluation.metric import Column, Frontier, Metric
 from m3po_jax.evaluation.registry import METRICS
+from m3po_jax.report.charts import Point, Series, forest_chart, frontier_chart, line_chart
 from m3po_jax.report.figures import Figure
 from m3po_jax.report.formatting import format_number, format_span, slug
-from m3po_jax.report.svg import Point, Series, forest_chart, frontier_chart, line_chart
 
 _KINDS = {"base": "base", "frontier": "frontier", "decoding": "decoding"}
 
@@ -151,12 +151,12 @@ def _frontier(
     if not any(point.kind == "frontier" for point in points):
         return
     title = f"{name}: {cost.label} against {gain.label}"
-    svg = frontier_chart(title, points, x_label=gain.label, y_label=cost.label)
-    if svg is not None:
+    chart = frontier_chart(title, points, x_label=gain.label, y_label=cost.label)
+    if chart is not None:
         legend = [("frontier", "base, stop bias swept"), ("arm", "trained systems"), ("decoding", "decoding")]
         note = "Means over seeds. Only a system below the line does better than a shorter answer would."
         title = f"{name}: at equal {gain.label.lower()}"
-        view.figures.append(Figure(f"compare-frontier-{slug(name)}", title, svg, note, legend))
+        view.figures.append(Figure(f"compare-frontier-{slug(name)}", title, chart, note, legend))
 
 
 def _differences(
@@ -193,10 +193,10 @@ def _differences(
                 points.append(Point(system, 0.0, column.factor * value["mean"], "arm", interval))
         if points:
             title, wish = f"{name}: {column.label} against {reference}", f"{column.better} is better"
-            svg = forest_chart(title, points, band=None, digits=column.digits, reference=0.0, x_label=wish)
+            chart = forest_chart(title, points, band=None, digits=column.digits, reference=0.0, x_label=wish)
             identity = f"compare-{slug(name)}-{slug(reference)}"
             view.figures.append(
-                Figure(identity, title, svg, "95 % interval over images; the dotted line is no difference.")
+                Figure(identity, title, chart, "95 % interval over images; the dotted line is no difference.")
             )
 
 
@@ -216,11 +216,11 @@ def _efficiency(
             values = [column.factor * scored[row["arm"]]["metrics"][column.key]["mean"] for row in own]
             style = len(series)
             series.append(Series(f"{system}, {words}", [row["pairs"] for row in own], values, style, bold=style == 0))
-        drawn = line_chart(f"{name}: {column.label} by number of pairs", series, x_label="pairs")
-        if drawn is not None:
-            legend = [(f"s{line.style % 8}", line.name) for line in series]
+        chart = line_chart(f"{name}: {column.label} by number of pairs", series, x_label="pairs")
+        if chart is not None:
+            legend = [(line.colour, line.name) for line in series]
             title, note = f"{name}: data efficiency", f"{column.label}, {column.better} is better; the same steps."
-            view.figures.append(Figure(f"compare-efficiency-{slug(name)}", title, drawn[0], note, legend))
+            view.figures.append(Figure(f"compare-efficiency-{slug(name)}", title, chart, note, legend))
 
 
 def _rounds(view: ComparisonView, name: str, found: Mapping[str, Any], rounds: int) -> None:
@@ -237,11 +237,11 @@ def _rounds(view: ComparisonView, name: str, found: Mapping[str, Any], rounds: i
             values = [(entry["metrics"].get(column.key) or {}).get("mean") for entry in entries]
             pairs = [(number, column.factor * value) for number, value in enumerate(values) if value is not None]
             series.append(Series(arm, [x for x, _ in pairs], [y for _, y in pairs], style))
-        drawn = line_chart(f"{name}: {column.label} over rounds", series, x_label="round")
-        if drawn is not None:
-            legend = [(f"s{line.style % 8}", line.name) for line in series]
+        chart = line_chart(f"{name}: {column.label} over rounds", series, x_label="round")
+        if chart is not None:
+            legend = [(line.colour, line.name) for line in series]
             title, note = f"{name}: over rounds", f"{column.label}, {column.better} is better; round 0 is the base."
-            view.figures.append(Figure(f"compare-rounds-{slug(name)}", title, drawn[0], note, legend))
+            view.figures.append(Figure(f"compare-rounds-{slug(name)}", title, chart, note, legend))
 
 
 def _cost(compute: Mapping[str, Mapping[str, float]]) -> ComparisonTable:

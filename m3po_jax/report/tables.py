@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from m3po_jax.evaluation.registry import METRICS
+from m3po_jax.report.charts import Point, forest_chart, frontier_chart
 from m3po_jax.report.figures import Figure
 from m3po_jax.report.formatting import (
     as_dicts,
@@ -20,7 +21,6 @@ from m3po_jax.report.formatting import (
     slug,
 )
 from m3po_jax.report.run_data import Benchmark, Round, Run
-from m3po_jax.report.svg import Point, forest_chart, frontier_chart
 
 KINDS = {"arm": "", "frontier": "stop bias", "decoding": "decoding"}
 ITEMS_SHOWN = 30
@@ -155,8 +155,8 @@ def _forests(
             continue
         band = _interval(base["intervals"].get(key)) if base else None
         wish = f"{column['better']} is better" if column["better"] else ""
-        svg = forest_chart(column["label"], points, band=band, digits=column["digits"], x_label=wish)
-        figures.append(Figure(f"forest-{index}-{slug(key)}", column["label"], svg))
+        chart = forest_chart(column["label"], points, band=band, digits=column["digits"], x_label=wish)
+        figures.append(Figure(f"forest-{index}-{slug(key)}", column["label"], chart))
     return figures
 
 
@@ -171,15 +171,15 @@ def _frontier(rows: list[dict[str, Any]], columns: list[dict[str, Any]], index: 
         x, y = as_number(row["values"].get(gain["key"])), as_number(row["values"].get(cost["key"]))
         if x is not None and y is not None:
             points.append(Point(row["name"], x, y, "base" if row["is_base"] else row["kind"]))
-    svg = frontier_chart(
+    chart = frontier_chart(
         f"{cost['label']} against {gain['label']}", points, x_label=gain["label"], y_label=cost["label"]
     )
-    if svg is None:
+    if chart is None:
         return []
     figure = Figure(
         f"frontier-{index}",
         f"{cost['label']} at equal {gain['label']}",
-        svg,
+        chart,
         "The line is the base model made to stop earlier or later. Only a system below the line does better "
         "than a shorter answer would.",
         [
