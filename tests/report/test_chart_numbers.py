@@ -19,7 +19,7 @@ from m3po_jax.report.charts import Axis, Band, Bars, Chart, Dots, Line, Mark, Ru
 from m3po_jax.report.drawing import COLOURS, draw
 from m3po_jax.report.figures import CURVES, Figure, training_curves
 
-NUMBER = re.compile(r"[−-]?[\d,]*\.?\d+(?:e[−-]?\d+)?")
+NUMBER = re.compile(r"[−-]?[\d,]*\.?\d+")
 
 
 class Picture:
