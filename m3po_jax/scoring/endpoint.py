@@ -22,9 +22,10 @@ from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.scoring.alignment import Judged, Scores
 from m3po_jax.scoring.answer_cache import AnswerCache
-from m3po_jax.scoring.chat import ChatClient, Halted
+from m3po_jax.scoring.endpoint_settings import check_client
 from m3po_jax.scoring.grading import check_rubric, render_rubric
 from m3po_jax.scoring.pictures import Picture, grey_square
+from m3po_jax.scoring.rate_limit import Halted
 from m3po_jax.scoring.reasons import (
     CUT_AT,
     MALFORMED,
@@ -123,6 +124,9 @@ class Endpoint:
         report: Callable[[str], object] = lambda line: None,
     ):
         check_rubric(rubric, grades)
+        check_client()
+        from m3po_jax.scoring.chat import ChatClient  # its library is an extra
+
         self.config, self.rubric, self.grades = config, rubric, list(grades)
         self.needs_reference = "{reference}" in rubric
         self.image_root, self.max_image_pixels, self.stopping = image_root, max_image_pixels, stopping
