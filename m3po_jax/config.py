@@ -204,7 +204,7 @@ class ScoreConfig:
 
 @dataclass
 class SelectConfig:
-    """The M3P-Score and the rules that a pair must satisfy (METHOD section 2)."""
+    """The M3P-Score and the rules that a pair must satisfy (docs/method.md)."""
 
     rule: Rule = "m3p"
     confidence: Variant = "mean"  # the variant that enters the score

@@ -1,4 +1,4 @@
-"""Preference pairs from scored candidates (METHOD section 2): one pair, or the reason for none, per prompt.
+"""Preference pairs from scored candidates (docs/method.md): one pair, or the reason for none, per prompt.
 
 `select_pair` is the rule on arrays; `select_pools` applies it to every prompt and adds the budget and the
 diagnostics (`selection_rows` reads and writes rows). Everything is deterministic: ties go to the lower candidate
@@ -42,7 +42,7 @@ RANDOM_RULES = ("random", "vanilla")  # any pair that satisfies their constraint
 RULES = (*_TWO_STEP, *_JOINT)
 BUDGET_ORDERS = ("value", "random")
 CUT_RULES = ("drop", "keep")
-CORRELATION_LIMIT = 0.4  # above it confidence says little that MAS does not (METHOD section 5)
+CORRELATION_LIMIT = 0.4  # above it confidence says little that MAS does not (docs/method.md)
 
 
 class Reason(enum.StrEnum):

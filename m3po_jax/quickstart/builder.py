@@ -343,19 +343,3 @@ def prepare(data_dir: str | Path, config: SceneConfig | None = None) -> Path:
     # TFDS refuses an equal but other object under the name of a registered configuration.
     config = next((known for known in M3poScenes.BUILDER_CONFIGS if known == config), config)
     return tfds_build.prepare(M3poScenes(data_dir=str(data_dir), config=config))
-
-
-def prepare_easy_vqa(data_dir: str | Path, config: str = "full") -> Path:
-    """Build `m3po_easy_vqa` under `data_dir` unless it is there, and return its folder.
-
-    Args:
-        data_dir: The tensorflow-datasets root.
-        config: ``full``, or ``demo``: the first rows of the test split only.
-
-    Raises:
-        UserError: when the easy-vqa package is missing.
-    """
-    builder = M3poEasyVqa(data_dir=str(data_dir), config=config)
-    if not builder.is_prepared():
-        _easy_vqa()  # TFDS would wrap the message
-    return tfds_build.prepare(builder)

@@ -1,4 +1,4 @@
-"""Multimodal Alignment Scores: functions from (image, instruction, candidates) to [0, 1] (METHOD section 3).
+"""Multimodal Alignment Scores: functions from (image, instruction, candidates) to [0, 1] (docs/judges.md).
 
 A backend scores the whole candidate pool of a batch of prompts; NaN means that it abstains, and the selection
 drops the prompt. Only the orchestration is here: models run in `models/` and `scoring/engine.py`.

@@ -1,4 +1,4 @@
-"""Does the judge see more than the policy? A judge with the policy's eyes cannot correct it (METHOD section 3)."""
+"""Does the judge see more than the policy? A judge with the policy's eyes cannot correct it (docs/judges.md)."""
 
 from __future__ import annotations
 

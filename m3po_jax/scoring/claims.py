@@ -1,7 +1,7 @@
 """Splitting an answer into claims that can be judged one by one.
 
 A dual encoder reads a few words at a time and a judge answers one question at a time, so a long answer is judged
-claim by claim (METHOD section 3).
+claim by claim (docs/judges.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Confidence of the model in its own answers (METHOD section 2): pure NumPy on one prompt's candidates.
+"""Confidence of the model in its own answers (docs/method.md): pure NumPy on one prompt's candidates.
 
 Token log-probs are those that generation records: natural logarithms at temperature 1, from the distribution
 before truncation, EOS included. An empty answer is therefore one token long (EOS) and has every variant. An

@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible server as judge: a graded rubric about one image and one answer (METHOD section 3)."""
+"""Any OpenAI-compatible server as judge: a graded rubric about one image and one answer (docs/judges.md)."""
 
 from __future__ import annotations
 

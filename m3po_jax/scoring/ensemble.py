@@ -1,4 +1,4 @@
-"""Several alignment backends as one, which abstains where they disagree (METHOD section 3)."""
+"""Several alignment backends as one, which abstains where they disagree (docs/judges.md)."""
 
 from __future__ import annotations
 

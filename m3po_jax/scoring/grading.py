@@ -1,4 +1,4 @@
-"""A vision-language model that grades answers by a rubric: the expected grade from its logits (METHOD section 3)."""
+"""A vision-language model that grades answers by a rubric: the expected grade from its logits (docs/judges.md)."""
 
 from __future__ import annotations
 

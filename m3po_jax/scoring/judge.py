@@ -1,4 +1,4 @@
-"""A vision-language model as judge: how it is asked, and the judge of single claims (METHOD section 3)."""
+"""A vision-language model as judge: how it is asked, and the judge of single claims (docs/judges.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The M3P-Score (METHOD section 2): alignment and confidence of one prompt's candidates, in both roles."""
+"""The M3P-Score (docs/method.md): alignment and confidence of one prompt's candidates, in both roles."""
 
 from __future__ import annotations
 
