@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from scipy import stats
 
 from m3po_jax.evaluation.registry import METRICS
 from m3po_jax.report.charts import Point, forest_chart, frontier_chart
@@ -224,10 +225,7 @@ def flatten(value: Any, prefix: str = "", limit: int = 80) -> list[tuple[str, st
 def mcnemar(fixed: int, broken: int) -> float:
     """Exact two-sided McNemar p: the binomial tail of the smaller of the two discordant counts at 1/2."""
     total = fixed + broken
-    if total == 0:
-        return 1.0
-    tail = sum(math.comb(total, k) for k in range(min(fixed, broken) + 1))
-    return min(1.0, 2 * tail / 2**total)
+    return float(stats.binomtest(min(fixed, broken), total).pvalue) if total else 1.0
 
 
 def _base_items(run: Run, name: str) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float
+from scipy import stats
 
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError, nearest
@@ -18,19 +19,16 @@ from m3po_jax.scoring.reasons import ABSTAINED, CUT_AT, DISAGREEMENT, OUTAGES
 Values = Float[np.ndarray, " candidates"]
 
 
-def ranks(values: Values) -> Values:
-    """Ranks, ties sharing their mean rank, centred on 0."""
-    below, above = values[:, None] > values, values[:, None] < values
-    return (below.sum(1) - above.sum(1)) / 2
-
-
 def spearman(first: Values, second: Values) -> float:
     """Spearman's ρ with ties at their mean rank; NaN below three values or where one is constant."""
-    return correlation(ranks(first), ranks(second))
+    return correlation(stats.rankdata(first), stats.rankdata(second))
 
 
 def kendall(first: Values, second: Values) -> float:
-    """Kendall's τ_b (Kendall 1945); NaN below three values or where one is constant."""
+    """Kendall's τ_b (Kendall 1945); NaN below three values or where one is constant.
+
+    Every pool asks for it: scipy's, which tests for significance too, takes sixty times as long.
+    """
     a, b = np.sign(first[:, None] - first), np.sign(second[:, None] - second)
     scale = float(np.sqrt((a * a).sum() * (b * b).sum()))
     return float((a * b).sum()) / scale if len(first) > 2 and scale else float("nan")
