@@ -66,13 +66,13 @@ def mme(answers: Iterable[Record], labels: Iterable[Record]) -> dict[str, Any]:
     present = [task for task in TASKS if any(item["category"] == task for item in items)]
     for task in present:
         _pair([item for item in items if item["category"] == task])
-    found = values(sums, rates, items)
+    numbers = values(sums, rates, items)
     return {
         "summary": {
             "n": len(items),
-            "perception": found.get("perception", 0),
-            "cognition": found.get("cognition", 0),
-            "accuracy": found.get("accuracy"),
+            "perception": numbers.get("perception", 0),
+            "cognition": numbers.get("cognition", 0),
+            "accuracy": numbers.get("accuracy"),
             "other": sum(item["unparsed"] for item in items),
             "tasks": len(present),
             "degenerate": [f"no question of {task}" for task in TASKS if task not in present],

@@ -50,16 +50,16 @@ def label(name: str, signal: dict[str, Any]) -> str:
 
 def calibration_views(rounds: list[Round]) -> list[CalibrationView]:
     """A page for every round that has something to show, the latest first."""
-    views = [_view(found) for found in reversed(rounds) if found.calibration]
+    views = [_view(each) for each in reversed(rounds) if each.calibration]
     return [view for view in views if view.rows or view.verdict or view.judges]
 
 
-def _view(found: Round) -> CalibrationView:
-    calibration = found.calibration
-    known = {name: item for name, item in calibration.items() if isinstance(item, dict) and "auroc" in item}
+def _view(of_round: Round) -> CalibrationView:
+    calibration = of_round.calibration
+    stated = {name: item for name, item in calibration.items() if isinstance(item, dict) and "auroc" in item}
     # MAS, its members, the confidence in use, the other variants.
-    order = {name: (not name.startswith("mas"), "_" in name, name) for name in known}
-    signals = [(name, known[name]) for name in sorted(known, key=lambda name: order[name])]
+    order = {name: (not name.startswith("mas"), "_" in name, name) for name in stated}
+    signals = [(name, stated[name]) for name in sorted(stated, key=lambda name: order[name])]
     correlations = as_dict(calibration.get("correlation_mas_confidence"))
     rows = []
     for name, signal in signals:
@@ -77,7 +77,7 @@ def _view(found: Round) -> CalibrationView:
             }
         )
     return CalibrationView(
-        number=found.number,
+        number=of_round.number,
         verdict=[
             (tone, TONES[tone], clip(line.get("text"), 600))
             for line in as_dicts(calibration.get("verdict"))
@@ -85,8 +85,8 @@ def _view(found: Round) -> CalibrationView:
         ],
         truths=[_truth(truth) for truth in as_dicts(calibration.get("truths"))],
         rows=rows,
-        comparison=_comparison(found.number, signals),
-        figures=_figures(found.number, signals),
+        comparison=_comparison(of_round.number, signals),
+        figures=_figures(of_round.number, signals),
         bins=[(label(name, signal), lines) for name, signal in signals if (lines := _bin_lines(signal))],
         judges=[_judge(judge) for judge in as_dicts(calibration.get("judges"))],
     )
@@ -111,12 +111,12 @@ def _judge(judge: dict[str, Any]) -> str:
 def _bins(signal: dict[str, Any]) -> list[dict[str, float]]:
     """The bins of a reliability curve, malformed ones left out."""
     names = ("low", "high", "count", "score", "true")
-    found = []
+    bins = []
     for item in as_dicts(as_dict(signal.get("reliability")).get("bins")):
         values = {name: as_number(item.get(name)) for name in names}
         if all(value is not None for value in values.values()):
-            found.append({name: float(value) for name, value in values.items() if value is not None})
-    return found
+            bins.append({name: float(value) for name, value in values.items() if value is not None})
+    return bins
 
 
 def _bin_lines(signal: dict[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -50,8 +50,8 @@ def _tower_shape(raw: dict[str, Any]) -> tuple[Any, ...] | None:
 def _patch_embedding(directory: Path) -> np.ndarray | None:
     try:
         tensors = open_directory(directory)
-        found = next((tensor for name, tensor in tensors.items() if name.endswith(_PATCH_EMBEDDING)), None)
-        return None if found is None else found.read().astype(np.float64).ravel()
+        patches = next((tensor for name, tensor in tensors.items() if name.endswith(_PATCH_EMBEDDING)), None)
+        return None if patches is None else patches.read().astype(np.float64).ravel()
     except UserError:
         return None
 

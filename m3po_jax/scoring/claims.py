@@ -38,11 +38,11 @@ class Claim:
 
 def polarity(instruction: str, answer: str) -> str | None:
     """``yes`` or ``no`` where the answer answers a yes/no question, else None ("No people are to be seen.")."""
-    found = _POLARITY.match(answer)
-    if found is None or ("?" not in instruction and "yes or no" not in instruction.lower()):
+    polarity = _POLARITY.match(answer)
+    if polarity is None or ("?" not in instruction and "yes or no" not in instruction.lower()):
         return None
-    if _STANDS_ALONE.match(answer[found.end() :]) or not _OPEN_QUESTION.search(instruction):
-        return found.group(1).lower()
+    if _STANDS_ALONE.match(answer[polarity.end() :]) or not _OPEN_QUESTION.search(instruction):
+        return polarity.group(1).lower()
     return None
 
 

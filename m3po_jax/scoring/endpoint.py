@@ -405,10 +405,11 @@ class Endpoint:
 
     def _pay(self, key: str, kept: Any | None, reply: Reply, guess: tuple[int, int]) -> None:
         """Keeps an answer and its cost; where the server does not tell the tokens, the guess that reserved it."""
-        told = (reply.prompt_tokens, reply.completion_tokens)
-        prompt, completion = (own if count is None else count for count, own in zip(told, guess, strict=True))
+        prompt = guess[0] if reply.prompt_tokens is None else reply.prompt_tokens
+        completion = guess[1] if reply.completion_tokens is None else reply.completion_tokens
         cost = self._cost(prompt, completion)
-        self.cache.put(key, kept, prompt_tokens=prompt, completion_tokens=completion, cost=cost, guessed=None in told)
+        guessed = reply.prompt_tokens is None or reply.completion_tokens is None
+        self.cache.put(key, kept, prompt_tokens=prompt, completion_tokens=completion, cost=cost, guessed=guessed)
         with self._lock:
             self._dearest = max(self._dearest, cost)
             self._tokens = float(prompt + completion)
