@@ -167,10 +167,8 @@ class EndpointConfig:
     requests_per_minute: Annotated[float, Range(0.0, 1e9), OPERATIONAL] = 0.0  # 0: no limit
     tokens_per_minute: Annotated[float, Range(0.0, 1e12), OPERATIONAL] = 0.0  # prompt and completion; 0: no limit
     timeout_s: Annotated[float, Range(above=0.0, most=86_400.0), OPERATIONAL] = 60.0  # of one request
-    # after a time-out, a lost connection, status 408, 409, 429 or 5xx
-    max_retries: Annotated[int, Range(0, 10_000), OPERATIONAL] = 6
-    # before the first retry; doubles, with jitter, unless the server says how long
-    retry_wait_s: Annotated[float, Range(0.0, 86_400.0), OPERATIONAL] = 1.0
+    # after a time-out, a lost connection, status 408, 409, 429 or 5xx; the waits grow from 0.5 to 8 s
+    max_retries: Annotated[int, Range(0, 10_000), OPERATIONAL] = 10
     prompt_price: Annotated[float, Range(0.0, 1e9), OPERATIONAL] = 0.0  # of a million prompt tokens, in any currency
     completion_price: Annotated[float, Range(0.0, 1e9), OPERATIONAL] = 0.0  # of a million completion tokens
     # scoring stops before this is spent; null: no limit
@@ -206,7 +204,7 @@ class ScoreConfig:
 
 @dataclass
 class SelectConfig:
-    """The M3P-Score and the rules that a pair must satisfy (METHOD section 2)."""
+    """The M3P-Score and the rules that a pair must satisfy (docs/method.md)."""
 
     rule: Rule = "m3p"
     confidence: Variant = "mean"  # the variant that enters the score

@@ -1,4 +1,4 @@
-"""Preference pairs from scored candidates (METHOD section 2): one pair, or the reason for none, per prompt.
+"""Preference pairs from scored candidates (docs/method.md): one pair, or the reason for none, per prompt.
 
 `select_pair` is the rule on arrays; `select_pools` applies it to every prompt and adds the budget and the
 diagnostics (`selection_rows` reads and writes rows). Everything is deterministic: ties go to the lower candidate
@@ -42,7 +42,7 @@ RANDOM_RULES = ("random", "vanilla")  # any pair that satisfies their constraint
 RULES = (*_TWO_STEP, *_JOINT)
 BUDGET_ORDERS = ("value", "random")
 CUT_RULES = ("drop", "keep")
-CORRELATION_LIMIT = 0.4  # above it confidence says little that MAS does not (METHOD section 5)
+CORRELATION_LIMIT = 0.4  # above it confidence says little that MAS does not (docs/method.md)
 
 
 class Reason(enum.StrEnum):
@@ -272,10 +272,10 @@ def select_pair(pool: Pool, config: SelectConfig) -> Pair | Drop:
 
 def _select_pair(pool: Pool, config: SelectConfig) -> Pair | Drop:
     """`select_pair` under settings that are checked: of many pools, once for all."""
-    found = _valid_pairs(pool, config)
-    if isinstance(found, Drop):
-        return found
-    pool, pairs = found
+    valid = _valid_pairs(pool, config)
+    if isinstance(valid, Drop):
+        return valid
+    pool, pairs = valid
     if config.rule == "inversion":
         mas, confidence = pool.mas, pool.confidence
         gain = [mas[w] - mas[j] + config.lambda_dispreferred * (confidence[j] - confidence[w]) for w, j in pairs]
@@ -304,10 +304,10 @@ def draw_pairs(pool: Pool, config: SelectConfig, count: int) -> list[Pair] | Dro
             where="reward.pairs_per_prompt",
             remedy=f"1, or one of the rules {', '.join(RANDOM_RULES)}",
         )
-    found = _valid_pairs(pool, config)
-    if isinstance(found, Drop):
-        return found
-    pool, pairs = found
+    valid = _valid_pairs(pool, config)
+    if isinstance(valid, Drop):
+        return valid
+    pool, pairs = valid
     drawn = _stream(config.seed, pool.id).permutation(len(pairs))[:count]
     return [_pair(pool, *pairs[number]) for number in sorted(drawn)]
 
@@ -422,11 +422,11 @@ def select_pools(pools: Sequence[Pool], config: SelectConfig, pairs_per_prompt: 
     pairs: list[Pair] = []
     drops: list[Drop] = []
     for pool in pools:
-        found = _select_pair(pool, config) if pairs_per_prompt == 1 else draw_pairs(pool, config, pairs_per_prompt)
-        if isinstance(found, Drop):
-            drops.append(found)
+        outcome = _select_pair(pool, config) if pairs_per_prompt == 1 else draw_pairs(pool, config, pairs_per_prompt)
+        if isinstance(outcome, Drop):
+            drops.append(outcome)
         else:
-            pairs += [found] if isinstance(found, Pair) else found
+            pairs += [outcome] if isinstance(outcome, Pair) else outcome
     pairs, over = apply_budget(pairs, config, {pool.id: pool.group for pool in pools})
     drops += over
 

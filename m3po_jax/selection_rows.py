@@ -57,11 +57,11 @@ def _group(row: dict[str, Any], key: str, where: str) -> str:
         return ""
     metadata = row.get("metadata")
     if not isinstance(metadata, Mapping) or key not in metadata:
-        known = sorted(metadata) if isinstance(metadata, Mapping) else []
+        keys = sorted(metadata) if isinstance(metadata, Mapping) else []
         raise UserError(
-            f"the metadata of {row['id']!r} has no {key!r}{nearest(key, known)}",
+            f"the metadata of {row['id']!r} has no {key!r}{nearest(key, keys)}",
             where=where,
-            remedy=f"select.budget_within: {', '.join(known) or 'leave it empty'}",
+            remedy=f"select.budget_within: {', '.join(keys) or 'leave it empty'}",
         )
     return str(metadata[key])
 
@@ -142,9 +142,9 @@ def select_rows(
         if config.candidates is not None and row["candidate"] >= config.candidates:
             continue
         mas = _number(row, "mas", spot)
-        known = [_confidence(row, v, uses_confidence(config), spot) for v in variants]
+        confidences = [_confidence(row, v, uses_confidence(config), spot) for v in variants]
         grouped.setdefault(row["id"], []).append(row)
-        scores.setdefault(row["id"], []).append((mas, known[0], known[1]))
+        scores.setdefault(row["id"], []).append((mas, confidences[0], confidences[1]))
 
     pools = []
     for key, members in grouped.items():

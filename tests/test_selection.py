@@ -91,7 +91,7 @@ def unit(values):
 
 
 def oracle(pool, config):
-    """METHOD section 2 by hand: the (chosen, rejected) ranks that are right within rounding, or a reason."""
+    """docs/method.md by hand: the (chosen, rejected) ranks that are right within rounding, or a reason."""
     order = sorted(range(len(pool.candidates)), key=lambda i: pool.candidates[i])
     m, c = [float(pool.mas[i]) for i in order], [float(pool.confidence[i]) for i in order]
     texts, lengths = [pool.texts[i] for i in order], [pool.lengths[i] for i in order]

@@ -37,7 +37,6 @@ from m3po_jax.data.templates import (
     Template,
     Turn,
     get_template,
-    to_text,
 )
 from m3po_jax.data.tokenizer import PlainText, TokenizerFiles, end_tokens, load_tokenizer
 from m3po_jax.errors import UserError, nearest
@@ -172,10 +171,6 @@ class Processor:
             system=_system(prompt),
             where=prompt.where or None,
         )
-
-    def prompt_text(self, prompt: schema.Prompt) -> str:
-        """The prompt as one string with one ``<image>`` per image, for records and reports."""
-        return to_text(self.render(prompt))
 
     def encode_prompt(self, prompt: schema.Prompt) -> Int[np.ndarray, " tokens"]:
         """Ids of the prompt (int32): BOS, text, and `tokens_per_image` image tokens for each image.

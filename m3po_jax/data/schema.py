@@ -1,4 +1,4 @@
-"""Rows that the stages exchange, as Arrow schemas (DESIGN section 3).
+"""Rows that the stages exchange, as Arrow schemas.
 
 Prompt -> candidate -> score -> pair. Every row carries the prompt's `id`, so that a pair can be traced back to
 its candidates, its prompt and its image. Files are parquet; `images` follows the `datasets` library's Image
@@ -66,7 +66,7 @@ PAIR = pa.schema(
         pa.field("rejected_candidate", pa.int32()),
         pa.field("chosen_token_ids", pa.list_(pa.int32())),
         pa.field("rejected_token_ids", pa.list_(pa.int32())),
-        # Recorded at generation, when the generator is the reference (METHOD section 4); null: compute them.
+        # Recorded at generation, when the generator is the reference; null: compute them.
         pa.field("reference_chosen_logprobs", pa.list_(pa.float32())),
         pa.field("reference_rejected_logprobs", pa.list_(pa.float32())),
         pa.field("chosen_mas", pa.float64()),

@@ -101,10 +101,6 @@ class Template:
         """The text that an answer is encoded behind."""
         return self.assistant.strip()
 
-    def render_answer(self, text: str) -> tuple[Piece, ...]:
-        """An answer to be learned or scored: the leading space, the stripped text, and EOS."""
-        return _join([self.answer_prefix + text.strip() if text.strip() else "", Marker.EOS])
-
 
 def check_said(said: Sequence[str], images: int, where: str | None) -> int:
     """The number of ``<image>`` placeholders in what the user says, the last of which is the instruction.

@@ -69,16 +69,16 @@ def discriminative(answers: Iterable[Record], labels: Iterable[Record]) -> dict[
         UserError: ids that do not match, a label that is neither yes nor no, an unknown type.
     """
     exact = {"Yes": "yes", "No": "no"}
-    known = {kind for kinds in GROUPS.values() for kind in kinds}
-    items = yes_no_items(answers, labels, exact.get, lambda text: text not in exact, categories=known, kind="type")
+    types = {kind for kinds in GROUPS.values() for kind in kinds}
+    items = yes_no_items(answers, labels, exact.get, lambda text: text not in exact, categories=types, kind="type")
     return {
         "summary": yes_no_scores(items),
         "categories": {
             name: yes_no_scores(
-                own, epsilon=1e-3 if name == "existence" else 1e-4, parts=3 if name == "attribute" else 1
+                of_group, epsilon=1e-3 if name == "existence" else 1e-4, parts=3 if name == "attribute" else 1
             )
             for name, kinds in GROUPS.items()
-            if (own := [item for item in items if item["category"] in kinds])
+            if (of_group := [item for item in items if item["category"] in kinds])
         },
         "items": items,
     }
@@ -212,13 +212,13 @@ def generative(
 def generative_scores(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The summary of `generative` from its items."""
 
-    found = values(sums, rates, items)
-    rounded = {key: round(value, 1) if value is not None else None for key, value in found.items()}
+    numbers = values(sums, rates, items)
+    rounded = {key: round(value, 1) if value is not None else None for key, value in numbers.items()}
     return {
         "n": len(items),
         **{"chair": 0.0, "cover": 0.0, "hal": None, "cog": 0.0},
         **rounded,
-        "mean_words": found.get("mean_words"),
+        "mean_words": numbers.get("mean_words"),
         "degenerate": [] if any(item["mentions"] for item in items) else ["no description names a known object"],
     }
 
@@ -248,22 +248,22 @@ class _Alike:
 
     def __init__(self, similarity: Similarity):
         self.similarity = similarity
-        self.known: dict[tuple[str, str], bool] = {}
+        self.decided: dict[tuple[str, str], bool] = {}
 
     def __call__(self, first: str, second: str) -> bool:
-        if (first, second) not in self.known:
-            self.known[first, second] = self.similarity(first, second) > SIMILAR
-        return self.known[first, second]
+        if (first, second) not in self.decided:
+            self.decided[first, second] = self.similarity(first, second) > SIMILAR
+        return self.decided[first, second]
 
 
 def _objects(record: Record, name: str, association: Mapping[str, Any], where: str) -> list[str]:
-    found = record.get(name)
-    if not isinstance(found, list):
+    listed = record.get(name)
+    if not isinstance(listed, list):
         raise UserError(f"{name!r} must be a list of objects", where=where)
-    unknown = [word for word in found if word not in association]
+    unknown = [word for word in listed if word not in association]
     if unknown:
         raise UserError(f"the association file does not have {unknown[0]!r}", where=where)
-    return [str(word) for word in found]
+    return [str(word) for word in listed]
 
 
 def _words(objects: Sequence[str], association: Mapping[str, Sequence[str]]) -> list[tuple[str, int]]:
@@ -283,9 +283,9 @@ def _equal(first: str, second: str) -> bool:
 
 def vocabulary_nouns(association: Mapping[str, Sequence[str]]) -> Nouns:
     """Without a tagger: every word of a text that the association file has, singular. Not the official extraction."""
-    known = set(association) | {word for words in association.values() for word in words}
+    vocabulary = set(association) | {word for words in association.values() for word in words}
 
-    return lambda text: [known_form(word, known) for word in tokens(text) if word != BREAK]
+    return lambda text: [known_form(word, vocabulary) for word in tokens(text) if word != BREAK]
 
 
 def nltk_nouns(text: str) -> list[str]:

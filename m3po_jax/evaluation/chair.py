@@ -223,7 +223,7 @@ def rates(sums: Sums) -> Rates:
 
 def summarize(items: Sequence[Item]) -> dict[str, Any]:
     """The summary of `chair` from its items, so that a table can be recomputed or restricted to a subset."""
-    found = values(sums, rates, items)
+    numbers = values(sums, rates, items)
     mentions = sum(len(item["mentions"]) for item in items)
     reasons = [
         reason
@@ -231,7 +231,7 @@ def summarize(items: Sequence[Item]) -> dict[str, Any]:
             ("there are no captions", not items),
             ("no caption mentions an object: chair_i and f1 are undefined", items and not mentions),
             ("no image shows an object: recall and f1 are undefined", items and not any(i["objects"] for i in items)),
-            ("every mention is hallucinated: f1 is 0", found.get("chair_i") == 1 and found["recall"] == 0),
+            ("every mention is hallucinated: f1 is 0", numbers.get("chair_i") == 1 and numbers["recall"] == 0),
         )
         if applies
     ]
@@ -239,7 +239,7 @@ def summarize(items: Sequence[Item]) -> dict[str, Any]:
     return {
         "n": len(items),
         **dict.fromkeys(("chair_i", "chair_s", "recall", "f1", "mean_words", "mean_tokens", "mean_objects")),
-        **found,
+        **numbers,
         "mentions": mentions,
         "hallucinated_mentions": wrong.total(),
         "captions_with_hallucination": sum(bool(item["hallucinated"]) for item in items),

@@ -82,13 +82,13 @@ def mmbench(answers: Iterable[Record], labels: Iterable[Record], rule: str = "st
         # Whether its question counts, noted in all rows of it, and which of them stands for it.
         item["circular"], item["stands"] = passed[item["question"]], item["question"] not in counted
         counted.add(item["question"])
-    found = values(sums, rates, items)
+    numbers = values(sums, rates, items)
     names = sorted({item["category"] for item in items})
     return {
         "summary": {
             "n": len(items),
             "questions": len(passed),
-            **{name: found.get(name) for name in ("accuracy", "single_accuracy", "row_accuracy")},
+            **{name: numbers.get(name) for name in ("accuracy", "single_accuracy", "row_accuracy")},
             "unparsed": sum(item["parsed"] is None for item in items),
             "degenerate": [] if items else ["there are no questions"],
         },

@@ -41,7 +41,7 @@ def check(name: str, config: BenchmarkConfig) -> Metric:
     for field in dataclasses.fields(config):
         default = field.default if field.default is not dataclasses.MISSING else []
         if field.name not in (*_EVERY, *metric.settings) and getattr(config, field.name) != default:
-            readers = ", ".join(other for other, known in METRICS.items() if field.name in known.settings)
+            readers = ", ".join(name for name, reader in METRICS.items() if field.name in reader.settings)
             raise UserError(
                 f"{config.metric} has no such setting",
                 where=f"{where}.{field.name}",

@@ -37,8 +37,8 @@ FAILED = (-1.0, -1.0)
 def mmhal_rating(review: str) -> int | None:
     """The one rating from 0 to 6 that a review gives (``rating: 4``, in any case); None for none or several."""
     text = review.lower()
-    found = [rating for rating in range(7) if f"rating: {rating}" in text]
-    return found[0] if len(found) == 1 else None
+    ratings = [rating for rating in range(7) if f"rating: {rating}" in text]
+    return ratings[0] if len(ratings) == 1 else None
 
 
 def mmhal(reviews: Iterable[Record], labels: Sequence[Record]) -> dict[str, Any]:
@@ -166,13 +166,13 @@ def llava_rates(sums: Sums) -> Rates:
 
 
 def _llava_summary(items: Sequence[Item]) -> dict[str, Any]:
-    found = dict.fromkeys(("score", "model_mean", "reference_mean")) | values(llava_sums, llava_rates, items)
+    numbers = dict.fromkeys(("score", "model_mean", "reference_mean")) | values(llava_sums, llava_rates, items)
     return {
         "n": len(items),
-        **found,
+        **numbers,
         "failed": sum(item["parsed"] is None for item in items),
         "degenerate": []
-        if found["score"] is not None
+        if numbers["score"] is not None
         else ["the reference's mean score is 0 or there are no reviews"],
     }
 

@@ -84,9 +84,9 @@ def vqa(answers: Iterable[Record], labels: Iterable[Record], rule: str = "offici
 
 
 def _annotations(label: Record) -> list[str]:
-    found = label.get("answers")
-    texts = [entry.get("answer") if isinstance(entry, Mapping) else entry for entry in found or ()]
-    if not isinstance(found, list) or not texts or not all(isinstance(text, str) for text in texts):
+    entries = label.get("answers")
+    texts = [entry.get("answer") if isinstance(entry, Mapping) else entry for entry in entries or ()]
+    if not isinstance(entries, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise UserError("'answers' must be a list of the annotators' answers", where=f"id {label.get('id')!r}")
     return [str(text) for text in texts]
 

@@ -60,17 +60,17 @@ def singular(word: str) -> str:
     return word[:-1]
 
 
-def known_form(word: str, known: Collection[str]) -> str:
-    """The form of a lower-case word that `known` has: itself, its singular, or what a plural's ending leaves.
+def known_form(word: str, vocabulary: Collection[str]) -> str:
+    """The form of a lower-case word that `vocabulary` has: itself, its singular, or what a plural's ending leaves.
 
     Of a word that it has in no form, the singular.
     """
-    if word in known:
+    if word in vocabulary:
         return word
     best = singular(word)
-    if best in known:
+    if best in vocabulary:
         return best
-    return next((form for form in _forms(word) if form in known), best)
+    return next((form for form in _forms(word) if form in vocabulary), best)
 
 
 def _forms(word: str) -> Iterator[str]:
@@ -87,15 +87,15 @@ def tokens(text: str) -> list[str]:
 
     A dotted abbreviation loses its full stops: "T.V." is the word "tv".
     """
-    found: list[str] = []
+    words: list[str] = []
     end = None
     for match in _WORD.finditer(text.lower()):
         if end is not None and not _JOINS.fullmatch(text, end, match.start()):
-            found.append(BREAK)
+            words.append(BREAK)
         word = match.group()
-        found.append(word.replace(".", "") if word.endswith(".") else _POSSESSIVE.sub("", word))
+        words.append(word.replace(".", "") if word.endswith(".") else _POSSESSIVE.sub("", word))
         end = match.end()
-    return found
+    return words
 
 
 # What NLTK's word tokenizer cuts off or apart; a mark inside a word ("dog/cat", "t.v", "**dog**") stays in it.
@@ -108,14 +108,14 @@ def nltk_tokens(text: str) -> list[str]:
 
     Its Treebank rules: marks stand alone, but full stops only at a word's end, slashes, hyphens and asterisks never.
     """
-    found: list[str] = []
+    pieces: list[str] = []
     for chunk in _NLTK_APART.sub(lambda mark: f" {mark.group()} ", text.lower()).split():
         word = chunk.rstrip(".") or chunk
         clitic = _NLTK_CLITIC.search(word)
         head = word[: clitic.start()] if clitic and clitic.start() else word
-        found.append(head)
+        pieces.append(head)
         if clitic and clitic.start():
-            found.append(clitic.group())
+            pieces.append(clitic.group())
         if word != chunk:
-            found.append(".")
-    return found
+            pieces.append(".")
+    return pieces

@@ -1,4 +1,4 @@
-"""The systems that can be compared, as overrides of one recipe (METHOD section 5)."""
+"""The systems that can be compared, as overrides of one recipe (docs/method.md)."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ from m3po_jax.pipeline.reward import load_reward, trained_identity
 from m3po_jax.reading import check_values
 from m3po_jax.scoring.alignment import Backend, Judged, Reference, Scores, Similarity
 from m3po_jax.scoring.blind_spots import shared_blind_spots
-from m3po_jax.scoring.chat import check_endpoint, read_key
 from m3po_jax.scoring.endpoint import Endpoint
+from m3po_jax.scoring.endpoint_settings import check_client, check_endpoint, read_key
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.scoring.ensemble import Ensemble
 from m3po_jax.scoring.grading import Judge
@@ -238,8 +238,9 @@ def judge_identity(backend: str, path: str) -> str:
 
 
 def check_ready(score: ScoreConfig) -> None:
-    """UserError where a server's key is not in the environment: said before anything is generated for it to judge."""
+    """UserError where a server's key or client is missing: said before anything is generated for it to judge."""
     if is_writer() and "endpoint" in (score.backend, *(m.partition("=")[0] for m in score.members)):
+        check_client()
         read_key(score.endpoint)
 
 

@@ -1,4 +1,4 @@
-"""The calibration page's numbers: do MAS and confidence know which answers are right? (METHOD section 3)"""
+"""The calibration page's numbers: do MAS and confidence know which answers are right? (docs/method.md)"""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from m3po_jax.pipeline.reward import check_reward_config, judges_by_own_reward, 
 from m3po_jax.pipeline.systems import greedy
 from m3po_jax.reading import check_values
 from m3po_jax.scoring.alignment import check_aggregate, check_template
-from m3po_jax.scoring.chat import check_endpoint
+from m3po_jax.scoring.endpoint_settings import check_endpoint
 from m3po_jax.scoring.grading import check_rubric
 from m3po_jax.selection import check_config
 from m3po_jax.training.guards import check_settings

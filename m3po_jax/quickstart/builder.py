@@ -135,26 +135,26 @@ def scene_rows(split: str, index: int, config: SceneConfig) -> list[Row]:
     validation and test ask six about each of their first scenes, as POPE does. Only sft references may be noisy;
     metadata always lists the true objects.
     """
-    made = scene(split, index, config.seed)
-    png = encode_png(made.image)
+    drawn = scene(split, index, config.seed)
+    png = encode_png(drawn.image)
     regime = config.regime if split == "sft" else "clean"
     noise_seed = config.seed if config.noise_seed is None else config.noise_seed
-    swaps = language.substitute(made.objects, regime, stream(noise_seed, split, index, _NOISE_STREAM), noise_seed)
-    told = [swaps.get(name, name) for name in made.objects]
-    about = {"objects": made.objects, "theme": made.theme, "scene": f"{split}-{index:05d}"}
+    swaps = language.substitute(drawn.objects, regime, stream(noise_seed, split, index, _NOISE_STREAM), noise_seed)
+    named = [swaps.get(name, name) for name in drawn.objects]
+    about = {"objects": drawn.objects, "theme": drawn.theme, "scene": f"{split}-{index:05d}"}
     rows = [
         {
             "id": f"{split}-{index:05d}-caption",
             "image": _blank_png() if config.sft_scenes is not None and index % BLANK_EVERY == 0 else png,
             "instruction": language.CAPTION_INSTRUCTION,
-            "reference": language.caption(told),
+            "reference": language.caption(named),
             "metadata": json.dumps(about | {"kind": "caption", "noisy": bool(swaps), "swaps": swaps}),
         }
     ]
-    for number, question in enumerate(_questions(split, index, made, config)):
+    for number, question in enumerate(_questions(split, index, drawn, config)):
         present = question.present
         if split == "sft" and config.noisy_questions:
-            present = question.object in told
+            present = question.object in named
         rows.append(
             {
                 "id": f"{split}-{index:05d}-q{number}",
@@ -175,15 +175,15 @@ def scene_rows(split: str, index: int, config: SceneConfig) -> list[Row]:
     return rows
 
 
-def _questions(split: str, index: int, made: Scene, config: SceneConfig) -> list[language.Question]:
+def _questions(split: str, index: int, drawn: Scene, config: SceneConfig) -> list[language.Question]:
     rng = stream(config.seed, split, index, _QUESTION_STREAM)
     if split == "sft":
-        return [language.training_question(made.objects, index % 2 == 0, rng)]
+        return [language.training_question(drawn.objects, index % 2 == 0, rng)]
     if split == "prompts" and index % 4 == 0:
         # A fifth of the prompts are short-answer ones, so that preference training keeps that format.
-        return [language.training_question(made.objects, index % 8 == 0, rng)]
+        return [language.training_question(drawn.objects, index % 8 == 0, rng)]
     if split in ("validation", "test") and index < config.questioned():
-        return language.questions(made.objects, rng)
+        return language.questions(drawn.objects, rng)
     return []
 
 
@@ -326,7 +326,7 @@ def easy_vqa_rows(split: str, count: int) -> Iterator[Row]:
                     "category": answer_type(answer),
                     "scene": f"easy-vqa-{split}-{image_ids[position]}",
                     # Half of a truth would make the other half a false negative.
-                    "objects": sorted(seen) if len(seen := facts.get(image_ids[position], set())) == 2 else [],
+                    "objects": sorted(words) if len(words := facts.get(image_ids[position], set())) == 2 else [],
                 }
             ),
         }
@@ -341,21 +341,5 @@ def prepare(data_dir: str | Path, config: SceneConfig | None = None) -> Path:
     """
     config = config or scene_config()
     # TFDS refuses an equal but other object under the name of a registered configuration.
-    config = next((known for known in M3poScenes.BUILDER_CONFIGS if known == config), config)
+    config = next((registered for registered in M3poScenes.BUILDER_CONFIGS if registered == config), config)
     return tfds_build.prepare(M3poScenes(data_dir=str(data_dir), config=config))
-
-
-def prepare_easy_vqa(data_dir: str | Path, config: str = "full") -> Path:
-    """Build `m3po_easy_vqa` under `data_dir` unless it is there, and return its folder.
-
-    Args:
-        data_dir: The tensorflow-datasets root.
-        config: ``full``, or ``demo``: the first rows of the test split only.
-
-    Raises:
-        UserError: when the easy-vqa package is missing.
-    """
-    builder = M3poEasyVqa(data_dir=str(data_dir), config=config)
-    if not builder.is_prepared():
-        _easy_vqa()  # TFDS would wrap the message
-    return tfds_build.prepare(builder)

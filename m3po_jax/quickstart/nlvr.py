@@ -75,17 +75,17 @@ def statement(boxes: Sequence[Sequence[Mapping[str, Any]]], rng: np.random.Gener
     """A made statement about a picture, in the corpus's words, and whether it is true."""
     colour = str(rng.choice(["", *COLOURS]))
     shape = str(rng.choice(["item", *SHAPES]))
-    found = count(boxes, colour, shape)
-    number = max(1, sum(found) + int(rng.integers(-2, 3)))
+    counts = count(boxes, colour, shape)
+    number = max(1, sum(counts) + int(rng.integers(-2, 3)))
     thing = f"{colour} {shape}".strip()
     several = thing + ("s" if number != 1 else "")
-    box = max(1, max(found) + int(rng.integers(-1, 2)))
+    box = max(1, max(counts) + int(rng.integers(-1, 2)))
     inside = thing + ("s" if box != 1 else "")
     return [
-        (f"there {'is' if number == 1 else 'are'} {number} {several}", sum(found) == number),
-        (f"there are at least {number} {several}", sum(found) >= number),
-        (f"each box has at least 1 {thing}", min(found) >= 1),
-        (f"there is 1 box with {box} {inside}", found.count(box) == 1),
+        (f"there {'is' if number == 1 else 'are'} {number} {several}", sum(counts) == number),
+        (f"there are at least {number} {several}", sum(counts) >= number),
+        (f"each box has at least 1 {thing}", min(counts) >= 1),
+        (f"there is 1 box with {box} {inside}", counts.count(box) == 1),
     ][int(rng.integers(4))]
 
 
@@ -121,22 +121,22 @@ def rows(dev: Sequence[Row], test: Sequence[Row]) -> dict[str, list[Row]]:
     A base model learns every statement of its folds in all six orders of the boxes, and made ones about the same
     pictures, as true as false.
     """
-    said, seen = {sentence(row["sentence"]) for row in test}, {row["image"] for row in test}
-    own = [row for row in dev if sentence(row["sentence"]) not in said and row["image"] not in seen]
+    said, images = {sentence(row["sentence"]) for row in test}, {row["image"] for row in test}
+    unshared = [row for row in dev if sentence(row["sentence"]) not in said and row["image"] not in images]
     orders = list(itertools.permutations(range(3)))
     learned: list[Row] = []
-    for row in (row for row in own if row["fold"] in SFT_FOLDS):
+    for row in (row for row in unshared if row["fold"] in SFT_FOLDS):
         text = sentence(row["sentence"])
         learned += [prompt(row, f"{row['id']}-o{n}", text, row["label"], o) for n, o in enumerate(orders)]
         rng = np.random.default_rng([len(learned), 0x4E4C5652])
         for number in range(TEMPLATES):
-            text, truth = next(made for made in _statements(row["boxes"], rng) if made[1] == (number % 2 == 0))
+            text, truth = next(pair for pair in _statements(row["boxes"], rng) if pair[1] == (number % 2 == 0))
             learned.append(prompt(row, f"{row['id']}-t{number}", text, truth, orders[int(rng.integers(6))]))
     return {
         "sft": learned,
         "prompts": [
             prompt(row, row["id"], sentence(row["sentence"]), row["label"])
-            for row in own
+            for row in unshared
             if row["fold"] not in SFT_FOLDS
         ],
         "test": [prompt(row, row["id"], sentence(row["sentence"]), row["label"]) for row in test],
@@ -156,18 +156,18 @@ def write(folder: Path, out: Path, base: Path) -> dict[str, int]:
     """
     dev, test = (read_examples(folder, split) for split in ("dev", "test"))
     cut(folder, out, [*dev, *test])
-    made = rows(dev, test)
-    for name, own in made.items():
-        write_json_lines(out / f"{name}.jsonl", own)
+    tables = rows(dev, test)
+    for name, table in tables.items():
+        write_json_lines(out / f"{name}.jsonl", table)
     words = {"True", "False"}
-    words |= {word for row in made["sft"] for word, _ in splitter().pre_tokenize_str(row["instruction"])}
+    words |= {word for row in tables["sft"] for word, _ in splitter().pre_tokenize_str(row["instruction"])}
     model = save_tokenizer(out / "model", words)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config["text_config"]["vocab_size"] = len(padded(words))
     (model / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in ("preprocessor_config.json", "processor_config.json"):
         (model / name).write_bytes((base / name).read_bytes())
-    return {name: len(own) for name, own in made.items()}
+    return {name: len(table) for name, table in tables.items()}
 
 
 def main(arguments: Sequence[str]) -> int:

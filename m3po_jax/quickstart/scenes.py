@@ -83,12 +83,12 @@ def stream(seed: int, split: str, index: int, purpose: int = 0) -> np.random.Gen
 def pictures() -> dict[str, tuple[Picture, ...]]:
     """The art of every object, read once from the package."""
     folder = resources.files("m3po_jax.quickstart") / "assets" / "emoji"
-    found: dict[str, list[Picture]] = {name: [] for name in OBJECTS}
+    by_object: dict[str, list[Picture]] = {name: [] for name in OBJECTS}
     for entry in json.loads((folder / "index.json").read_text(encoding="utf-8")):
         with (folder / entry["file"]).open("rb") as file, Image.open(file) as opened:
             art = opened.convert("RGBA").crop(tuple(entry["bbox"]))
-        found[entry["object"]].append(Picture(entry["name"], entry["object"], art))
-    return {name: tuple(art) for name, art in found.items()}
+        by_object[entry["object"]].append(Picture(entry["name"], entry["object"], art))
+    return {name: tuple(art) for name, art in by_object.items()}
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from m3po_jax.report import overview
 from m3po_jax.report.browser import LEVELS, Item, TokenText, browse_round, finish
 from m3po_jax.report.calibration import calibration_views
 from m3po_jax.report.comparison import ComparisonView, comparison_view
-from m3po_jax.report.figures import CURVES, MORE_CURVES, Figure, distributions, training_curves
+from m3po_jax.report.figures import CURVES, MORE_CURVES, distributions, training_curves
 from m3po_jax.report.formatting import (
     embed_json,
     encode_page,
@@ -104,7 +104,7 @@ def render(
         "reasons": sorted({item.reason for item in items if item.reason}),
         "item_rounds": sorted({item.round for item in items}),
         "token_levels": _token_legend() if any(a.tokens for item in items for a in item.answers) else [],
-        "chart_data": embed_json({figure.id: figure.data for figure in _with_data([*curves, *more_curves])}),
+        "chart_data": embed_json({figure.id: figure.crosshair() for figure in [*curves, *more_curves]}),
         "plain": overview.plain,
         "meanings": meanings,
     }
@@ -122,10 +122,6 @@ def _comparison(run: RunContents, reader: Reader) -> ComparisonView | None:
     except (KeyError, TypeError, ValueError, AttributeError):
         reader.note(run.path / RESULTS, "not what `m3po compare` writes, left out")
         return None
-
-
-def _with_data(figures: list[Figure]) -> list[Figure]:
-    return [figure for figure in figures if figure.data is not None]
 
 
 def _token_legend() -> list[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from m3po_jax.report.charts import BinCurve, Point, forest_chart, reliability_chart
 from m3po_jax.report.figures import Figure
 from m3po_jax.report.formatting import clip, format_compact, format_number, format_percent, format_span, slug
-from m3po_jax.report.svg import BinCurve, Point, forest_chart, reliability_chart
 from m3po_jax.workspace.contents import Round
 from m3po_jax.workspace.files import as_dict, as_dicts, as_number
 
@@ -41,16 +41,16 @@ def label(name: str, signal: dict[str, Any]) -> str:
 
 def calibration_views(rounds: list[Round]) -> list[CalibrationView]:
     """A page for every round that has something to show, the latest first."""
-    views = [_view(found) for found in reversed(rounds) if found.calibration]
+    views = [_view(each) for each in reversed(rounds) if each.calibration]
     return [view for view in views if view.rows or view.verdict or view.judges]
 
 
-def _view(found: Round) -> CalibrationView:
-    calibration = found.calibration
-    known = {name: item for name, item in calibration.items() if isinstance(item, dict) and "auroc" in item}
+def _view(of_round: Round) -> CalibrationView:
+    calibration = of_round.calibration
+    stated = {name: item for name, item in calibration.items() if isinstance(item, dict) and "auroc" in item}
     # MAS, its members, the confidence in use, the other variants.
-    order = {name: (not name.startswith("mas"), "_" in name, name) for name in known}
-    signals = [(name, known[name]) for name in sorted(known, key=lambda name: order[name])]
+    order = {name: (not name.startswith("mas"), "_" in name, name) for name in stated}
+    signals = [(name, stated[name]) for name in sorted(stated, key=lambda name: order[name])]
     correlations = as_dict(calibration.get("correlation_mas_confidence"))
     rows = []
     for name, signal in signals:
@@ -68,7 +68,7 @@ def _view(found: Round) -> CalibrationView:
             }
         )
     return CalibrationView(
-        number=found.number,
+        number=of_round.number,
         verdict=[
             (tone, TONES[tone], clip(line.get("text"), 600))
             for line in as_dicts(calibration.get("verdict"))
@@ -76,8 +76,8 @@ def _view(found: Round) -> CalibrationView:
         ],
         truths=[_truth(truth) for truth in as_dicts(calibration.get("truths"))],
         rows=rows,
-        comparison=_comparison(found.number, signals),
-        figures=_figures(found.number, signals),
+        comparison=_comparison(of_round.number, signals),
+        figures=_figures(of_round.number, signals),
         bins=[(label(name, signal), lines) for name, signal in signals if (lines := _bin_lines(signal))],
         judges=[_judge(judge) for judge in as_dicts(calibration.get("judges"))],
     )
@@ -102,12 +102,12 @@ def _judge(judge: dict[str, Any]) -> str:
 def _bins(signal: dict[str, Any]) -> list[dict[str, float]]:
     """The bins of a reliability curve, malformed ones left out."""
     names = ("low", "high", "count", "score", "true")
-    found = []
+    bins = []
     for item in as_dicts(as_dict(signal.get("reliability")).get("bins")):
         values = {name: as_number(item.get(name)) for name in names}
         if all(value is not None for value in values.values()):
-            found.append({name: float(value) for name, value in values.items() if value is not None})
-    return found
+            bins.append({name: float(value) for name, value in values.items() if value is not None})
+    return bins
 
 
 def _bin_lines(signal: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -134,12 +134,12 @@ def _comparison(number: int, signals: list[tuple[str, dict[str, Any]]]) -> Figur
     if not points:
         return None
     title = "Who knows which answer is right?"
-    svg = forest_chart(title, points, band=None, digits=2, x_label="AUROC within prompts", reference=0.5)
+    chart = forest_chart(title, points, band=None, digits=2, x_label="AUROC within prompts", reference=0.5)
     note = (
         "How often a right answer outscores a wrong one to the same prompt: 0.5, the dotted line, is chance. "
         "Whiskers are bootstrap intervals over prompts (95 %)."
     )
-    return Figure(f"auroc-{number}", title, svg, note)
+    return Figure(f"auroc-{number}", title, chart, note)
 
 
 def _figures(number: int, signals: list[tuple[str, dict[str, Any]]]) -> list[Figure]:
@@ -163,8 +163,8 @@ def _reliability(number: int, key: str, title: str, signals: list[tuple[str, dic
         return []
     nats = as_dict(signals[0][1].get("reliability")).get("scale") == "nats"
     axis = "confidence in nats" if nats else "score, as a probability"
-    svg = reliability_chart(title, curves, x_label=axis, diagonal=not nats)
+    chart = reliability_chart(title, curves, x_label=axis, diagonal=not nats)
     note = "" if nats else "A calibrated score lies on the dotted line. "
     note += "A dot's size and the bars below tell how many answers it stands for."
-    legend = [(f"s{curve.style % 8}", curve.name) for curve in curves] if len(curves) > 1 else []
-    return [Figure(f"reliability-{slug(key)}-{number}", title, svg, note, legend)]
+    legend = [(curve.colour, curve.name) for curve in curves] if len(curves) > 1 else []
+    return [Figure(f"reliability-{slug(key)}-{number}", title, chart, note, legend)]

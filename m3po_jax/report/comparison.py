@@ -9,9 +9,9 @@ from typing import Any
 
 from m3po_jax.evaluation.metric import Column, Frontier, Metric
 from m3po_jax.evaluation.registry import METRICS
+from m3po_jax.report.charts import Point, Series, forest_chart, frontier_chart, line_chart
 from m3po_jax.report.figures import Figure
 from m3po_jax.report.formatting import format_number, format_span, slug
-from m3po_jax.report.svg import Point, Series, forest_chart, frontier_chart, line_chart
 
 _KINDS = {"base": "base", "frontier": "frontier", "decoding": "decoding"}
 
@@ -69,26 +69,26 @@ def comparison_view(results: Mapping[str, Any]) -> ComparisonView:
     )
     curve = {row["arm"] for row in results["efficiency"]}
     for name in results["benchmark_order"]:
-        found = results["benchmarks"][name]
-        _benchmark(view, name, found, curve)
-        _efficiency(view, name, found, results["efficiency"])
-        _rounds(view, name, found, results["rounds"])
+        benchmark = results["benchmarks"][name]
+        _benchmark(view, name, benchmark, curve)
+        _efficiency(view, name, benchmark, results["efficiency"])
+        _rounds(view, name, benchmark, results["rounds"])
     view.tables.append(_cost({arm: results["compute"][arm] for arm in results["order"]}))
     return view
 
 
-def _shown(found: Mapping[str, Any], systems: Mapping[str, Any]) -> list[Column]:
+def _shown(benchmark: Mapping[str, Any], systems: Mapping[str, Any]) -> list[Column]:
     """The metric's columns that any system has a value for."""
 
-    def known(key: str) -> bool:
+    def has_value(key: str) -> bool:
         return any((entry["metrics"].get(key) or {}).get("mean") is not None for entry in systems.values())
 
-    return [column for column in METRICS[found["metric"]].columns if known(column.key)]
+    return [column for column in METRICS[benchmark["metric"]].columns if has_value(column.key)]
 
 
-def _deciding(found: Mapping[str, Any], shown: Sequence[Column]) -> list[Column]:
+def _deciding(benchmark: Mapping[str, Any], shown: Sequence[Column]) -> list[Column]:
     """The first of the shown columns that the comparison decides on, for the charts."""
-    return [column for key in METRICS[found["metric"]].deciding for column in shown if column.key == key][:1]
+    return [column for key in METRICS[benchmark["metric"]].deciding for column in shown if column.key == key][:1]
 
 
 def _span(low: float | None, high: float | None, column: Column) -> str:
@@ -106,11 +106,11 @@ def _value(value: Mapping[str, Any] | None, column: Column, bound: bool) -> Comp
     return ComparisonCell(text, _span(value["low"], value["high"], column))
 
 
-def _benchmark(view: ComparisonView, name: str, found: Mapping[str, Any], curve: set[str]) -> None:
-    order = [system for system in found["order"] if system not in curve]
-    systems = {system: found["systems"][system] for system in order if system in found["systems"]}
-    shown = _shown(found, systems)
-    frontier = METRICS[found["metric"]].frontier
+def _benchmark(view: ComparisonView, name: str, benchmark: Mapping[str, Any], curve: set[str]) -> None:
+    order = [system for system in benchmark["order"] if system not in curve]
+    systems = {system: benchmark["systems"][system] for system in order if system in benchmark["systems"]}
+    shown = _shown(benchmark, systems)
+    frontier = METRICS[benchmark["metric"]].frontier
     delta = frontier.delta if frontier else None
     rows = []
     for system, entry in systems.items():
@@ -121,7 +121,7 @@ def _benchmark(view: ComparisonView, name: str, found: Mapping[str, Any], curve:
         rows.append((system, entry["kind"], cells))
     view.tables.append(
         ComparisonTable(
-            f"{name}: {found['questions']:,} questions about {found['images']:,} images",
+            f"{name}: {benchmark['questions']:,} questions about {benchmark['images']:,} images",
             _heads(shown),
             rows,
             "Mean over seeds ± standard deviation between seeds. Small: 95 % bootstrap interval over images."
@@ -129,10 +129,10 @@ def _benchmark(view: ComparisonView, name: str, found: Mapping[str, Any], curve:
         )
     )
     if frontier:
-        _frontier(view, name, METRICS[found["metric"]], frontier, systems)
-    for reference, differences in found["differences"].items():
+        _frontier(view, name, METRICS[benchmark["metric"]], frontier, systems)
+    for reference, differences in benchmark["differences"].items():
         kept = {system: differences[system] for system in order if system in differences}
-        _differences(view, name, reference, kept, shown, _deciding(found, shown))
+        _differences(view, name, reference, kept, shown, _deciding(benchmark, shown))
 
 
 def _heads(shown: Sequence[Column]) -> list[tuple[str, str]]:
@@ -151,12 +151,12 @@ def _frontier(
     if not any(point.kind == "frontier" for point in points):
         return
     title = f"{name}: {cost.label} against {gain.label}"
-    svg = frontier_chart(title, points, x_label=gain.label, y_label=cost.label)
-    if svg is not None:
+    chart = frontier_chart(title, points, x_label=gain.label, y_label=cost.label)
+    if chart is not None:
         legend = [("frontier", "base, stop bias swept"), ("arm", "trained systems"), ("decoding", "decoding")]
         note = "Means over seeds. Only a system below the line does better than a shorter answer would."
         title = f"{name}: at equal {gain.label.lower()}"
-        view.figures.append(Figure(f"compare-frontier-{slug(name)}", title, svg, note, legend))
+        view.figures.append(Figure(f"compare-frontier-{slug(name)}", title, chart, note, legend))
 
 
 def _differences(
@@ -193,55 +193,55 @@ def _differences(
                 points.append(Point(system, 0.0, column.factor * value["mean"], "arm", interval))
         if points:
             title, wish = f"{name}: {column.label} against {reference}", f"{column.better} is better"
-            svg = forest_chart(title, points, band=None, digits=column.digits, reference=0.0, x_label=wish)
+            chart = forest_chart(title, points, band=None, digits=column.digits, reference=0.0, x_label=wish)
             identity = f"compare-{slug(name)}-{slug(reference)}"
             view.figures.append(
-                Figure(identity, title, svg, "95 % interval over images; the dotted line is no difference.")
+                Figure(identity, title, chart, "95 % interval over images; the dotted line is no difference.")
             )
 
 
 def _efficiency(
-    view: ComparisonView, name: str, found: Mapping[str, Any], points: Sequence[Mapping[str, Any]]
+    view: ComparisonView, name: str, benchmark: Mapping[str, Any], points: Sequence[Mapping[str, Any]]
 ) -> None:
     if len({row["pairs"] for row in points}) < 2:
         return
-    scored = {row["arm"]: found["systems"][row["arm"]] for row in points if row["arm"] in found["systems"]}
-    for column in _deciding(found, _shown(found, scored)):
+    scored = {row["arm"]: benchmark["systems"][row["arm"]] for row in points if row["arm"] in benchmark["systems"]}
+    for column in _deciding(benchmark, _shown(benchmark, scored)):
         series: list[Series] = []
         orders = (("value", "highest value first"), ("random", "random pairs"))
         for system, (order, words) in itertools.product(dict.fromkeys(row["system"] for row in points), orders):
-            own = [row for row in points if row["system"] == system and row["order"] in (order, "all")]
-            own = [row for row in own if row["arm"] in scored]
-            own = [row for row in own if scored[row["arm"]]["metrics"][column.key]["mean"] is not None]
-            values = [column.factor * scored[row["arm"]]["metrics"][column.key]["mean"] for row in own]
-            style = len(series)
-            series.append(Series(f"{system}, {words}", [row["pairs"] for row in own], values, style, bold=style == 0))
-        drawn = line_chart(f"{name}: {column.label} by number of pairs", series, x_label="pairs")
-        if drawn is not None:
-            legend = [(f"s{line.style % 8}", line.name) for line in series]
+            of_line = [row for row in points if row["system"] == system and row["order"] in (order, "all")]
+            of_line = [row for row in of_line if row["arm"] in scored]
+            of_line = [row for row in of_line if scored[row["arm"]]["metrics"][column.key]["mean"] is not None]
+            values = [column.factor * scored[row["arm"]]["metrics"][column.key]["mean"] for row in of_line]
+            pairs, style = [row["pairs"] for row in of_line], len(series)
+            series.append(Series(f"{system}, {words}", pairs, values, style, bold=style == 0))
+        chart = line_chart(f"{name}: {column.label} by number of pairs", series, x_label="pairs")
+        if chart is not None:
+            legend = [(line.colour, line.name) for line in series]
             title, note = f"{name}: data efficiency", f"{column.label}, {column.better} is better; the same steps."
-            view.figures.append(Figure(f"compare-efficiency-{slug(name)}", title, drawn[0], note, legend))
+            view.figures.append(Figure(f"compare-efficiency-{slug(name)}", title, chart, note, legend))
 
 
-def _rounds(view: ComparisonView, name: str, found: Mapping[str, Any], rounds: int) -> None:
-    if not found["rounds"]:
+def _rounds(view: ComparisonView, name: str, benchmark: Mapping[str, Any], rounds: int) -> None:
+    if not benchmark["rounds"]:
         return
-    names = [system for system in found["order"] if system in found["rounds"]]
+    names = [system for system in benchmark["order"] if system in benchmark["rounds"]]
     arms = list(dict.fromkeys(system.rpartition(", round ")[0] for system in names))
-    for column in _deciding(found, _shown(found, found["rounds"])):
+    for column in _deciding(benchmark, _shown(benchmark, benchmark["rounds"])):
         series = []
         for style, arm in enumerate(arms):
-            entries = [found["systems"]["base"]]
-            entries += [found["rounds"][f"{arm}, round {number}"] for number in range(1, rounds)]
-            entries.append(found["systems"][arm])
+            entries = [benchmark["systems"]["base"]]
+            entries += [benchmark["rounds"][f"{arm}, round {number}"] for number in range(1, rounds)]
+            entries.append(benchmark["systems"][arm])
             values = [(entry["metrics"].get(column.key) or {}).get("mean") for entry in entries]
             pairs = [(number, column.factor * value) for number, value in enumerate(values) if value is not None]
             series.append(Series(arm, [x for x, _ in pairs], [y for _, y in pairs], style))
-        drawn = line_chart(f"{name}: {column.label} over rounds", series, x_label="round")
-        if drawn is not None:
-            legend = [(f"s{line.style % 8}", line.name) for line in series]
+        chart = line_chart(f"{name}: {column.label} over rounds", series, x_label="round")
+        if chart is not None:
+            legend = [(line.colour, line.name) for line in series]
             title, note = f"{name}: over rounds", f"{column.label}, {column.better} is better; round 0 is the base."
-            view.figures.append(Figure(f"compare-rounds-{slug(name)}", title, drawn[0], note, legend))
+            view.figures.append(Figure(f"compare-rounds-{slug(name)}", title, chart, note, legend))
 
 
 def _cost(compute: Mapping[str, Mapping[str, float]]) -> ComparisonTable:

@@ -1,30 +1,75 @@
-"""The report's charts, made from what was read of a run."""
+"""The charts of a run's training and of its rounds' scores, each with its heading, note and legend."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
+from m3po_jax.report.charts import MAX_DOTS, Chart, Series, bin_size, histogram_chart, line_chart, scatter_chart
+from m3po_jax.report.drawing import Drawing, draw
 from m3po_jax.report.formatting import slug
-from m3po_jax.report.svg import Series, bin_size, histogram_chart, line_chart, scatter_chart
 from m3po_jax.workspace.contents import Candidates, Pairs, Round, RunContents
 from m3po_jax.workspace.files import as_number
 
 
 @dataclass
 class Figure:
-    """One chart with its heading, what to look for, and its legend as (CSS class, text)."""
+    """One chart with its heading, what to look for, and its legend as (CSS class, text).
+
+    Attributes:
+        id: Of the element in the page.
+        readable: A crosshair reads the lines' values.
+    """
 
     id: str
     title: str
-    svg: Markup
+    chart: Chart
     note: str = ""
     legend: list[tuple[str, str]] = field(default_factory=list)
-    data: dict[str, Any] | None = None  # numbers for the crosshair
+    readable: bool = False
+
+    @cached_property
+    def _drawing(self) -> Drawing:
+        return draw(self.chart, self.id)
+
+    @property
+    def svg(self) -> Markup:
+        return self._drawing.svg
+
+    def crosshair(self) -> dict[str, Any]:
+        """The lines' values and where they stand in the drawing, for the page's script."""
+        chart, drawing = self.chart, self._drawing
+        lines = sorted(chart.lines, key=lambda line: line.colour)
+        every = [abs(value) for line in lines for value in line.y]
+        span = max(value for line in lines for value in line.y) - min(value for line in lines for value in line.y)
+        # As many significant digits as tell the values apart.
+        digits = 4 if span == 0 else max(4, math.ceil(math.log10(max(every) / span)) + 3)
+        return {
+            "x0": chart.x.limits[0],
+            "x1": chart.x.limits[1],
+            "left": drawing.left,
+            "right": drawing.right,
+            "top": drawing.top,
+            "bottom": drawing.bottom,
+            "width": chart.width,
+            "percent": chart.y.percent,
+            "digits": digits,
+            "series": [
+                {
+                    "name": line.name,
+                    "style": int(line.colour.removeprefix("s")),
+                    "x": [float(f"{value:.9g}") for value in line.x],
+                    "y": [float(f"{value:.{digits}g}") for value in line.y],
+                }
+                for line in lines
+            ],
+        }
 
 
 @dataclass(frozen=True)
@@ -79,9 +124,9 @@ def main_arm(run: RunContents) -> str:
 
 def _series(name: str, rounds: Sequence[Round], key: str, style: int, bold: bool) -> Series:
     xs, ys, offset = [], [], 0.0
-    for found in rounds:
+    for each in rounds:
         last = 0.0
-        for row in found.metrics:
+        for row in each.metrics:
             step, value = as_number(row.get("step")), as_number(row.get(key))
             if step is not None:
                 last = max(last, step)
@@ -95,10 +140,10 @@ def _series(name: str, rounds: Sequence[Round], key: str, style: int, bold: bool
 def _breaks(rounds: Sequence[Round]) -> list[tuple[float, str]]:
     """Where each later round starts on the axis of steps."""
     at, offset = [], 0.0
-    for found in rounds:
-        if offset and found.metrics:
-            at.append((offset, f"round {found.number}"))
-        offset += max((as_number(row.get("step")) or 0.0 for row in found.metrics), default=0.0)
+    for each in rounds:
+        if offset and each.metrics:
+            at.append((offset, f"round {each.number}"))
+        offset += max((as_number(row.get("step")) or 0.0 for row in each.metrics), default=0.0)
     return at
 
 
@@ -113,7 +158,7 @@ def training_curves(run: RunContents, curves: Sequence[Curve]) -> list[Figure]:
         series = [_series(main_arm(run), run.rounds, curve.key, 0, True)]
         series += [_series(arm, rounds, curve.key, 1 + i, False) for i, (arm, rounds) in enumerate(run.arms.items())]
         series = [line for line in series if line.x]
-        drawn = line_chart(
+        chart = line_chart(
             curve.title,
             series,
             x_label="optimizer step",
@@ -121,23 +166,14 @@ def training_curves(run: RunContents, curves: Sequence[Curve]) -> list[Figure]:
             breaks=_breaks(run.rounds),
             percent=curve.percent,
         )
-        if drawn is None:
+        if chart is None:
             continue
         note = curve.note
         size = bin_size(max(len(line.x) for line in series))
         if size > 1:
             note = f"{note} Each point is a mean over {size} logged steps.".strip()
-        legend = [(f"s{line.style % 8}", line.name) for line in series]
-        figures.append(
-            Figure(
-                f"curve-{slug(curve.key)}",
-                curve.title,
-                drawn[0],
-                note,
-                legend if len(legend) > 1 else [],
-                drawn[1],
-            )
-        )
+        legend = [(line.colour, line.name) for line in series] if len(series) > 1 else []
+        figures.append(Figure(f"curve-{slug(curve.key)}", curve.title, chart, note, legend, readable=True))
     return figures
 
 
@@ -146,12 +182,12 @@ def _pair_scores(pairs: Pairs | None, name: str, role: str) -> np.ndarray:
     return pairs.numbers[f"{role}_{name}"] if pairs is not None else np.array([])
 
 
-def distributions(found: Round) -> list[Figure]:
+def distributions(of_round: Round) -> list[Figure]:
     """Histograms of MAS and confidence, and their scatter, for one round."""
     figures = []
-    scores = found.candidates.scores if found.candidates is not None else {}
+    scores = of_round.candidates.scores if of_round.candidates is not None else {}
     empty = np.array([])
-    paired = found.pairs is not None and len(found.pairs) > 0
+    paired = of_round.pairs is not None and len(of_round.pairs) > 0
     notes = {
         "mas": "Chosen and rejected answers should stand apart here.",
         "confidence": "The hard negatives M3PO looks for are rejected answers as confident as chosen ones.",
@@ -159,29 +195,29 @@ def distributions(found: Round) -> list[Figure]:
     titles = {"mas": "Alignment score (MAS)", "confidence": "Confidence"}
     for name in ("mas", "confidence"):
         groups = [("all", scores.get(name, empty))]
-        groups += [(role, _pair_scores(found.pairs, name, role)) for role in ("chosen", "rejected")]
-        svg = histogram_chart(titles[name], groups, x_label="MAS" if name == "mas" else "confidence")
-        if svg is not None:
+        groups += [(role, _pair_scores(of_round.pairs, name, role)) for role in ("chosen", "rejected")]
+        chart = histogram_chart(titles[name], groups, x_label="MAS" if name == "mas" else "confidence")
+        if chart is not None:
             legend = [
                 (css, f"{text} ({np.isfinite(values).sum():,})")
                 for (css, values), text in zip(groups, ("all", "chosen", "rejected"), strict=True)
                 if np.isfinite(values).any()
             ]
             figures.append(
-                Figure(f"hist-{name}-{found.number}", titles[name], svg, notes[name] if paired else "", legend)
+                Figure(f"hist-{name}-{of_round.number}", titles[name], chart, notes[name] if paired else "", legend)
             )
     groups_xy = [("all", scores.get("mas", empty), scores.get("confidence", empty))]
     for role in ("chosen", "rejected"):
-        x, y = (_pair_scores(found.pairs, name, role) for name in ("mas", "confidence"))
+        x, y = (_pair_scores(of_round.pairs, name, role) for name in ("mas", "confidence"))
         groups_xy.append((role, x, y))
-    svg = scatter_chart("Alignment against confidence", groups_xy, x_label="MAS", y_label="confidence")
-    if svg is not None:
+    chart = scatter_chart("Alignment against confidence", groups_xy, x_label="MAS", y_label="confidence")
+    if chart is not None:
         figures.append(
             Figure(
-                f"scatter-{found.number}",
+                f"scatter-{of_round.number}",
                 "Alignment against confidence",
-                svg,
-                "Upper left: confidently wrong. At most 700 points of each kind are drawn.",
+                chart,
+                f"Upper left: confidently wrong. At most {MAX_DOTS} points of each kind are drawn.",
                 [(css, css) for css, x, y in groups_xy if (np.isfinite(x) & np.isfinite(y)).any()],
             )
         )

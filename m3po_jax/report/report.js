@@ -40,7 +40,7 @@
     const show = () => {
       const x = steps[at];
       const px = chart.left + ((x - chart.x0) / (chart.x1 - chart.x0)) * (chart.right - chart.left);
-      line.setAttribute("d", `M${px.toFixed(1)} 12V${chart.bottom}`);
+      line.setAttribute("d", `M${px.toFixed(1)} ${chart.top}V${chart.bottom}`);
       readout.replaceChildren();
       const step = document.createElement("span");
       step.textContent = `step ${Math.round(x)}`;

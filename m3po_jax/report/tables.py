@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from scipy import stats
+
 from m3po_jax.evaluation.registry import METRICS
+from m3po_jax.report.charts import Point, forest_chart, frontier_chart
 from m3po_jax.report.figures import Figure
 from m3po_jax.report.formatting import clip, format_compact, format_number, format_percent, format_span, slug
-from m3po_jax.report.svg import Point, forest_chart, frontier_chart
 from m3po_jax.workspace.contents import BenchmarkContents, Round, RunContents
 from m3po_jax.workspace.files import as_dicts, as_number
 
@@ -147,8 +148,8 @@ def _forests(
             continue
         band = _interval(base["intervals"].get(key)) if base else None
         wish = f"{column['better']} is better" if column["better"] else ""
-        svg = forest_chart(column["label"], points, band=band, digits=column["digits"], x_label=wish)
-        figures.append(Figure(f"forest-{index}-{slug(key)}", column["label"], svg))
+        chart = forest_chart(column["label"], points, band=band, digits=column["digits"], x_label=wish)
+        figures.append(Figure(f"forest-{index}-{slug(key)}", column["label"], chart))
     return figures
 
 
@@ -163,15 +164,15 @@ def _frontier(rows: list[dict[str, Any]], columns: list[dict[str, Any]], index: 
         x, y = as_number(row["values"].get(gain["key"])), as_number(row["values"].get(cost["key"]))
         if x is not None and y is not None:
             points.append(Point(row["name"], x, y, "base" if row["is_base"] else row["kind"]))
-    svg = frontier_chart(
+    chart = frontier_chart(
         f"{cost['label']} against {gain['label']}", points, x_label=gain["label"], y_label=cost["label"]
     )
-    if svg is None:
+    if chart is None:
         return []
     figure = Figure(
         f"frontier-{index}",
         f"{cost['label']} at equal {gain['label']}",
-        svg,
+        chart,
         "The line is the base model made to stop earlier or later. Only a system below the line does better "
         "than a shorter answer would.",
         [
@@ -216,10 +217,7 @@ def flatten(value: Any, prefix: str = "", limit: int = 80) -> list[tuple[str, st
 def mcnemar(fixed: int, broken: int) -> float:
     """Exact two-sided McNemar p: the binomial tail of the smaller of the two discordant counts at 1/2."""
     total = fixed + broken
-    if total == 0:
-        return 1.0
-    tail = sum(math.comb(total, k) for k in range(min(fixed, broken) + 1))
-    return min(1.0, 2 * tail / 2**total)
+    return float(stats.binomtest(min(fixed, broken), total).pvalue) if total else 1.0
 
 
 def _base_items(run: RunContents, name: str) -> dict[str, dict[str, Any]]:

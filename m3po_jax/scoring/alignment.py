@@ -1,4 +1,4 @@
-"""Multimodal Alignment Scores: functions from (image, instruction, candidates) to [0, 1] (METHOD section 3).
+"""Multimodal Alignment Scores: functions from (image, instruction, candidates) to [0, 1] (docs/judges.md).
 
 A backend scores the whole candidate pool of a batch of prompts; NaN means that it abstains, and the selection
 drops the prompt. Only the orchestration is here: models run in `models/` and `scoring/engine.py`.
@@ -75,7 +75,7 @@ def judge_pools(backend: Backend, prompts: Sequence[Prompt], pools: Sequence[Seq
     if judged is not None:
         return judged(prompts, pools)
     scores, why = backend(prompts, pools), str(getattr(backend, "abstention", ABSTAINED))
-    return Judged(scores, [[None if known else why for known in np.isfinite(row)] for row in scores])
+    return Judged(scores, [[None if has_score else why for has_score in np.isfinite(row)] for row in scores])
 
 
 def aggregate_claims(probabilities: Sequence[float], rule: str, vocabulary_mass: float | None = None) -> float:
@@ -253,21 +253,21 @@ class Similarity:
             )
             for i in range(0, count, self.batch_size)
         ]
-        embedded, found, offset = np.concatenate(parts), [], 0
-        for own in pixels:
-            found.append(embedded[offset : offset + len(own)] if len(own) else None)
-            offset += len(own)
-        return found
+        embedded, of_prompts, offset = np.concatenate(parts), [], 0
+        for images in pixels:
+            of_prompts.append(embedded[offset : offset + len(images)] if len(images) else None)
+            offset += len(images)
+        return of_prompts
 
     def _score_pool(self, images: np.ndarray | None, pool: Sequence[Sequence[Claim]]) -> np.ndarray:
         if images is None:
             return np.full(len(pool), np.nan)
         texts = list(dict.fromkeys(self._render(claim.text) for answer in pool for claim in answer))
-        known = dict(zip(texts, self._scores(images, texts), strict=True)) if texts else {}
+        by_text = dict(zip(texts, self._scores(images, texts), strict=True)) if texts else {}
         mass = None
         if self.aggregate == "soft_f1":
             mass = float(self._scores(images, [self._render(name) for name in self.objects]).sum())
-        return pool_scores(pool, lambda claim: float(known[self._render(claim.text)]), self.aggregate, mass)
+        return pool_scores(pool, lambda claim: float(by_text[self._render(claim.text)]), self.aggregate, mass)
 
 
 class Reference:

@@ -1,4 +1,4 @@
-"""Does the judge see more than the policy? A judge with the policy's eyes cannot correct it (METHOD section 3)."""
+"""Does the judge see more than the policy? A judge with the policy's eyes cannot correct it (docs/judges.md)."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def _tower_shape(raw: dict[str, Any]) -> tuple[Any, ...] | None:
 def _patch_embedding(directory: Path) -> np.ndarray | None:
     try:
         tensors = open_directory(directory)
-        found = next((tensor for name, tensor in tensors.items() if name.endswith(_PATCH_EMBEDDING)), None)
-        return None if found is None else found.read().astype(np.float64).ravel()
+        patches = next((tensor for name, tensor in tensors.items() if name.endswith(_PATCH_EMBEDDING)), None)
+        return None if patches is None else patches.read().astype(np.float64).ravel()
     except UserError:
         return None
 

@@ -1,4 +1,4 @@
-"""Does a score know the truth? AUROC, within-prompt correlation and reliability, in NumPy."""
+"""Does a score know the truth? AUROC, within-prompt correlation and reliability."""
 
 from __future__ import annotations
 
@@ -8,16 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
+from scipy import stats
 
 
-def _midranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, ties sharing their mean rank."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
-
-
-def _known(scores: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def _scored(scores: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Scores and truth values of the items that have a score."""
     values, truth = np.asarray(scores, np.float64), np.asarray(labels).astype(bool)
     if values.shape != truth.shape:
@@ -35,12 +29,12 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
     Returns:
         In [0, 1]; 0.5 is no knowledge. NaN where all items are of one kind.
     """
-    values, truth = _known(scores, labels)
+    values, truth = _scored(scores, labels)
     positives = int(truth.sum())
     negatives = truth.size - positives
     if not positives or not negatives:
         return float("nan")
-    rank_sum = _midranks(values)[truth].sum()
+    rank_sum = stats.rankdata(values)[truth].sum()
     return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
 
 
@@ -75,8 +69,8 @@ def within_prompt_correlation(ids: Sequence[Hashable], first: ArrayLike, second:
     for row, key in enumerate(ids):
         rows.setdefault(key, []).append(row)
     values = [correlation(a[index], b[index]) for index in rows.values()]
-    known = [value for value in values if not np.isnan(value)]
-    return float(np.mean(known)) if known else float("nan")
+    defined = [value for value in values if not np.isnan(value)]
+    return float(np.mean(defined)) if defined else float("nan")
 
 
 def concordance(
@@ -138,7 +132,7 @@ def reliability(scores: ArrayLike, labels: ArrayLike, bins: int = 10, *, quantil
     Raises:
         ValueError: equal-width bins and a score outside [0, 1].
     """
-    values, truth = _known(scores, labels)
+    values, truth = _scored(scores, labels)
     if not quantiles and values.size and (values.min() < 0 or values.max() > 1):
         raise ValueError("scores outside [0, 1] need quantile bins")
     edges = np.linspace(0, 1, bins + 1)

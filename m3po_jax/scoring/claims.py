@@ -1,7 +1,7 @@
 """Splitting an answer into claims that can be judged one by one.
 
 A dual encoder reads a few words at a time and a judge answers one question at a time, so a long answer is judged
-claim by claim (METHOD section 3).
+claim by claim (docs/judges.md).
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Claim:
 
 def polarity(instruction: str, answer: str) -> str | None:
     """``yes`` or ``no`` where the answer answers a yes/no question, else None ("No people are to be seen.")."""
-    found = _POLARITY.match(answer)
-    if found is None or ("?" not in instruction and "yes or no" not in instruction.lower()):
+    polarity = _POLARITY.match(answer)
+    if polarity is None or ("?" not in instruction and "yes or no" not in instruction.lower()):
         return None
-    if _STANDS_ALONE.match(answer[found.end() :]) or not _OPEN_QUESTION.search(instruction):
-        return found.group(1).lower()
+    if _STANDS_ALONE.match(answer[polarity.end() :]) or not _OPEN_QUESTION.search(instruction):
+        return polarity.group(1).lower()
     return None
 
 

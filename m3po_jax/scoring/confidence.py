@@ -1,4 +1,4 @@
-"""Confidence of the model in its own answers (METHOD section 2): pure NumPy on one prompt's candidates.
+"""Confidence of the model in its own answers (docs/method.md): pure NumPy on one prompt's candidates.
 
 Token log-probs are those that generation records: natural logarithms at temperature 1, from the distribution
 before truncation, EOS included. An empty answer is therefore one token long (EOS) and has every variant. An
@@ -38,8 +38,8 @@ _CLAUSE = re.compile(r"[.!?;,:\n]+(?=\s|$)|\s+(?:and|but|while|with)\s+", re.IGN
 
 def words(text: str) -> list[str]:
     """Words of a text for comparison: Unicode-normalised, case-folded, without punctuation."""
-    found = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-    return [word for word in found if len(word) > 1 or not unicodedata.category(word).startswith("P")]
+    runs = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    return [word for word in runs if len(word) > 1 or not unicodedata.category(word).startswith("P")]
 
 
 def normalised_text(text: str) -> str:
@@ -60,8 +60,8 @@ def text_similarity(first: str, second: str) -> float:
     """
 
     def grams(text: str) -> Counter[tuple[str, ...]]:
-        found = words(text)
-        return Counter([(word,) for word in found] + list(itertools.pairwise(found)))
+        unigrams = words(text)
+        return Counter([(word,) for word in unigrams] + list(itertools.pairwise(unigrams)))
 
     a, b = grams(first), grams(second)
     total = a.total() + b.total()
@@ -161,22 +161,22 @@ def confidence_variants(
     Raises:
         UserError: an unknown name, or a variant whose input is absent.
     """
-    found: dict[str, Confidence] = {}
+    variants: dict[str, Confidence] = {}
     for name in names:
         if name not in VARIANTS:
             raise UserError(f"unknown confidence variant {name!r}{nearest(name, VARIANTS)}", where="score.confidence")
         if name in {"prior", "visual"} and blank_token_logprobs is None:
             raise UserError(f"confidence variant {name!r} needs log-probs under a blank image", where="score")
         if name == "sum":
-            found[name] = sum_confidence(token_logprobs)
+            variants[name] = sum_confidence(token_logprobs)
         elif name == "mean":
-            found[name] = mean_confidence(token_logprobs)
+            variants[name] = mean_confidence(token_logprobs)
         elif name == "tail":
-            found[name] = tail_confidence(token_logprobs)
+            variants[name] = tail_confidence(token_logprobs)
         elif name == "cluster":
-            found[name] = cluster_confidence(texts)
+            variants[name] = cluster_confidence(texts)
         else:
             assert blank_token_logprobs is not None
             prior = mean_confidence(blank_token_logprobs)
-            found[name] = prior if name == "prior" else visual_confidence(mean_confidence(token_logprobs), prior)
-    return found
+            variants[name] = prior if name == "prior" else visual_confidence(mean_confidence(token_logprobs), prior)
+    return variants

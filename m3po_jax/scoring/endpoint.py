@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible server as judge: a graded rubric about one image and one answer (METHOD section 3)."""
+"""Any OpenAI-compatible server as judge: a graded rubric about one image and one answer (docs/judges.md)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.scoring.alignment import Judged, Scores
 from m3po_jax.scoring.answer_cache import AnswerCache
-from m3po_jax.scoring.chat import ChatClient, Halted
+from m3po_jax.scoring.endpoint_settings import check_client
 from m3po_jax.scoring.grading import check_rubric, render_rubric
 from m3po_jax.scoring.pictures import Picture, grey_square
+from m3po_jax.scoring.rate_limit import Halted
 from m3po_jax.scoring.reasons import (
     CUT_AT,
     MALFORMED,
@@ -123,6 +124,9 @@ class Endpoint:
         report: Callable[[str], object] = lambda line: None,
     ):
         check_rubric(rubric, grades)
+        check_client()
+        from m3po_jax.scoring.chat import ChatClient  # its library is an extra
+
         self.config, self.rubric, self.grades = config, rubric, list(grades)
         self.needs_reference = "{reference}" in rubric
         self.image_root, self.max_image_pixels, self.stopping = image_root, max_image_pixels, stopping
@@ -401,10 +405,11 @@ class Endpoint:
 
     def _pay(self, key: str, kept: Any | None, reply: Reply, guess: tuple[int, int]) -> None:
         """Keeps an answer and its cost; where the server does not tell the tokens, the guess that reserved it."""
-        told = (reply.prompt_tokens, reply.completion_tokens)
-        prompt, completion = (own if count is None else count for count, own in zip(told, guess, strict=True))
+        prompt = guess[0] if reply.prompt_tokens is None else reply.prompt_tokens
+        completion = guess[1] if reply.completion_tokens is None else reply.completion_tokens
         cost = self._cost(prompt, completion)
-        self.cache.put(key, kept, prompt_tokens=prompt, completion_tokens=completion, cost=cost, guessed=None in told)
+        guessed = reply.prompt_tokens is None or reply.completion_tokens is None
+        self.cache.put(key, kept, prompt_tokens=prompt, completion_tokens=completion, cost=cost, guessed=guessed)
         with self._lock:
             self._dearest = max(self._dearest, cost)
             self._tokens = float(prompt + completion)

@@ -1,4 +1,4 @@
-"""A vision-language model that grades answers by a rubric: the expected grade from its logits (METHOD section 3)."""
+"""A vision-language model that grades answers by a rubric: the expected grade from its logits (docs/judges.md)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def render_rubric(rubric: str, prompt: Prompt, answer: str, grades: Sequence[int
         "lowest": str(grades[0]),
         "highest": str(grades[-1]),
     }
-    return _PLACEHOLDER.sub(lambda found: values[found.group(1)], rubric or DEFAULT_RUBRIC)
+    return _PLACEHOLDER.sub(lambda match: values[match.group(1)], rubric or DEFAULT_RUBRIC)
 
 
 def grade_tokens(processor: Processor, grades: Sequence[int]) -> tuple[list[int], list[list[int]]]:
@@ -61,17 +61,17 @@ def grade_tokens(processor: Processor, grades: Sequence[int]) -> tuple[list[int]
         UserError: a grade is not one token there. Its first digit alone would also stand for other grades.
     """
     names = [str(grade) for grade in grades]
-    lead, found = choice_tokens(processor, {name: (name,) for name in names})
+    lead, spelled = choice_tokens(processor, {name: (name,) for name in names})
     for name in names:
-        own = [int(token) for token in processor.encode_answer(name)[:-1]][len(lead) :]
-        if len(own) != 1 or own[0] not in found[name]:
-            pieces = ", ".join(repr(processor.text.convert_ids_to_tokens(token)) for token in own[:6])
+        rest = [int(token) for token in processor.encode_answer(name)[:-1]][len(lead) :]
+        if len(rest) != 1 or rest[0] not in spelled[name]:
+            pieces = ", ".join(repr(processor.text.convert_ids_to_tokens(token)) for token in rest[:6])
             raise UserError(
                 f"grade {name} is not one token of the judge's tokenizer ({pieces})",
                 where="score.grades",
                 remedy="take grades of one digit, such as [1, 2, 3, 4, 5], or another judge",
             )
-    return lead, [found[name] for name in names]
+    return lead, [spelled[name] for name in names]
 
 
 class Judge:
@@ -124,7 +124,7 @@ class Judge:
             if why is None and pool:
                 asked.append((index, list(dict.fromkeys(pool))))
         questions = [self._question(prompts[index], answers) for index, answers in asked]
-        choices = [token for own in self.tokens for token in own]
+        choices = [token for ids in self.tokens for token in ids]
         for (index, answers), p in zip(asked, ask(self.scorer, self.processor, questions, choices), strict=True):
             expected = dict(zip(answers, self._expected(p), strict=True))
             scores[index] = np.array([expected[answer] for answer in pools[index]], np.float64)
@@ -133,7 +133,7 @@ class Judge:
 
     def _expected(self, p: np.ndarray) -> np.ndarray:
         """Probabilities [answers, spellings] to scores [answers]."""
-        ends = np.cumsum([len(own) for own in self.tokens])
+        ends = np.cumsum([len(ids) for ids in self.tokens])
         of_grade = np.stack([part.sum(-1) for part in np.split(p, ends[:-1], axis=-1)], axis=-1)
         mass = of_grade.sum(-1)
         with np.errstate(invalid="ignore", divide="ignore"):

@@ -1,4 +1,4 @@
-"""A vision-language model as judge: how it is asked, and the judge of single claims (METHOD section 3)."""
+"""A vision-language model as judge: how it is asked, and the judge of single claims (docs/judges.md)."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def choice_tokens(
     text = processor.text
     written = {
         spelling: [int(token) for token in processor.encode_answer(spelling)[:-1]]
-        for own in spellings.values()
-        for spelling in own
+        for texts in spellings.values()
+        for spelling in texts
     }
     # The first tokens that all answers share decide nothing.
     lead = []
@@ -53,15 +53,15 @@ def choice_tokens(
         if len(set(column)) > 1:
             break
         lead.append(column[0])
-    found: dict[str, list[int]] = {}
-    for answer, own in spellings.items():
+    single_tokens: dict[str, list[int]] = {}
+    for answer, texts in spellings.items():
         ids = set()
-        for spelling in own:
+        for spelling in texts:
             for tokens in (written[spelling][len(lead) :], text.encode(spelling), text.encode(f" {spelling}")):
                 if len(tokens) == 1 and text.decode(tokens).strip().lower() == answer:
                     ids.add(int(tokens[0]))
-        found[answer] = sorted(ids)
-    return lead, found
+        single_tokens[answer] = sorted(ids)
+    return lead, single_tokens
 
 
 def answer_tokens(processor: Processor) -> tuple[list[int], list[int], list[int]]:
@@ -70,15 +70,15 @@ def answer_tokens(processor: Processor) -> tuple[list[int], list[int], list[int]
     Raises:
         UserError: yes or no has no spelling of one token.
     """
-    lead, found = choice_tokens(processor, SPELLINGS)
-    for answer, ids in found.items():
+    lead, single_tokens = choice_tokens(processor, SPELLINGS)
+    for answer, ids in single_tokens.items():
         if not ids:
             raise UserError(
                 f"the judge's tokenizer has no single token for {answer!r}",
                 where="score.model",
                 remedy="take another judge, or score.backend=similarity",
             )
-    return lead, found["yes"], found["no"]
+    return lead, single_tokens["yes"], single_tokens["no"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def ask(
         for index, question in enumerate(questions)
         for start in range(0, len(question.branches), width)
     ]
-    found = [np.zeros((len(question.branches), len(choices))) for question in questions]
+    probabilities = [np.zeros((len(question.branches), len(choices))) for question in questions]
     # Rows of equally many images lie together: a batch holds as many as its widest row.
     rows.sort(key=lambda row: len(questions[row[0]].prompt.images))
     for _, same in itertools.groupby(rows, key=lambda row: len(questions[row[0]].prompt.images)):
@@ -125,8 +125,8 @@ def ask(
             for (index, start), row, values in zip(
                 block, cut, _ask_batch(scorer, processor, cut, width, choices), strict=True
             ):
-                found[index][start : start + width] = values[: len(row.branches)]
-    return found
+                probabilities[index][start : start + width] = values[: len(row.branches)]
+    return probabilities
 
 
 def _ask_batch(
@@ -145,8 +145,8 @@ def _ask_batch(
         np.asarray(tree.prefix_mask),
         None if tree.pixel_values is None else np.asarray(tree.pixel_values),
     )
-    found = scorer.choice_probabilities(batch, choices, np.asarray(tree.branch_ids), np.asarray(tree.branch_mask))
-    return found.astype(np.float64)
+    asked = np.asarray(tree.branch_ids), np.asarray(tree.branch_mask)
+    return scorer.choice_probabilities(batch, choices, *asked).astype(np.float64)
 
 
 class Claims:
@@ -206,13 +206,13 @@ class Claims:
                 shown.setdefault(prompt.images, prompt)
                 asked = itertools.chain(vocabulary, *pool)
                 wanted.setdefault(prompt.images, {}).update((self.question(claim), None) for claim in asked)
-        known = self._ask([(shown[key], list(questions)) for key, questions in wanted.items()])
+        answers = self._ask([(shown[key], list(questions)) for key, questions in wanted.items()])
         scores: Scores = []
         for prompt, pool in zip(prompts, claims, strict=True):
             if not prompt.images:
                 scores.append(np.full(len(pool), np.nan))
                 continue
-            of_image = known[prompt.images]
+            of_image = answers[prompt.images]
             mass = sum(of_image[self.question(claim)] for claim in vocabulary) if vocabulary else None
             scores.append(
                 pool_scores(pool, lambda claim, of=of_image: of[self.question(claim)], self.aggregate, mass)
@@ -222,14 +222,14 @@ class Claims:
     def _ask(self, wanted: Sequence[tuple[Prompt, list[str]]]) -> dict[ImageKey, dict[str, float]]:
         """Scores of every question, by image."""
         asked = [Question(prompt, *self._encode(prompt, questions)) for prompt, questions in wanted]
-        found: dict[ImageKey, dict[str, float]] = {}
+        by_image: dict[ImageKey, dict[str, float]] = {}
         count = len(self.yes)
         for (prompt, questions), p in zip(
             wanted, ask(self.scorer, self.processor, asked, [*self.yes, *self.no]), strict=True
         ):
             values = np.clip((1.0 + p[:, :count].sum(-1) - p[:, count:].sum(-1)) / 2.0, 0.0, 1.0)
-            found[prompt.images] = dict(zip(questions, values.tolist(), strict=True))
-        return found
+            by_image[prompt.images] = dict(zip(questions, values.tolist(), strict=True))
+        return by_image
 
     def _encode(self, prompt: Prompt, questions: Iterable[str]) -> tuple[np.ndarray, list[np.ndarray]]:
         """Token ids up to the last image, which all questions share, and what follows it for each."""

@@ -1,4 +1,4 @@
-"""The M3P-Score (METHOD section 2): alignment and confidence of one prompt's candidates, in both roles."""
+"""The M3P-Score (docs/method.md): alignment and confidence of one prompt's candidates, in both roles."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def z_scores(values: ArrayLike) -> Scores:
     result = np.full(values.shape, np.nan)
     if not finite.any():
         return result
-    known = values[finite]
-    centred = known - known.mean()
+    finite_values = values[finite]
+    centred = finite_values - finite_values.mean()
     std = np.sqrt(np.mean(centred**2))
-    rounding = 8 * np.finfo(np.float64).eps * np.abs(known).max()
+    rounding = 8 * np.finfo(np.float64).eps * np.abs(finite_values).max()
     result[finite] = centred / std if std > rounding else 0.0
     return result
 

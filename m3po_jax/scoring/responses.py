@@ -112,10 +112,10 @@ def read_response(status: int, data: bytes, clean: Callable[[str], str]) -> Repl
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
         detail = "no choice" if body else "not a chat completion"
         raise Unusable(MALFORMED, _with(detail, sentence), reply=_counted(body))
-    found = [_read_choice(choice, body, clean) for choice in choices]
-    if len({reply.content for reply in found}) > 1:
-        raise Unusable(NO_GRADE, f"{len(found)} answers that differ", reply=found[0])
-    return found[0]
+    replies = [_read_choice(choice, body, clean) for choice in choices]
+    if len({reply.content for reply in replies}) > 1:
+        raise Unusable(NO_GRADE, f"{len(replies)} answers that differ", reply=replies[0])
+    return replies[0]
 
 
 def brief(text: str) -> str:
@@ -169,7 +169,7 @@ def _sentence(value: Any, data: bytes) -> str:
     if isinstance(value, dict):
         for key in ("error", "errors", "message", "detail", "msg", "error_message", "error_description", "title"):
             if value.get(key):
-                return _told(value[key])
+                return _error_text(value[key])
         return ""
     text = data[:20_000].decode("utf-8", "replace")
     if "<" in text and ">" in text:
@@ -178,15 +178,15 @@ def _sentence(value: Any, data: bytes) -> str:
     return text
 
 
-def _told(value: Any) -> str:
+def _error_text(value: Any) -> str:
     if isinstance(value, list):
-        return "; ".join(_told(part) for part in value[:3])
+        return "; ".join(_error_text(part) for part in value[:3])
     if not isinstance(value, dict):
         return str(value)
-    told = next((str(value[key]) for key in ("message", "msg", "detail", "type", "code") if value.get(key)), "")
+    message = next((str(value[key]) for key in ("message", "msg", "detail", "type", "code") if value.get(key)), "")
     metadata = value.get("metadata")
     raw = metadata.get("raw") if isinstance(metadata, dict) else None  # a gateway quotes its provider
-    return f"{told}: {raw}" if isinstance(raw, str) and raw not in told else told
+    return f"{message}: {raw}" if isinstance(raw, str) and raw not in message else message
 
 
 def _counted(body: Mapping[str, Any]) -> Reply | None:
@@ -201,7 +201,7 @@ def _read_choice(choice: Mapping[str, Any], body: Mapping[str, Any], clean: Call
     counted = Reply("", (), finish in CUT, prompt, completion)
     if choice.get("error"):
         error = choice["error"]
-        _raise_for(None, {"error": error}, brief(clean(_told(error))))
+        _raise_for(None, {"error": error}, brief(clean(_error_text(error))))
     message = choice.get("message")
     if finish in BROKEN or not isinstance(message, dict):
         raise Unusable(
@@ -273,14 +273,16 @@ def _tokens(logprobs: Any) -> tuple[tuple[str, dict[str, float]], ...]:
     """Tokens and the log-probs of what could have stood there, as the chat completions interface gives them."""
     if not isinstance(logprobs, dict) or not logprobs.get("content"):
         return ()
-    found = []
+    tokens = []
     for entry in logprobs["content"]:
-        rivals = {str(top["token"]): float(top["logprob"]) for top in entry.get("top_logprobs") or () if _known(top)}
-        if _known(entry):
+        rivals = {
+            str(top["token"]): float(top["logprob"]) for top in entry.get("top_logprobs") or () if _has_log_prob(top)
+        }
+        if _has_log_prob(entry):
             rivals.setdefault(str(entry["token"]), float(entry["logprob"]))
-        found.append((str(entry["token"]), rivals))
-    return tuple(found)
+        tokens.append((str(entry["token"]), rivals))
+    return tuple(tokens)
 
 
-def _known(entry: Mapping[str, Any]) -> bool:
+def _has_log_prob(entry: Mapping[str, Any]) -> bool:
     return entry.get("logprob") is not None

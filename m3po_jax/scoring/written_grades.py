@@ -110,7 +110,7 @@ class Stated:
 
 def spoken_from(text: str) -> int | None:
     """Where the answer behind a text's thinking begins; None where the thinking has not ended."""
-    start = max((found.end() for found in _CLOSED.finditer(text)), default=0)
+    start = max((tag.end() for tag in _CLOSED.finditer(text)), default=0)
     if _CHANNEL in text:
         final = text.rfind(_FINAL)
         if final < 0:
@@ -121,8 +121,8 @@ def spoken_from(text: str) -> int | None:
 
 def parse_grade(text: str, grades: Sequence[int]) -> float | None:
     """The grade that a text states, None where it states none or several; see `stated_grade`."""
-    found = stated_grade(text, grades)
-    return None if found is None else found.grade
+    stated = stated_grade(text, grades)
+    return None if stated is None else stated.grade
 
 
 def stated_grade(text: str, grades: Sequence[int]) -> Stated | None:
@@ -139,9 +139,9 @@ def stated_grade(text: str, grades: Sequence[int]) -> Stated | None:
     if start is None or len(text) - start > 20_000:
         return None
     body = " " * start + text[start:]
-    found, body = _from_json(body, grades)
-    if found is not None:
-        return found if _fits(found.grade, grades) else None
+    in_json, body = _from_json(body, grades)
+    if in_json is not None:
+        return in_json if _fits(in_json.grade, grades) else None
     boxed = list(_BOXED.finditer(body))
     if not boxed:
         return _from_words(_blank(body, _TAG), grades)
@@ -185,12 +185,12 @@ def _from_json(text: str, grades: Sequence[int]) -> tuple[Stated | None, str]:
             at = text.find("{", at + 1) if text.count("{", at) < 50 else -1
             continue
         text = text[:at] + " " * (end - at) + text[end:] if isinstance(value, dict) else text
-        if isinstance(value, dict) and (own := _of_object(value, grades)) is not None:
-            values.add(own)
+        if isinstance(value, dict) and (grade := _of_object(value, grades)) is not None:
+            values.add(grade)
             spot = re.compile(rf'"(?:{"|".join(_KEYS)})"\s*:\s*"?\s*(\d+)(?![\d.])', re.IGNORECASE).search(
                 whole, at, end
             )
-            place = Stated(own, *spot.span(1)) if spot and float(spot.group(1)) == own else Stated(own)
+            place = Stated(grade, *spot.span(1)) if spot and float(spot.group(1)) == grade else Stated(grade)
         at = text.find("{", end)
     if not values:
         return None, text
@@ -203,19 +203,19 @@ def _of_object(value: Mapping[str, Any], grades: Sequence[int]) -> float | None:
     if not named and len(value) == 1:
         (inner,) = value.values()
         return _of_object(inner, grades) if isinstance(inner, dict) else None
-    found = set()
+    stated = set()
     for inner in named:
         if isinstance(inner, bool) or not isinstance(inner, (int, float, str)):
             return math.nan
         try:
-            found.add(
+            stated.add(
                 _from_words(inner.translate(_MARKUP), grades) if isinstance(inner, str) else Stated(float(inner))
             )
         except OverflowError:
             return math.nan
     if not named:
         return None
-    values = {math.nan if one is None else one.grade for one in found}
+    values = {math.nan if one is None else one.grade for one in stated}
     return values.pop() if len(values) == 1 else math.nan
 
 
@@ -290,7 +290,7 @@ def _alone(text: str, bare: Sequence[Stated]) -> list[Stated]:
     lines = [line for line in text.split("\n") if any(letter.isalnum() for letter in line)]
     if not lines:
         return []
-    found = []
+    alone = []
     tail = len(text.rstrip()) - len(lines[-1].rstrip())
     for one in bare:
         begins = not any(letter.isalnum() for letter in text[: one.start])
@@ -298,8 +298,8 @@ def _alone(text: str, bare: Sequence[Stated]) -> list[Stated]:
             rf"\W*\d+(?:\.\d+)?(?:{_OF}\d+(?:\.0+)?)?\s*(?:{_UNITS})?\W*", lines[-1]
         )
         if begins or last:
-            found.append(one)
-    return found
+            alone.append(one)
+    return alone
 
 
 def expected_grade(text: str, tokens: Tokens, grades: Sequence[int]) -> float | None:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from m3po_jax.data import schema
 from m3po_jax.data.processing import Processor
-from m3po_jax.data.templates import get_template
+from m3po_jax.data.templates import get_template, to_text
 from m3po_jax.errors import UserError
 
 BOS, EOS = 1, 2
@@ -125,7 +125,7 @@ def prompt(instruction="What is this?", images=1, **fields) -> schema.Prompt:
 def test_split_rule(processor, folder):
     """Each piece is encoded alone, as the reference encodes it: the public ids have this structure."""
     raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    before, after = processor.prompt_text(prompt()).split("<image>")
+    before, after = to_text(processor.render(prompt())).split("<image>")
     want = [BOS, *raw.encode(before, add_special_tokens=False).ids]
     want += [processor.image_token_id] * 4
     want += raw.encode(after, add_special_tokens=False).ids

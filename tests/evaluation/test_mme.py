@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3po_jax.errors import UserError
-from m3po_jax.evaluation.mme import TASKS, mme, parse, read_questions, read_results, write_results
+from m3po_jax.evaluation.mme import TASKS, mme, parse
 from m3po_jax.evaluation.registry import METRICS, intervals
 
 responses = st.sampled_from(["Yes", "yes.", "No", "no", "None", "know", "eyes", "The answer is yes", "", "Y", " yes"])
@@ -95,51 +95,6 @@ def test_images_need_two_questions_and_tasks_a_name():
     ):
         with pytest.raises(UserError, match=message):
             mme(answers[:1], [labels[0] | change])
-
-
-def test_result_files_go_both_ways(tmp_path):
-    tasks = {"OCR": [("yes", "Yes"), ("no", "It is\nnot\tthere"), ("yes", "no"), ("no", "no")], "scene": []}
-    answers, labels = records({name: lines for name, lines in tasks.items() if lines})
-    scored = mme(answers, labels)
-    write_results(scored["items"], {label["id"]: "Is it? Please answer yes or no." for label in labels}, tmp_path)
-    lines = (tmp_path / "OCR.txt").read_text().splitlines()
-    assert lines[1] == "0.jpg\tIs it? Please answer yes or no.\tNo\tIt is not there" and len(lines) == 4
-    again = mme(*read_results(tmp_path))
-    assert again["categories"] == scored["categories"]
-    # Neighbours are about one image, whatever it is called, and what is no pair is refused.
-    (tmp_path / "OCR.txt").write_text("a.jpg\tq\tYes\tyes\nb.jpg\tq\tNo\tno\n")
-    assert mme(*read_results(tmp_path))["categories"]["OCR"]["score"] == 200
-    for text, message in (
-        ("a\tq\tYes\tyes\n", "1 lines, which are not pairs"),
-        ("a\tYes\tyes\nb\tNo\tno\n", "3 columns"),
-    ):
-        (tmp_path / "OCR.txt").write_text(text)
-        with pytest.raises(UserError, match=message):
-            read_results(tmp_path)
-    with pytest.raises(UserError, match="no result file"):
-        read_results(tmp_path / "nothing")
-
-
-def test_released_questions_in_both_layouts(tmp_path):
-    lines = "Is there a cat? Please answer yes or no.\tYes\nIs there a dog?  Please answer yes or no.\tNo\n"
-    (tmp_path / "count").mkdir()
-    (tmp_path / "count" / "1.txt").write_text(lines)
-    (tmp_path / "count" / "1.jpg").write_bytes(b"")
-    for folder in ("images", "questions_answers_YN"):
-        (tmp_path / "landmark" / folder).mkdir(parents=True)
-    (tmp_path / "landmark" / "questions_answers_YN" / "x.txt").write_text(lines)
-    (tmp_path / "landmark" / "images" / "x.png").write_bytes(b"")
-    rows = read_questions(tmp_path)
-    assert [row["id"] for row in rows] == ["count/1/0", "count/1/1", "landmark/x/0", "landmark/x/1"]
-    assert rows[3]["images"] == ["landmark/images/x.png"] and rows[3]["reference"] == "No"
-    suffix = "\nAnswer the question using a single word or phrase."
-    assert [row["instruction"] for row in read_questions(tmp_path, suffix)[:2]] == [
-        f"Is there a cat?{suffix}",
-        f"Is there a dog?{suffix}",
-    ]
-    (tmp_path / "count" / "1.jpg").unlink()
-    with pytest.raises(UserError, match="no image of this name"):
-        read_questions(tmp_path)
 
 
 def test_intervals_hold_the_score():

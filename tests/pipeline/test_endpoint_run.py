@@ -94,7 +94,7 @@ def test_a_killed_command_pays_nothing_twice(tmp_path, capsys, monkeypatch):
 
 
 def endpoint_recipe(folder, server, *, count=2, **config):
-    server = {"base_url": server.url, "model": "judge-1", "api_key_env": "JUDGE_KEY", "retry_wait_s": 0.01, **config}
+    server = {"base_url": server.url, "model": "judge-1", "api_key_env": "JUDGE_KEY", **config}
     score = {"backend": "endpoint", "endpoint": server, "confidence": ["mean"]}
     data = write_data(folder / "data", count=count)
     return str(write_recipe(folder, data, score=score, generate={"num_candidates": 3, "shard_rows": 2}))

@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from m3po_jax.config import DataConfig
+from m3po_jax.data import tfds_build
 from m3po_jax.data.sources import read_prompts
 from m3po_jax.errors import UserError
 from m3po_jax.quickstart import builder as module
@@ -231,8 +232,9 @@ def test_easy_vqa_builder(tmp_path, monkeypatch):
     pytest.importorskip("easy_vqa")
     monkeypatch.setattr(module, "EASY_VQA_COUNTS", {"train": 26, "test": 26})
     monkeypatch.setattr(module, "DEMO_EASY_VQA_COUNTS", {"test": 13})
-    assert module.prepare_easy_vqa(tmp_path) == Path(tmp_path) / "m3po_easy_vqa" / "full" / "1.0.0"
-    assert module.prepare_easy_vqa(tmp_path, "demo") == Path(tmp_path) / "m3po_easy_vqa" / "demo" / "1.0.0"
+    for name in ("full", "demo"):
+        folder = tfds_build.prepare(module.M3poEasyVqa(data_dir=str(tmp_path), config=name))
+        assert folder == Path(tmp_path) / "m3po_easy_vqa" / name / "1.0.0"
     full, demo = (rows(tmp_path, "test", f"m3po_easy_vqa/{name}") for name in ("full", "demo"))
     assert len(demo) == 13 and full[:13] == demo
     assert list(tfds.builder("m3po_easy_vqa/demo", data_dir=str(tmp_path)).info.splits) == ["test"]
@@ -240,13 +242,11 @@ def test_easy_vqa_builder(tmp_path, monkeypatch):
 
 def test_missing_easy_vqa_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
-    with pytest.raises(UserError, match=r"m3po-jax\[quickstart\]"):
-        module.prepare_easy_vqa(tmp_path)
-    assert not list(tmp_path.rglob("*.array_record*"))
     config = DataConfig(source="tfds", path="m3po_jax.quickstart.builder:m3po_easy_vqa/demo", split="test")
     monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path))
     with pytest.raises(UserError, match=r"^m3po_easy_vqa: .*m3po-jax\[quickstart\]"):
         read_prompts(config)
+    assert not list(tmp_path.rglob("*.array_record*"))
 
 
 def test_another_noise_seed_keeps_the_scenes_and_changes_what_is_said():

@@ -326,6 +326,8 @@ def test_report_of_a_long_run_stays_small(tmp_path, monkeypatch):
     path = build_report(tmp_path / "run", word)
     assert path.stat().st_size < 5_000_000
     page = Page(path)
+    charts = re.findall(r"<svg.*?</svg>", page.source, re.DOTALL)
+    assert len(charts) >= 10 and sum(map(len, charts)) < 100_000 * len(charts)
     assert len([1 for tag, _ in page.elements if tag == "img"]) == 84  # 60 pairs, 24 dropped prompts
 
 

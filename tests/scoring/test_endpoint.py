@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import numpy as np
+import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,10 +23,12 @@ from tiny_judges import png, prompt
 from m3po_jax.config import EndpointConfig
 from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.errors import Interrupted, UserError
+from m3po_jax.scoring import chat
 from m3po_jax.scoring import endpoint as module
 from m3po_jax.scoring.answer_cache import AnswerCache
-from m3po_jax.scoring.chat import RateLimit, check_endpoint, retry_after
 from m3po_jax.scoring.endpoint import Endpoint
+from m3po_jax.scoring.endpoint_settings import check_endpoint
+from m3po_jax.scoring.rate_limit import RateLimit, retry_after
 
 ROWS, POOLS = [prompt(1), prompt(2, images=2)], [["a dog.", "a cat."], ["a bus."]]
 
@@ -41,8 +44,20 @@ def key(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
 
 
+@pytest.fixture(autouse=True)
+def first_wait(monkeypatch):
+    """OpenAI's client waits for half a second before it sends again: not in every test."""
+
+    def wait(seconds):
+        monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", seconds)
+        monkeypatch.setattr(chat, "FIRST_WAIT_S", seconds)
+
+    wait(0.01)
+    return wait
+
+
 def endpoint(server, tmp_path, *, run="run", rubric="", grades=(1, 2, 3, 4, 5), stopping=None, **settings):
-    config = {"base_url": server.url, "model": "judge-1", "api_key_env": "JUDGE_KEY", "retry_wait_s": 0.01}
+    config = {"base_url": server.url, "model": "judge-1", "api_key_env": "JUDGE_KEY"}
     more = {} if stopping is None else {"stopping": stopping}
     made = EndpointConfig(**{**config, "timeout_s": 5.0, **settings})
     return Endpoint(made, rubric=rubric, grades=grades, cache=tmp_path / "cache", run=run, **more)
@@ -115,9 +130,10 @@ def test_the_server_says_how_long_to_wait(server, tmp_path):
 
 
 @pytest.mark.parametrize("header", ["0", "-5", "soon", "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 99 Foo 99999", ""])
-def test_a_wait_of_nothing_is_no_hurry(server, tmp_path, header):
+def test_a_wait_of_nothing_is_no_hurry(server, tmp_path, header, first_wait):
+    first_wait(0.2)
     server.respond = lambda request, number: (429, {"Retry-After": header}, {}) if number < 2 else completion("4")
-    assert endpoint(server, tmp_path, retry_wait_s=0.2)(ROWS[:1], [["a dog."]])[0] == [0.75]
+    assert endpoint(server, tmp_path)(ROWS[:1], [["a dog."]])[0] == [0.75]
     times = [request["time"] for request in server.requests]
     assert times[1] - times[0] > 0.09 and times[2] - times[1] > 0.19
 
@@ -564,6 +580,39 @@ def test_nothing_shows_the_key(server, tmp_path, caplog, capsys):
         assert not file.is_file() or KEY.encode() not in file.read_bytes()
     printed = capsys.readouterr()
     assert KEY not in caplog.text + printed.out + printed.err + repr(backend.usage()) + repr(backend.config)
+
+
+@pytest.mark.parametrize("env", ["JUDGE_KEY", ""])
+def test_a_server_is_told_no_more_than_the_question(server, tmp_path, monkeypatch, env):
+    """OpenAI's client would send the user's account at OpenAI and the machine's platform to any server."""
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "of-openai-alone")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
+    assert endpoint(server, tmp_path, api_key_env=env)(ROWS[:1], [["a dog."]])[0] == [0.5]
+    (request,) = server.requests
+    told = {name.lower(): value for name, value in request["headers"].items()}
+    assert set(told) <= {
+        *("host", "accept", "accept-encoding", "connection", "user-agent", "content-type", "content-length"),
+        *(["authorization"] if env else []),
+    }
+    assert told.get("authorization") == (f"Bearer {KEY}" if env else None)
+    assert "of-openai" not in json.dumps(told) + json.dumps(request["body"])
+
+
+def test_a_missing_client_is_named(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs OpenAI's client.*pip install 'm3po-jax\[judge\]'"):
+        endpoint(server, tmp_path)
+
+
+def test_errors_inside_a_success_are_sent_again(server, tmp_path):
+    hidden = {"error": {"code": 503, "message": "overloaded"}}
+    server.respond = lambda request, number: hidden if number < 2 else completion("4")
+    backend = endpoint(server, tmp_path)
+    assert backend(ROWS[:1], [["a dog."]])[0] == [0.75] and backend.usage()["retries"] == 2
+    server.respond = lambda request, number: hidden
+    with pytest.raises(Interrupted, match=r"gives no answer \(status 503 \(overloaded\)\)"):
+        endpoint(server, tmp_path, max_retries=1)(ROWS[:1], [["a cat."]])
 
 
 def test_expected_grades_from_log_probs(server, tmp_path):
