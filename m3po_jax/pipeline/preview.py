@@ -14,6 +14,7 @@ from m3po_jax.data import tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.generation.settings import sampling_config
 from m3po_jax.models.registry import resolve_directory
+from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline import reward as rewarding
 from m3po_jax.pipeline import summary
 from m3po_jax.pipeline.arms import needs_pairs
@@ -167,7 +168,7 @@ class Preview:
 
     def _pairs(self, round: int, arm: str | None, recipe: Recipe) -> str:
         """What a training's record has for its pairs, of pairs that are done."""
-        if round == 1 or recipe.train.objective != "preference":
+        if round == 1 or not objective_of(recipe.train).uses_reference:
             return ShardFolder(self.directory.cell(round, arm).pairs, "").recorded_content()
         reference = self._weights(0 if recipe.round.reference == "base" else round - 1, arm)
         earlier = range(1 if recipe.round.mix_previous else round, round + 1)

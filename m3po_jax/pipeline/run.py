@@ -16,6 +16,8 @@ from m3po_jax.data.pair_rows import PairRows, TableRows
 from m3po_jax.data.preference_files import FilePairs, image_folder
 from m3po_jax.errors import UserError
 from m3po_jax.generation.settings import sampling_config
+from m3po_jax.objectives.objective import Learner, Reads
+from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline import reward as rewarding
 from m3po_jax.pipeline import rounds, summary
 from m3po_jax.pipeline.arms import arm_recipe, makes_pairs, needs_pairs
@@ -113,7 +115,8 @@ class Run(Resources):
             "model": upstream["model"] if upstream else self.weights_identity(round - 1, arm),
             **trained_settings(recipe),
         }
-        if recipe.train.objective == "rlhf":
+        objective = objective_of(recipe.train)
+        if objective.reads is Reads.PROMPTS:
             part = rewarding.policy_part(recipe)
             inputs |= {
                 "data": self.data_identity,
@@ -128,7 +131,7 @@ class Run(Resources):
             inputs["pairs"] = self.pair_file(recipe.train.pairs).fingerprint
         elif upstream:
             inputs["pairs"] = upstream["pairs"]
-        elif round > 1 and recipe.train.objective == "preference":
+        elif round > 1 and objective.uses_reference:
             inputs["pairs"] = tables.content_hash(self._later_inputs(round, arm, recipe))
         else:
             inputs["pairs"] = pairs_content(cell.pairs)
@@ -347,7 +350,7 @@ class Run(Resources):
                 self.start_of(recipe) if round == 1 else self.train_stage(round - 1, arm, only_finished=True).model
             )
             trained = self._train(round, arm, recipe, start, cell.folder, inputs)
-            sampled = rollout_costs(cell.metrics) if recipe.train.objective == "rlhf" else {}
+            sampled = rollout_costs(cell.metrics) if objective_of(recipe.train).reads is Reads.PROMPTS else {}
             finish_training(cell.folder, inputs, trained.seconds, steps=trained.result.steps, **sampled)
             say(
                 f"round {round}, {arm or summary.main_name(recipe)}: trained {trained.result.steps} steps "
@@ -376,7 +379,8 @@ class Run(Resources):
         look("training")
         seed, reference = recipe.seed + round, None
         given: dict[str, Any] = {"start": start, "seed": seed, "made_from": made_from}
-        if recipe.train.objective == "rlhf":
+        objective = objective_of(recipe.train)
+        if objective.reads is Reads.PROMPTS:
             part = rewarding.policy_part(recipe)
             own = [prompt for key, prompt in self.prompts.items() if part is None or part.holds(key)]
             reward = self.reward_stage()
@@ -388,7 +392,7 @@ class Run(Resources):
             pairs: PairRows = self.pair_file(recipe.train.pairs)
             root = image_folder(recipe.train.pairs, recipe.data.image_root)
             policy = dataclasses.replace(policy, processor=dataclasses.replace(policy.processor, image_root=root))
-        elif round > 1 and recipe.train.objective == "preference":
+        elif round > 1 and objective.uses_reference:
             pairs = TableRows(self._later_pairs(round, arm, recipe))
             # Whatever the reference is, its log-probs stand in these pairs.
             recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, reference="recorded"))
@@ -464,7 +468,7 @@ class Run(Resources):
         from m3po_jax.report import build_report
         from m3po_jax.report.browser import tokenizer_text
 
-        if self.recipe.train.objective == "reward":
+        if objective_of(self.recipe.train).learner is Learner.REWARD_MODEL:
             raise UserError(
                 "a reward model answers nothing, so there is nothing to evaluate",
                 where="train.objective",
