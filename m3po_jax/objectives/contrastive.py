@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from m3po_jax.config import Recipe
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.contrastive import ContrastiveBatch, contrastive_batches
 from m3po_jax.data.schema import Prompt
-from m3po_jax.objectives.objective import Learner, LossOutput, Objective, Reads
+from m3po_jax.objectives.objective import BATCH_ALONE, Learner, LossContext, LossOutput, Objective, Reads
 
 
 def sigmoid_contrastive_loss(
@@ -41,17 +40,9 @@ class Contrastive(Objective):
     shared_fields: ClassVar[tuple[str, ...]] = ("text_ids", "text_mask")
     whole_model: ClassVar[bool] = True
 
-    def loss(
-        self,
-        model: Any,
-        batch: ContrastiveBatch,
-        *,
-        tokens: jax.Array | None = None,
-        reference_model: Any = None,
-        remat: str = "none",
-    ) -> LossOutput:
+    def loss(self, model: Any, batch: ContrastiveBatch, context: LossContext = BATCH_ALONE) -> LossOutput:
         """`sigmoid_contrastive_loss`, nats per image."""
-        images = model.encode_image(batch.pixel_values, remat=remat)
+        images = model.encode_image(batch.pixel_values, remat=context.remat)
         texts = model.encode_text(batch.text_ids, batch.text_mask)
         logits = model.logits(images, texts)
         row_losses = sigmoid_contrastive_loss(logits, batch.labels)
@@ -78,7 +69,7 @@ class Contrastive(Objective):
             **{name: options[name] for name in ("batch_size", "seed", "own")},
         )
 
-    def description(self, recipe: Recipe) -> tuple[str, list[str]]:
+    def description(self, rule: str, judge: str) -> tuple[str, list[str]]:
         return "contrastive training on images and claims about them", ["contrastive"]
 
 

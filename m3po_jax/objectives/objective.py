@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from m3po_jax.config import Recipe, TrainConfig
+from m3po_jax.config import TrainConfig
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.pair_rows import PairRows
 from m3po_jax.data.schema import Prompt
@@ -38,6 +38,30 @@ class LossOutput(NamedTuple):
     metrics: dict[str, Float[Array, ""]]
     row_losses: Float[Array, " b"]
     token_sums: dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
+
+
+class LossContext(NamedTuple):
+    """What a loss is given beside a model and a batch.
+
+    Attributes:
+        tokens: What the sum of an NLL is divided by; None: the batch's own answer tokens. In training it is the
+            number of an average micro-batch: of the whole batch (`token_mean: batch`), which makes the average over
+            micro-batches the token mean of the batch, or of all data (`token_mean: data`), so that a token weighs
+            the same whichever rows it shares a batch with.
+        reference_model: The reference model, where it runs in the step.
+        remat: What the backward pass recomputes.
+    """
+
+    tokens: jax.Array | float | None = None
+    reference_model: Any = None
+    remat: str = "none"
+
+    def denominator(self, count: Float[Array, ""]) -> Float[Array, ""]:
+        """`tokens`, or the batch's own number of them; at least 1."""
+        return jnp.maximum(count if self.tokens is None else self.tokens, 1)
+
+
+BATCH_ALONE = LossContext()
 
 
 class Learner(Enum):
@@ -114,24 +138,8 @@ class Objective(ABC):
     # The loss.
 
     @abstractmethod
-    def loss(
-        self,
-        model: Any,
-        batch: Any,
-        *,
-        tokens: jax.Array | None = None,
-        reference_model: Any = None,
-        remat: str = "none",
-    ) -> LossOutput:
-        """The loss of a batch under a model.
-
-        Args:
-            tokens: What the sum of an NLL is divided by; None: the batch's own answer tokens. In training it is the
-                number of an average micro-batch: of the whole batch (`token_mean: batch`), which makes the average
-                over micro-batches the token mean of the batch, or of all data (`token_mean: data`), so that a token
-                weighs the same whichever rows it shares a batch with.
-            reference_model: The reference model, where it runs in the step.
-        """
+    def loss(self, model: Any, batch: Any, context: LossContext = BATCH_ALONE) -> LossOutput:
+        """The loss of a batch under a model."""
 
     def answer_tokens(self, batch: Any) -> jax.Array | None:
         """Answer tokens of a batch, where the loss averages over tokens: what a sum over them is divided by, whole or
@@ -186,13 +194,17 @@ class Objective(ABC):
 
     # What it is called.
 
-    def system_name(self, recipe: Recipe) -> str:
-        """What a recipe's own system is called in tables and reports."""
+    def system_name(self, rule: str) -> str:
+        """What a recipe's own system is called in tables and reports; `rule`: how its pairs are selected."""
         return self.name
 
     @abstractmethod
-    def description(self, recipe: Recipe) -> tuple[str, list[str]]:
-        """How weights of this recipe were trained, in words, and the hub's tags for it."""
+    def description(self, rule: str, judge: str) -> tuple[str, list[str]]:
+        """How weights were trained, in words, and the hub's tags for it.
+
+        Args:
+            rule, judge: How pairs are selected, and the backend of their scores.
+        """
 
     def facts(self) -> dict[str, str]:
         """Settings that a model card shows beside those of every training."""

@@ -5,6 +5,7 @@ The formulas are in `objectives.loss_types`, the divergences in `objectives.dive
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -112,35 +113,15 @@ class PairLoss:
                     remedy=f"those with one are {with_divergences}",
                 )
 
-    def __call__(
-        self,
-        policy_chosen: Pairs,
-        policy_rejected: Pairs,
-        reference_chosen: Pairs,
-        reference_rejected: Pairs,
-        *,
-        chosen_lengths: Num[Array, " pairs"] | None = None,
-        rejected_lengths: Num[Array, " pairs"] | None = None,
-        chosen_nll: Pairs | None = None,
-        chosen_tokens: Num[Array, ""] | float | None = None,
-    ) -> tuple[Pairs, Pairs, Pairs]:
-        """(losses, chosen_rewards, rejected_rewards) of a batch; see `preference_loss`."""
+    def __call__(self, x: PairLogProbs) -> tuple[Pairs, Pairs, Pairs]:
+        """(losses, chosen_rewards, rejected_rewards) of a batch, under the divergence; see `preference_loss`."""
         for name in self.mixture:
-            if LOSSES[name].needs_lengths and (chosen_lengths is None or rejected_lengths is None):
+            if LOSSES[name].needs_lengths and x.chosen_lengths is None:
                 raise UserError(
                     f"loss_type {name!r} averages over tokens", remedy="pass chosen_lengths and rejected_lengths"
                 )
-        x = PairLogProbs(
-            jnp.asarray(policy_chosen),
-            jnp.asarray(policy_rejected),
-            jnp.asarray(reference_chosen),
-            jnp.asarray(reference_rejected),
-            None if chosen_lengths is None else jnp.asarray(chosen_lengths),
-            None if rejected_lengths is None else jnp.asarray(rejected_lengths),
-            divergence_score(self.f_divergence_type, self.f_alpha_divergence_coef),
-            None if chosen_nll is None else jnp.asarray(chosen_nll),
-            chosen_tokens,
-        )
+        score = divergence_score(self.f_divergence_type, self.f_alpha_divergence_coef)
+        x = dataclasses.replace(x, score=score)
         losses, parameters, parts = jnp.zeros_like(x.policy_chosen), dict(self.parameters), self.parts
         for weight, loss in zip(self.mixture.values(), parts, strict=True):
             losses = losses + weight * loss.function(x, **{name: parameters[name] for name in loss.parameters})
@@ -160,8 +141,7 @@ class PairLoss:
         zero, one = jnp.zeros(1), jnp.ones(1)
 
         def value(ratio: float) -> float:  # alone, because the coupled losses would sort several
-            losses = self(ratio * one, -ratio * one, zero, zero, chosen_lengths=one, rejected_lengths=one)[0]
-            return float(losses[0])
+            return float(self(PairLogProbs(ratio * one, -ratio * one, zero, zero, one, one))[0][0])
 
         start = value(0.0)
         return start, max(abs(value(ratio) - start) for ratio in (nats, -nats))
@@ -216,13 +196,12 @@ def preference_loss(
         f_alpha_divergence_coef,
     )
     loss.check()
-    return loss(
-        policy_chosen,
-        policy_rejected,
-        reference_chosen,
-        reference_rejected,
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
-        chosen_nll=chosen_nll,
+    sums = (policy_chosen, policy_rejected, reference_chosen, reference_rejected)
+    lengths = None if chosen_lengths is None or rejected_lengths is None else (chosen_lengths, rejected_lengths)
+    x = PairLogProbs(
+        *map(jnp.asarray, sums),
+        *(map(jnp.asarray, lengths) if lengths is not None else (None, None)),
+        chosen_nll=None if chosen_nll is None else jnp.asarray(chosen_nll),
         chosen_tokens=chosen_tokens,
     )
+    return loss(x)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from m3po_jax.config import Recipe, TrainConfig
+from m3po_jax.config import TrainConfig
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.batches import pair_batches
 from m3po_jax.data.collation import TreeBatch
@@ -19,7 +19,7 @@ from m3po_jax.data.pair_rows import PairRows
 from m3po_jax.errors import UserError
 from m3po_jax.objectives.conditional import anchor_loss, conditional_logits, conditional_loss
 from m3po_jax.objectives.length import length_desensitised_sums
-from m3po_jax.objectives.loss_types import LOSSES
+from m3po_jax.objectives.loss_types import LOSSES, PairLogProbs
 from m3po_jax.objectives.metrics import preference_metrics
 from m3po_jax.objectives.model_passes import (
     adapters_off,
@@ -31,7 +31,7 @@ from m3po_jax.objectives.model_passes import (
     reference_sums,
     token_sums,
 )
-from m3po_jax.objectives.objective import LossOutput, Objective, Reads, first_branch_tokens
+from m3po_jax.objectives.objective import BATCH_ALONE, LossContext, LossOutput, Objective, Reads, first_branch_tokens
 from m3po_jax.objectives.pair_loss import PairLoss
 from m3po_jax.objectives.sft import token_nll
 
@@ -48,6 +48,7 @@ class Preference(Objective):
     """
 
     pair_loss: PairLoss
+    pairs: str
     ld_alpha: float | None
     ld_alpha_reference: bool
     chosen_nll_weight: float
@@ -69,15 +70,7 @@ class Preference(Objective):
         names = {field.name for field in dataclasses.fields(cls)} & vars(config).keys()
         return {name: getattr(config, name) for name in names} | {"pair_loss": PairLoss.of(config)}
 
-    def loss(
-        self,
-        model: Any,
-        batch: TreeBatch,
-        *,
-        tokens: jax.Array | None = None,
-        reference_model: Any = None,
-        remat: str = "none",
-    ) -> LossOutput:
+    def loss(self, model: Any, batch: TreeBatch, context: LossContext = BATCH_ALONE) -> LossOutput:
         """A preference loss on chosen and rejected answers; both go through the policy with their prompt in one pass.
 
         Loss = mean(losses) + `chosen_nll_weight` × token-mean NLL of the chosen answers (RPO, arXiv:2404.19733) +
@@ -87,23 +80,22 @@ class Preference(Objective):
         With `ld_alpha` the losses and rewards read length-desensitised sums, as in TRL; the metrics ``logps`` and
         ``delta_logps`` and mDPO's terms keep the plain ones.
 
-        Args:
-            reference_model: Computes the reference in the same step, as it is, for every row, or for the rows without
-                recorded log-probs when `reference` is ``recorded``. None: all recorded; what no record can hold (see
-                `needs_reference_pass`) is computed by the policy without its adapters.
+        A reference model computes the reference in the same step, as it is, for every row, or for the rows without
+        recorded log-probs when `reference` is ``recorded``. Without one all are recorded; what no record can hold
+        (see `needs_reference_pass`) is computed by the policy without its adapters.
         """
-        features = image_features(model, batch, remat=remat)
-        scores = answer_scores(model, batch, features, remat=remat, base_learns=self.base_learns)
+        features = image_features(model, batch, remat=context.remat)
+        scores = answer_scores(model, batch, features, remat=context.remat, base_learns=self.base_learns)
         log_probs = scores.log_probs
         policy, reference = jnp.sum(log_probs, axis=-1), batch.reference
-        computed: Any = None
+        computed, reference_model = None, context.reference_model
         every_row_recorded = reference_model is None
         if every_row_recorded and self.needs_reference_pass:
             reference_model = adapters_off(model)
         if not every_row_recorded or self._desensitises_reference:
             # A frozen tower's features serve the reference too; an adapted tower's are the policy's own.
             shared = None if self.tower_learns else features
-            computed = reference_log_probs(reference_model, batch, shared, remat=remat)
+            computed = reference_log_probs(reference_model, batch, shared, remat=context.remat)
         if not every_row_recorded:
             keep = jnp.isfinite(reference) & (not self.computes_reference)
             reference = jnp.where(keep, reference, jnp.sum(computed, axis=-1))
@@ -114,32 +106,31 @@ class Preference(Objective):
                 compared_reference = length_desensitised_sums(computed, batch.branch_mask, self.ld_alpha)
         lengths = jnp.sum(batch.branch_mask, axis=-1)
         losses, chosen_rewards, rejected_rewards = self.pair_loss(
-            compared[:, 0],
-            compared[:, 1],
-            compared_reference[:, 0],
-            compared_reference[:, 1],
-            chosen_lengths=lengths[:, 0],
-            rejected_lengths=lengths[:, 1],
-            chosen_nll=-policy[:, 0],
-            chosen_tokens=tokens,
+            PairLogProbs(
+                *compared.T,
+                *compared_reference.T,
+                *lengths.T,
+                chosen_nll=-policy[:, 0],
+                chosen_tokens=context.tokens,
+            )
         )
         metrics = preference_metrics(
-            policy[:, 0],
-            policy[:, 1],
-            reference[:, 0],
-            reference[:, 1],
+            *policy.T,
+            *reference.T,
             chosen_rewards=chosen_rewards,
             rejected_rewards=rejected_rewards,
             chosen_lengths=lengths[:, 0],
             rejected_lengths=lengths[:, 1],
         )
         nll, count = token_nll(log_probs[:, 0], batch.branch_mask[:, 0])
-        nll = nll / jnp.maximum(count if tokens is None else tokens, 1)
+        nll = nll / context.denominator(count)
         metrics["nll/chosen"] = nll
         metrics["loss/preference"] = jnp.mean(losses)
         row_losses, beta = losses, self.pair_loss.beta
         if self.conditional_weight:
-            logits = self._conditional(model, reference_model, batch, features, policy[:, 0], reference[:, 0], remat)
+            logits = self._conditional(
+                model, reference_model, batch, features, policy[:, 0], reference[:, 0], context.remat
+            )
             conditional = conditional_loss(logits, beta)
             row_losses = row_losses + self.conditional_weight * conditional
             metrics["loss/conditional"] = jnp.mean(conditional)
@@ -263,14 +254,14 @@ class Preference(Objective):
     def batches_of_pairs(self, pairs: PairRows, processor: Any, *, where: str, **options: Any) -> BatchSource[Any]:
         return pair_batches(pairs, processor, where=where, **options)
 
-    def system_name(self, recipe: Recipe) -> str:
-        return "pairs" if recipe.train.pairs else RULE_NAMES.get(recipe.select.rule, recipe.select.rule)
+    def system_name(self, rule: str) -> str:
+        return "pairs" if self.pairs else RULE_NAMES.get(rule, rule)
 
-    def description(self, recipe: Recipe) -> tuple[str, list[str]]:
-        rule, losses = recipe.select.rule, ", ".join(name for name, _ in self.pair_loss.loss_weights)
+    def description(self, rule: str, judge: str) -> tuple[str, list[str]]:
+        losses = ", ".join(name for name, _ in self.pair_loss.loss_weights)
         return (
             f"preference optimisation on the model's own answers: pairs chosen by the rule `{rule}`, alignment "
-            f"scores of the `{recipe.score.backend}` backend, loss `{losses or self.pair_loss.loss_type}`",
+            f"scores of the `{judge}` backend, loss `{losses or self.pair_loss.loss_type}`",
             ["preference-optimization", "dpo", *(["m3po"] if rule == "m3p" else [])],
         )
 

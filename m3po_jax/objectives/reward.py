@@ -12,14 +12,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from m3po_jax.config import Recipe, TrainConfig
+from m3po_jax.config import TrainConfig
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.batches import pair_batches
 from m3po_jax.data.collation import TreeBatch
 from m3po_jax.data.pair_rows import PairRows
 from m3po_jax.models.heads import answer_rewards
 from m3po_jax.objectives.model_passes import branch_inputs, image_features
-from m3po_jax.objectives.objective import Learner, LossOutput, Objective, Reads, check_frozen_tower
+from m3po_jax.objectives.objective import (
+    BATCH_ALONE,
+    Learner,
+    LossContext,
+    LossOutput,
+    Objective,
+    Reads,
+    check_frozen_tower,
+)
 
 
 def reward_loss(
@@ -54,18 +62,12 @@ class Reward(Objective):
     draws_candidates: ClassVar[bool] = True
     unread: ClassVar[tuple[str, ...]] = ("lm_head",)  # a reward is read from the hidden state
 
-    def loss(
-        self,
-        model: Any,
-        batch: TreeBatch,
-        *,
-        tokens: jax.Array | None = None,
-        reference_model: Any = None,
-        remat: str = "none",
-    ) -> LossOutput:
+    def loss(self, model: Any, batch: TreeBatch, context: LossContext = BATCH_ALONE) -> LossOutput:
         """The pairwise logistic loss, nats per pair; TRL's metrics."""
-        features = image_features(model, batch, remat=remat)
-        rewards = answer_rewards(model, *branch_inputs(batch, features), remat=remat, base_learns=self.base_learns)
+        features = image_features(model, batch, remat=context.remat)
+        rewards = answer_rewards(
+            model, *branch_inputs(batch, features), remat=context.remat, base_learns=self.base_learns
+        )
         chosen, rejected = rewards[:, 0], rewards[:, 1]
         losses = reward_loss(
             chosen,
@@ -93,5 +95,5 @@ class Reward(Objective):
     def batches_of_pairs(self, pairs: PairRows, processor: Any, *, where: str, **options: Any) -> BatchSource[Any]:
         return pair_batches(pairs, processor, where=where, **options)
 
-    def description(self, recipe: Recipe) -> tuple[str, list[str]]:
+    def description(self, rule: str, judge: str) -> tuple[str, list[str]]:
         return "reward modelling on pairs", ["reward-model"]

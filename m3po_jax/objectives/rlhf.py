@@ -10,14 +10,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from m3po_jax.config import Recipe, RLConfig, TrainConfig
+from m3po_jax.config import RLConfig, TrainConfig
 from m3po_jax.errors import UserError
 from m3po_jax.models.forward import branch_hidden, states_scores
 from m3po_jax.objectives import policy_gradient as pg
 from m3po_jax.objectives.model_passes import answer_log_probs, branch_inputs, image_features
-from m3po_jax.objectives.objective import LossOutput, Objective, Reads, check_frozen_tower
+from m3po_jax.objectives.objective import BATCH_ALONE, LossContext, LossOutput, Objective, Reads, check_frozen_tower
 
-Advantages = tuple[Float[Array, "b k t"], Float[Array, "b k t"]]
+Answers = Float[Array, "b k"]
+Tokens = Float[Array, "b k t"]
+TokenMask = Bool[Array, "b k t"]
 
 
 class RolloutBatch(NamedTuple):
@@ -53,6 +55,7 @@ class Algorithm(ABC):
 
     cliprange: float
 
+    name: ClassVar[str]
     least_answers: ClassVar[int] = 1
     learns_values: ClassVar[bool] = False
 
@@ -62,12 +65,8 @@ class Algorithm(ABC):
 
     @abstractmethod
     def advantages(
-        self,
-        scores: Float[Array, "b k"],
-        penalties: Float[Array, "b k t"],
-        values: Float[Array, "b k t"],
-        mask: Bool[Array, "b k t"],
-    ) -> Advantages:
+        self, scores: Answers, penalties: Tokens, values: Tokens, mask: TokenMask
+    ) -> tuple[Tokens, Tokens]:
         """(advantages, returns) of the tokens of a rollout, from scores of answers and the KL penalties of tokens."""
 
     @abstractmethod
@@ -87,15 +86,12 @@ class Rloo(Algorithm):
 
     normalize_advantages: bool
 
+    name: ClassVar[str] = "rloo"
     least_answers: ClassVar[int] = 2
 
     def advantages(
-        self,
-        scores: Float[Array, "b k"],
-        penalties: Float[Array, "b k t"],
-        values: Float[Array, "b k t"],
-        mask: Bool[Array, "b k t"],
-    ) -> Advantages:
+        self, scores: Answers, penalties: Tokens, values: Tokens, mask: TokenMask
+    ) -> tuple[Tokens, Tokens]:
         """Each answer's at every one of its tokens; there are no returns."""
         rewards = scores + jnp.sum(penalties, axis=-1)
         per_answer = pg.rloo_advantages(rewards, normalize=self.normalize_advantages)
@@ -131,15 +127,12 @@ class Ppo(Algorithm):
     cliprange_value: float
     whiten_rewards: bool
 
+    name: ClassVar[str] = "ppo"
     learns_values: ClassVar[bool] = True
 
     def advantages(
-        self,
-        scores: Float[Array, "b k"],
-        penalties: Float[Array, "b k t"],
-        values: Float[Array, "b k t"],
-        mask: Bool[Array, "b k t"],
-    ) -> Advantages:
+        self, scores: Answers, penalties: Tokens, values: Tokens, mask: TokenMask
+    ) -> tuple[Tokens, Tokens]:
         rewards = pg.token_rewards(scores, penalties, mask)
         if self.whiten_rewards:
             rewards = pg.whiten(rewards, mask, shift_mean=False)
@@ -154,7 +147,7 @@ class Ppo(Algorithm):
         log_probs = states_scores(model, hidden, batch.branch_ids).log_probs
         log_ratio = jnp.where(mask, log_probs - batch.old_log_probs, 0.0)
 
-        def total(x: Float[Array, "b k t"]) -> Float[Array, " b"]:
+        def total(x: Tokens) -> Float[Array, " b"]:
             return jnp.sum(jnp.where(mask, x, 0.0), axis=(1, 2))
 
         policy = pg.policy_loss(log_ratio, batch.advantages, self.cliprange)
@@ -172,12 +165,12 @@ class Ppo(Algorithm):
         return LossOutput(jnp.sum(losses) / count, metrics, losses / lengths, {})
 
 
-def _approximate_kl(log_ratio: Float[Array, "b k t"], count: Float[Array, ""]) -> Float[Array, ""]:
+def _approximate_kl(log_ratio: Tokens, count: Float[Array, ""]) -> Float[Array, ""]:
     """TRL's ``policy/approxkl_avg``, of tokens."""
     return 0.5 * jnp.sum(jnp.square(log_ratio)) / count
 
 
-ALGORITHMS: dict[str, type[Algorithm]] = {"rloo": Rloo, "ppo": Ppo}
+ALGORITHMS: dict[str, type[Algorithm]] = {algorithm.name: algorithm for algorithm in (Rloo, Ppo)}
 
 
 def algorithm_of(rl: RLConfig) -> Algorithm:
@@ -200,17 +193,9 @@ class Rlhf(Objective):
     def _settings(cls, config: TrainConfig) -> dict[str, Any]:
         return {"algorithm": algorithm_of(config.rl)}
 
-    def loss(
-        self,
-        model: Any,
-        batch: RolloutBatch,
-        *,
-        tokens: jax.Array | None = None,
-        reference_model: Any = None,
-        remat: str = "none",
-    ) -> LossOutput:
-        count = jnp.maximum(jnp.sum(batch.branch_mask) if tokens is None else tokens, 1)
-        return self.algorithm.loss(model, batch, count=count, remat=remat, base_learns=self.base_learns)
+    def loss(self, model: Any, batch: RolloutBatch, context: LossContext = BATCH_ALONE) -> LossOutput:
+        count = context.denominator(jnp.sum(batch.branch_mask))
+        return self.algorithm.loss(model, batch, count=count, remat=context.remat, base_learns=self.base_learns)
 
     def answer_tokens(self, batch: Any) -> jax.Array | None:
         return jnp.sum(batch.branch_mask, dtype=jnp.float32)
@@ -220,7 +205,7 @@ class Rlhf(Objective):
         least = self.algorithm.least_answers
         if config.rl.rloo_k < least:
             raise UserError(
-                f"{config.rl.algorithm} needs at least {least} answers of a prompt, not {config.rl.rloo_k}",
+                f"{self.algorithm.name} needs at least {least} answers of a prompt, not {config.rl.rloo_k}",
                 where="train.rl.rloo_k",
             )
         check_frozen_tower(config)
@@ -229,6 +214,6 @@ class Rlhf(Objective):
     def reads(self) -> Reads:
         return Reads.PROMPTS
 
-    def description(self, recipe: Recipe) -> tuple[str, list[str]]:
-        name = recipe.train.rl.algorithm
+    def description(self, rule: str, judge: str) -> tuple[str, list[str]]:
+        name = self.algorithm.name
         return f"reinforcement learning on a reward model (`{name}`)", ["rlhf", name]

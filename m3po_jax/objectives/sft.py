@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
 
-from m3po_jax.config import Recipe
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.batches import sft_batches
 from m3po_jax.data.collation import TreeBatch
 from m3po_jax.data.pair_rows import PairPrompts, PairRows, message_text
 from m3po_jax.data.schema import Prompt
 from m3po_jax.objectives.model_passes import answer_scores, image_features, token_sums
-from m3po_jax.objectives.objective import LossOutput, Objective, Reads, first_branch_tokens
+from m3po_jax.objectives.objective import BATCH_ALONE, LossContext, LossOutput, Objective, Reads, first_branch_tokens
 
 
 def token_nll(
@@ -43,24 +42,16 @@ class Sft(Objective):
     answers: ClassVar[int | None] = 1
     shared_fields: ClassVar[tuple[str, ...]] = ("blank_features",)
 
-    def loss(
-        self,
-        model: Any,
-        batch: TreeBatch,
-        *,
-        tokens: jax.Array | None = None,
-        reference_model: Any = None,
-        remat: str = "none",
-    ) -> LossOutput:
+    def loss(self, model: Any, batch: TreeBatch, context: LossContext = BATCH_ALONE) -> LossOutput:
         """Negative log-likelihood of the answers (K = 1), nats per token.
 
         A mean over tokens, as in TRL, not of per-sequence means: long answers weigh more.
         """
-        features = image_features(model, batch, remat=remat)
-        scores = answer_scores(model, batch, features, remat=remat, base_learns=self.base_learns)
+        features = image_features(model, batch, remat=context.remat)
+        scores = answer_scores(model, batch, features, remat=context.remat, base_learns=self.base_learns)
         log_probs = scores.log_probs
         nll, count = token_nll(log_probs[:, 0], batch.branch_mask[:, 0])
-        loss = nll / jnp.maximum(count if tokens is None else tokens, 1)
+        loss = nll / context.denominator(count)
         lengths = jnp.maximum(jnp.sum(batch.branch_mask[:, 0], axis=-1), 1)
         row_losses = -jnp.sum(log_probs[:, 0], axis=-1) / lengths
         metrics = {"nll/sequence": jnp.mean(row_losses)}
@@ -86,8 +77,8 @@ class Sft(Objective):
     ) -> BatchSource[Any]:
         return sft_batches(rows, processor, **options)
 
-    def system_name(self, recipe: Recipe) -> str:
+    def system_name(self, rule: str) -> str:
         return "sft_chosen" if self.reads is Reads.PAIRS else "sft"
 
-    def description(self, recipe: Recipe) -> tuple[str, list[str]]:
+    def description(self, rule: str, judge: str) -> tuple[str, list[str]]:
         return "supervised fine-tuning", ["sft"]

@@ -95,8 +95,8 @@ def _tiny_judge(score: ScoreConfig) -> ScoreConfig:
     policies.
     """
 
-    def tiny(name: str) -> str:
-        return "claims" if name in ("judge", "endpoint", "reward") else name
+    def tiny(backend: str) -> str:
+        return "claims" if backend in ("judge", "endpoint", "reward") else backend
 
     backend = tiny(score.backend)
     members = [tiny(member.partition("=")[0]) for member in score.members]

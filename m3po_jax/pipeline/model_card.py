@@ -59,7 +59,7 @@ def model_card(
     """
     base, local = recipe.model.path, Path(recipe.model.path).expanduser().is_dir()
     on_hub = bool(HUB_ID.fullmatch(base)) and not local
-    method, tags = objective_of(recipe.train).description(recipe)
+    method, tags = objective_of(recipe.train).description(recipe.select.rule, recipe.score.backend)
     header: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": family.task,

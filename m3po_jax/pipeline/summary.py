@@ -23,7 +23,7 @@ from m3po_jax.workspace.files import is_writer, read_json, write_text
 
 def main_name(recipe: Recipe) -> str:
     """The recipe's own system, as the table and the report name it."""
-    return objective_of(recipe.train).system_name(recipe)
+    return objective_of(recipe.train).system_name(recipe.select.rule)
 
 
 def stop_bias_name(bias: float) -> str:

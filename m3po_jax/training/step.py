@@ -27,7 +27,7 @@ from m3po_jax.errors import UserError, nearest
 from m3po_jax.models import lora
 from m3po_jax.models.heads import HEAD
 from m3po_jax.models.layers import LoRAParam
-from m3po_jax.objectives.objective import LossOutput, Objective
+from m3po_jax.objectives.objective import LossContext, LossOutput, Objective
 from m3po_jax.objectives.registry import check_objective
 from m3po_jax.objectives.rlhf import RolloutBatch
 from m3po_jax.sharding import AXES, Axes, describe, sharding_for, state_shardings, use_mesh
@@ -196,7 +196,7 @@ class TrainStep:
     ) -> tuple[TrainState, dict[str, Float[Array, ""]], Float[Array, " b"]]:
         """(next state, metrics, loss per row). `state` is donated: do not touch it afterwards.
 
-        `tokens` is what NLL sums of the whole batch are divided by; None: its answer tokens (see `Objective.loss`).
+        `tokens` is what NLL sums of the whole batch are divided by; None: its answer tokens (see `LossContext`).
         `taken` is how many steps the caller has dispatched before this one: where the state has fewer behind it,
         one of them was not finite, and this step keeps the state as well, so that the caller may look at a step's
         numbers after it has dispatched the next. None: the state is taken as it comes.
@@ -275,7 +275,7 @@ def _make_step(
     ) -> tuple[jax.Array, LossOutput]:
         model = partition.merge(trainable, frozen)
         reference = reference_model(partition, trainable, frozen, base) if compute_reference else None
-        out = objective.loss(model, batch, tokens=tokens, reference_model=reference, remat=remat)
+        out = objective.loss(model, batch, LossContext(tokens, reference, remat))
         return out.loss, out
 
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)

@@ -15,6 +15,7 @@ from m3po_jax.config import TrainConfig
 from m3po_jax.data.collation import TreeBatch
 from m3po_jax.models.forward import encode_images
 from m3po_jax.models.llava.model import reference_forward
+from m3po_jax.objectives.objective import LossContext
 from m3po_jax.objectives.registry import objective_of
 from m3po_jax.sharding import shard_batch
 from m3po_jax.training.step import make_step, place_frozen, split_model
@@ -22,7 +23,7 @@ from m3po_jax.training.step import make_step, place_frozen, split_model
 
 def loss_of(model: Any, batch: Any, config: TrainConfig, **options: Any) -> Any:
     """The loss of the objective that `config` names."""
-    return objective_of(config).loss(model, batch, **options)
+    return objective_of(config).loss(model, batch, LossContext(**options))
 
 
 def compiled_loss(model: Any, batch: Any, config: TrainConfig, reference_model: Any = None) -> Any:
