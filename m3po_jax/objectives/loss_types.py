@@ -257,7 +257,7 @@ class PreferenceLoss:
             same name under `train`, whose default and range stand in config.py.
         needs_lengths: Lengths enter the formula.
         reference_free: The reference does not enter; rewards are then β × policy log-prob, as in TRL.
-        of_ratios: Log-ratios alone enter, so that the loss has one value where policy and reference agree.
+        of_ratios: Where the reference enters, log-ratios alone do: one value where policy and reference agree.
         mean_rewards: The rewards of a loss without reference use per-token means (of length-averaged log-probs).
         divergences: Other f-divergences than reverse KL apply: the loss reads the difference of scores alone, in
             which the unknown normaliser cancels (TRL 1.16's list).
@@ -278,8 +278,6 @@ class PreferenceLoss:
     def parameters(self) -> tuple[str, ...]:
         return keyword_parameters(self.function)
 
-
-POLICY_ALONE: dict[str, bool] = {"reference_free": True, "of_ratios": False}
 
 LOSSES: dict[str, PreferenceLoss] = {
     "sigmoid": PreferenceLoss(sigmoid, divergences=True),
@@ -303,7 +301,7 @@ LOSSES: dict[str, PreferenceLoss] = {
     "discopop": PreferenceLoss(discopop, divergences=True),
     "sft": PreferenceLoss(sft, needs_lengths=True, of_ratios=False, divergences=True),
     "sigmoid_norm": PreferenceLoss(sigmoid_norm, needs_lengths=True, divergences=True),
-    "simpo": PreferenceLoss(simpo, needs_lengths=True, mean_rewards=True, **POLICY_ALONE),
-    "cpo": PreferenceLoss(cpo, **POLICY_ALONE),
-    "orpo": PreferenceLoss(orpo, needs_lengths=True, mean_rewards=True, **POLICY_ALONE),
+    "simpo": PreferenceLoss(simpo, needs_lengths=True, reference_free=True, mean_rewards=True),
+    "cpo": PreferenceLoss(cpo, reference_free=True),
+    "orpo": PreferenceLoss(orpo, needs_lengths=True, reference_free=True, mean_rewards=True),
 }

@@ -116,7 +116,7 @@ class PairLoss:
     def __call__(self, x: PairLogProbs) -> tuple[Pairs, Pairs, Pairs]:
         """(losses, chosen_rewards, rejected_rewards) of a batch, under the divergence; see `preference_loss`."""
         for name in self.mixture:
-            if LOSSES[name].needs_lengths and x.chosen_lengths is None:
+            if LOSSES[name].needs_lengths and (x.chosen_lengths is None or x.rejected_lengths is None):
                 raise UserError(
                     f"loss_type {name!r} averages over tokens", remedy="pass chosen_lengths and rejected_lengths"
                 )
@@ -136,7 +136,7 @@ class PairLoss:
     def at_reference(self, nats: float) -> tuple[float, float] | None:
         """The loss of a pair where policy and reference agree, and how far it moves when both log-ratios are off by
         `nats` in opposite directions; None where a loss reads the policy alone."""
-        if not all(loss.of_ratios for loss in self.parts):
+        if not all(loss.of_ratios and not loss.reference_free for loss in self.parts):
             return None
         zero, one = jnp.zeros(1), jnp.ones(1)
 
@@ -196,11 +196,13 @@ def preference_loss(
         f_alpha_divergence_coef,
     )
     loss.check()
-    sums = (policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    lengths = None if chosen_lengths is None or rejected_lengths is None else (chosen_lengths, rejected_lengths)
     x = PairLogProbs(
-        *map(jnp.asarray, sums),
-        *(map(jnp.asarray, lengths) if lengths is not None else (None, None)),
+        jnp.asarray(policy_chosen),
+        jnp.asarray(policy_rejected),
+        jnp.asarray(reference_chosen),
+        jnp.asarray(reference_rejected),
+        None if chosen_lengths is None else jnp.asarray(chosen_lengths),
+        None if rejected_lengths is None else jnp.asarray(rejected_lengths),
         chosen_nll=None if chosen_nll is None else jnp.asarray(chosen_nll),
         chosen_tokens=chosen_tokens,
     )

@@ -88,7 +88,8 @@ class Preference(Objective):
         scores = answer_scores(model, batch, features, remat=context.remat, base_learns=self.base_learns)
         log_probs = scores.log_probs
         policy, reference = jnp.sum(log_probs, axis=-1), batch.reference
-        computed, reference_model = None, context.reference_model
+        computed: Any = None
+        reference_model = context.reference_model
         every_row_recorded = reference_model is None
         if every_row_recorded and self.needs_reference_pass:
             reference_model = adapters_off(model)

@@ -20,7 +20,6 @@ from m3po_jax.scoring.grading import check_rubric
 from m3po_jax.selection import check_config
 from m3po_jax.sharding import check_mesh
 from m3po_jax.training.guards import check_settings
-from m3po_jax.training.optimizer import make_optimizer
 
 
 def draws_candidates(recipe: Recipe) -> bool:
@@ -110,7 +109,6 @@ def _check_pairs(recipe: Recipe) -> None:
 def _check_one(recipe: Recipe, *, candidates: bool) -> None:
     check_objective(recipe.train)
     check_settings(recipe.train)
-    make_optimizer(recipe.train, 1, {})
     check_trainable(recipe)
     _check_pairs(recipe)
     if uses_own_reward(recipe) or objective_of(recipe.train).learner is Learner.REWARD_MODEL:
