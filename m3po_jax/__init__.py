@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from m3po_jax.api import select as select
     from m3po_jax.api import train as train
     from m3po_jax.errors import UserError as UserError
-    from m3po_jax.objectives.preference import preference_loss as preference_loss
+    from m3po_jax.objectives.pair_loss import preference_loss as preference_loss
 
 _STAGES = ("evaluate", "export", "generate", "load_model", "read_prompts", "score", "select", "train")
 _HOMES = {
     "UserError": "m3po_jax.errors",
-    "preference_loss": "m3po_jax.objectives.preference",
+    "preference_loss": "m3po_jax.objectives.pair_loss",
     **dict.fromkeys(("Model", "Selection", *_STAGES), "m3po_jax.api"),
 }
 __all__ = [

@@ -36,7 +36,7 @@ Name = Annotated[str, FileName()]  # of a folder
 File = Annotated[str, LocalPath()]  # or folder, of this machine
 Variant = Annotated[str, OneOf("scoring.confidence:VARIANTS")]
 Rule = Annotated[str, OneOf("selection:RULES")]
-LossName = Annotated[str, OneOf("objectives.preference:LOSSES")]
+LossName = Annotated[str, OneOf("objectives.loss_types:LOSSES")]
 Tracker = Annotated[str, OneOf("training.trackers:TRACKERS")]
 Cache = Annotated[str, Words("off", "auto"), LocalPath()]
 
@@ -248,7 +248,7 @@ class RLConfig:
     """Reinforcement learning on the reward model (`train.objective: rlhf`); TRL's names."""
 
     # ppo: with a value head and GAE
-    algorithm: Annotated[str, OneOf("objectives.policy_gradient:ALGORITHMS")] = "rloo"
+    algorithm: Annotated[str, OneOf("objectives.rlhf:ALGORITHMS")] = "rloo"
     rloo_k: Candidates = 4  # answers of a prompt in a rollout, at least 2 for rloo
     temperature: Positive = 1.0  # of the rollouts; log-probs are those of temperature 1
     kl_coef: NotNegative = 0.05  # weight of the KL to the reference in the reward
@@ -272,14 +272,14 @@ class RLConfig:
 
 @dataclass
 class TrainConfig:
-    objective: Annotated[str, OneOf("training.objectives:OBJECTIVES")] = "preference"  # see training.md
+    objective: Annotated[str, OneOf("objectives.registry:OBJECTIVES")] = "preference"  # see training.md
     data: list[DataConfig] = field(default_factory=list)  # sft, contrastive: joined; empty: the recipe's `data`
     # preference, sft on chosen answers: a file (or folder) of pairs to learn from instead of a run's own, see data.md
     pairs: File = ""
     # an arm of objective sft learns the pairs' chosen | the data's reference answers
     sft_answers: Literal["chosen", "reference"] = "chosen"
     # a loss of training.md; mixture: those of `loss_weights`
-    loss_type: Annotated[str, OneOf("objectives.preference:LOSSES", "mixture")] = "sigmoid"
+    loss_type: Annotated[str, OneOf("objectives.loss_types:LOSSES", "mixture")] = "sigmoid"
     # MPO: {sigmoid: 0.8, bco_pair: 0.2, sft: 1.0}
     loss_weights: dict[LossName, NotNegative] = field(default_factory=dict)
     beta: Positive = 0.1
@@ -293,7 +293,7 @@ class TrainConfig:
     chosen_nll_weight: NotNegative = 0.0  # anchor: per-token NLL of the chosen answer (RPO)
     conditional_weight: NotNegative = 0.0  # mDPO: the chosen answer is preferred to itself with a corrupted image
     # the corrupted image; swap: another row's
-    conditional_image: Annotated[str, OneOf("training.losses:CORRUPTIONS")] = "blank"
+    conditional_image: Annotated[str, OneOf("objectives.model_passes:CORRUPTIONS")] = "blank"
     anchor_weight: NotNegative = 0.0  # mDPO: the chosen answer's reward stays above `anchor_delta`
     anchor_delta: Finite = 0.0  # in units of reward
     # recorded at generation, or computed by the reference model

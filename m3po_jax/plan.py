@@ -39,6 +39,7 @@ from m3po_jax.models.decoder import Decoder
 from m3po_jax.models.kernels.choice import with_attention
 from m3po_jax.models.quantized_base import quantize_base
 from m3po_jax.models.registry import Description, describe
+from m3po_jax.objectives.registry import objective_of
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.training.flops import peak_flops, step_cost
 from m3po_jax.training.stage import without_free_settings
@@ -223,7 +224,8 @@ def plan(recipe: Recipe, topology: str, *, prompt_tokens: int | None = None) -> 
     mesh = make_mesh(recipe.mesh, devices)
     description = describe(recipe.model.path, vision_tower=recipe.model.vision_tower)
     tokens_per_image = getattr(description.config, "tokens_per_image", None)
-    if tokens_per_image is None or recipe.train.objective not in ("preference", "sft"):
+    objective = objective_of(recipe.train)
+    if tokens_per_image is None or objective.answers is None:
         raise UserError(
             "only vision-language models with train.objective preference or sft are planned",
             where=f"train.objective {recipe.train.objective}, model {recipe.model.path}",
@@ -237,7 +239,7 @@ def plan(recipe: Recipe, topology: str, *, prompt_tokens: int | None = None) -> 
     chip = CHIPS.get(devices[0].device_kind)
     planner = Planner(recipe, description, mesh, length, chip)
     stages: list[Callable[[], Iterator[Program]]] = []
-    if recipe.train.objective != "sft":
+    if objective.draws_candidates:
         stages.append(planner.generation)
         if recipe.score.backend in ("claims", "judge"):
             stages.append(planner.judging)
@@ -359,7 +361,9 @@ class Planner:
             return trainable, frozen
 
         trainable, frozen = jax.eval_shape(parts, nnx.state(described))
-        compute_reference = config.objective == "preference" and config.reference != "recorded"
+        objective = objective_of(config)
+        answers, compute_reference = objective.answers, objective.computes_reference
+        assert answers is not None
         step = make_step(
             kept["partition"],
             trainable,
@@ -372,7 +376,7 @@ class Planner:
         state = step.describe(trainable)
         frozen = describe_on(frozen, state_shardings(frozen, mesh))
         base = state.trainable if compute_reference else None
-        rows, answers = config.batch_size, {"preference": 2, "sft": 1}[config.objective]
+        rows = config.batch_size
         size, longest = self.description.config.vision.image_size, config.max_answer_tokens
         batch = TreeBatch(
             prefix_ids=np.ones((rows, self.length), np.int32),

@@ -18,13 +18,12 @@ from m3po_jax.models import lora
 from m3po_jax.models.layers import LoRAParam
 from m3po_jax.models.llava.config import llava_config
 from m3po_jax.models.llava.model import build
-from m3po_jax.objectives.preference import check_loss
+from m3po_jax.objectives.registry import check_objective
 from m3po_jax.pipeline.mock import shrink
 from m3po_jax.recipes import load_recipe, override
 from m3po_jax.scoring.confidence import VARIANTS
 from m3po_jax.selection import check_config
-from m3po_jax.training.objectives import check_objective
-from m3po_jax.training.optimizer import learning_rate_schedule
+from m3po_jax.training.optimizer import OptimizerSettings, learning_rate_schedule
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("quickstart"))
@@ -52,9 +51,8 @@ def mesh_sizes(recipe: Recipe, count: int) -> dict[str, int]:
 
 def check(recipe: Recipe) -> None:
     check_config(recipe.select)
-    check_loss(recipe.train.loss_type, recipe.train.beta, recipe.train.label_smoothing)
     check_objective(recipe.train)
-    learning_rate_schedule(recipe.train, 100)
+    learning_rate_schedule(OptimizerSettings.of(recipe.train), 100)
     get_template(recipe.model.template)
     assert recipe.model.image_fit in IMAGE_FITS
     g = recipe.generate

@@ -20,7 +20,7 @@ from m3po_jax.cli import VERBS, make_parser
 from m3po_jax.config import DataConfig, Recipe
 from m3po_jax.data import schema
 from m3po_jax.data.sources import read_prompts
-from m3po_jax.objectives.preference import LOSSES
+from m3po_jax.objectives import LOSSES
 from m3po_jax.pipeline.arms import SYSTEMS
 from m3po_jax.pipeline.backends import BACKENDS
 from m3po_jax.pipeline.checks import check_recipe

@@ -8,8 +8,10 @@ the score f'(t), t = π/π_ref; all are 0 with slope 1 at a log-ratio of 0, the 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +41,27 @@ def js_divergence(log_ratio: Scores) -> Scores:
     return math.log(2) + jax.nn.log_sigmoid(log_ratio)
 
 
-def alpha_divergence(log_ratio: Scores, coefficient: float) -> Scores:
-    """f'(t) = (t^(α−1) − 1) / (α − 1), α `coefficient`; reverse KL in the limit α → 1 (|α − 1| < 1e-6, as TRL)."""
-    slope = coefficient - 1.0
+def alpha_divergence(log_ratio: Scores, *, f_alpha_divergence_coef: float) -> Scores:
+    """f'(t) = (t^(α−1) − 1) / (α − 1), α the coefficient; reverse KL in the limit α → 1 (|α − 1| < 1e-6, as TRL)."""
+    slope = f_alpha_divergence_coef - 1.0
     if abs(slope) < 1e-6:
         return log_ratio
     return jnp.expm1(jnp.minimum(slope * log_ratio, LARGEST_EXPONENT)) / slope
 
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+REVERSE_KL = "reverse_kl"  # the divergence of DPO itself, under which every loss has a form
+DIVERGENCES: dict[str, Callable[..., Scores]] = {
+    REVERSE_KL: reverse_kl,
+    "forward_kl": forward_kl,
+    "js_divergence": js_divergence,
+    "alpha_divergence": alpha_divergence,
+}
+
+
+def keyword_parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a formula's parameters: its arguments that are passed by keyword alone."""
+    arguments = inspect.signature(function).parameters.values()
+    return tuple(argument.name for argument in arguments if argument.kind is argument.KEYWORD_ONLY)
 
 
 def divergence_score(f_divergence_type: str, f_alpha_divergence_coef: float = 0.5) -> Callable[[Scores], Scores]:
@@ -58,6 +72,6 @@ def divergence_score(f_divergence_type: str, f_alpha_divergence_coef: float = 0.
     """
     check_value(TrainConfig, "f_divergence_type", f_divergence_type, "train")
     check_value(TrainConfig, "f_alpha_divergence_coef", f_alpha_divergence_coef, "train")
-    if f_divergence_type == "alpha_divergence":
-        return functools.partial(alpha_divergence, coefficient=f_alpha_divergence_coef)
-    return {"reverse_kl": reverse_kl, "forward_kl": forward_kl, "js_divergence": js_divergence}[f_divergence_type]
+    score = DIVERGENCES[f_divergence_type]
+    given = {"f_alpha_divergence_coef": f_alpha_divergence_coef}
+    return functools.partial(score, **{name: given[name] for name in keyword_parameters(score)})

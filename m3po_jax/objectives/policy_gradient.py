@@ -10,14 +10,19 @@ out as 0; log-probs are in nats.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-ALGORITHMS = ("rloo", "ppo")
-KL_ESTIMATORS = ("k1", "k2", "k3")
+# Of r = log π_ref − log π at tokens drawn from π (http://joschu.net/blog/kl-approx.html).
+KL_ESTIMATORS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "k1": lambda r: -r,  # unbiased, of either sign
+    "k2": lambda r: 0.5 * jnp.square(r),  # biased, of less variance
+    "k3": lambda r: jnp.expm1(r) - r,  # unbiased, never negative
+}
 
 
 class ClippedLoss(NamedTuple):
@@ -45,19 +50,8 @@ def whiten(x: Float[Array, ...], mask: Bool[Array, ...], *, shift_mean: bool = T
 def kl_estimate(
     log_probs: Float[Array, ...], reference: Float[Array, ...], estimator: str = "k1"
 ) -> Float[Array, ...]:
-    """Estimates of KL(π ‖ π_ref) from tokens drawn from π (http://joschu.net/blog/kl-approx.html).
-
-    With r = log π_ref − log π: ``k1`` is −r (unbiased, of either sign), ``k2`` r²/2 (biased, less variance), ``k3``
-    eʳ − 1 − r (unbiased, never negative).
-    """
-    ratio = reference - log_probs
-    if estimator == "k1":
-        return -ratio
-    if estimator == "k2":
-        return 0.5 * jnp.square(ratio)
-    if estimator == "k3":
-        return jnp.expm1(ratio) - ratio
-    raise ValueError(f"unknown KL estimator {estimator!r}")
+    """Estimates of KL(π ‖ π_ref) from tokens drawn from π, by a name of `KL_ESTIMATORS`."""
+    return KL_ESTIMATORS[estimator](reference - log_probs)
 
 
 def adaptive_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, episodes: int) -> float:

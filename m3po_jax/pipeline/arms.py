@@ -8,6 +8,8 @@ from typing import Any
 
 from m3po_jax.config import Recipe
 from m3po_jax.errors import UserError, nearest
+from m3po_jax.objectives.objective import Reads
+from m3po_jax.objectives.registry import OBJECTIVES, objective_of
 from m3po_jax.recipes import override
 
 BASE, VCD = "base", "vcd"
@@ -90,8 +92,10 @@ def overrides_of(recipe: Recipe, arm: str) -> dict[str, Any]:
         )
     found = dict(SYSTEMS[arm].overrides) if arm in SYSTEMS else {}
     found |= recipe.arms.get(arm, {})
-    if found.get("train.objective") == "sft" and recipe.train.objective == "preference":
-        found.setdefault("train.batch_size", 2 * recipe.train.batch_size)
+    if "train.objective" in found:
+        arms, main = OBJECTIVES.get(str(found["train.objective"])), objective_of(recipe.train)
+        if arms is not None and arms.answers is not None and main.answers is not None and arms.answers < main.answers:
+            found.setdefault("train.batch_size", recipe.train.batch_size * main.answers // arms.answers)
     return found
 
 
@@ -107,10 +111,9 @@ def makes_pairs(recipe: Recipe) -> bool:
 
 def trains_in_rounds(recipe: Recipe) -> bool:
     """Whether `m3po train` works in round folders, as an arm does: on pairs or rollouts, not on rows of `data`."""
-    return recipe.train.objective in ("preference", "rlhf") or bool(recipe.train.pairs)
+    return not objective_of(recipe.train).reads_rows or bool(recipe.train.pairs)
 
 
 def needs_pairs(recipe: Recipe) -> bool:
     """Whether an arm's training reads pairs."""
-    objective = recipe.train.objective
-    return objective == "preference" or (objective == "sft" and recipe.train.sft_answers == "chosen")
+    return objective_of(recipe.train).reads is Reads.PAIRS

@@ -298,12 +298,12 @@ def member_settings(score: ScoreConfig) -> list[ScoreConfig]:
     found: list[ScoreConfig] = []
     known = [name for name in BACKENDS if name != "ensemble"]
     for member in score.members:
-        name, _, model = member.partition("=")
-        if name not in known:
-            raise UserError(f"unknown backend {name!r}{nearest(name, known)}", where="score.members")
-        fallback = "" if name == "reward" else score.model  # a reward model is no model directory
-        own = dataclasses.replace(score, backend=name, model=model or fallback, members=[])
-        if name == "endpoint" and model:
+        backend, _, model = member.partition("=")
+        if backend not in known:
+            raise UserError(f"unknown backend {backend!r}{nearest(backend, known)}", where="score.members")
+        fallback = "" if backend == "reward" else score.model  # a reward model is no model directory
+        own = dataclasses.replace(score, backend=backend, model=model or fallback, members=[])
+        if backend == "endpoint" and model:
             own = dataclasses.replace(own, endpoint=dataclasses.replace(score.endpoint, model=model))
         found.append(own)
     if len(found) < 2:

@@ -24,9 +24,9 @@ from m3po_jax.generation.prompts import bucket
 from m3po_jax.hosts.agreement import barrier, gathered, load_shared
 from m3po_jax.hosts.rows import own_rows
 from m3po_jax.hosts.sharding import shard_batch, to_host, use_mesh
+from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.models import Policy
-from m3po_jax.training.losses import tower_learns
 from m3po_jax.training.reference import ReferenceCache, with_cached_reference
 
 IMAGES_AT_ONCE = 16
@@ -67,7 +67,7 @@ def vision_features(recipe: Recipe, policy: Policy, processor: Processor, mesh: 
     """Cached features of the policy's tower; None where the cache is off or the tower learns."""
     folder = cache_folder(recipe.cache.vision_features, recipe, "vision")
     model = policy.model
-    if folder is None or tower_learns(recipe.train) or not hasattr(model, "vision_tower"):
+    if folder is None or objective_of(recipe.train).tower_learns or not hasattr(model, "vision_tower"):
         return None
     if policy.identity not in _tower_identities:
         _tower_identities[policy.identity] = tower_identity(model)
@@ -166,7 +166,7 @@ def cached_reference(
     """
     folder = cache_folder(recipe.cache.reference, recipe, "reference")
     config = recipe.train
-    if folder is None or config.objective != "preference" or config.reference != "computed":
+    if folder is None or not objective_of(config).computes_reference:
         return None
     cache = ReferenceCache(folder, identity)
     rows = max(1, config.batch_size // config.gradient_accumulation_steps)

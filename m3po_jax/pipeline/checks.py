@@ -7,6 +7,8 @@ from m3po_jax.errors import UserError
 from m3po_jax.evaluation.registry import check as check_benchmark
 from m3po_jax.generation.settings import sampling_config
 from m3po_jax.hosts.sharding import check_mesh
+from m3po_jax.objectives.objective import Learner, Reads
+from m3po_jax.objectives.registry import OBJECTIVES, check_objective, objective_of
 from m3po_jax.pipeline.arms import VCD, arm_recipe, needs_pairs
 from m3po_jax.pipeline.models import check_trainable
 from m3po_jax.pipeline.pair_files import pairs_instead_of_prompts
@@ -18,17 +20,11 @@ from m3po_jax.scoring.endpoint_settings import check_endpoint
 from m3po_jax.scoring.grading import check_rubric
 from m3po_jax.selection import check_config
 from m3po_jax.training.guards import check_settings
-from m3po_jax.training.objectives import check_objective
-from m3po_jax.training.optimizer import make_optimizer
-
-# Objectives whose recipes draw candidates and have a judge; the others train on rows.
-WITH_CANDIDATES = ("preference", "rlhf", "reward")
-OF_ARMS = ("preference", "rlhf", "sft")
 
 
 def draws_candidates(recipe: Recipe) -> bool:
     """Whether a recipe's stages begin with candidates and a judge."""
-    return recipe.train.objective in WITH_CANDIDATES and not pairs_instead_of_prompts(recipe)
+    return objective_of(recipe.train).draws_candidates and not pairs_instead_of_prompts(recipe)
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -54,11 +50,13 @@ def check_recipe(recipe: Recipe) -> None:
         try:
             own = arm_recipe(recipe, arm)
             _check_one(own, candidates=not own.train.pairs)
-            if own.train.objective not in OF_ARMS:
+            if objective_of(own.train).learner is not Learner.POLICY:
                 raise UserError(
                     f"objective {own.train.objective!r} is not an arm's",
                     where="train.objective",
-                    remedy=", ".join(OF_ARMS),
+                    remedy=", ".join(
+                        sorted(name for name, kind in OBJECTIVES.items() if kind.learner is Learner.POLICY)
+                    ),
                 )
             if bool(own.train.pairs) != bool(recipe.train.pairs):
                 raise UserError(
@@ -86,11 +84,11 @@ def _check_pairs(recipe: Recipe) -> None:
     """`train.pairs` stands in place of candidates: one round, and an objective that learns from pairs."""
     if not recipe.train.pairs:
         return
-    where = "train.pairs"
-    if recipe.train.objective == "reward":
+    where, objective = "train.pairs", objective_of(recipe.train)
+    if objective.learner is Learner.REWARD_MODEL:
         raise UserError("a reward model learns from reward.pairs", where=where, remedy="name the file there")
     if not needs_pairs(recipe):
-        what = "reference answers" if recipe.train.objective == "sft" else f"objective {recipe.train.objective!r}"
+        what = Reads.REFERENCES.value if objective.reads is Reads.REFERENCES else f"objective {objective.name!r}"
         raise UserError(
             f"{what} and pairs from a file",
             where=where,
@@ -111,10 +109,9 @@ def _check_pairs(recipe: Recipe) -> None:
 def _check_one(recipe: Recipe, *, candidates: bool) -> None:
     check_objective(recipe.train)
     check_settings(recipe.train)
-    make_optimizer(recipe.train, 1, {})
     check_trainable(recipe)
     _check_pairs(recipe)
-    if uses_own_reward(recipe) or recipe.train.objective == "reward":
+    if uses_own_reward(recipe) or objective_of(recipe.train).learner is Learner.REWARD_MODEL:
         check_reward_config(recipe)
     for name, benchmark in recipe.evaluate.benchmarks.items():
         if check_benchmark(name, benchmark).judged:

@@ -20,6 +20,8 @@ from m3po_jax.models.export import export_adapter, export_model
 from m3po_jax.models.export.model import RECORD
 from m3po_jax.models.identity import tree_identity
 from m3po_jax.models.registry import Loaded
+from m3po_jax.objectives.objective import Learner
+from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline.arms import arm_recipe, trains_in_rounds
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.model_card import model_card
@@ -180,7 +182,7 @@ def export(given: Recipe, wanted: Wanted, *, config: str | None = None, override
     """
     directory = RunDirectory.of(given)
     recipe = run_recipe(directory, given, wanted.cell.arm, config=config, overrides=overrides)
-    if recipe.train.objective == "reward":
+    if objective_of(recipe.train).learner is Learner.REWARD_MODEL:
         raise UserError(
             "a reward model is no language model to export",
             where="train.objective",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from m3po_jax.config import BenchmarkConfig, DataConfig, MeshConfig, Recipe, ScoreConfig
+from m3po_jax.objectives.objective import Learner
+from m3po_jax.objectives.registry import objective_of
 
 TINY_MODEL, TINY_SCORER = "builtin:quickstart-base", "builtin:quickstart-scorer"
 SCENES = "m3po_jax.quickstart.builder:m3po_scenes/demo"
@@ -26,7 +28,7 @@ def shrink(recipe: Recipe) -> Recipe:
     thresholds that a tiny judge could not meet are opened.
     """
     replace = dataclasses.replace
-    contrastive = recipe.train.objective == "contrastive"
+    objective = objective_of(recipe.train)
     return replace(
         recipe,
         name=f"{recipe.name}-mock",
@@ -34,7 +36,7 @@ def shrink(recipe: Recipe) -> Recipe:
         mesh=MeshConfig(),
         model=replace(
             recipe.model,
-            path=TINY_SCORER if contrastive else TINY_MODEL,
+            path=TINY_SCORER if objective.learner is Learner.DUAL_ENCODER else TINY_MODEL,
             init="pretrained",
             vision_tower="",
             dtype="float32",
@@ -60,7 +62,7 @@ def shrink(recipe: Recipe) -> Recipe:
         select=replace(recipe.select, chosen_floor=0.0, margin=0.0, cut="keep"),
         train=replace(
             recipe.train,
-            data=[] if recipe.train.objective in ("preference", "rlhf", "reward") else [_rows("validation")],
+            data=[] if objective.draws_candidates else [_rows("validation")],
             pairs="",
             lora=replace(recipe.train.lora, lora_rank=min(recipe.train.lora.lora_rank, 4)),
             batch_size=4,
@@ -93,8 +95,8 @@ def _tiny_judge(score: ScoreConfig) -> ScoreConfig:
     policies.
     """
 
-    def tiny(name: str) -> str:
-        return "claims" if name in ("judge", "endpoint", "reward") else name
+    def tiny(backend: str) -> str:
+        return "claims" if backend in ("judge", "endpoint", "reward") else backend
 
     backend = tiny(score.backend)
     members = [tiny(member.partition("=")[0]) for member in score.members]

@@ -9,26 +9,9 @@ import yaml
 
 from m3po_jax.config import Recipe
 from m3po_jax.models.registry import HUB_ID, Family
+from m3po_jax.objectives.registry import objective_of
 from m3po_jax.version import __version__
 from m3po_jax.workspace.cell import Cell
-
-
-def _method(recipe: Recipe) -> tuple[str, list[str]]:
-    """How the weights were trained, in words, and the hub's tags for it."""
-    train, rule = recipe.train, recipe.select.rule
-    if train.objective == "preference":
-        losses = ", ".join(train.loss_weights) if train.loss_type == "mixture" else train.loss_type
-        judge = recipe.score.backend
-        return (
-            f"preference optimisation on the model's own answers: pairs chosen by the rule `{rule}`, alignment "
-            f"scores of the `{judge}` backend, loss `{losses}`",
-            ["preference-optimization", "dpo", *(["m3po"] if rule == "m3p" else [])],
-        )
-    if train.objective == "rlhf":
-        return f"reinforcement learning on a reward model (`{train.rl.algorithm}`)", ["rlhf", train.rl.algorithm]
-    if train.objective == "contrastive":
-        return "contrastive training on images and claims about them", ["contrastive"]
-    return "supervised fine-tuning", ["sft"]
 
 
 def _facts(recipe: Recipe, cell: Cell, steps: int, dtypes: str) -> dict[str, Any]:
@@ -45,7 +28,7 @@ def _facts(recipe: Recipe, cell: Cell, steps: int, dtypes: str) -> dict[str, Any
         **({"system": cell.arm} if cell.arm is not None else {}),
         "round": cell.round,
         **(adapter if rank else {"parameters": "full fine-tuning"}),
-        **({"beta": f"{train.beta:g}"} if train.objective == "preference" else {}),
+        **objective_of(train).facts(),
         "learning rate": f"{train.learning_rate:g}",
         "batch size": train.batch_size,
         "steps": steps,
@@ -76,7 +59,7 @@ def model_card(
     """
     base, local = recipe.model.path, Path(recipe.model.path).expanduser().is_dir()
     on_hub = bool(HUB_ID.fullmatch(base)) and not local
-    method, tags = _method(recipe)
+    method, tags = objective_of(recipe.train).description(recipe.select.rule, recipe.score.backend)
     header: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": family.task,

@@ -14,6 +14,8 @@ from m3po_jax.data.processing import Processor
 from m3po_jax.data.row_inputs import checked_answer
 from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import UserError
+from m3po_jax.objectives.objective import Learner
+from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline.console import say
 
 SIDES = ("chosen", "rejected")
@@ -21,7 +23,7 @@ SIDES = ("chosen", "rejected")
 
 def pairs_instead_of_prompts(recipe: Recipe) -> str:
     """The file of pairs that a recipe's training reads, where it reads no prompts; empty: it reads `data`."""
-    if recipe.train.objective == "reward":
+    if objective_of(recipe.train).learner is Learner.REWARD_MODEL:
         return recipe.reward.pairs
     return recipe.train.pairs
 

@@ -28,6 +28,8 @@ from m3po_jax.models import lora
 from m3po_jax.models.kernels.choice import check_attention
 from m3po_jax.models.quantized_base import quantize_base
 from m3po_jax.models.registry import Description, describe, stored_tensors
+from m3po_jax.objectives.objective import Learner
+from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline.arms import arm_recipe
 from m3po_jax.pipeline.backends import check_ready, describe_dual_encoder, describe_judge
 from m3po_jax.pipeline.checks import draws_candidates, judges
@@ -52,6 +54,7 @@ class Preflight:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.with_candidates = draws_candidates(recipe)
+        self.dual_encoder = objective_of(recipe.train).learner is Learner.DUAL_ENCODER
 
     @functools.cached_property
     def description(self) -> Description:
@@ -70,7 +73,7 @@ class Preflight:
             self.devices,
             lambda: check_packages(self.recipe),
         ]
-        if self.recipe.train.objective != "contrastive":
+        if not self.dual_encoder:
             found += [functools.partial(self.training, own) for own in self.trained_recipes()]
             found += [self.tokens, self.memory]
         if self.with_candidates:
@@ -177,7 +180,7 @@ class Preflight:
             # Ids and log-probs of 4 bytes, a text.
             needed += rows * drawn.num_candidates * drawn.max_new_tokens * (4 + 4 + TEXT_BYTES) * recipe.rounds
         trained = [recipe] * recipe.rounds + [arm_recipe(recipe, arm) for arm in recipe.arms]
-        if recipe.train.objective != "contrastive":
+        if not self.dual_encoder:
             for own in trained:
                 learns = _count(nnx.state(self.model(own), trainable_filter(own.train)))
                 size = learns * (STATE_BYTES + 4 * bool(own.train.ema_decay))

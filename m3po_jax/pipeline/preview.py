@@ -14,6 +14,7 @@ from m3po_jax.data import tables
 from m3po_jax.data.processing import Processor
 from m3po_jax.generation.settings import sampling_config
 from m3po_jax.models.registry import resolve_directory
+from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline import reward as rewarding
 from m3po_jax.pipeline import summary
 from m3po_jax.pipeline.arms import needs_pairs
@@ -154,7 +155,7 @@ class Preview:
 
     def _pairs(self, cell: Cell, recipe: Recipe) -> str:
         """What a training's record has for its pairs, of pairs that are done."""
-        if cell.round == 1 or recipe.train.objective != "preference":
+        if cell.round == 1 or not objective_of(recipe.train).uses_reference:
             return cell.selection.recorded_content()
         reference = self._weights(self.run.reference_cell(cell))
         if reference == PENDING:

@@ -18,26 +18,28 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from m3po_jax.config import DataConfig, ModelConfig, Recipe, SelectConfig, TrainConfig
-from m3po_jax.data import batches, pair_rows, tables
+from m3po_jax.data import pair_rows, tables
 from m3po_jax.data.pair_rows import PairRows
 from m3po_jax.data.preference_files import FilePairs
 from m3po_jax.data.processing import Processor
 from m3po_jax.errors import UserError
 from m3po_jax.evaluation.bootstrap import bootstrap
 from m3po_jax.hosts.agreement import barrier, is_writer
-from m3po_jax.hosts.rows import shared_out
 from m3po_jax.hosts.sharding import use_mesh
 from m3po_jax.models.heads import attach_head
 from m3po_jax.models.identity import files_identity, tree_identity
 from m3po_jax.models.registry import describe
+from m3po_jax.objectives.objective import Reads
+from m3po_jax.objectives.registry import check_objective, objective_of
+from m3po_jax.objectives.reward import Reward as RewardObjective
 from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy, model_identity
 from m3po_jax.pipeline.pair_files import with_identity
+from m3po_jax.pipeline.train import batch_options
 from m3po_jax.pipeline.trainings import begin_training, finish_training
 from m3po_jax.recipes import from_plain
 from m3po_jax.scoring.reward import HeadScorer, Reward
 from m3po_jax.selection import RANDOM_RULES, check_config
 from m3po_jax.training.loop import load_trained, train
-from m3po_jax.training.objectives import check_objective
 from m3po_jax.training.stage import without_free_settings
 from m3po_jax.workspace.records import settings
 from m3po_jax.workspace.reward import RewardFolder
@@ -110,7 +112,7 @@ def judges_by_own_reward(recipe: Recipe) -> bool:
 
 def uses_own_reward(recipe: Recipe) -> bool:
     """Whether a system needs the reward model of its run."""
-    return recipe.train.objective == "rlhf" or judges_by_own_reward(recipe)
+    return objective_of(recipe.train).reads is Reads.PROMPTS or judges_by_own_reward(recipe)
 
 
 def reward_train_config(recipe: Recipe) -> TrainConfig:
@@ -127,7 +129,7 @@ def reward_train_config(recipe: Recipe) -> TrainConfig:
         changes["lora"] = dataclasses.replace(train.lora, lora_rank=own.lora_rank)
     # What names metrics of another objective, or belongs to one, means nothing here.
     return dataclasses.replace(
-        train, objective="reward", keep_best=0, weights="last", harm_metrics_steps=0, **changes
+        train, objective=RewardObjective.name, keep_best=0, weights="last", harm_metrics_steps=0, **changes
     )
 
 
@@ -187,16 +189,8 @@ def reward_of_pairs(
     learned = pairs.take([number for number, key in enumerate(ids) if key not in test])
     processor = dataclasses.replace(policy.processor, image_root=image_root)
     start = start_reward(policy, recipe, config, mesh)
-    source = batches.pair_batches(
-        learned,
-        processor,
-        batch_size=config.batch_size,
-        seed=seed,
-        max_answer_tokens=config.max_answer_tokens,
-        where=where,
-        length_window=config.length_window,
-        max_shapes=config.max_shapes,
-        own=shared_out(mesh),
+    source = objective_of(config).batches_of_pairs(
+        learned, processor, where=where, **batch_options(config, seed, mesh)
     )
     if isinstance(pairs, FilePairs):
         source = with_identity(source, pairs)

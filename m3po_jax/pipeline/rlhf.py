@@ -16,6 +16,7 @@ from m3po_jax.data.schema import Prompt
 from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.hosts.sharding import use_mesh
 from m3po_jax.models.heads import attach_head, detach_head
+from m3po_jax.objectives.rlhf import algorithm_of
 from m3po_jax.pipeline.models import Policy, make_generator
 from m3po_jax.pipeline.reward import TrainedReward
 from m3po_jax.pipeline.train import Trained
@@ -74,7 +75,7 @@ def train_rlhf(
     size = min(recipe.generate.batch_size, recipe.score.batch_size)
     with use_mesh(mesh):
         values = None
-        if config.rl.algorithm == "ppo":
+        if algorithm_of(config.rl).learns_values:
             model = attach_head(nnx.merge(*nnx.split(start)), recipe.seed)
             values = HeadScorer(model, mesh, batch_size=size)
         sampling = rollout_sampling(recipe, seed)

@@ -19,6 +19,8 @@ from m3po_jax.generation.settings import sampling_config
 from m3po_jax.hosts.agreement import barrier, is_writer
 from m3po_jax.hosts.sharding import use_mesh
 from m3po_jax.hosts.signals import look
+from m3po_jax.objectives.objective import Learner, Reads
+from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline import reward as rewarding
 from m3po_jax.pipeline import rounds, summary
 from m3po_jax.pipeline.arms import arm_recipe, makes_pairs, needs_pairs
@@ -107,7 +109,8 @@ class Run(Resources):
             "model": upstream["model"] if upstream else self.weights_identity(cell.before),
             **trained_settings(recipe),
         }
-        if recipe.train.objective == "rlhf":
+        objective = objective_of(recipe.train)
+        if objective.reads is Reads.PROMPTS:
             part = rewarding.policy_part(recipe)
             inputs |= {
                 "data": self.data_identity,
@@ -122,7 +125,7 @@ class Run(Resources):
             inputs["pairs"] = self.pair_file(recipe.train.pairs).fingerprint
         elif upstream:
             inputs["pairs"] = upstream["pairs"]
-        elif cell.round > 1 and recipe.train.objective == "preference":
+        elif cell.round > 1 and objective.uses_reference:
             inputs["pairs"] = tables.content_hash(self._later_inputs(cell))
         else:
             inputs["pairs"] = cell.selection.content()
@@ -343,8 +346,8 @@ class Run(Resources):
                 self.start_of(recipe) if cell.round == 1 else self.train_stage(cell.before, only_finished=True).model
             )
             trained = self._train(cell, start, inputs)
-            costs = rollout_costs(cell.training)
-            finish_training(cell.folder, inputs, trained.seconds, steps=trained.result.steps, **costs)
+            sampled = rollout_costs(cell.training) if objective_of(recipe.train).reads is Reads.PROMPTS else {}
+            finish_training(cell.folder, inputs, trained.seconds, steps=trained.result.steps, **sampled)
             say(
                 f"round {cell.round}, {cell.arm or summary.main_name(recipe)}: trained {trained.result.steps} steps "
                 f"in {trained.seconds:.0f} s"
@@ -371,7 +374,8 @@ class Run(Resources):
         recipe, folder = self.arm_recipe(cell.arm), cell.folder
         seed, reference, where = recipe.seed + cell.round, None, str(cell.selection.folder)
         given: dict[str, Any] = {"start": start, "seed": seed, "made_from": made_from}
-        if recipe.train.objective == "rlhf":
+        objective = objective_of(recipe.train)
+        if objective.reads is Reads.PROMPTS:
             part = rewarding.policy_part(recipe)
             own = [prompt for key, prompt in self.prompts.items() if part is None or part.holds(key)]
             reward = self.reward_stage()
@@ -384,7 +388,7 @@ class Run(Resources):
             where = recipe.train.pairs
             root = image_folder(recipe.train.pairs, recipe.data.image_root)
             policy = dataclasses.replace(policy, processor=dataclasses.replace(policy.processor, image_root=root))
-        elif cell.round > 1 and recipe.train.objective == "preference":
+        elif cell.round > 1 and objective.uses_reference:
             pairs = TableRows(self._later_pairs(cell))
             # Whatever the reference is, its log-probs stand in these pairs.
             recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, reference="recorded"))
@@ -484,7 +488,7 @@ class Run(Resources):
         from m3po_jax.report import build_report
         from m3po_jax.report.browser import tokenizer_text
 
-        if self.recipe.train.objective == "reward":
+        if objective_of(self.recipe.train).learner is Learner.REWARD_MODEL:
             raise UserError(
                 "a reward model answers nothing, so there is nothing to evaluate",
                 where="train.objective",

@@ -13,25 +13,16 @@ from m3po_jax.evaluation.frontier import matched
 from m3po_jax.evaluation.markdown import table as aligned
 from m3po_jax.evaluation.metric import Frontier
 from m3po_jax.hosts.agreement import is_writer
+from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline.arms import BASE
 from m3po_jax.pipeline.evaluate import Benchmark
 from m3po_jax.workspace.cell import Cell
 from m3po_jax.workspace.directory import RunDirectory
 
-# What the recipe's own system is called beside its arms, from its pairing rule.
-RULE_NAMES = {"m3p": "m3po", "mas_only": "mas_dpo", "vanilla": "dpo"}
-
 
 def main_name(recipe: Recipe) -> str:
     """The recipe's own system, as the table and the report name it."""
-    rule = recipe.select.rule
-    if recipe.train.pairs:
-        return "pairs" if recipe.train.objective == "preference" else "sft_chosen"
-    if recipe.train.objective == "preference":
-        return RULE_NAMES.get(rule, rule)
-    if recipe.train.objective == "sft":
-        return "sft_chosen" if recipe.train.sft_answers == "chosen" else "sft"
-    return recipe.train.objective
+    return objective_of(recipe.train).system_name(recipe.select.rule)
 
 
 def stop_bias_name(bias: float) -> str:

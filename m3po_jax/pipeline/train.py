@@ -10,16 +10,18 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from m3po_jax.config import Recipe
-from m3po_jax.data import batches, contrastive, pair_rows, tables
+from m3po_jax.config import Recipe, TrainConfig
+from m3po_jax.data import pair_rows, tables
+from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.pair_rows import PairRows
 from m3po_jax.data.preference_files import FilePairs
-from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import fingerprint
 from m3po_jax.errors import UserError
 from m3po_jax.hosts.rows import shared_out
 from m3po_jax.hosts.sharding import use_mesh
+from m3po_jax.objectives.objective import Learner, Reads
+from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline.caches import cached_reference, fill, vision_features
 from m3po_jax.pipeline.models import (
     Joined,
@@ -72,13 +74,26 @@ def training_rows(recipe: Recipe) -> Joined:
     return joined
 
 
-def chosen_answers(pairs: PairRows, processor: Processor) -> dict[str, Any]:
-    """Pairs as SFT rows: the prompts, and the chosen answers' recorded tokens (the `sft_chosen` arm)."""
-    answers = [
-        row.get("chosen_token_ids") or processor.encode_answer(pair_rows.message_text(row["chosen"]))
-        for row in pairs.without_images()
-    ]
-    return {"prompts": pair_rows.PairPrompts(pairs), "processor": processor, "answer_ids": answers}
+def batch_options(config: TrainConfig, seed: int, mesh: Mesh) -> dict[str, Any]:
+    """How rows are put into batches, as the functions of `data.batches` take it."""
+    names = ("batch_size", "max_answer_tokens", "length_window", "max_shapes")
+    return {"seed": seed, "own": shared_out(mesh), **{name: getattr(config, name) for name in names}}
+
+
+def _row_batches(
+    recipe: Recipe, policy: Policy | None, processor: Any, rows: Sequence[Prompt], *, seed: int, mesh: Mesh
+) -> BatchSource[Any]:
+    """Batches of rows of `train.data`; `policy`: whose tower's features may be cached."""
+    features = None if policy is None else vision_features(recipe, policy, processor, mesh)
+    if features is not None:
+        fill(features, rows)
+    return objective_of(recipe.train).batches_of_rows(
+        rows,
+        processor,
+        claim_template=recipe.score.claim_template,
+        features=features,
+        **batch_options(recipe.train, seed, mesh),
+    )
 
 
 def train_on_pairs(
@@ -106,33 +121,18 @@ def train_on_pairs(
     """
     started = time.monotonic()
     config = recipe.train
-    size, longest = config.batch_size, config.max_answer_tokens
-    widths: dict[str, Any] = {"length_window": config.length_window, "max_shapes": config.max_shapes}
     features = vision_features(recipe, policy, policy.processor, mesh)
     if features is not None:
         fill(features, pair_rows.PairPrompts(pairs))
-    if config.objective == "sft":
-        source: Any = batches.sft_batches(
-            **chosen_answers(pairs, policy.processor),
-            batch_size=size,
-            seed=seed,
-            max_answer_tokens=longest,
-            features=features,
-            own=shared_out(mesh),
-            **widths,
-        )
-    else:
-        source = batches.pair_batches(
-            pairs,
-            policy.processor,
-            batch_size=size,
-            seed=seed,
-            max_answer_tokens=longest,
-            where=where,
-            features=features,
-            own=shared_out(mesh),
-            **widths,
-        )
+    objective = objective_of(config)
+    source = objective.batches_of_pairs(
+        pairs,
+        policy.processor,
+        where=where,
+        features=features,
+        **batch_options(config, seed, mesh),
+    )
+    if objective.uses_reference:
         if isinstance(pairs, FilePairs) and not any_recorded(pairs):
             # Nothing is recorded, so that the whole reference is computed, and may be cached.
             config = dataclasses.replace(config, reference="computed")
@@ -173,20 +173,7 @@ def train_on_references(
     started = time.monotonic()
     rows = training_rows(recipe)
     processor = dataclasses.replace(policy.processor, image_root=rows.image_root)
-    features = vision_features(recipe, policy, processor, mesh)
-    if features is not None:
-        fill(features, rows)
-    source = batches.sft_batches(
-        rows,
-        processor,
-        batch_size=recipe.train.batch_size,
-        seed=seed,
-        max_answer_tokens=recipe.train.max_answer_tokens,
-        features=features,
-        own=shared_out(mesh),
-        length_window=recipe.train.length_window,
-        max_shapes=recipe.train.max_shapes,
-    )
+    source = _row_batches(recipe, policy, processor, rows, seed=seed, mesh=mesh)
     with use_mesh(mesh):
         result = train(
             start,
@@ -239,7 +226,7 @@ def train_on_rows(recipe: Recipe, out: Path, mesh: Mesh, *, force: bool = False)
         with use_mesh(mesh):
             result = load_trained(start.model, config, output_dir=out, mesh=mesh)
         return Trained(result, start.base, 0.0)
-    source = (_contrastive if config.objective == "contrastive" else _sft)(recipe, start, rows, mesh)
+    source = _row_batches(recipe, start.policy, start.processor, rows, seed=recipe.seed, mesh=mesh)
     with use_mesh(mesh):
         result = train(
             start.model,
@@ -268,7 +255,7 @@ class _Start:
 
 
 def _start(recipe: Recipe, mesh: Mesh, image_root: Path) -> _Start:
-    if recipe.train.objective != "contrastive":
+    if objective_of(recipe.train).learner is not Learner.DUAL_ENCODER:
         policy = load_policy(recipe, mesh, image_root=image_root)
         return _Start(attach_adapter(policy, recipe, mesh), policy.loaded, policy.processor, policy.identity, policy)
     model = recipe.model
@@ -288,9 +275,10 @@ def _start(recipe: Recipe, mesh: Mesh, image_root: Path) -> _Start:
 
 def _row_inputs(recipe: Recipe, start: _Start) -> dict[str, Any]:
     """What a training of rows is made from, but for the rows."""
+    claims = objective_of(recipe.train).reads is Reads.CLAIMS
     return {
         "model": start.identity,
-        "score.claim_template": recipe.score.claim_template if recipe.train.objective == "contrastive" else None,
+        "score.claim_template": recipe.score.claim_template if claims else None,
         **trained_settings(recipe),
     }
 
@@ -302,45 +290,3 @@ def trained_settings(recipe: Recipe) -> dict[str, Any]:
         "seed": recipe.seed,
         **settings("train", without_free_settings(recipe.train)),
     }
-
-
-def _contrastive(recipe: Recipe, start: _Start, rows: Joined, mesh: Mesh) -> Any:
-    return contrastive.contrastive_batches(
-        _with_objects(rows),
-        start.processor,
-        encode_texts=start.processor.encode_texts,
-        batch_size=recipe.train.batch_size,
-        seed=recipe.seed,
-        claim_template=recipe.score.claim_template,
-        own=shared_out(mesh),
-    )
-
-
-def _with_objects(rows: Sequence[Prompt]) -> list[Prompt]:
-    """One row an image, and only images whose objects are known; questions about one image would repeat it."""
-    seen: set[str] = set()
-    kept = []
-    for row in rows:
-        key = str(row.metadata.get("scene") or row.id)
-        if key not in seen and row.metadata.get("objects"):
-            seen.add(key)
-            kept.append(row)
-    return kept
-
-
-def _sft(recipe: Recipe, start: _Start, rows: Joined, mesh: Mesh) -> Any:
-    assert start.policy is not None
-    features = vision_features(recipe, start.policy, start.processor, mesh)
-    if features is not None:
-        fill(features, rows)
-    return batches.sft_batches(
-        rows,
-        start.processor,
-        batch_size=recipe.train.batch_size,
-        seed=recipe.seed,
-        max_answer_tokens=recipe.train.max_answer_tokens,
-        features=features,
-        own=shared_out(mesh),
-        length_window=recipe.train.length_window,
-        max_shapes=recipe.train.max_shapes,
-    )

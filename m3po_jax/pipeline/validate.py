@@ -18,6 +18,8 @@ from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import PromptSource, read_prompts
 from m3po_jax.errors import UserError
 from m3po_jax.models.registry import stored_tensors
+from m3po_jax.objectives.objective import Learner, Reads
+from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline.arms import arm_recipe, needs_pairs
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import progress, say
@@ -135,7 +137,7 @@ def validate(recipe: Recipe) -> tuple[list[UserError], str]:
 
 def _answers(recipe: Recipe) -> bool:
     """Whether the model answers questions; a dual encoder does not."""
-    return recipe.train.objective != "contrastive"
+    return objective_of(recipe.train).learner is not Learner.DUAL_ENCODER
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class Source:
 
 def _sources(recipe: Recipe, preflight: Preflight) -> Iterator[Source]:
     """The rows of every stage; those that two stages read come twice, their images once."""
-    if recipe.train.objective == "contrastive":
+    if objective_of(recipe.train).reads is Reads.CLAIMS:
         for config in recipe.train.data or [recipe.data]:
             yield Source(config, _claims(preflight))
         return
@@ -167,7 +169,7 @@ def _sources(recipe: Recipe, preflight: Preflight) -> Iterator[Source]:
     for own in [recipe, *(arm_recipe(recipe, arm) for arm in preflight.recipe.arms)]:
         if pairs_instead_of_prompts(own):
             continue
-        if own.train.objective != "sft" or (needs_pairs(own) and own is not recipe):
+        if not objective_of(own.train).reads_rows or (needs_pairs(own) and own is not recipe):
             continue
         answer = _answer(own, preflight)
         configs = own.train.data or [own.data]

@@ -17,6 +17,8 @@ from m3po_jax.data.tables import write_json
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.hosts.sharding import make_mesh, use_mesh
 from m3po_jax.hosts.startup import initialize_distributed
+from m3po_jax.objectives.objective import Learner
+from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline import evaluate as evaluating
 from m3po_jax.pipeline import summary
 from m3po_jax.pipeline import train as training
@@ -200,7 +202,7 @@ def _stage(options: argparse.Namespace) -> Iterator[Run]:
 
 def train(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
-    if recipe.train.objective == "reward" and options.arm is None:
+    if objective_of(recipe.train).learner is Learner.REWARD_MODEL and options.arm is None:
         with _stage(options) as running:
             running.reward_stage()
         return

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from m3po_jax.objectives.registry import starting_loss
 from m3po_jax.report.charts import MAX_DOTS, Chart, Series, bin_size, histogram_chart, line_chart, scatter_chart
 from m3po_jax.report.drawing import Drawing, draw
 from m3po_jax.report.formatting import slug
 from m3po_jax.workspace.contents import Candidates, Pairs, Round, RunContents
-from m3po_jax.workspace.files import as_number
+from m3po_jax.workspace.files import as_dict, as_number
 
 
 @dataclass
@@ -150,11 +151,9 @@ def _breaks(rounds: Sequence[Round]) -> list[tuple[float, str]]:
 def training_curves(run: RunContents, curves: Sequence[Curve]) -> list[Figure]:
     """One figure per metric, one line per arm; the steps of later rounds follow those of earlier ones."""
     figures = []
-    anchored = as_number(run.setting("train.chosen_nll_weight", 0.0))
-    # Only the plain sigmoid loss starts at ln 2; an anchor or another loss adds to it.
-    plain = run.setting("train.loss_type") == "sigmoid" and anchored == 0.0
+    start = starting_loss(as_dict(run.setting("train")))
     for curve in curves:
-        reference = (float(np.log(2)), "ln 2: start of DPO") if curve.key == "loss" and plain else curve.reference
+        reference = start if curve.key == "loss" and start is not None else curve.reference
         series = [_series(main_arm(run), run.rounds, curve.key, 0, True)]
         series += [_series(arm, rounds, curve.key, 1 + i, False) for i, (arm, rounds) in enumerate(run.arms.items())]
         series = [line for line in series if line.x]

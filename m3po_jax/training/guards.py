@@ -17,8 +17,8 @@ import optax
 from m3po_jax.config import TrainConfig
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.errors import UserError
+from m3po_jax.objectives.objective import Objective
 from m3po_jax.reading import check_values
-from m3po_jax.training.objectives import check_objective
 
 # Logged lines that the collapse warning looks back on.
 COLLAPSE_WINDOW = 5
@@ -82,9 +82,9 @@ class Guards:
         agrees: The policy is its reference at step 0, so that the closed forms hold.
     """
 
-    def __init__(self, config: TrainConfig, batches: BatchSource, where: str, *, agrees: bool, tolerance: float):
+    def __init__(self, objective: Objective, batches: BatchSource, where: str, *, agrees: bool, tolerance: float):
         self.batches, self.where = batches, where
-        self.expected = check_objective(config).first_values(config, tolerance) if agrees else {}
+        self.expected = objective.first_values(tolerance) if agrees else {}
 
     def finite(self, step: int, metrics: Mapping[str, float], row_losses: np.ndarray, rows: np.ndarray) -> str | None:
         """None, or the error text for a loss or gradient that is not finite at `step` (0: the first)."""

@@ -13,18 +13,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from m3po_jax.config import TrainConfig
 from m3po_jax.hosts.sharding import use_mesh
-from m3po_jax.training.losses import text_only_accuracies
-from m3po_jax.training.objectives import check_objective
+from m3po_jax.objectives.model_passes import text_only_accuracies
 from m3po_jax.training.step import Batch, Parameters, Partition, micro_batches, reference_model
 
 
 def make_harm_metrics(
-    partition: Partition, config: TrainConfig, mesh: Mesh
+    partition: Partition, groups: int, shared: tuple[str, ...], mesh: Mesh
 ) -> Callable[[Parameters, nnx.State, Parameters | None, Batch], dict[str, jax.Array]]:
-    """(trainable, frozen, base, batch) -> `text_only_accuracies`, means over the batch; arguments as of a step."""
-    groups, shared = config.gradient_accumulation_steps, check_objective(config).shared_fields
+    """(trainable, frozen, base, batch) -> `text_only_accuracies`, means over the batch; arguments as of a step.
+
+    Args:
+        groups: Micro-batches of a batch, which share its fields `shared`.
+    """
 
     def measure(
         trainable: Parameters, frozen: nnx.State, base: Parameters | None, batch: Any

@@ -125,7 +125,7 @@ def train(
         journal.continue_from(at.done)
         if at.done == stage.total:  # stopped between the last checkpoint and the mark
             at.last = journal.last()
-        if stage.agrees is not None and config.reference == "recorded" and at.done == 0:
+        if stage.agrees is not None and not stage.objective.computes_reference and at.done == 0:
             _check_recorded(stage, reference if reference is not None else model)
         started, first_step = time.monotonic(), at.done
         name = f"{output.parent.name}-{output.name}-{fingerprint[:8]}"

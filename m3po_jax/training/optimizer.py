@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 
@@ -24,25 +25,45 @@ def warmup_steps(warmup_ratio: float, total_steps: int) -> int:
     return math.ceil(warmup_ratio * total_steps)
 
 
-def learning_rate_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """The keys under `train` that an update depends on."""
+
+    learning_rate: float
+    lr_schedule: str
+    warmup_ratio: float
+    warmup_steps: int | None
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    weight_decay: float
+    max_grad_norm: float
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> OptimizerSettings:
+        """
+        Raises:
+            UserError: settings outside their domain.
+        """
+        check_values(config, "train")
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
+
+
+def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> optax.Schedule:
     """Learning rate of update 0 … total_steps − 1.
 
     The warm-up rises as (step + 1) / warmup, and the decay ends one step before it would reach 0, so that no
     update is spent at rate 0 (Hugging Face's schedules spend the first one).
-
-    Raises:
-        UserError: settings outside their domain.
     """
-    check_values(config, "train")
-    ratio_steps = warmup_steps(config.warmup_ratio, total_steps)
-    warmup = ratio_steps if config.warmup_steps is None else config.warmup_steps
-    shape = SCHEDULES[config.lr_schedule]
+    ratio_steps = warmup_steps(settings.warmup_ratio, total_steps)
+    warmup = ratio_steps if settings.warmup_steps is None else settings.warmup_steps
+    shape = SCHEDULES[settings.lr_schedule]
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(count, jnp.float32)
         rising = (step + 1) / max(warmup, 1)
         progress = jnp.clip((step - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
-        return config.learning_rate * jnp.where(step < warmup, rising, shape(progress))
+        return settings.learning_rate * jnp.where(step < warmup, rising, shape(progress))
 
     return schedule
 
@@ -53,22 +74,22 @@ def decay_mask(axes: Mapping[str, tuple[str | None, ...]]) -> dict[str, bool]:
 
 
 def make_optimizer(
-    config: TrainConfig, total_steps: int, axes: Mapping[str, tuple[str | None, ...]]
+    settings: OptimizerSettings, total_steps: int, axes: Mapping[str, tuple[str | None, ...]]
 ) -> optax.GradientTransformation:
     """Clipping by the global norm (0: off), then AdamW with the recipe's β₁, β₂ and ε on a dict of float32 arrays.
 
     Args:
         axes: Logical axes of each trainable parameter, by its path.
     """
-    clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
+    clip = optax.clip_by_global_norm(settings.max_grad_norm) if settings.max_grad_norm else optax.identity()
     return optax.chain(
         clip,
         optax.adamw(
-            learning_rate_schedule(config, total_steps),
-            b1=config.adam_beta1,
-            b2=config.adam_beta2,
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
+            learning_rate_schedule(settings, total_steps),
+            b1=settings.adam_beta1,
+            b2=settings.adam_beta2,
+            eps=settings.adam_epsilon,
+            weight_decay=settings.weight_decay,
             mask=decay_mask(axes),
         ),
     )

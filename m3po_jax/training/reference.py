@@ -20,8 +20,8 @@ from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.tables import atomic_write, content_hash, shards
 from m3po_jax.hosts.agreement import is_writer, shared_hashes, writers
 from m3po_jax.hosts.sharding import shard_batch, to_host, use_mesh
+from m3po_jax.objectives.model_passes import reference_sums
 from m3po_jax.training.guards import check_recorded
-from m3po_jax.training.losses import reference_sums
 
 _logger = logging.getLogger(__name__)
 

@@ -25,9 +25,9 @@ from m3po_jax.errors import UserError
 from m3po_jax.generation.engine import Generated, PromptBatch
 from m3po_jax.hosts.agreement import is_writer
 from m3po_jax.objectives import policy_gradient as pg
+from m3po_jax.objectives.rlhf import RolloutBatch, algorithm_of
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.scoring.reward import HeadScorer
-from m3po_jax.training.rl_losses import RolloutBatch
 from m3po_jax.workspace.layout import ROLLOUT_FILES, rollout_name
 
 # Rollout files kept: that of the last checkpoint, and of the one before where the last was cut short.
@@ -87,17 +87,7 @@ def score_rollout(
     masked = jnp.asarray(mask)
     kl = jnp.where(masked, pg.kl_estimate(jnp.asarray(log_probs), jnp.asarray(reference), rl.kl_estimator), 0.0)
     penalties = -kl_coef * kl
-    if rl.algorithm == "rloo":
-        rewards = jnp.asarray(scores) + jnp.sum(penalties, axis=-1)
-        per_answer = pg.rloo_advantages(rewards, normalize=rl.normalize_advantages)
-        advantages = jnp.where(masked, per_answer[..., None], 0.0)
-        returns = jnp.zeros_like(advantages)
-    else:
-        token_rewards = pg.token_rewards(jnp.asarray(scores), penalties, masked)
-        if rl.whiten_rewards:
-            token_rewards = pg.whiten(token_rewards, masked, shift_mean=False)
-        advantages, returns = pg.gae(token_rewards, jnp.asarray(values), masked, gamma=rl.gamma, lam=rl.lam)
-        advantages = pg.whiten(advantages, masked)
+    advantages, returns = algorithm_of(rl).advantages(jnp.asarray(scores), penalties, jnp.asarray(values), masked)
     of_answers = lambda x: float(jnp.mean(jnp.sum(x, axis=-1)))  # noqa: E731
     non_score = of_answers(penalties)
     metrics = {
@@ -149,7 +139,7 @@ class RolloutSource:
     def __post_init__(self) -> None:
         if not len(self.prompts):
             raise UserError("there is no prompt to roll out", where="reward.split", remedy="lower it, or add prompts")
-        if (self.rl.algorithm == "ppo") != (self.values is not None):
+        if algorithm_of(self.rl).learns_values != (self.values is not None):
             raise ValueError("a value scorer belongs to ppo, and ppo to a value scorer")
 
     @property

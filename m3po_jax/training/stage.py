@@ -17,11 +17,11 @@ from jax.sharding import Mesh
 from m3po_jax.config import TrainConfig
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.hosts.sharding import shard_batch, to_host
+from m3po_jax.objectives.objective import Objective
+from m3po_jax.objectives.registry import check_objective
 from m3po_jax.training import guards as checks
 from m3po_jax.training.flops import StepCost, step_cost
 from m3po_jax.training.harm import make_harm_metrics
-from m3po_jax.training.losses import needs_reference_pass
-from m3po_jax.training.objectives import Objective, check_objective
 from m3po_jax.training.rollouts import RolloutIterator
 from m3po_jax.training.step import Parameters, Partition, TrainState, TrainStep, make_step, place_frozen, split_model
 
@@ -151,7 +151,9 @@ def prepare(
         raise ValueError(f"batches of {batches.batch_size} rows for train.batch_size {config.batch_size}")
     total = batches.steps(config.epochs) if config.max_steps is None else config.max_steps
     partition, start, frozen = split_model(model, config)
-    compares = _reference(partition, start, config, batches, reference) if objective.uses_reference else None
+    compares = (
+        _reference(partition, start, objective, config, batches, reference) if objective.uses_reference else None
+    )
     base = None if compares is None else compares.base
     step = make_step(
         partition,
@@ -168,7 +170,7 @@ def prepare(
         base = jax.tree.map(jnp.copy, placed)
     per_row = batches.answer_tokens if config.token_mean == "data" else None
     guards = checks.Guards(
-        config,
+        objective,
         batches,
         str(output),
         agrees=compares is None or compares.agrees,
@@ -190,7 +192,7 @@ def prepare(
         cost=step_cost(model, set(start)),
         images=_image_tokens(model),
         harm_steps=config.harm_metrics_steps if objective.uses_reference else 0,
-        harm_metrics=make_harm_metrics(partition, config, mesh),
+        harm_metrics=make_harm_metrics(partition, config.gradient_accumulation_steps, objective.shared_fields, mesh),
         guards=guards,
         batches_taken=iter(batches),
     )
@@ -213,6 +215,7 @@ class _Reference:
 def _reference(
     partition: Partition,
     start: Parameters,
+    objective: Objective,
     config: TrainConfig,
     batches: BatchSource,
     given: nnx.Module | None,
@@ -222,9 +225,9 @@ def _reference(
     factors = [name for name, adapter in partition.adapters_by_name.items() if adapter and name.endswith("lora_b")]
     active = any(np.any(to_host(leaves[name])) for name in factors)
     agrees = given is None or all(np.array_equal(to_host(leaves[name]), to_host(start[name])) for name in start)
-    computed = config.reference == "computed" or not batches.has_reference
+    computed = objective.computes_reference or not batches.has_reference
     # What no record holds is computed by the policy without adapters, which is not the reference of every round.
-    computed = computed or (needs_reference_pass(config) and (active or not agrees))
+    computed = computed or (objective.needs_reference_pass and (active or not agrees))
     if not computed:
         return _Reference(None, agrees)
     # Adapters that do nothing are switched off rather than computed.

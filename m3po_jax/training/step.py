@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from m3po_jax.config import LoRAConfig, RLConfig, TrainConfig
+from m3po_jax.config import TrainConfig
 from m3po_jax.data.collation import TreeBatch
 from m3po_jax.data.contrastive import ContrastiveBatch
 from m3po_jax.errors import UserError, nearest
@@ -29,10 +28,10 @@ from m3po_jax.hosts.sharding import AXES, Axes, describe, sharding_for, state_sh
 from m3po_jax.models import lora
 from m3po_jax.models.heads import HEAD
 from m3po_jax.models.layers import LoRAParam
-from m3po_jax.training.losses import LossOutput
-from m3po_jax.training.objectives import check_objective
-from m3po_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from m3po_jax.training.rl_losses import RolloutBatch
+from m3po_jax.objectives.objective import LossContext, LossOutput, Objective
+from m3po_jax.objectives.registry import check_objective
+from m3po_jax.objectives.rlhf import RolloutBatch
+from m3po_jax.training.optimizer import OptimizerSettings, learning_rate_schedule, make_optimizer
 
 Parameters = dict[str, jax.Array]
 Batch = TreeBatch | ContrastiveBatch | RolloutBatch
@@ -84,18 +83,17 @@ def trainable_filter(config: TrainConfig) -> Callable[[Any, Any], bool]:
     - `train_vision` adds the vision tower, which is frozen otherwise;
     - a scalar head (reward or value) always.
     """
-    whole_model = check_objective(config).whole_model
+    objective = check_objective(config)
 
     def trains(path: Any, value: Any) -> bool:
         if not isinstance(value, nnx.Variable) or not issubclass(value.type, nnx.Param):
             return False
-        if whole_model or issubclass(value.type, LoRAParam) or path[0] == HEAD:
+        if objective.whole_model or issubclass(value.type, LoRAParam) or path[0] == HEAD:
             return True
         if path[0] == "vision_tower":
             return config.train_vision
         if config.lora.lora_rank == 0:
-            unread = config.objective == "reward" and "lm_head" in path  # a reward is read from the hidden state
-            return path[0] not in config.freeze and not unread
+            return path[0] not in config.freeze and not any(layer in path for layer in objective.unread)
         return path[0] == "projector" and config.lora.train_projector
 
     return trains
@@ -198,7 +196,7 @@ class TrainStep:
     ) -> tuple[TrainState, dict[str, Float[Array, ""]], Float[Array, " b"]]:
         """(next state, metrics, loss per row). `state` is donated: do not touch it afterwards.
 
-        `tokens` is what NLL sums of the whole batch are divided by; None: its answer tokens (see `training.losses`).
+        `tokens` is what NLL sums of the whole batch are divided by; None: its answer tokens (see `LossContext`).
         `taken` is how many steps the caller has dispatched before this one: where the state has fewer behind it,
         one of them was not finite, and this step keeps the state as well, so that the caller may look at a step's
         numbers after it has dispatched the next. None: the state is taken as it comes.
@@ -241,11 +239,13 @@ def make_step(
             call, see `reference_model`.
     """
     shapes = tuple(trainable[name].shape for name in partition.names)
-    settings = json.dumps(dataclasses.asdict(config), sort_keys=True)
     return _make_step(
         partition,
         shapes,
-        settings,
+        check_objective(config),
+        OptimizerSettings.of(config),
+        groups=config.gradient_accumulation_steps,
+        decay=config.ema_decay,
         total_steps=total_steps,
         mesh=mesh,
         remat=remat,
@@ -257,26 +257,25 @@ def make_step(
 def _make_step(
     partition: Partition,
     shapes: tuple[tuple[int, ...], ...],
-    settings: str,
+    objective: Objective,
+    settings: OptimizerSettings,
     *,
+    groups: int,
+    decay: float,
     total_steps: int,
     mesh: Mesh,
     remat: str,
     compute_reference: bool,
 ) -> TrainStep:
-    raw = json.loads(settings)
-    config = TrainConfig(**{**raw, "lora": LoRAConfig(**raw["lora"]), "rl": RLConfig(**raw["rl"])})
-    objective = check_objective(config)
-    optimizer = make_optimizer(config, total_steps, partition.axes_by_name)
-    schedule = learning_rate_schedule(config, total_steps)
-    groups, decay = config.gradient_accumulation_steps, config.ema_decay
+    optimizer = make_optimizer(settings, total_steps, partition.axes_by_name)
+    schedule = learning_rate_schedule(settings, total_steps)
 
     def loss_of(
         trainable: Parameters, frozen: nnx.State, base: Parameters | None, batch: Batch, tokens: Any
     ) -> tuple[jax.Array, LossOutput]:
         model = partition.merge(trainable, frozen)
         reference = reference_model(partition, trainable, frozen, base) if compute_reference else None
-        out = objective.loss(model, batch, config, tokens=tokens, reference_model=reference, remat=remat)
+        out = objective.loss(model, batch, LossContext(tokens, reference, remat))
         return out.loss, out
 
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
@@ -284,7 +283,7 @@ def _make_step(
     def gradients(
         trainable: Parameters, frozen: nnx.State, base: Parameters | None, batch: Batch, tokens: Any
     ) -> tuple[LossOutput, Parameters]:
-        if tokens is None and objective.answer_tokens is not None:
+        if tokens is None:
             tokens = objective.answer_tokens(batch)
         if groups == 1:
             (_, out), grads = value_and_grad(trainable, frozen, base, batch, tokens)

@@ -14,7 +14,8 @@ from m3po_jax.config import LoRAConfig, TrainConfig
 from m3po_jax.data.collation import TreeBatch
 from m3po_jax.models.export.model import pending_tensors
 from m3po_jax.models.heads import attach_head
-from m3po_jax.training.rl_losses import reward
+from m3po_jax.objectives.objective import LossContext
+from m3po_jax.objectives.registry import objective_of
 from m3po_jax.training.step import split_model
 
 PROMPTS = [[1, *[IMAGE] * 4, 13, *[IMAGE] * 4, 7, 8], [1, 5, 6, 7], [1, 9, *[IMAGE] * 4, 11, 12, 2]]
@@ -79,7 +80,7 @@ def test_rewards_loss_and_gradients_equal_torch(remat: str, tmp_path: Any) -> No
     partition, trainable, frozen = split_model(model, config)
 
     def loss(trainable: Any) -> Any:
-        out = reward(partition.merge(trainable, frozen), batch(pixels), config, remat=remat)
+        out = objective_of(config).loss(partition.merge(trainable, frozen), batch(pixels), LossContext(remat=remat))
         return out.loss, out
 
     (_, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable)

@@ -16,23 +16,26 @@ from m3po_jax.data.collation import TreeBatch
 from m3po_jax.hosts.sharding import shard_batch
 from m3po_jax.models.forward import encode_images
 from m3po_jax.models.llava.model import reference_forward
+from m3po_jax.objectives.objective import LossContext
+from m3po_jax.objectives.registry import objective_of
 from m3po_jax.training.step import make_step, place_frozen, split_model
 
 
-def jitted(loss: Any) -> Any:
-    """`loss(model, batch, config, reference_model=...)`, compiled as one program."""
+def loss_of(model: Any, batch: Any, config: TrainConfig, **options: Any) -> Any:
+    """The loss of the objective that `config` names."""
+    return objective_of(config).loss(model, batch, LossContext(**options))
 
-    def call(model: Any, batch: Any, config: TrainConfig, reference_model: Any = None) -> Any:
-        parts = [None if m is None else nnx.split(m) for m in (model, reference_model)]
 
-        @jax.jit
-        def run(states: Any, batch: Any) -> Any:
-            models = [part and nnx.merge(part[0], state) for part, state in zip(parts, states, strict=True)]
-            return loss(models[0], batch, config, reference_model=models[1])
+def compiled_loss(model: Any, batch: Any, config: TrainConfig, reference_model: Any = None) -> Any:
+    """`loss_of`, compiled as one program."""
+    parts = [None if m is None else nnx.split(m) for m in (model, reference_model)]
 
-        return run([part and part[1] for part in parts], batch)
+    @jax.jit
+    def run(states: Any, batch: Any) -> Any:
+        models = [part and nnx.merge(part[0], state) for part, state in zip(parts, states, strict=True)]
+        return loss_of(models[0], batch, config, reference_model=models[1])
 
-    return call
+    return run([part and part[1] for part in parts], batch)
 
 
 def recorded(batch: TreeBatch, seed: int = 0) -> TreeBatch:

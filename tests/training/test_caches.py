@@ -17,8 +17,8 @@ from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.batches import pair_batches
 from m3po_jax.data.feature_cache import FeatureCache, PromptFeatures
 from m3po_jax.errors import UserError
+from m3po_jax.objectives.registry import check_objective
 from m3po_jax.training.loop import train
-from m3po_jax.training.objectives import check_objective
 from m3po_jax.training.reference import ReferenceCache, check_sample, sums_program, with_cached_reference
 from m3po_jax.workspace.metrics_log import read_metrics
 

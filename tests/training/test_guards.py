@@ -16,11 +16,12 @@ from training_tools import IMAGE_ID, TinyProcessor, base_config, pair_rows, tiny
 from m3po_jax.data.batches import pair_batches
 from m3po_jax.errors import UserError
 from m3po_jax.models.heads import attach_head
-from m3po_jax.objectives.preference import LOSSES, preference_loss
+from m3po_jax.objectives import LOSSES, preference_loss
+from m3po_jax.objectives.preference import Preference
+from m3po_jax.objectives.registry import OBJECTIVES, objective_of
 from m3po_jax.training.checkpoint import restore_trainable
 from m3po_jax.training.guards import COLLAPSE_WINDOW, CollapseWatch, check_image_tokens, check_recorded
 from m3po_jax.training.loop import train
-from m3po_jax.training.objectives import OBJECTIVES, first_preference_values
 from m3po_jax.training.step import split_model
 from m3po_jax.workspace.metrics_log import read_metrics
 
@@ -44,7 +45,7 @@ CLOSED_FORMS["discopop"] = 0.5 * LN2 + 0.5
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_first_value_of_every_loss(name: str) -> None:
     config = base_config(loss_type=name, beta=0.5, label_smoothing=0.1)
-    found = first_preference_values(config, 0.02)
+    found = objective_of(config).first_values(0.02)
     if name in ("simpo", "cpo", "orpo", "sft"):
         assert found == {}  # they read the policy alone
         return
@@ -68,11 +69,11 @@ def test_first_value_of_every_loss(name: str) -> None:
 def test_first_values_of_mixtures_and_anchor() -> None:
     mixture = {"sigmoid": 0.8, "bco_pair": 0.2}
     config = base_config(loss_type="mixture", loss_weights=mixture, anchor_weight=2.0, anchor_delta=-0.3)
-    found = first_preference_values(config, 0.02)
+    found = objective_of(config).first_values(0.02)
     assert found["loss/preference"][0] == pytest.approx(0.8 * LN2 + 0.4 * LN2, abs=1e-6)
     assert found["loss/anchor"][0] == pytest.approx(np.log1p(np.exp(-0.3)), abs=1e-6)
     with_sft = replace(config, loss_weights={**mixture, "sft": 1.0}, anchor_weight=0.0)
-    assert first_preference_values(with_sft, 0.02) == {}
+    assert objective_of(with_sft).first_values(0.02) == {}
 
 
 def test_a_wrong_first_loss_of_another_type_is_refused(tmp_path: Path, one_device: Mesh) -> None:
@@ -148,14 +149,14 @@ def test_a_gradient_that_is_not_finite_stops_too(
 ) -> None:
     """The loss stays finite: √0, whose derivative is not. Nothing of it reaches the weights."""
     config = base_config(learning_rate=0.0123)  # a program of its own: steps of equal settings are shared
-    objective = OBJECTIVES["preference"]
 
-    def broken(model: Any, *args: Any, **kwargs: Any) -> Any:
-        out = objective.loss(model, *args, **kwargs)
-        weight = jnp.sum(jnp.abs(model.decoder.layers.mlp.up_proj.lora_b[...]))  # 0 at the start
-        return out._replace(loss=out.loss + jnp.sqrt(weight))
+    class Broken(Preference):
+        def loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            out = super().loss(model, *args, **kwargs)
+            weight = jnp.sum(jnp.abs(model.decoder.layers.mlp.up_proj.lora_b[...]))  # 0 at the start
+            return out._replace(loss=out.loss + jnp.sqrt(weight))
 
-    monkeypatch.setitem(OBJECTIVES, "preference", replace(objective, loss=broken))
+    monkeypatch.setitem(OBJECTIVES, "preference", Broken)
     with pytest.raises(UserError, match="the gradient is not finite at step 1, rows") as caught:
         train(tiny_model(config), tiny_pairs(config), config, output_dir=tmp_path, mesh=one_device)
     assert "checkpoint of step 0 is from before" in str(caught.value)

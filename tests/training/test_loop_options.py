@@ -27,7 +27,7 @@ from m3po_jax.models.llava.model import build
 from m3po_jax.training.checkpoint import best_step, is_minimised
 from m3po_jax.training.flops import PEAK_FLOPS, peak_flops, seen_pairs, step_cost
 from m3po_jax.training.loop import load_trained, train
-from m3po_jax.training.optimizer import learning_rate_schedule
+from m3po_jax.training.optimizer import OptimizerSettings, learning_rate_schedule
 from m3po_jax.training.progress import describe, duration, progress_bar
 from m3po_jax.training.step import make_step, place_frozen, split_model
 from m3po_jax.training.timing import StepTimer
@@ -66,9 +66,10 @@ def test_adapters_on_tower_and_projector(tmp_path: Path, one_device: Mesh) -> No
 
 def test_warmup_steps_override_the_ratio() -> None:
     config = base_config(warmup_ratio=0.9, warmup_steps=2, lr_schedule="constant", learning_rate=3.0)
-    np.testing.assert_allclose(learning_rate_schedule(config, 10)(np.arange(4)), [1.5, 3.0, 3.0, 3.0])
+    schedule = learning_rate_schedule(OptimizerSettings.of(config), 10)
+    np.testing.assert_allclose(schedule(np.arange(4)), [1.5, 3.0, 3.0, 3.0])
     with pytest.raises(UserError, match="warmup_steps: must be in"):
-        learning_rate_schedule(replace(config, warmup_steps=-1), 10)
+        OptimizerSettings.of(replace(config, warmup_steps=-1))
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,24 @@ from hypothesis import strategies as st
 from training_tools import base_config
 
 from m3po_jax.errors import UserError
-from m3po_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer, warmup_steps
+from m3po_jax.training.optimizer import (
+    OptimizerSettings,
+    decay_mask,
+    learning_rate_schedule,
+    make_optimizer,
+    warmup_steps,
+)
 
 AXES = {"w": ("layers", "embed", "mlp"), "scale": ("layers", "norm"), "bias": ("mlp",)}
 
 
+def optimizer_settings(**changes: object) -> OptimizerSettings:
+    return OptimizerSettings.of(base_config(**changes))
+
+
 def rates(total: int, **changes: object) -> np.ndarray:
     # Always 256 steps, so that jax compiles the operations for one shape.
-    return np.asarray(learning_rate_schedule(base_config(**changes), total)(np.arange(256)))[:total]
+    return np.asarray(learning_rate_schedule(optimizer_settings(**changes), total)(np.arange(256)))[:total]
 
 
 def test_cosine_with_warmup() -> None:
@@ -58,7 +68,7 @@ def test_equals_torch_adamw(beta1: float, beta2: float, epsilon: float) -> None:
         adam_beta2=beta2,
         adam_epsilon=epsilon,
     )
-    optimizer = make_optimizer(config, 5, AXES)
+    optimizer = make_optimizer(OptimizerSettings.of(config), 5, AXES)
     ours, state = dict(start), optimizer.init(start)
     theirs = {name: torch.tensor(value, requires_grad=True) for name, value in start.items()}
     groups = [
@@ -93,14 +103,14 @@ def test_equals_torch_adamw(beta1: float, beta2: float, epsilon: float) -> None:
 )
 def test_bad_settings_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        make_optimizer(base_config(**changes), 5, AXES)
+        make_optimizer(optimizer_settings(**changes), 5, AXES)
 
 
 def test_clipping_can_be_switched_off() -> None:
     gradients = {name: np.full((2,) * len(axes), 100.0, np.float32) for name, axes in AXES.items()}
     moments = []
     for limit in (0.0, 1.0):
-        optimizer = make_optimizer(base_config(max_grad_norm=limit), 5, AXES)
+        optimizer = make_optimizer(optimizer_settings(max_grad_norm=limit), 5, AXES)
         _, state = optimizer.update(gradients, optimizer.init(gradients), gradients)
         moments.append(np.asarray(state[1][0].mu["bias"])[0])
     assert moments[0] == pytest.approx(10.0) and moments[1] < 0.1

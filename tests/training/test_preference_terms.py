@@ -10,15 +10,15 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from losses_tools import jitted, one_step, plain_sums, recorded
+from losses_tools import compiled_loss, loss_of, one_step, plain_sums, recorded
 from training_tools import base_config, tiny_model, tiny_pairs
 
 from m3po_jax.data.collation import TreeBatch
 from m3po_jax.errors import UserError
+from m3po_jax.objectives.model_passes import adapters_off, text_only_accuracies
+from m3po_jax.objectives.registry import check_objective, objective_of
 from m3po_jax.training.harm import make_harm_metrics
 from m3po_jax.training.loop import train
-from m3po_jax.training.losses import adapters_off, preference, text_only_accuracies
-from m3po_jax.training.objectives import check_objective, first_preference_values
 from m3po_jax.training.step import split_model
 from m3po_jax.workspace.metrics_log import read_metrics
 
@@ -53,7 +53,7 @@ def test_mdpos_terms_on_a_model(corruption: str) -> None:
     )
     batch = recorded(next(iter(tiny_pairs(config))))
     model, base = active_and_base(config)
-    out = jitted(preference)(model, batch, config)
+    out = compiled_loss(model, batch, config)
     bad = corrupted(batch, corruption)
     policy, reference = np.asarray(plain_sums(model, batch)), batch.reference
     chosen = policy[:, 0] - reference[:, 0]
@@ -80,7 +80,7 @@ def test_own_reference_has_no_gradient() -> None:
     def loss(trainable: Any, separate: bool) -> jax.Array:
         settings = replace(config, reference="recorded")
         reference = adapters_off(partition.merge(active, frozen)) if separate else None
-        return preference(partition.merge(trainable, frozen), batch, settings, reference_model=reference).loss
+        return loss_of(partition.merge(trainable, frozen), batch, settings, reference_model=reference).loss
 
     value, gradient = jax.jit(jax.value_and_grad(lambda x: loss(x, False)))(active)
     wanted, wanted_gradient = jax.jit(jax.value_and_grad(lambda x: loss(x, True)))(active)
@@ -104,7 +104,7 @@ def test_length_desensitised_on_a_model(on_reference: bool) -> None:
         return np.asarray(0.3 * plain_sums(model, batch) + 0.7 * plain_sums(model, cut))
 
     ratios = desensitised(model) - (desensitised(base) if on_reference else batch.reference)
-    out = jitted(preference)(model, batch, config)
+    out = compiled_loss(model, batch, config)
     np.testing.assert_allclose(out.row_losses, -log_sigmoid(0.1 * (ratios[:, 0] - ratios[:, 1])), rtol=1e-4)
     np.testing.assert_allclose(out.metrics["rewards/chosen"], 0.1 * ratios[:, 0].mean(), rtol=1e-3)
     # Displacement and NLL are of the answers as they are.
@@ -124,7 +124,7 @@ def test_mixture_and_divergence_reach_the_loss() -> None:
     scores = np.log(2) + log_sigmoid(ratios)
     expected = -log_sigmoid(config.beta * (scores[:, 0] - scores[:, 1]))
     mixed = replace(config, loss_type="mixture", loss_weights={"sigmoid": 0.8, "sft": 1.0})
-    out = jitted(preference)(model, batch, mixed)
+    out = compiled_loss(model, batch, mixed)
     np.testing.assert_allclose(out.loss, 0.8 * expected.mean() + out.metrics["nll/chosen"], rtol=1e-4)
 
 
@@ -133,12 +133,12 @@ def test_scalars_reach_the_loss() -> None:
     batch = recorded(next(iter(tiny_pairs(config))))
     model, _ = active_and_base(config)
     means = np.asarray(plain_sums(model, batch)) / batch.branch_mask.sum(-1)
-    out = jitted(preference)(model, batch, config)
+    out = compiled_loss(model, batch, config)
     np.testing.assert_allclose(out.row_losses, -log_sigmoid(0.1 * (means[:, 0] - means[:, 1]) - 1.5), rtol=1e-4)
     ratios = np.asarray(plain_sums(model, batch) - batch.reference, np.float64)
     logits = 0.1 * (ratios[:, 0] - ratios[:, 1])
     gate = 1 / (1 + np.exp(-logits / 2.0))
-    out = jitted(preference)(model, batch, replace(config, loss_type="discopop", discopop_tau=2.0))
+    out = compiled_loss(model, batch, replace(config, loss_type="discopop", discopop_tau=2.0))
     np.testing.assert_allclose(out.row_losses, -log_sigmoid(logits) * (1 - gate) + np.exp(-logits) * gate, rtol=1e-4)
 
 
@@ -175,7 +175,8 @@ def test_text_only_accuracies_under_accumulation(one_device: Mesh) -> None:
     batch = next(iter(tiny_pairs(config)))
     partition, trainable, frozen = split_model(tiny_model(config), config)
     active = {name: value + 0.1 for name, value in trainable.items()}
-    found = make_harm_metrics(partition, config, one_device)(active, frozen, None, batch)
+    measure = make_harm_metrics(partition, 2, objective_of(config).shared_fields, one_device)
+    found = measure(active, frozen, None, batch)
     model, base = partition.merge(active, frozen), partition.merge(trainable, frozen)
     for corruption, pixels in (("blank", batch.pixel_values * 0), ("swap", batch.pixel_values[[2, 3, 0, 1]])):
         bad = batch._replace(pixel_values=pixels)
@@ -213,7 +214,7 @@ def test_first_loss_is_ln_2_only_where_the_sums_are_alike(tmp_path: Path, one_de
     options = {"ld_alpha": 0.5, "max_steps": 1}
     for on_reference in (True, False):
         config = base_config(ld_alpha_reference=on_reference, **options)
-        assert ("loss/preference" in first_preference_values(config, 0.02)) is on_reference
+        assert ("loss/preference" in objective_of(config).first_values(0.02)) is on_reference
         folder = tmp_path / str(on_reference)
         result = train(tiny_model(config), tiny_pairs(config), config, output_dir=folder, mesh=one_device)
         near = bool(abs(result.metrics["loss/preference"] - np.log(2)) < 1e-5)

@@ -21,9 +21,9 @@ from m3po_jax.generation.engine import PromptBatch
 from m3po_jax.models.forward import encode_images
 from m3po_jax.models.heads import HEAD, answer_rewards, attach_head, detach_head
 from m3po_jax.models.layers import LoRAParam
+from m3po_jax.objectives.registry import check_objective
 from m3po_jax.scoring.reward import HeadScorer, Reward, squash
 from m3po_jax.training.loop import TrainResult, train
-from m3po_jax.training.objectives import check_objective
 from m3po_jax.workspace.metrics_log import read_metrics
 
 

@@ -13,15 +13,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from losses_tools import jitted, one_step, plain_sums
+from losses_tools import compiled_loss, one_step, plain_sums
 from rl_tools import TOKENS, policy, prompts, rl_config, share_of_liked, source
 
 from m3po_jax.config import RLConfig
 from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.objectives import policy_gradient as pg
+from m3po_jax.objectives.registry import check_objective
 from m3po_jax.training.loop import TrainResult, train
-from m3po_jax.training.objectives import check_objective
-from m3po_jax.training.rl_losses import policy_gradient
 from m3po_jax.training.rollouts import RolloutSource, score_rollout
 from m3po_jax.workspace.metrics_log import read_metrics
 
@@ -163,7 +162,7 @@ def batch_of(config: Any, mesh: Any, folder: Path) -> tuple[Any, Any]:
 def test_rloo_loss_is_that_of_whole_answers(tmp_path: Path, one_device: Any) -> None:
     config = rl_config({"cliprange": 0.05, "kl_coef": 0.05})
     model, batch = batch_of(config, one_device, tmp_path)
-    out = jitted(policy_gradient)(model, batch, config)
+    out = compiled_loss(model, batch, config)
     log_ratio = plain_sums(model, batch) - batch.old_log_probs.sum(-1)
     expected = pg.policy_loss(log_ratio, batch.advantages[..., 0], 0.05)
     np.testing.assert_allclose(out.row_losses, expected.losses.mean(1), atol=1e-4)

@@ -22,8 +22,9 @@ from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.batches import pair_batches, sft_batches
 from m3po_jax.data.schema import Prompt, message
 from m3po_jax.errors import UserError
+from m3po_jax.objectives.objective import LossContext
+from m3po_jax.objectives.registry import check_objective
 from m3po_jax.training.loop import train
-from m3po_jax.training.objectives import check_objective
 from m3po_jax.training.step import split_model
 
 BATCHES, SIZE, LONGEST = 4, 3, 9
@@ -71,7 +72,7 @@ def gradient(request: pytest.FixtureRequest) -> tuple[TrainConfig, Callable[...,
 
     @jax.jit
     def of(batch: Any, tokens: Any) -> Any:
-        loss = lambda weights: objective.loss(partition.merge(weights, frozen), batch, config, tokens=tokens).loss  # noqa: E731
+        loss = lambda weights: objective.loss(partition.merge(weights, frozen), batch, LossContext(tokens)).loss  # noqa: E731
         return jax.grad(loss)(trainable)
 
     return config, of

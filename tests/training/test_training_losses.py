@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh
-from losses_tools import jitted, one_step, plain_sums, recorded
+from losses_tools import compiled_loss, loss_of, one_step, plain_sums, recorded
 from training_tools import CONFIG, IMAGE_ID, TinyProcessor, base_config, pair_rows, tiny_model, tiny_pairs
 
 from m3po_jax.config import TrainConfig
@@ -26,13 +26,9 @@ from m3po_jax.models import dual_encoder
 from m3po_jax.models.encoder import EncoderConfig
 from m3po_jax.models.vit import ViTConfig
 from m3po_jax.objectives.contrastive import sigmoid_contrastive_loss
-from m3po_jax.training.losses import adapters_off, contrastive, reference_sums
-from m3po_jax.training.losses import preference as preference_of
-from m3po_jax.training.losses import sft as sft_of
-from m3po_jax.training.objectives import check_objective
+from m3po_jax.objectives.model_passes import adapters_off, reference_sums
+from m3po_jax.objectives.registry import check_objective
 from m3po_jax.training.step import split_model
-
-preference, sft = jitted(preference_of), jitted(sft_of)
 
 
 def test_shared_prefix_equals_two_sequences() -> None:
@@ -44,7 +40,7 @@ def test_shared_prefix_equals_two_sequences() -> None:
     trainable = {name: value + 0.1 for name, value in trainable.items()}
 
     def ours(trainable: Any) -> jax.Array:
-        return preference_of(partition.merge(trainable, frozen), batch, config).loss
+        return loss_of(partition.merge(trainable, frozen), batch, config).loss
 
     def plain(trainable: Any) -> jax.Array:
         sums = plain_sums(partition.merge(trainable, frozen), batch)
@@ -69,7 +65,7 @@ def test_no_logits_over_the_prompt() -> None:
 
     def loss(trainable: Any) -> jax.Array:
         model = partition.merge(trainable, frozen)
-        return preference_of(model, batch, config, reference_model=adapters_off(model)).loss
+        return loss_of(model, batch, config, reference_model=adapters_off(model)).loss
 
     program = str(jax.make_jaxpr(jax.grad(loss))(trainable))
     rows, branches, answer = batch.branch_ids.shape
@@ -163,7 +159,7 @@ def test_whole_step_equals_torch(tmp_path: Path) -> None:
     given = batch._replace(reference=reference_sums.numpy())
 
     def ours(trainable: Any) -> Any:
-        out = preference_of(partition.merge(trainable, frozen), given, config)
+        out = loss_of(partition.merge(trainable, frozen), given, config)
         return out.loss, (out.metrics, out.token_sums)
 
     (value, (metrics, token_sums)), gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(trainable)
@@ -204,7 +200,7 @@ def test_reference_is_the_model_without_adapters() -> None:
     def loss(reference: str, given: TreeBatch, with_model: bool = True) -> float:
         settings = replace(config, reference=reference)
         reference_model = adapters_off(partition.merge(active, frozen)) if with_model else None
-        out = preference(partition.merge(active, frozen), given, settings, reference_model=reference_model)
+        out = compiled_loss(partition.merge(active, frozen), given, settings, reference_model=reference_model)
         return float(out.loss)
 
     mixed = batch._replace(reference=np.where(np.isnan(batch.reference), expected, batch.reference))
@@ -217,8 +213,8 @@ def test_chosen_nll_is_added() -> None:
     config = base_config(reference="recorded")
     batch = recorded(next(iter(tiny_pairs(config))))
     model = tiny_model(config)
-    plain = preference(model, batch, config)
-    anchored = preference(model, batch, replace(config, chosen_nll_weight=0.5))
+    plain = compiled_loss(model, batch, config)
+    anchored = compiled_loss(model, batch, replace(config, chosen_nll_weight=0.5))
     expected = -plain_sums(model, batch)[:, 0].sum() / batch.branch_mask[:, 0].sum()
     np.testing.assert_allclose(plain.metrics["nll/chosen"], expected, rtol=1e-4)
     np.testing.assert_allclose(anchored.loss - plain.loss, 0.5 * expected, rtol=1e-4)
@@ -278,16 +274,16 @@ def test_sft_is_the_token_mean() -> None:
     config = base_config(objective="sft")
     model, batch = tiny_model(config), next(iter(sft_source(config)))
     expected = -plain_sums(model, batch).sum() / batch.branch_mask.sum()
-    np.testing.assert_allclose(sft(model, batch, config).loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(compiled_loss(model, batch, config).loss, expected, rtol=1e-5)
 
 
 def test_contrastive_is_siglips_loss() -> None:
     model, batch = dual_model(), contrastive_batch()
-    out = contrastive(model, batch, base_config(objective="contrastive"))
+    out = loss_of(model, batch, base_config(objective="contrastive"))
     images = model.encode_image(batch.pixel_values)[:, 0]
     texts = model.encode_text(batch.text_ids, batch.text_mask)
     scale, bias = jnp.exp(model.logit_scale[...]), model.logit_bias[...]
-    expected = sigmoid_contrastive_loss(images, texts, batch.labels, scale, bias)
+    expected = sigmoid_contrastive_loss(scale * images @ texts.T + bias, batch.labels).mean()
     np.testing.assert_allclose(out.loss, expected, rtol=1e-6)
     # SigLIP starts at bias −10: every pair is called false.
     assert out.metrics["recall"] == 0.0
@@ -333,4 +329,4 @@ def test_text_only_pairs() -> None:
     pairs = pair_batches(pair_rows(2, images=0), TinyProcessor(), batch_size=2, seed=0)
     batch = recorded(next(iter(pairs)))
     assert batch.pixel_values is None
-    assert np.isfinite(preference(tiny_model(config), batch, config).loss)
+    assert np.isfinite(compiled_loss(tiny_model(config), batch, config).loss)

@@ -54,8 +54,7 @@ class SeedRun(Run):
 
     @staticmethod
     def _may_cap(recipe: Recipe) -> bool:
-        learns = recipe.train.objective in ("preference", "sft") and needs_pairs(recipe)
-        return learns and recipe.select.budget == 1 and recipe.select.max_pairs is None
+        return needs_pairs(recipe) and recipe.select.budget == 1 and recipe.select.max_pairs is None
 
     def check_arm(self, arm: str) -> None:
         """Notes what an arm is, or refuses another one under a name that is taken."""

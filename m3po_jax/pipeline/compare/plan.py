@@ -7,6 +7,7 @@ from typing import Any
 
 from m3po_jax.config import CompareConfig, Recipe
 from m3po_jax.errors import UserError, nearest
+from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline.arms import BASE, CONTRAST_ALPHA, SYSTEMS, VCD, arm_recipe, overrides_of
 from m3po_jax.recipes import override, value_of
 from m3po_jax.workspace.comparison import ComparisonDirectory
@@ -113,7 +114,7 @@ def check_compare(recipe: Recipe) -> None:
     config = recipe.compare
     if len(set(config.seeds)) < len(config.seeds):
         raise UserError(f"{config.seeds}", where="compare.seeds", remedy="name different seeds")
-    if recipe.train.objective != "preference":
+    if not objective_of(recipe.train).uses_reference:
         raise UserError(
             f"the recipe's objective is {recipe.train.objective!r}",
             where="train.objective",
