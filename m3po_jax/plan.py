@@ -33,8 +33,8 @@ from m3po_jax.generation.memory import GIB
 from m3po_jax.generation.programs import fuse_layers
 from m3po_jax.generation.settings import sampling_config
 from m3po_jax.models import lora
+from m3po_jax.models.decoder import Decoder
 from m3po_jax.models.kernels.choice import with_attention
-from m3po_jax.models.llama import Llama
 from m3po_jax.models.quantized_base import quantize_base
 from m3po_jax.models.registry import Description, describe
 from m3po_jax.scoring.engine import Scorer
@@ -250,7 +250,7 @@ def plan(recipe: Recipe, topology: str, *, prompt_tokens: int | None = None) -> 
 class _Described(Generator):
     """A generator whose weights are descriptions: its programs can be compiled, and not run."""
 
-    def fused(self, decoder: Llama) -> tuple[FusedLayer, ...]:
+    def fused(self, decoder: Decoder) -> tuple[FusedLayer, ...]:
         graph, state = nnx.split(decoder)
         lowered = fuse_layers.lower(graph, state)
         return describe_on(lowered.out_info, lowered.compile().output_shardings)
@@ -314,7 +314,8 @@ class Planner:
         yield self.compiled("generate", "prefill", prefill.function, prefill.arguments, whole, flops=flops)
         steps = config.max_new_tokens - 1
         drawn, seen = generator.batch_size * config.num_candidates * steps, self.length + steps / 2
-        flops = 2.0 * drawn * (cost.decoder + cost.head + cost.attention * seen)
+        keys = sum(seen if window is None else min(seen, window) for window in cost.windows)
+        flops = 2.0 * drawn * (cost.decoder + cost.head + cost.attention * keys)
         read = steps * (_bytes_a_chip((weights, prompts.kv)) + _bytes_a_chip(cache.kv) / 2)
         yield self.compiled("generate", "decode", decode.function, decode.arguments, beside, flops=flops, read=read)
 

@@ -35,8 +35,8 @@ from m3po_jax.generation.prompts import (
 from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.generation.state import Sizes
 from m3po_jax.generation.stream import Program, Stream
+from m3po_jax.models.decoder import Decoder
 from m3po_jax.models.forward import VisionLanguageModel
-from m3po_jax.models.llama import Llama
 from m3po_jax.sharding import replicate, use_mesh
 
 __all__ = [
@@ -130,7 +130,7 @@ class Generator:
         with use_mesh(self.mesh):
             self.weights = Weights(state, self.fused(model.decoder))
 
-    def fused(self, decoder: Llama) -> tuple[FusedLayer, ...]:
+    def fused(self, decoder: Decoder) -> tuple[FusedLayer, ...]:
         return fuse_layers(*nnx.split(decoder))
 
     def __call__(

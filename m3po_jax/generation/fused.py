@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from m3po_jax.models.decoder import Decoder
+from m3po_jax.models.decoder_layer import Pick
 from m3po_jax.models.layers import Linear, matmul_precision
-from m3po_jax.models.llama import Llama
 from m3po_jax.models.quantization import Codes, Weight
 from m3po_jax.models.quantization import product as quantized_product
 from m3po_jax.sharding import constrain
@@ -26,18 +27,57 @@ Adapter = tuple[jax.Array, jax.Array]
 
 
 class FusedLayer(NamedTuple):
-    """One layer's weights in the computation's dtype; adapters are (A, α/r · B) beside their kernel.
+    """One layer's weights in the computation's dtype: the `LayerWeights` of generation.
 
     A kernel's inputs are its last axis. Codes are as `models/quantization.py` has them, inputs first.
+
+    Attributes:
+        biases: By the projection's name.
+        adapters: (A, α/r · B) by the projection's name.
     """
 
     input_norm: Float[Array, " e"]
-    qkv: Weight  # (g, r + 2, d, e)
-    out: Weight  # (e, gd)
+    qkv_kernel: Weight  # (g, r + 2, d, e)
+    out_kernel: Weight  # (e, gd)
     mlp_norm: Float[Array, " e"]
-    gate_up: Weight  # (2, f, e)
-    down: Weight  # (e, f)
+    gate_up_kernel: Weight  # (2, f, e)
+    down_kernel: Weight  # (e, f)
+    biases: dict[str, jax.Array]
     adapters: dict[str, Adapter]
+
+    def gain(self, norm: str) -> Float[Array, " e"]:
+        """See `LayerWeights`, as for the others."""
+        return {"input_norm": self.input_norm, "post_attention_norm": self.mlp_norm}[norm]
+
+    def queries_keys_values(self, x: Float[Array, "b s e"], pick: Pick) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """One product, of which `pick` takes the tokens that have queries."""
+        y = product(x, self.qkv_kernel)
+        q = self._completed("q_proj", x, y[..., :-2, :])
+        k, v = self._completed("k_proj", x, y[..., -2, :]), self._completed("v_proj", x, y[..., -1, :])
+        return pick(q.reshape(*q.shape[:2], -1, q.shape[-1])), k, v
+
+    def output(self, attended: Float[Array, "b q hd"]) -> Float[Array, "b q e"]:
+        """One product."""
+        return self._completed("o_proj", attended, product(attended, self.out_kernel))
+
+    def gate_and_up(self, x: Float[Array, "b q e"]) -> tuple[Float[Array, "b q f"], Float[Array, "b q f"]]:
+        """One product."""
+        both = product(x, self.gate_up_kernel)
+        return self._completed("gate_proj", x, both[..., 0, :]), self._completed("up_proj", x, both[..., 1, :])
+
+    def down(self, x: Float[Array, "b q f"]) -> Float[Array, "b q e"]:
+        """One product."""
+        return self._completed("down_proj", x, product(x, self.down_kernel))
+
+    def _completed(self, name: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        """`y` plus the bias and the low-rank product of the projection called `name`, in y's shape."""
+        if name in self.biases:
+            y = y + self.biases[name].reshape(y.shape[2:])
+        if name not in self.adapters:
+            return y
+        a, b = self.adapters[name]
+        exact = matmul_precision(x.dtype)
+        return y + jnp.matmul(jnp.matmul(x, a, precision=exact), b, precision=exact).reshape(y.shape)
 
 
 def _adapter(linear: Linear) -> Adapter | None:
@@ -58,7 +98,7 @@ def _placed(weight: Weight, dtype: Any, *axes: str | None) -> Weight:
     return Codes(*(constrain(x, *axes[len(axes) - x.ndim :]) for x in weight))
 
 
-def fuse(decoder: Llama) -> tuple[FusedLayer, ...]:
+def fuse(decoder: Decoder) -> tuple[FusedLayer, ...]:
     """Every layer's weights, unstacked and fused; meant for `jax.jit` under the mesh of the model."""
     c, dtype = decoder.config, decoder.dtype
     graph, state = nnx.split(decoder.layers)
@@ -75,7 +115,7 @@ def fuse(decoder: Llama) -> tuple[FusedLayer, ...]:
             attention.v_proj.weight,
         )
         gate_up = jax.tree.map(lambda *parts: jnp.stack(parts, axis=-2), mlp.gate_proj.weight, mlp.up_proj.weight)
-        linears = {
+        linears: dict[str, Linear] = {
             name: getattr(part, name)
             for part, names in (
                 (attention, ("q_proj", "k_proj", "v_proj", "o_proj")),
@@ -84,12 +124,13 @@ def fuse(decoder: Llama) -> tuple[FusedLayer, ...]:
             for name in names
         }
         return FusedLayer(
-            layer.input_norm.scale[...].astype(dtype),
+            layer.input_norm.gain,
             _placed(qkv, dtype, "embed", "kv_heads", None, None),
             _placed(attention.o_proj.weight, dtype, "heads", "embed"),
-            layer.post_attention_norm.scale[...].astype(dtype),
+            layer.post_attention_norm.gain,
             _placed(gate_up, dtype, "embed", None, "mlp"),
             _placed(mlp.down_proj.weight, dtype, "mlp", "embed"),
+            {name: linear.bias[...].astype(dtype) for name, linear in linears.items() if linear.bias is not None},
             {name: pair for name, linear in linears.items() if (pair := _adapter(linear)) is not None},
         )
 
@@ -126,12 +167,3 @@ def product(x: Float[Array, "... i"], weight: Weight) -> jax.Array:
         return quantized_product(equation, x, weight, precision=matmul_precision(x.dtype))
     with jax.named_scope("products"):
         return jax.lax.platform_dependent(x, weight, cpu=_on_cpu, default=_product)
-
-
-def adapted(layer: FusedLayer, name: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`y` plus the low-rank product of the adapter called `name`, in y's shape."""
-    if name not in layer.adapters:
-        return y
-    a, b = layer.adapters[name]
-    exact = matmul_precision(x.dtype)
-    return y + jnp.matmul(jnp.matmul(x, a, precision=exact), b, precision=exact).reshape(y.shape)

@@ -10,7 +10,7 @@ import jax
 
 from m3po_jax.errors import UserError
 from m3po_jax.generation.lanes import capacities
-from m3po_jax.models.llama import LlamaConfig
+from m3po_jax.models.decoder_config import DecoderConfig
 
 GIB = 2**30
 
@@ -44,7 +44,7 @@ class CacheShape:
         return cls(row_parts=mesh_shape["data"] * mesh_shape["fsdp"], head_parts=tensor, **sizes)
 
 
-def cache_bytes(config: LlamaConfig, shape: CacheShape, itemsize: int) -> int:
+def cache_bytes(config: DecoderConfig, shape: CacheShape, itemsize: int) -> int:
     """Bytes of keys and values on each device: prompts held × prefix + rows × candidates × slots of the largest
     cache of answers.
     """
@@ -53,7 +53,7 @@ def cache_bytes(config: LlamaConfig, shape: CacheShape, itemsize: int) -> int:
     return shape.views * slots * per_slot // (shape.row_parts * shape.head_parts)
 
 
-def advice(config: LlamaConfig, shape: CacheShape, itemsize: int) -> str:
+def advice(config: DecoderConfig, shape: CacheShape, itemsize: int) -> str:
     """The number to lower first, and what that saves.
 
     Fewer prompts in flight change no answer, so that comes first; at one prompt a device only fewer candidates
@@ -84,7 +84,7 @@ def advice(config: LlamaConfig, shape: CacheShape, itemsize: int) -> str:
 
 
 @contextmanager
-def explain_exhaustion(config: LlamaConfig, shape: CacheShape, itemsize: int) -> Iterator[None]:
+def explain_exhaustion(config: DecoderConfig, shape: CacheShape, itemsize: int) -> Iterator[None]:
     """Turns the compiler's or allocator's RESOURCE_EXHAUSTED into a `UserError` that names the number to lower.
 
     Raises:

@@ -21,13 +21,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from m3po_jax.generation import lanes as lane
 from m3po_jax.generation import sampling as draw
-from m3po_jax.generation.attention import KV
 from m3po_jax.generation.decoder import decode_step, pin_stationary, prefill
 from m3po_jax.generation.fused import FusedLayer, fuse
 from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.generation.state import Board, Cache, Lanes, Layout, Prompts, Report, Sizes
+from m3po_jax.models.attention_parts import KV
+from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.models.forward import encode_images
-from m3po_jax.models.llama import LlamaConfig
 from m3po_jax.sharding import constrain
 
 
@@ -46,7 +46,7 @@ def fuse_layers(graph: Any, state: Any) -> tuple[FusedLayer, ...]:
 
 def programs_for(
     mesh: Mesh,
-    config: LlamaConfig,
+    config: DecoderConfig,
     dtype: Any,
     sampling: SamplingConfig,
     *,
@@ -79,7 +79,7 @@ class Programs:
     def __init__(
         self,
         mesh: Mesh,
-        config: LlamaConfig,
+        config: DecoderConfig,
         dtype: Hashable,
         sampling: SamplingConfig,
         ends: tuple[int, ...],
@@ -305,6 +305,7 @@ class Programs:
                 cache=cache.kv,
                 slot=slot,
                 seen=each(written >= lanes.start[..., None]).reshape(-1, capacity),
+                back=cache.step - written,
             )
             first = lane.take(prompts.hidden, lanes.place // k)
             hidden = jnp.where(fresh[..., None, None], first, apart(hidden))

@@ -24,8 +24,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from m3po_jax.generation import lanes as lane
-from m3po_jax.generation.attention import KV
-from m3po_jax.models.llama import LlamaConfig
+from m3po_jax.models.attention_parts import KV
+from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.sharding import replicate, to_host
 
 ROWS = ("data", "fsdp")
@@ -102,7 +102,7 @@ class Report(NamedTuple):
 class Layout:
     """Where the arrays lie on a mesh, and programs that make and enlarge them."""
 
-    def __init__(self, mesh: Mesh, config: LlamaConfig, dtype: Any, vocab: int):
+    def __init__(self, mesh: Mesh, config: DecoderConfig, dtype: Any, vocab: int):
         self.mesh, self.config, self.dtype, self.vocab = mesh, config, dtype, vocab
         heads = "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None
         self.rows, self.whole = NamedSharding(mesh, P(ROWS)), NamedSharding(mesh, P())

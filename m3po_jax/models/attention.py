@@ -1,12 +1,15 @@
-"""Attention, and the layouts in which a decoder's tokens attend to each other.
+"""Attention with its gradient, and the layouts in which the tokens of a row attend to each other.
 
-A layer computes queries, keys and values for whatever tokens it is given and hands them to a *layout*, which
-knows who sees whom and where the cache lies. Prefill, teacher-forced scoring, preference training and decoding
-are four layouts of one forward pass; in the last three a prompt's *prefix* (image and instruction) is computed
-or read once for all of its *branches* (candidate answers).
+A layer computes queries, keys and values for whatever tokens it is given and hands them to a *layout*, which knows
+who sees whom. In `Tree`, the layout of scoring and training, a prompt's *prefix* (image and instruction) is computed
+once for all of its *branches* (candidate answers). Prefill is `Causal` and `CausalEnd`; a decode step, whose keys lie
+in caches, is in `generation/attention.py`. What both are made of is `attention_parts.py`.
 
-Shape suffixes: B prompts, P prefix tokens, K branches of a prompt, T tokens of a branch, N cache slots of a
-branch, H query heads, G key/value heads, R = H / G, D head width.
+A layer's *window* is how many tokens a token sees, itself included and counted backwards in places of the row, as
+transformers counts them; None: all before it.
+
+Shape suffixes: B prompts, P prefix tokens, K branches of a prompt, T tokens of a branch, H query heads, G key/value
+heads, R = H / G, D head width.
 """
 
 from __future__ import annotations
@@ -19,11 +22,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from m3po_jax.models.attention_parts import KV, join, normalize, part, scores
 from m3po_jax.models.kernels import choice
 from m3po_jax.models.layers import KEPT, matmul_precision
-
-KV = tuple[jax.Array, jax.Array]
-
 
 QUERY_BLOCK = 128  # least queries that causal attention takes at a time, to the keys up to them
 MAX_BLOCKS = 12
@@ -48,24 +49,19 @@ def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _scores(axes: str, q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    scores = _product(f"bgkrtd,{axes}->bgkrt{axes[-2]}", q, k)
-    return jnp.where(mask, q.shape[-1] ** -0.5 * scores, -jnp.inf)
+    return scores(f"bgkrtd,{axes}->bgkrt{axes[-2]}", q, k, mask)
 
 
 def _attend(axes: tuple[str, ...], q: jax.Array, parts: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
     """Output and log-sum-exp of the scores (float32) of one softmax over several sets of (k, v, mask)."""
-    scores = [_scores(names, q, k, mask) for names, (k, _, mask) in zip(axes, parts, strict=True)]
-    top = jnp.max(scores[0], axis=-1, keepdims=True)
-    for s in scores[1:]:
-        top = jnp.maximum(top, jnp.max(s, axis=-1, keepdims=True))
-    top = jnp.where(jnp.isneginf(top), 0.0, top)  # NaN goes through, so that it is noticed
-    total, out = jnp.zeros_like(top), jnp.zeros(q.shape, jnp.float32)
-    for names, s, (_, v, _) in zip(axes, scores, parts, strict=True):
-        weights = jnp.exp(s - top)
-        total = total + jnp.sum(weights, axis=-1, keepdims=True)
-        out = out + _product(f"bgkrt{names[-2]},{names}->bgkrtd", weights.astype(v.dtype), v)
-    total = jnp.maximum(total, 1e-30)  # rows that see nothing get zeros, not NaN
-    return (out / total).astype(q.dtype), top + jnp.log(total)
+    whole = functools.reduce(
+        join,
+        (
+            part(f"bgkrtd,{names}->bgkrt{names[-2]}", f"bgkrt{names[-2]},{names}->bgkrtd", q, (k, v), mask)
+            for names, (k, v, mask) in zip(axes, parts, strict=True)
+        ),
+    )
+    return normalize(whole).astype(q.dtype), whole.top + jnp.log(jnp.maximum(whole.total, 1e-30))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -143,10 +139,12 @@ def causal_attention(
     k: Float[Array, "b s g d"],
     v: Float[Array, "b s g d"],
     mask: Bool[Array, "b s"],
+    window: int | None = None,
 ) -> Float[Array, "b s h d"]:
-    """Causal attention of padded rows, exact, a block of queries at a time: a block multiplies no later keys.
+    """Causal attention of padded rows, exact, a block of queries at a time.
 
-    This is what the kernels of `Causal` replace.
+    A block multiplies no later keys, and of those before its window none but what fills a block. This is what the
+    kernels of `Causal` replace.
     """
     s = q.shape[1]
     block = max(QUERY_BLOCK, -(-s // (MAX_BLOCKS * QUERY_BLOCK)) * QUERY_BLOCK)
@@ -154,37 +152,48 @@ def causal_attention(
     outs = []
     for start in range(0, s, block):
         stop = min(start + block, s)
-        earlier = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
-        seen = (earlier & mask[:, None, :stop])[:, None, None, None]
-        outs.append(attend(grouped[..., start:stop, :], Keys("bgpd", k[:, :, :stop], v[:, :, :stop], seen)))
+        first = 0 if window is None else max(start + 1 - window, 0) // QUERY_BLOCK * QUERY_BLOCK
+        back = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
+        may = (back >= 0) if window is None else (back >= 0) & (back < window)
+        may = (may & mask[:, None, first:stop])[:, None, None, None]
+        keys = Keys("bgpd", k[:, :, first:stop], v[:, :, first:stop], may)
+        outs.append(attend(grouped[..., start:stop, :], keys))
     return _ungrouped(jnp.concatenate(outs, axis=4))[:, 0]
 
 
 def branch_attention(
     q_BKTHD: jax.Array,
     prefix: KV,
-    prefix_mask_BP: jax.Array,
+    prefix_mask_BTP: jax.Array,
     own: KV,
     own_mask_BKTN: jax.Array,
 ) -> Float[Array, "b k t h d"]:
     """Branch tokens attend to their prompt's prefix, read once for all K branches, and to their own branch.
 
-    One softmax over both parts; `prefix` is [B, P, G, D], `own` is [B, K, N, G, D].
+    One softmax over both parts; `prefix` is [B, P, G, D], `own` is [B, K, N, G, D]. The prefix's mask may have size 1
+    where it does not depend on the branch's token.
     """
     (pk, pv), (ok, ov) = prefix, own
-    shared = Keys("bgpd", _head_major(pk), _head_major(pv), prefix_mask_BP[:, None, None, None, None, :])
+    shared = Keys("bgpd", _head_major(pk), _head_major(pv), prefix_mask_BTP[:, None, None, None])
     branch = Keys("bgknd", _head_major(ok), _head_major(ov), own_mask_BKTN[:, None, :, None])
     return _ungrouped(attend(_grouped(q_BKTHD, pk.shape[2]), shared, branch))
 
 
 class Layout(Protocol):
-    """Who attends to whom. `cache` and the second result are one layer's keys and values, or None."""
+    """Who attends to whom."""
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        """Queries [B, Q, H, D] against keys and values [B, S, G, D] of one layer: [B, Q, H, D], and the cache."""
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """Queries [B, Q, H, D] against keys and values [B, S, G, D] of one layer: [B, Q, H, D]."""
 
 
-class LastLayout(Layout, Protocol):
+class DecoderLayout(Protocol):
+    """Who attends to whom in a layer with a window."""
+
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None) -> jax.Array:
+        """Queries [B, Q, H, D] against keys and values [B, S, G, D] of one layer: [B, Q, H, D]."""
+
+
+class LastLayout(DecoderLayout, Protocol):
     """A layout of the last layer, whose queries are only the tokens that `pick` takes of a row."""
 
     def pick(self, x: jax.Array) -> jax.Array:
@@ -192,16 +201,35 @@ class LastLayout(Layout, Protocol):
 
 
 class Causal(NamedTuple):
-    """Plain causal self-attention over [B, S] tokens with padding anywhere; returns the keys and values."""
+    """Plain causal self-attention over [B, S] tokens with padding at either end."""
 
     mask_BS: Bool[Array, "b s"]
     attention: str = "xla"  # see `models/kernels`
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, KV]:
-        """q [B, S, H, D], k and v [B, S, G, D] to [B, S, H, D]; no cache is read."""
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None) -> jax.Array:
+        """q [B, S, H, D], k and v [B, S, G, D] to [B, S, H, D]."""
         if choice.fits(self.attention, q.shape[-1]):
-            return choice.self_attention(q, k, v, self.mask_BS, causal=True, kind=self.attention), (k, v)
-        return causal_attention(q, k, v, self.mask_BS), (k, v)
+            return choice.self_attention(q, k, v, self.mask_BS, causal=True, window=window, kind=self.attention)
+        return causal_attention(q, k, v, self.mask_BS, window)
+
+    @property
+    def last(self) -> CausalEnd:
+        """The layout of the last layer, where only the last token is asked for."""
+        return CausalEnd(self.mask_BS)
+
+
+class CausalEnd(NamedTuple):
+    """The last layer of a `Causal`: the query of the last unpadded token, keys and values of all."""
+
+    mask_BS: Bool[Array, "b s"]
+
+    def pick(self, x: Float[Array, "b s ..."]) -> Float[Array, "b 1 ..."]:
+        """The last unpadded token."""
+        return last_valid(x, self.mask_BS)
+
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None) -> jax.Array:
+        """q [B, 1, H, D], k and v [B, S, G, D] to [B, 1, H, D]."""
+        return dense_attention(q, k, v, _within(self.mask_BS, last_place(self.mask_BS)[:, None], window))
 
 
 class Bidirectional(NamedTuple):
@@ -210,11 +238,11 @@ class Bidirectional(NamedTuple):
     mask_BS: Bool[Array, "b s"]
     attention: str = "xla"
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, None]:
-        """q, k and v [B, S, H, D] to [B, S, H, D]; there is no cache."""
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """q, k and v [B, S, H, D] to [B, S, H, D]."""
         if choice.fits(self.attention, q.shape[-1]):
-            return choice.self_attention(q, k, v, self.mask_BS, causal=False, kind=self.attention), None
-        return dense_attention(q, k, v, self.mask_BS[:, None, :]), None
+            return choice.self_attention(q, k, v, self.mask_BS, causal=False, kind=self.attention)
+        return dense_attention(q, k, v, self.mask_BS[:, None, :])
 
 
 class Tree(NamedTuple):
@@ -237,22 +265,26 @@ class Tree(NamedTuple):
     branch_mask_BKT: Bool[Array, "b k t"]
     attention: str = "xla"  # of the prefix to itself; branches are short
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, None]:
-        """q [B, P + K·T, H, D], k and v [B, P + K·T, G, D] to [B, P + K·T, H, D]; there is no cache."""
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None) -> jax.Array:
+        """q [B, P + K·T, H, D], k and v [B, P + K·T, G, D] to [B, P + K·T, H, D]."""
         p = self.prefix_mask_BP.shape[1]
-        prefix, _ = Causal(self.prefix_mask_BP, self.attention)(q[:, :p], k[:, :p], v[:, :p], None)
-        return jnp.concatenate([prefix, self.branches(q[:, p:], k, v)], axis=1), None
+        prefix = Causal(self.prefix_mask_BP, self.attention)(q[:, :p], k[:, :p], v[:, :p], window)
+        return jnp.concatenate([prefix, self.branches(q[:, p:], k, v, window)], axis=1)
 
-    def branches(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def branches(self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
         """The branches' part, [B, K·T, H, D]; `k` and `v` are of the whole row."""
         b, p = self.prefix_mask_BP.shape
         _, branches, t = self.branch_mask_BKT.shape
         if branches * t == 0:
             return q
         split = lambda x: x.reshape(b, branches, t, *x.shape[2:])  # noqa: E731
-        own_mask = jnp.tril(jnp.ones((t, t), bool)) & self.branch_mask_BKT[:, :, None, :]
+        back = jnp.arange(t)[:, None] - jnp.arange(t)[None, :]
+        may = (back >= 0) if window is None else (back >= 0) & (back < window)
+        own_mask = may & self.branch_mask_BKT[:, :, None, :]
+        # A branch goes on where its prefix ends, on whichever side that is padded.
+        places = last_place(self.prefix_mask_BP)[:, None] + 1 + jnp.arange(t)
         prefix, own = (k[:, :p], v[:, :p]), (split(k[:, p:]), split(v[:, p:]))
-        out = branch_attention(split(q), prefix, self.prefix_mask_BP, own, own_mask)
+        out = branch_attention(split(q), prefix, _within(self.prefix_mask_BP, places, window), own, own_mask)
         return out.reshape(b, branches * t, *out.shape[3:])
 
     @property
@@ -274,42 +306,31 @@ class TreeEnd(NamedTuple):
         p = self.tree.prefix_mask_BP.shape[1]
         return jnp.concatenate([last_valid(x[:, :p], self.tree.prefix_mask_BP), x[:, p:]], axis=1)
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, None]:
-        """q [B, 1 + K·T, H, D], k and v [B, P + K·T, G, D] to [B, 1 + K·T, H, D]; there is no cache."""
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None) -> jax.Array:
+        """q [B, 1 + K·T, H, D], k and v [B, P + K·T, G, D] to [B, 1 + K·T, H, D]."""
         mask = self.tree.prefix_mask_BP
         p = mask.shape[1]
-        end = dense_attention(q[:, :1], k[:, :p], v[:, :p], mask[:, None, :])
-        return jnp.concatenate([end, self.tree.branches(q[:, 1:], k, v)], axis=1), None
+        end = CausalEnd(mask)(q[:, :1], k[:, :p], v[:, :p], window)
+        return jnp.concatenate([end, self.tree.branches(q[:, 1:], k, v, window)], axis=1)
+
+
+def last_place(mask: Bool[Array, "b p"]) -> Int[Array, " b"]:
+    """The place of each row's last unpadded token."""
+    return mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
 
 
 def last_valid(x: Float[Array, "b p ..."], mask: Bool[Array, "b p"]) -> Float[Array, "b 1 ..."]:
     """Each row's last unpadded token."""
-    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-    return jnp.take_along_axis(x, last.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)
+    return jnp.take_along_axis(x, last_place(mask).reshape(-1, *(1,) * (x.ndim - 1)), axis=1)
 
 
-class DecodeCache(NamedTuple):
-    """One layer's cache: the prefix once per prompt, the answers once per candidate."""
+def _within(mask: Bool[Array, "b p"], places: Int[Array, "b t"], window: int | None) -> Bool[Array, "b t_or_1 p"]:
+    """Which unpadded tokens of a row later tokens at `places` see; the tokens are no earlier than the row's last."""
+    if window is None:
+        return mask[:, None, :]
+    return mask[:, None, :] & (jnp.arange(mask.shape[1]) > places[..., None] - window)
 
-    prefix: KV  # [B, P, G, D] each, never written
-    own: KV  # [B, K, N, G, D] each, written one slot a step
 
-
-class Decode(NamedTuple):
-    """One new token for each of K candidates of B prompts, given as a row of K tokens a prompt."""
-
-    prefix_mask_BP: Bool[Array, "b p"]
-    num_candidates: int
-    step: Int[Array, ""]  # the cache slot that this token takes
-
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: DecodeCache) -> tuple[jax.Array, DecodeCache]:
-        """q [B, K, H, D], k and v [B, K, G, D] to [B, K, H, D]; the cache comes back with slot `step` written."""
-        b, c = q.shape[0], self.num_candidates
-        split = lambda x: x.reshape(b, c, 1, *x.shape[2:])  # noqa: E731
-        own_k, own_v = cache.own
-        own_k = jax.lax.dynamic_update_slice_in_dim(own_k, split(k), self.step, axis=2)
-        own_v = jax.lax.dynamic_update_slice_in_dim(own_v, split(v), self.step, axis=2)
-        written = jnp.arange(own_k.shape[2]) <= self.step
-        own_mask = jnp.broadcast_to(written, (b, c, 1, own_k.shape[2]))
-        out = branch_attention(split(q), cache.prefix, self.prefix_mask_BP, (own_k, own_v), own_mask)
-        return out.reshape(b, c, *out.shape[3:]), DecodeCache(cache.prefix, (own_k, own_v))
+def prefix_positions(prefix_mask: Bool[Array, "b p"]) -> Int[Array, "b p"]:
+    """Rotary positions that count unpadded tokens from 0."""
+    return jnp.maximum(jnp.cumsum(prefix_mask, axis=1) - 1, 0)

@@ -61,6 +61,11 @@ def flag(value: Any) -> str | None:
     return None if isinstance(value, bool) else "true or false"
 
 
+def flag_or_null(value: Any) -> str | None:
+    """true or false; null stands for false."""
+    return None if value is None else flag(value)
+
+
 def word(names: tuple[str, ...] | Mapping[str, Any]) -> Check:
     """One of `names`."""
     return lambda value: None if isinstance(value, str) and value in names else f"one of {', '.join(names)}"
@@ -200,6 +205,8 @@ CHANGES_THE_COMPUTATION = frozenset(
         *("original_max_position_embeddings", "longrope_scaling", "mrope_section", "alibi", "use_alibi"),
         *("num_experts", "num_local_experts", "num_experts_per_tok", "n_routed_experts", "moe_intermediate_size"),
         *(
+            "attention_bias",
+            "mlp_bias",
             "qkv_bias",
             "use_bias",
             "attention_out_bias",

@@ -41,7 +41,7 @@ class EncoderAttention(nnx.Module):
     def __call__(self, x: jax.Array, layout: Layout) -> jax.Array:
         """[B, S, D] to [B, S, D]."""
         heads = lambda y: y.reshape(*y.shape[:2], self.num_heads, -1)  # noqa: E731
-        out, _ = layout(heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x)), None)
+        out = layout(heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x)))
         return self.out_proj(out.reshape(x.shape))
 
 

@@ -1,7 +1,7 @@
-"""The two forward passes that every stage is made of, for any vision-language model of the registry.
+"""The forward pass that scores given answers, for any vision-language model of the registry.
 
-`branch_log_probs` scores given answers (confidence, judges, reference and policy of the preference loss);
-`prefill` starts generation. Both run the prompt, with its images, once for all of its answers.
+Confidence, judges, reference and policy of the preference loss are `branch_scores`. It runs the prompt, with its
+images, once for all of its answers. Answers are drawn in `generation/`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from m3po_jax.models.attention import Causal, Tree, last_valid
-from m3po_jax.models.llama import Llama, TokenScores
+from m3po_jax.models.attention import Tree, prefix_positions
+from m3po_jax.models.decoder import Decoder, TokenScores
 
 
 class VisionLanguageModel(Protocol):
     """What a family provides; see `llava/model.py` for shapes."""
 
     config: Any
-    decoder: Llama
+    decoder: Decoder
 
     def image_features(self, pixel_values: jax.Array, *, remat: str = "none") -> jax.Array:
         """Images [I, H, W, 3] to the tower's features [I, N, V]."""
@@ -40,11 +40,6 @@ def encode_images(
     return features.reshape(b, m, *features.shape[1:])
 
 
-def prefix_positions(prefix_mask: Bool[Array, "b p"]) -> Int[Array, "b p"]:
-    """Rotary positions that count unpadded tokens from 0."""
-    return jnp.maximum(jnp.cumsum(prefix_mask, axis=1) - 1, 0)
-
-
 def branch_hidden(
     model: VisionLanguageModel,
     prefix_ids: Int[Array, "b p"],
@@ -60,7 +55,7 @@ def branch_hidden(
 
     Token 0 of a branch is predicted from the prompt's last token, token t from the branch's token t − 1; nothing is
     predicted from a branch's last token, which is therefore not computed. `base_learns` says that weights other than
-    adapters get gradients (see `Llama.needed_states`).
+    adapters get gradients (see `Decoder.needed_states`).
     """
     b, k, t = branch_ids.shape
     t -= 1
@@ -118,16 +113,3 @@ def states_scores(
     flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])  # noqa: E731
     scores = model.decoder.token_scores(flat(hidden), flat(branch_ids))
     return TokenScores(*(x.reshape(branch_ids.shape) for x in scores))
-
-
-def prefill(
-    model: VisionLanguageModel,
-    prefix_ids: Int[Array, "b p"],
-    prefix_mask: Bool[Array, "b p"],
-    features: Float[Array, "b m n v"] | None,
-) -> tuple[Float[Array, "b vocab"], Any]:
-    """Logits of the first answer token and every layer's prefix keys and values [L, B, P, G, D]."""
-    x = model.embed_prompts(prefix_ids, features)
-    layout = Causal(prefix_mask, model.decoder.config.attention)
-    hidden, cache = model.decoder(x, prefix_positions(prefix_mask), layout, keep_cache=True)
-    return model.decoder.logits(last_valid(hidden, prefix_mask)[:, 0]), cache

@@ -119,18 +119,28 @@ class Embedding(nnx.Module):
         return jnp.take(self.table[...], ids, axis=0).astype(self.dtype)
 
 
+def rms_norm(x: Float[Array, "... d"], gain: Float[Array, " d"], eps: float) -> Float[Array, "... d"]:
+    """x / rms(x) · g, in float32 (Zhang and Sennrich, arXiv:1910.07467), cast to the gain's type before the gain."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return gain * y.astype(gain.dtype)
+
+
 class RMSNorm(nnx.Module):
-    """x / rms(x) · g, in float32 (Zhang and Sennrich, arXiv:1910.07467), cast back before the gain as LLaMA does."""
+    """`rms_norm` with a gain that learns."""
 
     def __init__(self, features: int, *, eps: float, dtype: Any, param_dtype: Any):
         self.scale = nnx.Param(jnp.ones((features,), param_dtype), axes=("norm",))
         self.eps, self.dtype = eps, dtype
 
+    @property
+    def gain(self) -> Float[Array, " d"]:
+        """In the type of the computation."""
+        return self.scale[...].astype(self.dtype)
+
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         """Over the last axis; the result is in `dtype`."""
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return self.scale[...].astype(self.dtype) * x.astype(self.dtype)
+        return rms_norm(x, self.gain, self.eps)
 
 
 class LayerNorm(nnx.Module):

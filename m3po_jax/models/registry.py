@@ -23,7 +23,6 @@ from m3po_jax.models.causal_lm import model as causal_lm
 from m3po_jax.models.causal_lm import weights as causal_lm_weights
 from m3po_jax.models.config_fields import Fields, check_fields, shown
 from m3po_jax.models.kernels.choice import check_attention, with_attention
-from m3po_jax.models.llama_config import LLAMA_FIELDS
 from m3po_jax.models.llava import config as llava_config
 from m3po_jax.models.llava import model as llava
 from m3po_jax.models.llava import weights as llava_weights
@@ -37,6 +36,7 @@ from m3po_jax.models.safetensors_io import (
     same_values,
 )
 from m3po_jax.models.tensor_map import TensorMap, check_tensors, parameters
+from m3po_jax.models.text_decoders import TEXT_DECODERS
 from m3po_jax.models.weights import check_memory, initialise_parameters, load_parameters, replace_parameters
 from m3po_jax.reading import check_value
 
@@ -66,6 +66,7 @@ class Family:
 
     Args:
         name: For messages and manifests.
+        task: The hub's word for what its models do.
         model_types: Values of `model_type` in ``config.json``.
         model_class: The class that `build` returns.
         sections: ``config.json -> {section: its fields}``, "" for the top; what `check_fields` judges it by.
@@ -81,6 +82,7 @@ class Family:
     """
 
     name: str
+    task: str
     model_types: tuple[str, ...]
     model_class: type
     sections: Callable[[Mapping[str, Any]], Mapping[str, Fields]]
@@ -97,9 +99,10 @@ class Family:
 FAMILIES = (
     Family(
         name="llava",
+        task="image-text-to-text",
         model_types=("llava", "llava_llama"),
         model_class=llava.Llava,
-        sections=lambda raw: llava_config.SECTIONS,
+        sections=llava_config.llava_sections,
         read_config=llava_config.llava_config,
         build=llava.build,
         tensor_map=llava_weights.tensor_map,
@@ -114,10 +117,11 @@ FAMILIES = (
         ),
     ),
     Family(
-        name="llama",
-        model_types=("llama",),
+        name="causal_lm",
+        task="text-generation",
+        model_types=tuple(TEXT_DECODERS),
         model_class=causal_lm.CausalLM,
-        sections=lambda raw: {"": LLAMA_FIELDS},
+        sections=lambda raw: {"": TEXT_DECODERS[raw["model_type"]].fields},
         read_config=causal_lm.causal_lm_config,
         build=causal_lm.build,
         tensor_map=causal_lm_weights.tensor_map,
@@ -125,6 +129,7 @@ FAMILIES = (
     ),
     Family(
         name="dual_encoder",
+        task="zero-shot-image-classification",
         model_types=("clip", "siglip"),
         model_class=dual_encoder.DualEncoder,
         sections=dual_encoder.dual_encoder_sections,

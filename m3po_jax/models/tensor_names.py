@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from m3po_jax.models.llama import LlamaConfig
+from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.models.tensor_map import Path, Source
 from m3po_jax.models.vit import ViTConfig
 
@@ -20,8 +20,8 @@ def layer_norm(path: Path, name: str) -> dict[Path, Source]:
     return {(*path, "scale"): Source(f"{name}.weight"), (*path, "bias"): Source(f"{name}.bias")}
 
 
-def decoder(config: LlamaConfig, path: Path, model: str, head: str) -> dict[Path, Source]:
-    """A LLaMA decoder whose layers are named under `model` and whose output layer is `head`."""
+def decoder(config: DecoderConfig, path: Path, model: str, head: str) -> dict[Path, Source]:
+    """A decoder whose layers are named under `model` and whose output layer is `head`."""
     layers = (*path, "layers")
     copies = (f"{head}.weight",) if config.tie_word_embeddings else ()
     tensors = {
@@ -35,7 +35,9 @@ def decoder(config: LlamaConfig, path: Path, model: str, head: str) -> dict[Path
         ("mlp", "mlp", ("gate_proj", "up_proj", "down_proj")),
     ):
         for name in names:
-            tensors |= linear((*layers, ours, name), f"{model}.layers.{{}}.{theirs}.{name}", bias=False)
+            tensors |= linear(
+                (*layers, ours, name), f"{model}.layers.{{}}.{theirs}.{name}", bias=name in config.biases
+            )
     if not config.tie_word_embeddings:
         tensors[(*path, "lm_head", "kernel")] = Source(f"{head}.weight", "linear", pad_rows=True)
     return tensors

@@ -11,12 +11,6 @@ from m3po_jax.config import Recipe
 from m3po_jax.models.registry import HUB_ID, Family
 from m3po_jax.version import __version__
 
-_TASKS = {
-    "llava": "image-text-to-text",
-    "llama": "text-generation",
-    "dual_encoder": "zero-shot-image-classification",
-}
-
 
 def _method(recipe: Recipe) -> tuple[str, list[str]]:
     """How the weights were trained, in words, and the hub's tags for it."""
@@ -85,7 +79,7 @@ def model_card(
     method, tags = _method(recipe)
     header: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": _TASKS[family.name],
+        "pipeline_tag": family.task,
         # A path of this machine is no model that the hub could link to.
         **({"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"} if on_hub else {}),
         "tags": ["m3po_jax", *tags, *(["lora"] if recipe.train.lora.lora_rank else [])],

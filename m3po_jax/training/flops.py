@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from typing import Any
 
 import jax
@@ -46,9 +47,10 @@ class StepCost:
             included).
         decoder_learns, …: Those of layers whose weights learn.
         idle, idle_learns: Those of the last decoder layer's queries, output projection and MLP, which nothing needs
-            at a prompt's positions but the last where adapters alone learn (`Llama.needed_states`); 0 otherwise.
+            at a prompt's positions but the last where adapters alone learn (`Decoder.needed_states`); 0 otherwise.
         idle_attention: Multiply-adds per (query, key) pair of that layer, likewise.
-        attention: Multiply-adds per (query, key) pair, all decoder layers.
+        attention: Multiply-adds per (query, key) pair of a decoder layer.
+        windows: The window of every decoder layer, see `LayerKind`.
         vision_attention: The same in the tower.
         positions, image_tokens: An image's positions in the tower, and its tokens in the prompt.
     """
@@ -62,6 +64,7 @@ class StepCost:
     projector: float
     projector_learns: float
     attention: float
+    windows: tuple[int | None, ...]
     vision_attention: float
     positions: int
     image_tokens: int
@@ -89,12 +92,15 @@ class StepCost:
         """
         p, a = prefixes.astype(float), answers.astype(float)
         tokens, predicted = p.sum() + a.sum(), a.sum()
-        pairs = (p * (p + 1) / 2).sum() + (a * p[:, None] + a * (a + 1) / 2).sum()
+        pairs = 0.0  # of a query and a key that it sees, all layers
+        for window, layers in Counter(self.windows).items():
+            prefix, whole = seen_pairs(p, window), seen_pairs(p[:, None] + a, window)
+            pairs += layers * (prefix.sum() + (whole - prefix[:, None]).sum())
         seen = 0 if cached_images else images * self.positions
         vision = seen * (self.vision + self.positions * self.vision_attention)
         before = (p - 1).sum()
         text = tokens * self.decoder + pairs * self.attention + predicted * self.head
-        text -= before * self.idle + (p * (p - 1) / 2).sum() * self.idle_attention
+        text -= before * self.idle + seen_pairs(p - 1, self.windows[-1]).sum() * self.idle_attention
         projected = images * self.image_tokens * self.projector
         forward = vision + projected + text
         # Gradients of activations cost one more forward each, from the loss down to the lowest part that learns.
@@ -110,6 +116,14 @@ class StepCost:
             + images * self.image_tokens * self.projector_learns
         )
         return 2.0 * (forward * (2 if reference else 1) - (vision if reference else 0.0) + backward + weights)
+
+
+def seen_pairs(tokens: np.ndarray, window: int | None) -> np.ndarray:
+    """How many keys the first `tokens` tokens of a row see in a causal layer with this window, added up."""
+    if window is None:
+        return tokens * (tokens + 1) / 2
+    inside = np.minimum(tokens, window)
+    return inside * (inside + 1) / 2 + (tokens - inside) * window
 
 
 def step_cost(model: Any, trainable: set[str]) -> StepCost | None:
@@ -154,7 +168,8 @@ def step_cost(model: Any, trainable: set[str]) -> StepCost | None:
     a_layer = 2.0 * text.num_heads * text.head_dim
     return StepCost(
         **sums,
-        attention=text.num_layers * a_layer,
+        attention=a_layer,
+        windows=tuple(text.kind(layer).window for layer in range(text.num_layers)),
         vision_attention=2.0 * used * tower.hidden_size,
         positions=vision.num_patches + (vision.kind == "clip"),
         image_tokens=model.config.tokens_per_image,

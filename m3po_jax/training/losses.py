@@ -22,8 +22,8 @@ from m3po_jax.config import TrainConfig
 from m3po_jax.data.collation import TreeBatch
 from m3po_jax.data.contrastive import ContrastiveBatch
 from m3po_jax.models import lora
+from m3po_jax.models.decoder import TokenScores
 from m3po_jax.models.forward import branch_scores, encode_images
-from m3po_jax.models.llama import TokenScores
 from m3po_jax.objectives.conditional import anchor_loss, conditional_logits, conditional_loss
 from m3po_jax.objectives.length import length_desensitised_sums
 from m3po_jax.objectives.metrics import preference_metrics
@@ -51,7 +51,7 @@ def image_features(model: Any, batch: Any, *, remat: str = "none") -> Float[Arra
 
 
 def base_learns(config: TrainConfig) -> bool:
-    """Whether more of the decoder than its adapters has gradients; see `Llama.needed_states`."""
+    """Whether more of the decoder than its adapters has gradients; see `Decoder.needed_states`."""
     return config.lora.lora_rank == 0
 
 

@@ -12,6 +12,7 @@ from m3po_jax import hosts
 from m3po_jax.config import MeshConfig
 from m3po_jax.generation import stream
 from m3po_jax.generation.prompts import requests_of
+from m3po_jax.models.decoder_config import LayerKind
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.sharding import make_mesh, state_shardings
 
@@ -43,7 +44,9 @@ def streamed(generator, batch, processes):
 
 def main():
     assert jax.device_count() == 8
-    model = tiny_model(adapters=True)
+    # Grouped queries, a window in the first layer alone, and biases of every axis that is split.
+    biases, kinds = ("q_proj", "k_proj", "o_proj", "up_proj"), (LayerKind(window=5), LayerKind())
+    model = tiny_model(adapters=True, biases=biases, layer_pattern=kinds)
     batch = take(prompts((3, 9, 6, 1, 4, 2)), [5, 4, 3, 2, 1, 0])
     expected = make_generator(model, batch_size=6)(batch)
     mask = np.arange(12) < expected.lengths[..., None]

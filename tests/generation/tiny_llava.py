@@ -10,10 +10,10 @@ from flax import nnx
 from m3po_jax.config import LoRAConfig, MeshConfig
 from m3po_jax.generation.engine import Generator, PromptBatch, SamplingConfig, right_pad
 from m3po_jax.models import lora
+from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.models.encoder import EncoderConfig
 from m3po_jax.models.forward import branch_log_probs, encode_images
 from m3po_jax.models.layers import Linear
-from m3po_jax.models.llama import LlamaConfig
 from m3po_jax.models.llava.config import LlavaConfig
 from m3po_jax.models.llava.model import build, reference_forward
 from m3po_jax.models.vit import ViTConfig
@@ -22,25 +22,30 @@ from m3po_jax.sharding import make_mesh
 IMAGE, PAD, EOS, VOCAB = 120, 121, 2, 128
 
 
-def tiny_config(kv_heads=2):
+def tiny_config(kv_heads=2, **text):
     return LlavaConfig(
-        text=LlamaConfig(VOCAB, 32, 64, num_layers=2, num_heads=4, num_kv_heads=kv_heads, head_dim=8),
+        text=DecoderConfig(VOCAB, 32, 64, num_layers=2, num_heads=4, num_kv_heads=kv_heads, head_dim=8, **text),
         vision=ViTConfig("clip", EncoderConfig(16, 32, num_layers=2, num_heads=2), image_size=12, patch_size=4),
         image_token_id=IMAGE,
     )
 
 
-def tiny_model(kv_heads=2, adapters=False, scale=1.0):
-    """Weights are `scale` × the usual initialisation, so that attention and logits are far from uniform."""
-    model = build(tiny_config(kv_heads), dtype=jnp.float32, param_dtype=jnp.float32, seed=3)
+def tiny_model(kv_heads=2, adapters=False, scale=1.0, **text):
+    """Weights are `scale` × the usual initialisation, so that attention and logits are far from uniform.
+
+    `text` changes the decoder's configuration; its biases are random.
+    """
+    model = build(tiny_config(kv_heads, **text), dtype=jnp.float32, param_dtype=jnp.float32, seed=3)
     if adapters:
         lora.attach(model, LoRAConfig(lora_rank=3, lora_alpha=6.0), scope="decoder", rngs=nnx.Rngs(7))
         for index, linear in enumerate(lora.adapters(model).values()):
             b = linear.lora_b[...]
             linear.lora_b[...] = 0.1 * jax.random.normal(jax.random.key(index), b.shape)
-    for _, linear in nnx.iter_modules(model):
+    for path, linear in nnx.iter_modules(model):
         if isinstance(linear, Linear):
             linear.kernel[...] = linear.kernel[...] * scale
+            if path[0] == "decoder" and linear.bias is not None:
+                linear.bias[...] = jax.random.normal(jax.random.key(len(str(path))), linear.bias.shape)
     return model
 
 

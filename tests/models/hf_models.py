@@ -48,7 +48,12 @@ def randomise(model: Any, seed: int, std: float = 0.15) -> Any:
 
 
 def llava(
-    *, seed: int = 0, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **top: Any
+    *,
+    seed: int = 0,
+    decoder: str = "Llama",
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    **top: Any,
 ) -> Any:
     _, transformers = torch_and_transformers()
     text = {
@@ -72,11 +77,23 @@ def llava(
         **(vision or {}),
     }
     config = transformers.LlavaConfig(
-        text_config=transformers.LlamaConfig(**text),
+        text_config=getattr(transformers, f"{decoder}Config")(**text),
         vision_config=transformers.CLIPVisionConfig(**vision),
         **{"image_token_index": IMAGE, **top},
     )
     return randomise(transformers.LlavaForConditionalGeneration(config), seed)
+
+
+def causal_lm(decoder: str, *, seed: int = 0, **text: Any) -> Any:
+    """A text decoder of `transformers` by the first part of its classes' names."""
+    _, transformers = torch_and_transformers()
+    sizes = {
+        **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128},
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    }
+    config = getattr(transformers, f"{decoder}Config")(**{**sizes, **text})
+    return randomise(getattr(transformers, f"{decoder}ForCausalLM")(config), seed)
 
 
 def dual_encoder(kind: str, *, seed: int = 0, text: dict[str, Any] | None = None, **top: Any) -> Any:

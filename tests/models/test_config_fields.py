@@ -28,6 +28,11 @@ ENCODER_TEXT = {
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **TEXT},
+    "mistral": {"model_type": "mistral", **TEXT, "sliding_window": 8},
+    "qwen2": {
+        **{"model_type": "qwen2", **TEXT, "num_hidden_layers": 3},
+        **{"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    },
     "llava": {"model_type": "llava", "image_token_index": 60, "text_config": TEXT, "vision_config": VISION},
     "clip": {
         **{"model_type": "clip", "projection_dim": 20, "vision_config": VISION},
@@ -66,7 +71,7 @@ def test_every_field_of_transformers_is_classified(kind: str, section: str, fiel
     assert not unclassified, f"{fields.config_class} has {sorted(unclassified)}"
     assert not base - COMMON.keys(), f"every configuration has {sorted(base - COMMON.keys())}"
     assert not fields.harmless & fields.read.keys()
-    assert not CHANGES_THE_COMPUTATION & (fields.names | COMMON.keys() | DECODING)
+    assert not CHANGES_THE_COMPUTATION & (fields.harmless | COMMON.keys() | DECODING)
 
 
 def test_every_family_lists_its_fields() -> None:
@@ -83,12 +88,15 @@ OTHER = {
     **{"rope_scaling": {"type": "default", "rope_theta": 9.0}, "tie_word_embeddings": True, "layer_norm_eps": 0.1},
     **{"image_size": 42, "patch_size": 7, "image_token_index": 61, "projector_hidden_act": "relu"},
     **{"vision_feature_select_strategy": "full", "vision_feature_layer": [1, -1], "multimodal_projector_bias": False},
+    **{"attention_bias": True, "mlp_bias": True, "sliding_window": 9},
+    **{"use_sliding_window": False, "max_window_layers": 2},
+    **{"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
     **{"projection_dim": 21, "projection_size": 22, "m3po_pooling": "patches"},
 }
 # Sections, ids that the tokenizer's reader compares, and fields of which one value alone is implemented.
 NO_OTHER = {
     *("text_config", "vision_config", "pad_token_id", "bos_token_id", "eos_token_id", "image_token_id"),
-    *("attention_bias", "mlp_bias", "num_channels", "vision_use_head"),
+    *("num_channels", "vision_use_head"),
 }
 
 
@@ -106,8 +114,14 @@ def test_what_is_called_read_is_read(kind: str, section: str, fields: Fields, tm
         ("llama", "", "sliding_window", 8),
         ("llava", "text_config", "sliding_window", 8),
         ("llama", "", "layer_types", ["sliding_attention", "full_attention"]),
-        ("llama", "", "attention_bias", True),
-        ("llama", "", "mlp_bias", True),
+        ("llama", "", "attention_bias", "yes"),
+        ("qwen2", "", "sliding_window", -1),
+        ("qwen2", "", "layer_types", ["chunked_attention"] * 3),
+        ("qwen2", "", "max_window_layers", 1.5),
+        ("qwen2", "", "use_sliding_window", 1),
+        ("mistral", "", "sliding_window", 0),
+        ("mistral", "", "layer_types", ["sliding_attention", "full_attention"]),
+        ("mistral", "", "attention_bias", True),
         ("llama", "", "rope_scaling", {"type": "linear", "factor": 2.0}),
         ("llama", "", "rope_parameters", {"rope_type": "llama3", "factor": 8.0}),
         ("llama", "", "rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
@@ -154,6 +168,7 @@ def test_what_is_not_implemented_is_refused_by_name(
         ("llama", "", {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
         ("llama", "", {"pretraining_tp": 2, "attention_dropout": 0.1, "torch_dtype": "float16", "temperature": 0.7}),
         ("llama", "", {"eos_token_id": [2, 7], "pad_token_id": -1, "quantization_config": None}),
+        ("qwen2", "", {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}),
         ("llava", "vision_config", {"image_size": [28, 28], "projection_dim": 99}),
         ("llava", "", {"image_seq_length": 576, "vision_feature_layer": -2}),
     ],
@@ -209,6 +224,8 @@ def test_hostile_sizes_are_one_line(name: str, value: Any, tmp_path: Path) -> No
         ("llava", "", {"vision_feature_layer": "last"}, "vision_feature_layer is 'last'"),
         ("llava", "", {"model_type": {"a": 1}}, "is not supported"),
         ("llava", "", {"model_type": "x" * 10_000}, "is not supported"),
+        ("qwen2", "", {"layer_types": ["full_attention"]}, "layer_types has 1 entries, and there are 3 layers"),
+        ("qwen2", "", {"layer_types": ["sliding_attention"] * 3, "sliding_window": None}, "there is no window"),
         ("clip", "text_config", {"max_position_embeddings": 0}, "max_position_embeddings is 0"),
         ("clip", "", {"projection_dim": -3}, "projection_dim is -3"),
         ("clip", "", {"m3po_pooling": "mean"}, "m3po_pooling 'mean' is unknown"),
@@ -238,16 +255,16 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_drawn(tmp_path: 
         load_float32(write(tmp_path, config), init="random")
 
 
-@pytest.mark.parametrize("kind", ["llama", "llava", "clip", "siglip"])
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_absent_fields_take_transformers_defaults(kind: str, tmp_path: Path) -> None:
     """A file that states nothing, and a section that states one thing, as transformers completes them."""
     _, transformers = torch_and_transformers()
-    config_class = {"llama": "LlamaConfig", "llava": "LlavaConfig", "clip": "CLIPConfig", "siglip": "SiglipConfig"}
+    config_class = next(fields.config_class for name, section, fields in sections() if (name, section) == (kind, ""))
     plain: list[dict[str, Any]] = [{}]
-    if kind != "llama":
+    if "text_config" in CONFIGS[kind]:
         plain.append({"vision_config": {"image_size": 448}, "text_config": {"num_hidden_layers": 3}})
     for number, given in enumerate(plain):
-        stated = getattr(transformers, config_class[kind])(**given).to_dict()
+        stated = getattr(transformers, config_class)(**given).to_dict()
         ours = describe(write(tmp_path / f"{number}-ours", {"model_type": kind, **given}))
         theirs = describe(write(tmp_path / f"{number}-theirs", stated))
         assert ours.config == theirs.config

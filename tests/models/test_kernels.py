@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 from m3po_jax.errors import UserError
 from m3po_jax.models.attention import Bidirectional, Causal
+from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.models.encoder import EncoderConfig
 from m3po_jax.models.forward import branch_log_probs, encode_images
 from m3po_jax.models.kernels.choice import check_attention, decode_kernel, fits, self_attention, with_attention
 from m3po_jax.models.kernels.fused_gpu import fused_attention
 from m3po_jax.models.kernels.grouped_decode import block_shape
 from m3po_jax.models.kernels.splash import block_size
-from m3po_jax.models.llama import LlamaConfig
 from m3po_jax.models.llava.config import LlavaConfig
 from m3po_jax.models.llava.model import build
 from m3po_jax.models.vit import ViTConfig
@@ -50,17 +50,20 @@ def padding(tokens):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "causal", "dtype", "tolerance"),
+    ("kernel", "causal", "window", "dtype", "tolerance"),
     [
-        ("pallas", True, jnp.float32, 2e-5),
-        ("pallas", False, jnp.float32, 2e-5),
-        ("pallas", True, jnp.bfloat16, 4e-2),
-        ("cudnn", True, jnp.float32, 2e-5),
-        ("cudnn", False, jnp.float32, 2e-5),
-        ("cudnn", True, jnp.bfloat16, 4e-2),
+        ("pallas", True, None, jnp.float32, 2e-5),
+        ("pallas", True, 7, jnp.float32, 2e-5),
+        ("pallas", True, 140, jnp.float32, 2e-5),
+        ("pallas", False, None, jnp.float32, 2e-5),
+        ("pallas", True, None, jnp.bfloat16, 4e-2),
+        ("cudnn", True, None, jnp.float32, 2e-5),
+        ("cudnn", True, 7, jnp.float32, 2e-5),
+        ("cudnn", False, None, jnp.float32, 2e-5),
+        ("cudnn", True, None, jnp.bfloat16, 4e-2),
     ],
 )
-def test_self_attention_equals_the_xla_path(kernel, causal, dtype, tolerance):
+def test_self_attention_equals_the_xla_path(kernel, causal, window, dtype, tolerance):
     rng = np.random.default_rng(0)
     tokens, heads, groups, width = 150, 4, 2, 16
     q = draw(rng, (3, tokens, heads, width), dtype)
@@ -76,8 +79,8 @@ def test_self_attention_equals_the_xla_path(kernel, causal, dtype, tolerance):
         (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
         return [np.asarray(x, np.float32) for x in (out, *grads)]
 
-    plain = run(lambda q, k, v: (Causal if causal else Bidirectional)(mask)(q, k, v, None)[0])
-    fused = run(lambda q, k, v: KERNELS[kernel](q, k, v, mask, causal=causal))
+    plain = run(partial(Causal(mask), window=window) if causal else Bidirectional(mask))
+    fused = run(lambda q, k, v: KERNELS[kernel](q, k, v, mask, causal=causal, window=window))
     for expected, actual in zip(plain, fused, strict=True):
         assert np.abs(expected).max() > 0.5
         np.testing.assert_allclose(actual, expected, atol=tolerance * np.abs(expected).max())
@@ -155,7 +158,7 @@ def test_a_nan_in_a_key_is_not_hidden():
 
 
 TINY = LlavaConfig(
-    text=LlamaConfig(64, 32, 48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8),
+    text=DecoderConfig(64, 32, 48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8),
     vision=ViTConfig("clip", EncoderConfig(16, 32, num_layers=2, num_heads=2), image_size=12, patch_size=4),
     image_token_id=60,
 )

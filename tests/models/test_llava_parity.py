@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from hf_models import IMAGE, PATCHES, images, llava, saved, torch_and_transformers
 
-from m3po_jax.models.forward import branch_log_probs, encode_images, prefill
+from m3po_jax.models.forward import branch_log_probs, encode_images
 from m3po_jax.models.llava.model import reference_forward
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -83,9 +83,8 @@ def test_features_logits_and_log_probs_equal_transformers(name: str, tmp_path: A
     def ours(model: nnx.Module, ids: jax.Array, mask: jax.Array, pixels: jax.Array) -> tuple[jax.Array, ...]:
         features = encode_images(model, pixels)
         logits = reference_forward(model, ids, mask, features)
-        first, _ = prefill(model, ids, mask, features)
         branches = (jnp.asarray(ANSWERS), jnp.asarray(ANSWER_MASK))
-        return features, logits, first, branch_log_probs(model, ids, mask, features, *branches)
+        return features, logits, branch_log_probs(model, ids, mask, features, *branches)
 
     with torch.no_grad():
         layer = variant.get("vision_feature_layer", -2)
@@ -98,7 +97,7 @@ def test_features_logits_and_log_probs_equal_transformers(name: str, tmp_path: A
     for side in ("left", "right"):
         ids, mask = rows(per_image, side)
         valid = mask.astype(bool)
-        features, logits, first, log_probs = map(
+        features, logits, log_probs = map(
             np.asarray, ours(loaded.model, jnp.asarray(ids), jnp.asarray(valid), pixel_rows(pixels))
         )
         found = np.stack([features[0, 0], features[0, 1], features[2, 0]])
@@ -106,8 +105,6 @@ def test_features_logits_and_log_probs_equal_transformers(name: str, tmp_path: A
         expected = oracle(model, ids, mask, pixels)
         assert np.abs(expected).max() > 0.1, "the oracle's logits must carry a signal"
         worst[f"logits_{side}"] = np.abs(logits - expected)[valid].max()
-        lasts = [np.flatnonzero(row)[-1] for row in valid]
-        worst[f"prefill_{side}"] = np.abs(first - expected[np.arange(3), lasts]).max()
         worst[f"log_probs_{side}"] = np.abs(log_probs - teacher_forced(model, ids, mask, pixels)).max()
     for key, value in worst.items():
         record_property(key, float(value))

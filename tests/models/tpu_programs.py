@@ -18,9 +18,9 @@ from flax import nnx
 from m3po_jax.config import LoRAConfig, MeshConfig, Recipe, TrainConfig
 from m3po_jax.data.collation import TreeBatch
 from m3po_jax.models import lora
+from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.models.encoder import EncoderConfig
 from m3po_jax.models.kernels.choice import decode_kernel, self_attention, with_attention
-from m3po_jax.models.llama import LlamaConfig
 from m3po_jax.models.llava.config import LlavaConfig
 from m3po_jax.models.llava.model import build
 from m3po_jax.models.registry import describe
@@ -32,7 +32,7 @@ from m3po_jax.training.step import make_step, split_model
 
 LAYERS = 2
 LLAVA_7B = LlavaConfig(
-    text=LlamaConfig(32064, 4096, 11008, num_layers=LAYERS, num_heads=32, num_kv_heads=32, head_dim=128),
+    text=DecoderConfig(32064, 4096, 11008, num_layers=LAYERS, num_heads=32, num_kv_heads=32, head_dim=128),
     vision=ViTConfig(
         "clip", EncoderConfig(1024, 4096, num_layers=LAYERS, num_heads=16), image_size=336, patch_size=14
     ),

@@ -25,7 +25,7 @@ from m3po_jax.data.schema import message
 from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.models.llava.model import build
 from m3po_jax.training.checkpoint import best_step, is_minimised
-from m3po_jax.training.flops import PEAK_FLOPS, peak_flops, step_cost
+from m3po_jax.training.flops import PEAK_FLOPS, peak_flops, seen_pairs, step_cost
 from m3po_jax.training.loop import load_trained, train
 from m3po_jax.training.metrics_log import MetricsLog, Trackers, read_metrics
 from m3po_jax.training.optimizer import learning_rate_schedule
@@ -230,6 +230,14 @@ def test_mfu_is_flops_over_time_and_peak(one_device: Mesh) -> None:
     assert peak_flops([*known, types.SimpleNamespace(device_kind="abacus")]) is None
 
 
+@pytest.mark.parametrize("window", [None, 1, 4, 9])
+def test_pairs_inside_a_window_are_counted(window: int | None) -> None:
+    back = np.arange(9)[:, None] - np.arange(9)
+    seen = (back >= 0) & (back < (window or 9))
+    counted = seen_pairs(np.arange(10.0), window)
+    np.testing.assert_array_equal(counted, [seen[:tokens].sum() for tokens in range(10)])
+
+
 @pytest.mark.parametrize("case", ["lora", "full", "vision", "reference"])
 def test_analytic_flops_against_the_compiler(case: str, one_device: Mesh) -> None:
     """What XLA counts in the compiled step, at sizes where matrix products dominate and nothing is padded.
@@ -238,13 +246,13 @@ def test_analytic_flops_against_the_compiler(case: str, one_device: Mesh) -> Non
     """
     from m3po_jax.data.collation import TreeBatch
     from m3po_jax.models import lora
+    from m3po_jax.models.decoder_config import DecoderConfig
     from m3po_jax.models.encoder import EncoderConfig
-    from m3po_jax.models.llama import LlamaConfig
     from m3po_jax.models.llava.config import LlavaConfig
     from m3po_jax.models.vit import ViTConfig
 
     shape = LlavaConfig(
-        text=LlamaConfig(512, 256, 768, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=64),
+        text=DecoderConfig(512, 256, 768, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=64),
         vision=ViTConfig("clip", EncoderConfig(192, 512, num_layers=2, num_heads=4), image_size=32, patch_size=8),
         image_token_id=500,
     )

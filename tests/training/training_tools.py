@@ -16,15 +16,15 @@ from m3po_jax.data.batches import pair_batches
 from m3po_jax.data.schema import Prompt, message
 from m3po_jax.data.tables import content_hash
 from m3po_jax.models import lora
+from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.models.encoder import EncoderConfig
-from m3po_jax.models.llama import LlamaConfig
 from m3po_jax.models.llava.config import LlavaConfig
 from m3po_jax.models.llava.model import Llava, build
 from m3po_jax.models.vit import ViTConfig
 
 IMAGE_ID, EOS_ID, TOKENS_PER_IMAGE = 63, 2, 4
 CONFIG = LlavaConfig(
-    text=LlamaConfig(64, 16, 32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8),
+    text=DecoderConfig(64, 16, 32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8),
     vision=ViTConfig("clip", EncoderConfig(16, 32, num_layers=2, num_heads=2), image_size=8, patch_size=4),
     image_token_id=IMAGE_ID,
 )

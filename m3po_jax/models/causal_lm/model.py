@@ -1,4 +1,4 @@
-"""A LLaMA decoder behind the interface of the vision-language models, for rows without images."""
+"""A text decoder behind the interface of the vision-language models, for rows without images."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from m3po_jax.errors import UserError
-from m3po_jax.models.llama import Llama, LlamaConfig
-from m3po_jax.models.llama_config import llama_config
+from m3po_jax.models.decoder import Decoder
+from m3po_jax.models.decoder_config import DecoderConfig
+from m3po_jax.models.text_decoders import text_decoder
 
 
 @dataclass(frozen=True)
 class CausalLMConfig:
     """A decoder, and what the vision-language models' shared code asks of a configuration."""
 
-    text: LlamaConfig
+    text: DecoderConfig
     image_token_id: int = -1  # no id: token ids are never negative
     tokens_per_image: int = 0
 
@@ -28,7 +29,7 @@ class CausalLM(nnx.Module):
 
     def __init__(self, config: CausalLMConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         self.config = config
-        self.decoder = Llama(config.text, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.decoder = Decoder(config.text, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def image_features(self, pixel_values: jax.Array, *, remat: str = "none") -> jax.Array:
         """Raises UserError: there is no tower."""
@@ -46,8 +47,10 @@ class CausalLM(nnx.Module):
 
 
 def causal_lm_config(raw: dict[str, Any], where: str) -> CausalLMConfig:
-    """A bare LLaMA ``config.json``, its values checked by `check_fields`."""
-    return CausalLMConfig(llama_config(raw, where))
+    """A text decoder's ``config.json``, its values checked by `check_fields`."""
+    decoder = text_decoder(raw)
+    assert decoder is not None, "the registry finds this family by the decoders' names"
+    return CausalLMConfig(decoder.read_config(raw, where))
 
 
 def build(config: CausalLMConfig, *, dtype: Any, param_dtype: Any, seed: int = 0) -> CausalLM:

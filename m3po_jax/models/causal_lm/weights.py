@@ -1,4 +1,4 @@
-"""LLaMA's stored tensors (`LlamaForCausalLM`); every transformers version writes the same names."""
+"""A text decoder's stored tensors, by the names of `LlamaForCausalLM` in every transformers version."""
 
 from __future__ import annotations
 

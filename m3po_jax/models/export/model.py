@@ -217,7 +217,7 @@ def export_model(
     ``config.json`` says the written type. Every process of a multi-host run must call this; process 0 writes.
 
     Args:
-        model: A LLaVA, LLaMA or dual encoder, trained or not.
+        model: A LLaVA, text decoder or dual encoder, trained or not.
         base: What `load_model` returned, or the directory that the model came from.
         out_dir: Created, or replaced as a whole with `overwrite`.
         dtype: ``auto``: each tensor's as the base stores it; else one for all.

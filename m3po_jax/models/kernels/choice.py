@@ -99,16 +99,20 @@ def self_attention(
     mask: Bool[Array, "b s"],
     *,
     causal: bool,
+    window: int | None = None,
     kind: str,
 ) -> Float[Array, "b s h d"]:
     """Attention among the unpadded tokens of each row by kernel `kind` (not ``xla``), differentiable.
 
     Padded positions hold finite values of no meaning.
+
+    Args:
+        window: Tokens that a token of a `causal` row sees, itself included; None: all before it.
     """
     if kind == "cudnn":
         from m3po_jax.models.kernels.fused_gpu import fused_attention
 
-        return fused_attention(q, k, v, mask, causal=causal)
+        return fused_attention(q, k, v, mask, causal=causal, window=window)
     from m3po_jax.models.kernels.splash import splash_attention
 
-    return splash_attention(q, k, v, mask, causal=causal, interpret=kind == "pallas_interpret")
+    return splash_attention(q, k, v, mask, causal=causal, window=window, interpret=kind == "pallas_interpret")

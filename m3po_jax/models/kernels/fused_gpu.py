@@ -20,11 +20,13 @@ def fused_attention(
     mask: Bool[Array, "b s"],
     *,
     causal: bool,
+    window: int | None = None,
     implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> Float[Array, "b s h d"]:
     """Grouped-query self-attention over the unpadded tokens; padded positions hold values of no meaning.
 
     Args:
+        window: As of `choice.self_attention`.
         implementation: ``cudnn`` (bfloat16 and float16 only) or ``xla``, which tests the same call on a CPU.
     """
     s = q.shape[1]
@@ -41,6 +43,7 @@ def fused_attention(
             v,
             mask=seen[:, None],
             is_causal=causal,
+            local_window_size=None if window is None else (window - 1, 0),
             implementation=implementation,
         )
 

@@ -9,6 +9,8 @@ Shape suffixes: B rows, S tokens, H query heads, G key/value heads, D head width
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
@@ -33,6 +35,7 @@ def splash_attention(
     mask: Bool[Array, "b s"],
     *,
     causal: bool,
+    window: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "b s h d"]:
     """Grouped-query self-attention over the unpadded tokens; padded positions hold finite values of no meaning.
@@ -47,8 +50,13 @@ def splash_attention(
     args = (heads(q), heads(k), heads(v), wider(mask).astype(jnp.int32))
 
     def attend(q_BHSD: jax.Array, k_BGSD: jax.Array, v_BGSD: jax.Array, segments_BS: jax.Array) -> jax.Array:
-        kind = splash_attention_mask.CausalMask if causal else splash_attention_mask.FullMask
-        one = kind((padded, padded))
+        shape = (padded, padded)
+        if window is not None:
+            one: Any = splash_attention_mask.LocalMask(shape, (window - 1, 0), offset=0)
+        elif causal:
+            one = splash_attention_mask.CausalMask(shape)
+        else:
+            one = splash_attention_mask.FullMask(shape)
         size = block_size(padded)
         sizes = splash_attention_kernel.BlockSizes(
             block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, block_q_dq=size, block_kv_dq=size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,11 @@ from m3po_jax.models.config_fields import (
     whole,
     word,
 )
+from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.models.encoder_config import CLIP_VISION_FIELDS, vit_config
 from m3po_jax.models.layers import ACTIVATIONS
-from m3po_jax.models.llama import LlamaConfig
-from m3po_jax.models.llama_config import LLAMA_FIELDS, llama_config
+from m3po_jax.models.text_decoders import TEXT_DECODERS, text_decoder
+from m3po_jax.models.text_decoders.llama import LLAMA
 from m3po_jax.models.vit import ViTConfig
 
 
@@ -29,7 +31,7 @@ from m3po_jax.models.vit import ViTConfig
 class LlavaConfig:
     """A tower, a projector and a decoder; layer indices as of `vit.VisionTransformer.features`."""
 
-    text: LlamaConfig
+    text: DecoderConfig
     vision: ViTConfig
     image_token_id: int
     vision_feature_layers: tuple[int, ...] = (-2,)
@@ -82,7 +84,14 @@ LLAVA_FIELDS = Fields(
         }
     ),
 )
-SECTIONS = {"": LLAVA_FIELDS, "text_config": LLAMA_FIELDS, "vision_config": CLIP_VISION_FIELDS}
+
+
+def llava_sections(raw: Mapping[str, Any]) -> dict[str, Fields]:
+    """Of the file, of its decoder (LLaMA's where it is another, which `llava_config` refuses) and of its tower."""
+    text = raw.get("text_config")
+    decoder = text_decoder(text) if isinstance(text, Mapping) else None
+    return {"": LLAVA_FIELDS, "text_config": (decoder or LLAMA).fields, "vision_config": CLIP_VISION_FIELDS}
+
 
 # Where a file has no vision section at all, LLaVA's own default is CLIP-L/336; a section of its own takes CLIP's.
 _DEFAULT_TOWER = {
@@ -92,7 +101,10 @@ _DEFAULT_TOWER = {
 
 
 def _unsupported(what: str, where: str) -> UserError:
-    return UserError(f"{what} is not supported", where=where, remedy="LLaVA-1.5 and its LLaMA sizes are")
+    decoders = ", ".join(TEXT_DECODERS)
+    return UserError(
+        f"{what} is not supported", where=where, remedy=f"LLaVA-1.5 has a CLIP tower and one of these: {decoders}"
+    )
 
 
 def llava_config(raw: dict[str, Any], where: str) -> LlavaConfig:
@@ -102,11 +114,12 @@ def llava_config(raw: dict[str, Any], where: str) -> LlavaConfig:
         UserError: a decoder or tower that this family does not cover, or sizes that contradict each other.
     """
     text, vision = raw.get("text_config") or {}, raw.get("vision_config")
-    if text.get("model_type", "llama") != "llama":
+    decoder = text_decoder(text)
+    if decoder is None:
         raise _unsupported(f"decoder {text['model_type']!r}", where)
     if vision and vision.get("model_type", "clip_vision_model") != "clip_vision_model":
         raise _unsupported(f"vision tower {vision['model_type']!r}", where)
-    llama = llama_config(text, where)
+    spec = decoder.read_config(text, where)
     tower = vit_config(_DEFAULT_TOWER if vision is None else vision, "clip", where)
     layer = raw.get("vision_feature_layer", -2)
     layers = tuple(layer) if isinstance(layer, list) else (layer,)
@@ -115,9 +128,9 @@ def llava_config(raw: dict[str, Any], where: str) -> LlavaConfig:
         if not -depth - 1 <= number <= depth:
             raise UserError(f"vision_feature_layer {number}, and the tower has {depth} layers", where=where)
     # transformers 5 takes the flag from either place.
-    tied = raw.get("tie_word_embeddings", False) or llama.tie_word_embeddings
+    tied = raw.get("tie_word_embeddings", False) or spec.tie_word_embeddings
     return LlavaConfig(
-        text=dataclasses.replace(llama, tie_word_embeddings=tied),
+        text=dataclasses.replace(spec, tie_word_embeddings=tied),
         vision=tower,
         image_token_id=raw.get("image_token_index", raw.get("image_token_id", 32000)),
         vision_feature_layers=layers,

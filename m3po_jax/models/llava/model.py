@@ -1,4 +1,4 @@
-"""LLaVA-1.5 (Liu et al., arXiv:2310.03744): a CLIP tower, a two-layer projector and a LLaMA decoder."""
+"""LLaVA-1.5 (Liu et al., arXiv:2310.03744): a CLIP tower, a two-layer projector and a text decoder."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from m3po_jax.models.decoder import Decoder
 from m3po_jax.models.layers import ACTIVATIONS, Linear
-from m3po_jax.models.llama import Llama
 from m3po_jax.models.llava.config import LlavaConfig
 from m3po_jax.models.vit import VisionTransformer
 
@@ -37,7 +37,7 @@ class Llava(nnx.Module):
         self.config = config
         self.vision_tower = VisionTransformer(config.vision, **kinds)
         self.projector = Projector(config, **kinds)
-        self.decoder = Llama(config.text, **kinds)
+        self.decoder = Decoder(config.text, **kinds)
 
     def image_features(
         self, pixel_values: Float[Array, "images h w 3"], *, remat: str = "none"
@@ -80,5 +80,5 @@ def reference_forward(
     from m3po_jax.models.attention import Causal
 
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    hidden, _ = model.decoder(model.embed_prompts(token_ids, features), positions, Causal(mask.astype(bool)))
+    hidden = model.decoder(model.embed_prompts(token_ids, features), positions, Causal(mask.astype(bool)))
     return model.decoder.logits(hidden)

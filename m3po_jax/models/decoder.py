@@ -1,10 +1,13 @@
-"""The LLaMA decoder (Touvron et al., arXiv:2302.13971), grouped-query attention included."""
+"""The decoder of every language model: one layer's arithmetic (`decoder_layer.py`), scanned over stacked weights.
+
+Layers differ in what `DecoderConfig.layer_pattern` says. That is data of the scan: a layer's number in
+`DecoderConfig.kinds` chooses its rotary table and, by `lax.switch`, its attention, so that projections and MLP are
+compiled once whatever the pattern is, and a window's attention multiplies no keys that it does not see.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from m3po_jax.models.attention import LastLayout, Layout
+from m3po_jax.models.attention import DecoderLayout, LastLayout
+from m3po_jax.models.decoder_config import DecoderConfig
+from m3po_jax.models.decoder_layer import Pick, Rotary, decoder_layer, rotary_of_kinds
 from m3po_jax.models.layers import (
-    ACTIVATIONS,
     REMAT_POLICIES,
     Columns,
     Embedding,
@@ -46,118 +50,78 @@ class TokenScores(NamedTuple):
     mean_logits: Float[Array, "b n"]
 
 
-@dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes and constants of a decoder by Hugging Face's names; `num_heads` · `head_dim` is the queries' width."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
-    activation: str = "silu"
-    tie_word_embeddings: bool = False
-    max_positions: int = 4096
-    attention: str = "xla"  # see `models/kernels`
+def _pin(x: jax.Array) -> jax.Array:
+    return constrain(x, "batch", None, None)
 
 
-def rotary_tables(
-    positions: Int[Array, "b s"], head_dim: int, theta: float
-) -> tuple[Float[Array, "b s 1 d"], Float[Array, "b s 1 d"]]:
-    """cos and sin of the rotary embedding (Su et al., arXiv:2104.09864), in the half-split order of Hugging Face."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+class DecoderAttention(nnx.Module):
+    """The four projections of a layer's attention."""
 
-
-def apply_rotary(x: Float[Array, "b s h d"], tables: tuple[jax.Array, jax.Array]) -> Float[Array, "b s h d"]:
-    """Queries or keys turned by the `rotary_tables` of their positions, in float32; the dtype stays."""
-    cos, sin = tables
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([-second, first], axis=-1)
-    return (x * cos + rotated * sin).astype(x.dtype)
-
-
-class LlamaAttention(nnx.Module):
-    """Grouped-query self-attention with rotary positions; `layout` says who sees whom."""
-
-    def __init__(self, config: LlamaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
-        c = config
+    def __init__(self, config: DecoderConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        self.q_proj = Linear(c.hidden_size, q_width, axes=("embed", "heads"), **kinds)
-        self.k_proj = Linear(c.hidden_size, kv_width, axes=("embed", "kv_heads"), **kinds)
-        self.v_proj = Linear(c.hidden_size, kv_width, axes=("embed", "kv_heads"), **kinds)
-        self.o_proj = Linear(q_width, c.hidden_size, axes=("heads", "embed"), **kinds)
-        self.head_dim = c.head_dim
-
-    def __call__(
-        self, x: jax.Array, rotary: Any, layout: Layout, cache: Any, pick: Callable[[jax.Array], jax.Array]
-    ) -> tuple[jax.Array, Any]:
-        """`pick` takes the tokens that have queries out of a row."""
-        heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)  # noqa: E731
-        q = apply_rotary(heads(self.q_proj(pick(x))), jax.tree.map(pick, rotary))
-        k = apply_rotary(heads(self.k_proj(x)), rotary)
-        out, cache = layout(q, k, heads(self.v_proj(x)), cache)
-        return self.o_proj(out.reshape(*out.shape[:2], -1)), cache
+        d, biases = config.hidden_size, config.biases
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = Linear(d, queries, axes=("embed", "heads"), use_bias="q_proj" in biases, **kinds)
+        self.k_proj = Linear(d, keys, axes=("embed", "kv_heads"), use_bias="k_proj" in biases, **kinds)
+        self.v_proj = Linear(d, keys, axes=("embed", "kv_heads"), use_bias="v_proj" in biases, **kinds)
+        self.o_proj = Linear(queries, d, axes=("heads", "embed"), use_bias="o_proj" in biases, **kinds)
 
 
-class LlamaMLP(nnx.Module):
-    """down(act(gate(x)) · up(x)) (SwiGLU, Shazeer, arXiv:2002.05202)."""
+class DecoderMLP(nnx.Module):
+    """The three projections of a gated MLP."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
-        d, f = config.hidden_size, config.intermediate_size
+    def __init__(self, config: DecoderConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.gate_proj = Linear(d, f, axes=("embed", "mlp"), **kinds)
-        self.up_proj = Linear(d, f, axes=("embed", "mlp"), **kinds)
-        self.down_proj = Linear(f, d, axes=("mlp", "embed"), **kinds)
-        self.activation = config.activation
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] to [..., D]."""
-        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+        d, f, biases = config.hidden_size, config.intermediate_size, config.biases
+        self.gate_proj = Linear(d, f, axes=("embed", "mlp"), use_bias="gate_proj" in biases, **kinds)
+        self.up_proj = Linear(d, f, axes=("embed", "mlp"), use_bias="up_proj" in biases, **kinds)
+        self.down_proj = Linear(f, d, axes=("mlp", "embed"), use_bias="down_proj" in biases, **kinds)
 
 
-class LlamaLayer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+class DecoderLayer(nnx.Module):
+    """The weights of a layer, a linear layer for each projection: the `LayerWeights` of training and scoring."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         norm = {"eps": config.rms_norm_eps, "dtype": dtype, "param_dtype": param_dtype}
         self.input_norm = RMSNorm(config.hidden_size, **norm)
-        self.attention = LlamaAttention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.attention = DecoderAttention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.post_attention_norm = RMSNorm(config.hidden_size, **norm)
-        self.mlp = LlamaMLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.mlp = DecoderMLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.head_dim = config.head_dim
 
-    def __call__(
-        self,
-        x: jax.Array,
-        rotary: Any,
-        layout: Layout,
-        cache: Any,
-        pick: Callable[[jax.Array], jax.Array] = lambda x: x,
-    ) -> tuple[jax.Array, Any]:
-        """States of the tokens that `pick` takes (default: all) after the layer, and its cache."""
-        attended, cache = self.attention(self.input_norm(x), rotary, layout, cache, pick)
-        x = constrain(pick(x) + attended, "batch", None, None)
-        x = constrain(x + self.mlp(self.post_attention_norm(x)), "batch", None, None)
-        return x, cache
+    def gain(self, norm: str) -> Float[Array, " e"]:
+        """See `LayerWeights`, as for the others."""
+        return {"input_norm": self.input_norm, "post_attention_norm": self.post_attention_norm}[norm].gain
+
+    def queries_keys_values(self, x: Float[Array, "b s e"], pick: Pick) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Only the tokens that `pick` takes are multiplied for queries."""
+        heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)  # noqa: E731
+        a = self.attention
+        return heads(a.q_proj(pick(x))), heads(a.k_proj(x)), heads(a.v_proj(x))
+
+    def output(self, attended: Float[Array, "b q hd"]) -> Float[Array, "b q e"]:
+        """One product."""
+        return self.attention.o_proj(attended)
+
+    def gate_and_up(self, x: Float[Array, "b q e"]) -> tuple[Float[Array, "b q f"], Float[Array, "b q f"]]:
+        """Two products."""
+        return self.mlp.gate_proj(x), self.mlp.up_proj(x)
+
+    def down(self, x: Float[Array, "b q f"]) -> Float[Array, "b q e"]:
+        """One product."""
+        return self.mlp.down_proj(x)
 
 
-class Llama(nnx.Module):
+class Decoder(nnx.Module):
     """Embeddings in, hidden states out; `logits` is separate so that only response positions pay for it."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         kinds = {"dtype": dtype, "param_dtype": param_dtype}
         self.config, self.dtype = config, dtype
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, axes=("vocab", "embed"), rngs=rngs, **kinds
         )
-        self.layers = stack_layers(lambda r: LlamaLayer(config, rngs=r, **kinds), config.num_layers, rngs)
+        self.layers = stack_layers(lambda r: DecoderLayer(config, rngs=r, **kinds), config.num_layers, rngs)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **kinds)
         self.lm_head = (
             None
@@ -165,34 +129,44 @@ class Llama(nnx.Module):
             else Linear(config.hidden_size, config.vocab_size, axes=("embed", "vocab"), rngs=rngs, **kinds)
         )
 
-    def rotary(self, positions: Int[Array, "b s"]) -> tuple[jax.Array, jax.Array]:
-        """cos and sin [B, S, 1, head_dim] of the positions."""
-        return rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
-
-    def __call__(
+    def _scan(
         self,
         x: Float[Array, "b s d"],
-        positions: Int[Array, "b s"],
-        layout: Layout,
+        tables: tuple[Rotary, ...],
+        layout: DecoderLayout,
         *,
-        keep_cache: bool = False,
-        remat: str = "none",
-    ) -> tuple[Float[Array, "b s d"], Any]:
-        """Hidden states after the final norm and, with `keep_cache`, each layer's keys and values [L, B, S, G, D]."""
-        rotary = self.rotary(positions)
+        remat: str,
+        count: int | None = None,
+    ) -> Float[Array, "b s d"]:
+        """States after the first `count` layers (None: all); `tables` as of `rotary_of_kinds`."""
+        c = self.config
+        windows = tuple(kind.window for kind in c.kinds)
+        one_table = all(table is tables[0] for table in tables)
+        stacked = None if one_table else jax.tree.map(lambda *leaves: jnp.stack(leaves), *tables)
+        numbers = None if len(c.kinds) == 1 else jnp.asarray(c.kind_numbers[:count], jnp.int32)
 
-        def apply(layer: LlamaLayer, x: jax.Array, _: None) -> tuple[jax.Array, Any]:
-            x, cache = layer(x, rotary, layout, None)
-            return x, cache if keep_cache else None
+        def apply(layer: DecoderLayer, x: jax.Array, number: Any) -> tuple[jax.Array, None]:
+            rotary = tables[0] if stacked is None else jax.tree.map(lambda leaf: leaf[number], stacked)
+            if len(set(windows)) == 1:
+                attend: Any = functools.partial(layout, window=windows[0])
+            else:
+                branches = [functools.partial(layout, window=window) for window in windows]
+                attend = functools.partial(jax.lax.switch, number, branches)
+            return decoder_layer(c, layer, x, rotary, attend, pin=_pin), None
 
-        x, cache = scan_layers(self.layers, apply, constrain(x, "batch", None, None), remat=remat)
-        return self.norm(x), cache
+        return scan_layers(self.layers, apply, _pin(x), numbers, remat=remat, count=count)[0]
+
+    def __call__(
+        self, x: Float[Array, "b s d"], positions: Int[Array, "b s"], layout: DecoderLayout, *, remat: str = "none"
+    ) -> Float[Array, "b s d"]:
+        """Hidden states after the final norm."""
+        return self.norm(self._scan(x, rotary_of_kinds(self.config, positions), layout, remat=remat))
 
     def needed_states(
         self,
         x: Float[Array, "b s d"],
         positions: Int[Array, "b s"],
-        layout: Layout,
+        layout: DecoderLayout,
         last: LastLayout,
         *,
         remat: str = "none",
@@ -206,20 +180,17 @@ class Llama(nnx.Module):
                 computes every token: set apart, it would cost a copy of the weights or of their gradients.
         """
         if base_learns:
-            hidden, _ = self(x, positions, layout, remat=remat)
-            return last.pick(hidden)
-        rotary = self.rotary(positions)
-
-        def apply(layer: LlamaLayer, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-            return layer(x, rotary, layout, None)[0], None
-
-        count = self.config.num_layers - 1
-        x, _ = scan_layers(self.layers, apply, constrain(x, "batch", None, None), remat=remat, count=count)
+            return last.pick(self(x, positions, layout, remat=remat))
+        c, tables = self.config, rotary_of_kinds(self.config, positions)
+        final = c.num_layers - 1
+        x = self._scan(x, tables, layout, remat=remat, count=final)
 
         def end(layer: nnx.State, x: jax.Array) -> jax.Array:
-            return nnx.merge(graph, layer)(x, rotary, last, None, last.pick)[0]
+            attend = functools.partial(last, window=c.kind(final).window)
+            rotary = tables[c.kind_numbers[final]]
+            return decoder_layer(c, nnx.merge(graph, layer), x, rotary, attend, pin=_pin, pick=last.pick)
 
-        graph, layer = nnx.split(layer_at(self.layers, count))
+        graph, layer = nnx.split(layer_at(self.layers, final))
         return self.norm(jax.checkpoint(end, policy=REMAT_POLICIES[remat])(layer, x))
 
     def token_scores(self, hidden: Float[Array, "b n d"], token_ids: Int[Array, "b n"]) -> TokenScores:

@@ -1,0 +1,93 @@
+"""The arithmetic of one decoder layer, once for training, scoring, prefill and decoding.
+
+How a layer's weights lie (`LayerWeights`) and which keys its queries meet (`attend`) is the caller's matter: training
+and scoring run one linear layer a projection (`decoder.py`), generation fused products and caches (`generation/`).
+
+Shape suffixes: B rows, S tokens, Q tokens that have queries, H query heads, G key/value heads, D head width, E model
+width, F MLP width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from m3po_jax.models.decoder_config import DecoderConfig
+from m3po_jax.models.layers import ACTIVATIONS, rms_norm
+
+Rotary = tuple[Float[Array, "b s 1 d"], Float[Array, "b s 1 d"]]
+Pick = Callable[[jax.Array], jax.Array]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def rotary_tables(positions: Int[Array, "b s"], head_dim: int, theta: float) -> Rotary:
+    """cos and sin of the rotary embedding (Su et al., arXiv:2104.09864), in the half-split order of Hugging Face."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotary_of_kinds(config: DecoderConfig, positions: Int[Array, "b s"]) -> tuple[Rotary, ...]:
+    """The `rotary_tables` of every one of `config.kinds`; those of one base are computed once."""
+    tables = {
+        theta: rotary_tables(positions, config.head_dim, theta)
+        for theta in dict.fromkeys(kind.rope_theta for kind in config.kinds)
+    }
+    return tuple(tables[kind.rope_theta] for kind in config.kinds)
+
+
+def apply_rotary(x: Float[Array, "b s h d"], tables: Rotary) -> Float[Array, "b s h d"]:
+    """Queries or keys turned by the `rotary_tables` of their positions, in float32; the dtype stays."""
+    cos, sin = tables
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([-second, first], axis=-1)
+    return (x * cos + rotated * sin).astype(x.dtype)
+
+
+class LayerWeights(Protocol):
+    """One layer's linear maps, biases and adapters included, and the gains of its norms."""
+
+    def gain(self, norm: str) -> Float[Array, " e"]:
+        """Of ``input_norm`` or ``post_attention_norm``, in the type of the computation."""
+
+    def queries_keys_values(self, x: Float[Array, "b s e"], pick: Pick) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, Q, H, D] of the tokens that `pick` takes, keys and values [B, S, G, D] of all."""
+
+    def output(self, attended: Float[Array, "b q hd"]) -> Float[Array, "b q e"]:
+        """The heads' results, side by side, back in the model's width."""
+
+    def gate_and_up(self, x: Float[Array, "b q e"]) -> tuple[Float[Array, "b q f"], Float[Array, "b q f"]]:
+        """What the activation is applied to, and what that is multiplied with."""
+
+    def down(self, x: Float[Array, "b q f"]) -> Float[Array, "b q e"]:
+        """From the MLP's width to the model's."""
+
+
+def decoder_layer(
+    config: DecoderConfig,
+    weights: LayerWeights,
+    x: Float[Array, "b s e"],
+    rotary: Rotary,
+    attend: Attend,
+    *,
+    pin: Pick,
+    pick: Pick = lambda x: x,
+) -> Float[Array, "b q e"]:
+    """x + attention(norm(x)), then x + down(act(gate(norm(x))) · up(norm(x))) (Shazeer, arXiv:2002.05202).
+
+    Args:
+        rotary: Tables of the positions of all tokens, of this layer's kind.
+        attend: Rotated queries [B, Q, H, D] and keys, and values [B, S, G, D], to [B, Q, H, D] or [B, Q, H·D].
+        pin: Says where the residual stream lies on the devices.
+        pick: Takes, from an array of all tokens, those whose states are needed after the layer.
+    """
+    q, k, v = weights.queries_keys_values(rms_norm(x, weights.gain("input_norm"), config.rms_norm_eps), pick)
+    attended = attend(apply_rotary(q, jax.tree.map(pick, rotary)), apply_rotary(k, rotary), v)
+    x = pin(pick(x) + weights.output(attended.reshape(*attended.shape[:2], -1)))
+    gate, up = weights.gate_and_up(rms_norm(x, weights.gain("post_attention_norm"), config.rms_norm_eps))
+    return pin(x + weights.down(ACTIVATIONS[config.activation](gate) * up))

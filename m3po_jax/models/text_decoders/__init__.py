@@ -1,0 +1,20 @@
+"""Published text decoders, each a specification read from its ``config.json``; shared by all model families.
+
+To add one, write its fields and its reader in a file of its own and append its name to `TEXT_DECODERS`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from m3po_jax.models.text_decoders.fields import TextDecoder
+from m3po_jax.models.text_decoders.llama import LLAMA
+from m3po_jax.models.text_decoders.mistral import MISTRAL
+from m3po_jax.models.text_decoders.qwen2 import QWEN2
+
+TEXT_DECODERS = {decoder.model_type: decoder for decoder in (LLAMA, MISTRAL, QWEN2)}
+
+
+def text_decoder(raw: Mapping[str, Any]) -> TextDecoder | None:
+    """The decoder of a ``config.json`` or of its text section, LLaMA where none is named; None: not one of these."""
+    kind = raw.get("model_type", LLAMA.model_type)
+    return TEXT_DECODERS.get(kind) if isinstance(kind, str) else None
