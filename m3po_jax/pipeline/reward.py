@@ -27,8 +27,7 @@ from m3po_jax.evaluation.bootstrap import bootstrap
 from m3po_jax.hosts import shared_out
 from m3po_jax.models.heads import attach_head
 from m3po_jax.models.identity import files_identity, tree_identity
-from m3po_jax.models.registry import describe
-from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy, model_identity
+from m3po_jax.pipeline.models import Policy, attach_adapter, describe_policy, load_policy, model_identity
 from m3po_jax.pipeline.pair_files import with_identity
 from m3po_jax.pipeline.stopping import barrier
 from m3po_jax.pipeline.trainings import begin_training, finish_training
@@ -306,8 +305,8 @@ def trained_identity(path: str) -> str:
         UserError: there is none, or a file cannot be read.
     """
     folder = find_reward(path)
-    model = read_json(folder / "reward.json")["model"]
-    base = describe(model["path"], vision_tower=model["vision_tower"])
+    model = from_plain(ModelConfig, read_json(folder / "reward.json")["model"], str(folder))
+    base = describe_policy(model)
     facts = files_identity(folder, [folder / "reward.json", folder / "results.json"])
     return tables.content_hash(facts, tree_identity(folder / "checkpoints"), model_identity(base))[:16]
 
