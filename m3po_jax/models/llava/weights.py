@@ -119,12 +119,14 @@ ORIGINAL_FIELDS = Fields(
 _IMAGE_TOKEN_KEYS = ("image_token_index", "image_token_id", "ignore_index")
 
 
-def _image_and_pad(raw: Mapping[str, Any], vocabulary: Mapping[str, int], rows: int, where: str) -> tuple[int, int]:
+def _image_and_pad(
+    raw: Mapping[str, Any], read_vocabulary: Callable[[], Mapping[str, int]], rows: int, where: str
+) -> tuple[int, int]:
     """Ids of ``<image>`` and ``<pad>``: those of the tokenizer, and where it has none its next ones, as the
     conversion to Hugging Face's layout adds them.
 
     Args:
-        vocabulary: Tokens of the release's tokenizer; empty: it has none.
+        read_vocabulary: Gives the tokens of the release's tokenizer; none where it has no tokenizer.
         rows: Of its vocabulary.
 
     Raises:
@@ -133,6 +135,7 @@ def _image_and_pad(raw: Mapping[str, Any], vocabulary: Mapping[str, int], rows: 
     stated = raw.get("image_token_index", raw.get("image_token_id"))
     if whole(-MOST_TOKENS, MOST_TOKENS, null=True)(stated):
         raise UserError(f"image_token_index is {shown(stated)}, and must be a token's id", where=where)
+    vocabulary = read_vocabulary()
     following = max(vocabulary.values(), default=rows - 1) + 1
     image = stated if stated is not None and stated >= 0 else vocabulary.get(IMAGE_PLACEHOLDER)
     if image is None:
@@ -183,7 +186,7 @@ def with_tower(
     rows = raw.get("vocab_size", 32000)
     if whole(1, MOST_TOKENS)(rows):
         raise UserError(f"vocab_size is {shown(rows)}, and must be a whole number", where=where)
-    image, pad = _image_and_pad(raw, vocabulary(), rows, where)
+    image, pad = _image_and_pad(raw, vocabulary, rows, where)
     needed = max(image, pad) + 1
     padded = rows if needed <= rows else -(-needed // PADDED_VOCABULARY) * PADDED_VOCABULARY
     return {
