@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -168,6 +169,13 @@ def load_tokenizer(folder: Path) -> TokenizerFiles:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes fork
     from transformers import AutoTokenizer
 
+    only_model = not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file()
+    if only_model and importlib.util.find_spec("sentencepiece") is None:  # transformers would ask for another one
+        raise UserError(
+            "tokenizer.model needs a package that is not installed",
+            where=str(folder),
+            remedy="pip install sentencepiece, or add the tokenizer.json of the same model",
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -66,10 +66,10 @@ def _add_tokens(folder: Path, tokens: Mapping[str, int]) -> None:
     entries = {number: {"content": token, **off, "special": True} for token, number in sorted(tokens.items())}
     settings = read_object(folder / _TOKENIZER)
     stated = {str(number): entry for number, entry in entries.items()}
-    _write(
-        folder / _TOKENIZER,
-        settings | {"added_tokens_decoder": {**settings.get("added_tokens_decoder", {}), **stated}},
-    )
+    settings["added_tokens_decoder"] = {**settings.get("added_tokens_decoder", {}), **stated}
+    if PAD in tokens:
+        settings["pad_token"] = PAD
+    _write(folder / _TOKENIZER, settings)
     if (folder / "tokenizer.json").is_file():
         content = read_object(folder / "tokenizer.json")
         added = [*content.get("added_tokens", []), *({"id": number, **entry} for number, entry in entries.items())]
