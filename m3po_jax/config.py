@@ -55,6 +55,8 @@ class ModelConfig:
     """A model directory in Hugging Face layout, and how to run it."""
 
     path: File = ""  # a local directory or a hub id; `builtin:NAME` for the checkpoints that ship with the package
+    # of a hub id: a branch, a tag or a commit; OWNER/NAME@REVISION says the same wherever a hub id can stand
+    revision: str = ""
     dtype: Dtype = "bfloat16"  # computation
     # frozen weights; trained ones are float32
     param_dtype: Dtype = "bfloat16"

@@ -40,6 +40,7 @@ from m3po_jax.models.kernels.choice import with_attention
 from m3po_jax.models.quantized_base import quantize_base
 from m3po_jax.models.registry import Description, describe
 from m3po_jax.objectives.registry import objective_of
+from m3po_jax.pipeline.models import describe_policy
 from m3po_jax.scoring.engine import Scorer
 from m3po_jax.training.flops import peak_flops, step_cost
 from m3po_jax.training.stage import without_free_settings
@@ -222,7 +223,7 @@ def plan(recipe: Recipe, topology: str, *, prompt_tokens: int | None = None) -> 
     """
     devices = topology_devices(topology)
     mesh = make_mesh(recipe.mesh, devices)
-    description = describe(recipe.model.path, vision_tower=recipe.model.vision_tower)
+    description = describe_policy(recipe.model, download=False)
     tokens_per_image = getattr(description.config, "tokens_per_image", None)
     objective = objective_of(recipe.train)
     if tokens_per_image is None or objective.answers is None:
@@ -324,7 +325,7 @@ class Planner:
     def judging(self) -> Iterator[Program]:
         """Yes/no questions, or a grade, of all candidates of a batch of prompts; the policy stays in memory."""
         score, policy = self.recipe.score, self.model(adapters=False)
-        description = describe(score.model) if score.model else self.description
+        description = describe(score.model, download=False) if score.model else self.description
         judge = self.model(adapters=False, description=description) if score.model else policy
         scorer = Scorer(judge, self.mesh, batch_size=score.batch_size)
         length = self.length - self.description.config.tokens_per_image + description.config.tokens_per_image

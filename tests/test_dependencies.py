@@ -23,6 +23,7 @@ DISTRIBUTIONS = {
 }
 # Not imported by us, and why they are declared all the same.
 INDIRECT = {
+    "sentencepiece": "transformers reads tokenizer.model with it",
     "importlib-resources": "tensorflow-datasets needs it undeclared",
     "array-record": "tensorflow-datasets reads the random-access format with it",
 }

@@ -255,8 +255,8 @@ def _tree_source(
 
 
 def _without_end(answers: Sequence[np.ndarray], processor: PromptProcessor) -> int:
-    """How many answers do not close with the end token: they were cut at generation's limit or at a stop string."""
-    return sum(int(answer[-1]) != processor.eos_token_id for answer in answers)
+    """How many answers close with none of the end tokens: they were cut at generation's limit or at a stop string."""
+    return sum(int(answer[-1]) not in processor.eos_token_ids for answer in answers)
 
 
 def _spoilt(row: TreeRow) -> TreeRow:

@@ -126,10 +126,13 @@ class Processor:
             )
         files = load_tokenizer(folder)
         tokenizer, rows = files.tokenizer, config.text.vocab_size
-        files.check_rows(rows)
-        ends = end_tokens(files, model.raw_config, rows)
-        pad = _pad_token(files, model.raw_config, rows)
         image_token_id = config.image_token_id
+        pad = _pad_token(files, model.raw_config, rows)
+        if model.stored_rows is None:
+            files.check_rows(rows)
+        else:  # rows were added for these two: one stands for features, the other is masked
+            files.check_rows(model.stored_rows, frozenset({image_token_id, pad}))
+        ends = end_tokens(files, model.raw_config, model.stored_rows or rows)
         _check_image_token(files, image_token_id, {*ends.ids, pad, tokenizer.bos_token_id})
         chosen = ChatTemplate.from_files(files, image_token_id) if template == CHAT else get_template(template)
         end_ids = ends.ids

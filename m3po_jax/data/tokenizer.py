@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -121,14 +122,21 @@ class TokenizerFiles:
         """What stands in front of every prompt; None where the tokenizer has none, or says that it adds none."""
         return None if self.settings.get("add_bos_token") is False else self.tokenizer.bos_token_id
 
-    def check_rows(self, rows: int) -> None:
+    def check_rows(self, rows: int, never_embedded: frozenset[int] = frozenset()) -> None:
         """
+        Args:
+            rows: Of the embeddings that are stored.
+            never_embedded: Ids that need no row of their own.
+
         Raises:
             UserError: an id has no row among the model's embeddings.
         """
-        if self.size > rows:
+        last = max(
+            (token for token in self.tokenizer.get_vocab().values() if token not in never_embedded), default=-1
+        )
+        if last >= rows:
             raise UserError(
-                f"the tokenizer has ids up to {self.size - 1}, the model has {rows} rows of embeddings",
+                f"the tokenizer has ids up to {last}, the model has {rows} rows of embeddings",
                 where=str(self.folder),
                 remedy="resize the model's embeddings (transformers: resize_token_embeddings), or take the tokenizer "
                 "that belongs to it",
@@ -161,6 +169,13 @@ def load_tokenizer(folder: Path) -> TokenizerFiles:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes fork
     from transformers import AutoTokenizer
 
+    only_model = not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file()
+    if only_model and importlib.util.find_spec("sentencepiece") is None:  # transformers would ask for another one
+        raise UserError(
+            "tokenizer.model needs a package that is not installed",
+            where=str(folder),
+            remedy="pip install sentencepiece, or add the tokenizer.json of the same model",
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -182,6 +197,16 @@ def load_tokenizer(folder: Path) -> TokenizerFiles:
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token", where=str(folder), remedy="set eos_token")
     return TokenizerFiles(tokenizer, serialized, read_object(folder / "tokenizer_config.json"), folder)
+
+
+def read_vocabulary(folder: Path) -> dict[str, int]:
+    """Ids of all tokens of a model directory's tokenizer; nothing where it has no tokenizer.
+
+    Raises:
+        UserError: as `load_tokenizer`.
+    """
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    return load_tokenizer(folder).tokenizer.get_vocab() if any((folder / name).is_file() for name in files) else {}
 
 
 @dataclass(frozen=True)

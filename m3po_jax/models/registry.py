@@ -17,15 +17,18 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from m3po_jax.config import ModelConfig
+from m3po_jax.data.tokenizer import read_vocabulary
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.models import dual_encoder, dual_encoder_weights
 from m3po_jax.models.causal_lm import model as causal_lm
 from m3po_jax.models.causal_lm import weights as causal_lm_weights
 from m3po_jax.models.config_fields import Fields, check_fields, shown
+from m3po_jax.models.hub import HUB_ID, fetch, listed_tensors, snapshot_of
 from m3po_jax.models.kernels.choice import check_attention, with_attention
 from m3po_jax.models.llava import config as llava_config
 from m3po_jax.models.llava import model as llava
 from m3po_jax.models.llava import weights as llava_weights
+from m3po_jax.models.llava.processor_files import write_processor_files
 from m3po_jax.models.quantization import check_quantization
 from m3po_jax.models.quantized_base import quantize_base
 from m3po_jax.models.safetensors_io import (
@@ -47,16 +50,20 @@ class Tower:
 
     Args:
         default: The tower that a ``config.json`` refers to without containing it, or "".
-        configure: ``config.json`` with the tower's own put in (None: no tower was given).
+        configure: ``(config.json, the tower's or None, where, reader of the tokenizer's ids by token)`` to the
+            model's ``config.json`` with the tower's put in.
         canonical_name: The family's name of a tensor of the tower's directory; None: not the tower's.
         prefix: Canonical names under it are the tower's.
+        write_files: ``(exported config.json, the tower's directory, output)``: writes there what processors of the
+            model read, where they read more than the base's own files.
         stored_rows: Rows of vocabulary on disk, where `configure` rounds a ``config.json``'s up; else None.
     """
 
     default: Callable[[dict[str, Any]], str]
-    configure: Callable[[dict[str, Any], dict[str, Any] | None, str], dict[str, Any]]
+    configure: Callable[[dict[str, Any], dict[str, Any] | None, str, Callable[[], Mapping[str, int]]], dict[str, Any]]
     canonical_name: Callable[[str], str | None]
     prefix: str
+    write_files: Callable[[Mapping[str, Any], Path, Path], None]
     stored_rows: Callable[[dict[str, Any]], int | None] = lambda raw: None
 
 
@@ -113,6 +120,7 @@ FAMILIES = (
             configure=llava_weights.with_tower,
             canonical_name=llava_weights.tower_name,
             prefix="vision_tower.",
+            write_files=write_processor_files,
             stored_rows=llava_weights.stored_rows,
         ),
     ),
@@ -162,12 +170,14 @@ def family_of_model(model: nnx.Module) -> Family:
     return next(family for family in FAMILIES if isinstance(model, family.model_class))
 
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BUILTIN = "builtin:"
 
 
-def resolve_directory(path: str | Path) -> Path:
+def resolve_directory(path: str | Path, *, weights: bool = True) -> Path:
     """The local directory of a model: a path, ``builtin:NAME`` or a Hugging Face hub id (fetched and cached).
+
+    Args:
+        weights: Of a hub id they are fetched too; else only what is read beside them.
 
     Raises:
         UserError: nothing is there, or the hub cannot be reached.
@@ -193,20 +203,9 @@ def resolve_directory(path: str | Path) -> Path:
         return local
     if local.exists():
         raise UserError("a file, not a model directory", where=text)
-    if not HUB_ID.fullmatch(text) or text.count("/") != 1:
+    if not HUB_ID.fullmatch(text):
         raise UserError("no such directory", where=text, remedy="give a model directory or a hub id like owner/name")
-    import huggingface_hub
-
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(huggingface_hub.snapshot_download(text, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except Exception as error:  # network clients raise their own kinds; none of them is a defect of ours
-        reason = str(error).strip().splitlines()
-        raise UserError(
-            f"no such directory, and the hub gave: {reason[0] if reason else type(error).__name__}",
-            where=text,
-            remedy="check the name and the network, or download the model and give its directory",
-        ) from None
+    return fetch(text, weights=weights)
 
 
 @dataclass(frozen=True)
@@ -215,8 +214,10 @@ class Description:
 
     Attributes:
         raw_config: In Hugging Face layout, also where the directory's own is not; the tower's put in.
-        tower: Where the vision tower's weights come from, if not from `directory`.
+        tower: The directory of the vision tower, if it is not `directory`.
+        tower_replaces: Its weights are taken although `directory` may hold a tower itself.
         stored_rows: Rows of vocabulary on disk, where they are fewer than the configuration's; see `Tower`.
+        listed: Weights that are on the hub alone are described, not read; see `describe`.
         notes: What a user should know, a line each.
     """
 
@@ -225,22 +226,28 @@ class Description:
     raw_config: dict[str, Any]
     directory: Path
     tower: Path | None = None
+    tower_replaces: bool = True
     stored_rows: int | None = None
+    listed: bool = False
     notes: tuple[str, ...] = ()
 
 
-def describe(directory: str | Path, *, vision_tower: str | Path = "", weights: bool = True) -> Description:
+def describe(
+    directory: str | Path, *, vision_tower: str | Path = "", weights: bool = True, download: bool = True
+) -> Description:
     """Reads ``config.json`` (and the tower's, if it comes from elsewhere).
 
     Args:
         vision_tower: A directory whose tower replaces the model's own.
         weights: Those of the directory count: where ``config.json`` ties the output layer to the embeddings and the
             weights hold both with different values, both are kept, as transformers 5 keeps them.
+        download: The weights of a hub id are fetched. Else they stay there unless they were fetched before, the
+            values of an output layer are not compared, and `stored_tensors` lists what cannot be read.
 
     Raises:
         UserError: no such directory, no or bad ``config.json``, an unsupported model.
     """
-    directory = resolve_directory(directory)
+    directory = resolve_directory(directory, weights=download)
     where = str(directory / "config.json")
     raw = read_json(directory / "config.json")
     family = family_of(raw, where)
@@ -250,10 +257,10 @@ def describe(directory: str | Path, *, vision_tower: str | Path = "", weights: b
         if family.tower is not None:
             name = str(vision_tower) or family.tower.default(raw)
             if name:
-                tower = resolve_directory(name)
+                tower = _tower_directory(name, chosen=bool(vision_tower), weights=download)
             tower_raw = read_json(tower / "config.json") if tower is not None else None
             rows = family.tower.stored_rows(raw)
-            raw = family.tower.configure(raw, tower_raw, where)
+            raw = family.tower.configure(raw, tower_raw, where, partial(read_vocabulary, directory))
         elif vision_tower:
             raise UserError(
                 f"a {family.name} model takes no vision tower", where="model.vision_tower", remedy="remove it"
@@ -261,7 +268,11 @@ def describe(directory: str | Path, *, vision_tower: str | Path = "", weights: b
         raw = family.normalize(raw, where)
         notes = check_fields(family.sections(raw), raw, where)
         config = family.read_config(raw, where)
-        if weights and _head_differs(family.tensor_map(config), family, directory):
+        if (
+            weights
+            and (download or _is_here(directory))
+            and _head_differs(family.tensor_map(config), family, directory)
+        ):
             raw = _untied(raw)
             config = family.read_config(raw, where)
             notes += (
@@ -270,7 +281,37 @@ def describe(directory: str | Path, *, vision_tower: str | Path = "", weights: b
             )
     except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, OverflowError) as error:
         raise UserError(f"a value has the wrong type ({error})", where=where) from None
-    return Description(family, config, raw, directory, tower, rows, notes)
+    return Description(family, config, raw, directory, tower, bool(vision_tower), rows, not download, notes)
+
+
+def _tower_directory(name: str, *, chosen: bool, weights: bool) -> Path:
+    """The directory of a vision tower, which the recipe names or, where it is not `chosen`, ``config.json``."""
+    try:
+        return resolve_directory(name, weights=weights)
+    except UserError as error:
+        if chosen:
+            raise
+        raise UserError(
+            f"config.json takes the vision tower from there: {error.what}",
+            where=error.where,
+            remedy="set model.vision_tower to a CLIP directory or hub id",
+        ) from None
+
+
+def _is_here(directory: Path) -> bool:
+    """Whether a model's weights lie in its directory, and not on the hub alone."""
+    if snapshot_of(directory) is None:
+        return True
+    try:
+        return has_weights(directory)
+    except UserError:  # the index names files that were not fetched
+        return False
+
+
+def _tensors_of(directory: Path, *, listed: bool) -> dict[str, StoredTensor]:
+    """Every tensor of a directory by its name there; with `listed` what the hub says of those that it alone has."""
+    snapshot = snapshot_of(directory) if listed and not _is_here(directory) else None
+    return open_directory(directory) if snapshot is None else listed_tensors(snapshot)
 
 
 def _head_differs(tensor_map: TensorMap, family: Family, directory: Path) -> bool:
@@ -302,7 +343,7 @@ class Loaded:
 
     @property
     def tower(self) -> Path | None:
-        """Where the vision tower's weights come from, if not from `directory`."""
+        """The directory of the vision tower, if it is not `directory`."""
         return self.description.tower
 
     @property
@@ -322,18 +363,25 @@ def stored_tensors(description: Description) -> dict[str, StoredTensor]:
     """Everything on disk by canonical name, checked against the configuration (names, shapes and types).
 
     Raises:
-        UserError: see `open_directory` and `check_tensors`.
+        UserError: see `open_directory`, `hub.listed_tensors` and `check_tensors`.
     """
     family, where = description.family, str(description.directory)
     tensors: dict[str, StoredTensor] = {}
-    sources = [(description.directory, family.canonical_name, description.tower is not None)]
+    stored = _tensors_of(description.directory, listed=description.listed)
+    named = [(family.canonical_name(tensor.name), tensor) for tensor in stored.values()]
+    sources = [(description.directory, named)]
     if description.tower is not None:
         assert family.tower is not None
-        sources.append((description.tower, family.tower.canonical_name, False))
-    for directory, canonical_name, without_tower in sources:
-        for tensor in open_directory(directory).values():
-            name = canonical_name(tensor.name)
-            if name is None or (without_tower and family.tower and name.startswith(family.tower.prefix)):
+        own = {name for name, _ in named if name is not None and name.startswith(family.tower.prefix)}
+        if description.tower_replaces or not own:
+            # A release that trained its tower holds it; what it was trained from would be another.
+            sources[0] = (description.directory, [pair for pair in named if pair[0] not in own])
+            canonical_name = family.tower.canonical_name
+            of_tower = _tensors_of(description.tower, listed=description.listed).values()
+            sources.append((description.tower, [(canonical_name(tensor.name), tensor) for tensor in of_tower]))
+    for directory, pairs in sources:
+        for name, tensor in pairs:
+            if name is None:
                 continue
             if name in tensors:
                 raise UserError(f"{tensor.name} and {tensors[name].name} are the same tensor", where=str(directory))

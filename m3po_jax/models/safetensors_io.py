@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,12 +117,23 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     }
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path, present: Collection[str] | None = None) -> list[Path]:
+    """The files that hold a model's weights: those of the index, ``model.safetensors``, or all that are there.
+
+    Args:
+        present: Names of all files of which `directory` has the index; None: what lies in it.
+
+    Raises:
+        UserError: the index is broken, or names a file that is missing.
+    """
+    if present is None:
+        present = [file.name for file in directory.iterdir() if file.is_file()]
     index = directory / _INDEX
     if not index.is_file():
-        if (directory / "model.safetensors").is_file():
+        if "model.safetensors" in present:
             return [directory / "model.safetensors"]
-        return sorted(f for f in directory.glob("*.safetensors") if not f.name.startswith("adapter_"))
+        names = sorted(name for name in present if name.endswith(".safetensors"))
+        return [directory / name for name in names if not name.startswith("adapter_")]
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError("no weight_map of tensor names to files", where=str(index))
@@ -130,7 +141,7 @@ def _weight_files(directory: Path) -> list[Path]:
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(f"names {name!r}, not a safetensors file of this directory", where=str(index))
-        if not (directory / name).is_file():
+        if name not in present:
             raise UserError(f"names {name}, which is missing", where=str(index), remedy="download or copy it again")
         files.append(directory / name)
     return files
@@ -138,7 +149,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 def has_weights(directory: Path) -> bool:
     """Whether there are safetensors; UserError where their index is broken."""
-    return bool(_weight_files(directory))
+    return bool(weight_files(directory))
 
 
 def same_values(a: StoredTensor, b: StoredTensor, rows: int = 4096) -> bool:
@@ -155,7 +166,7 @@ def open_directory(directory: Path) -> dict[str, StoredTensor]:
     Raises:
         UserError: no safetensors there, a missing or truncated shard, a name that occurs twice.
     """
-    files = _weight_files(directory)
+    files = weight_files(directory)
     if not files:
         present = {file.suffix for file in directory.iterdir()}
         unsafe = sorted(present.intersection(_UNSAFE))

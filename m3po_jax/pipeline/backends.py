@@ -91,11 +91,11 @@ def make_backend(
     return BACKENDS[score.backend](setting)
 
 
-def describe_dual_encoder(score: ScoreConfig) -> Description:
-    """UserError unless `score.model` is a dual encoder."""
+def describe_dual_encoder(score: ScoreConfig, *, download: bool = True) -> Description:
+    """UserError unless `score.model` is a dual encoder; see `registry.describe` for `download`."""
     if not score.model:
         raise UserError("similarity needs a dual encoder", where="score.model", remedy="name a CLIP or SigLIP model")
-    described = describe(score.model)
+    described = describe(score.model, download=download)
     if described.family.model_class is not DualEncoder:
         raise UserError(
             "not a dual encoder", where=f"score.model {score.model!r}", remedy="take a CLIP or SigLIP model"
@@ -103,9 +103,9 @@ def describe_dual_encoder(score: ScoreConfig) -> Description:
     return described
 
 
-def describe_judge(score: ScoreConfig) -> Description:
-    """UserError unless `score.model` is a vision-language model."""
-    described = describe(score.model)
+def describe_judge(score: ScoreConfig, *, download: bool = True) -> Description:
+    """UserError unless `score.model` is a vision-language model; see `registry.describe` for `download`."""
+    described = describe(score.model, download=download)
     if not hasattr(described.family.model_class, "image_features"):
         raise UserError(
             f"not a vision-language model, which the {score.backend} backend asks",
@@ -117,7 +117,7 @@ def describe_judge(score: ScoreConfig) -> Description:
 
 def _similarity(setting: Setting) -> Similarity:
     score = setting.score
-    describe_dual_encoder(score)
+    describe_dual_encoder(score, download=False)
     loaded, processor = load_dual_encoder(
         score.model,
         setting.mesh,
@@ -142,8 +142,9 @@ def _judge_model(setting: Setting) -> Policy:
     """The vision-language model that judges: `score.model`, or the policy itself."""
     score, policy = setting.score, setting.policy
     if score.model:
-        describe_judge(score)
-        config = dataclasses.replace(setting.model_config, path=score.model, init="pretrained", vision_tower="")
+        describe_judge(score, download=False)
+        own = {"path": score.model, "revision": "", "vision_tower": ""}
+        config = dataclasses.replace(setting.model_config, init="pretrained", **own)
         data = DataConfig(max_image_pixels=setting.max_image_pixels)
         judge = load_policy(Recipe(model=config, data=data), setting.mesh, image_root=setting.image_root)
     elif policy is not None:
@@ -283,7 +284,8 @@ def _warn(setting: Setting, judge: Loaded) -> None:
     if setting.policy is None:
         return
     base = setting.policy.loaded
-    warning = shared_blind_spots(base.directory, judge.directory, base.raw_config, judge.raw_config)
+    places = (base.tower or base.directory, judge.tower or judge.directory)
+    warning = shared_blind_spots(*places, base.raw_config, judge.raw_config)
     if warning:
         setting.warnings.append(warning)
         say(f"score.model: {warning}", style="yellow")

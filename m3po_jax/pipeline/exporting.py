@@ -35,7 +35,7 @@ from m3po_jax.workspace.training import TrainingArtifact
 
 FORMATS = ("huggingface", "peft")
 # Keys that say how a program runs, or which of the kept weights are handed on; an export may choose them itself.
-_BASE = ("model.path", "model.vision_tower")
+_BASE = ("model.path", "model.revision", "model.vision_tower")
 _CHOICES = ("model.attention", "model.remat", "model.max_prompt_tokens", "train.weights", "train.best_metric")
 
 

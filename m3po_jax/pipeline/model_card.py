@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from m3po_jax.config import Recipe
-from m3po_jax.models.registry import HUB_ID, Family
+from m3po_jax.models.hub import HUB_ID
+from m3po_jax.models.registry import Family
 from m3po_jax.objectives.registry import objective_of
 from m3po_jax.version import __version__
 from m3po_jax.workspace.cell import Cell
@@ -58,7 +59,8 @@ def model_card(
         adapter: A PEFT adapter, not a whole model.
     """
     base, local = recipe.model.path, Path(recipe.model.path).expanduser().is_dir()
-    on_hub = bool(HUB_ID.fullmatch(base)) and not local
+    named = None if local else HUB_ID.fullmatch(base)
+    on_hub, base = named is not None, base if named is None else named["name"]
     method, tags = objective_of(recipe.train).description(recipe.select.rule, recipe.score.backend)
     header: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from m3po_jax.config import DataConfig, Recipe
+from m3po_jax.config import DataConfig, ModelConfig, Recipe
 from m3po_jax.data import sources
 from m3po_jax.data.dual_inputs import DualEncoderProcessor
 from m3po_jax.data.processing import Processor
@@ -22,9 +22,10 @@ from m3po_jax.generation.engine import Generator
 from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.models import lora
 from m3po_jax.models.dual_encoder import DualEncoderConfig
+from m3po_jax.models.hub import pinned
 from m3po_jax.models.identity import directory_identity
 from m3po_jax.models.quantization import check_quantization
-from m3po_jax.models.registry import Description, Loaded, load_model
+from m3po_jax.models.registry import Description, Loaded, describe, load_model
 from m3po_jax.pipeline.console import say
 
 
@@ -55,6 +56,16 @@ def model_identity(model: Loaded | Description) -> str:
     return content_hash(directory_identity(model.directory), tower)[:16]
 
 
+def describe_policy(model: ModelConfig, *, download: bool = True) -> Description:
+    """What a recipe's model is, without its weights; see `registry.describe` for `download`.
+
+    Raises:
+        UserError: as `describe`; a revision of something that has none.
+    """
+    path, weights = pinned(model.path, model.revision), model.init == "pretrained"
+    return describe(path, vision_tower=model.vision_tower, weights=weights, download=download)
+
+
 def load_policy(recipe: Recipe, mesh: Mesh, *, image_root: str | Path = ".") -> Policy:
     """The recipe's model and processor.
 
@@ -63,7 +74,7 @@ def load_policy(recipe: Recipe, mesh: Mesh, *, image_root: str | Path = ".") -> 
     """
     config = recipe.model
     loaded = load_model(
-        config.path,
+        pinned(config.path, config.revision),
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         mesh=mesh,

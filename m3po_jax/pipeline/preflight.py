@@ -27,13 +27,13 @@ from m3po_jax.hosts.sharding import make_mesh
 from m3po_jax.models import lora
 from m3po_jax.models.kernels.choice import check_attention
 from m3po_jax.models.quantized_base import quantize_base
-from m3po_jax.models.registry import Description, describe, stored_tensors
+from m3po_jax.models.registry import Description, stored_tensors
 from m3po_jax.objectives.objective import Learner
 from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline.arms import arm_recipe
 from m3po_jax.pipeline.backends import check_ready, describe_dual_encoder, describe_judge
 from m3po_jax.pipeline.checks import draws_candidates, judges
-from m3po_jax.pipeline.models import make_dual_processor, make_processor
+from m3po_jax.pipeline.models import describe_policy, make_dual_processor, make_processor
 from m3po_jax.pipeline.systems import stop_tokens
 from m3po_jax.scoring.grading import grade_tokens
 from m3po_jax.scoring.judge import answer_tokens
@@ -58,8 +58,7 @@ class Preflight:
 
     @functools.cached_property
     def description(self) -> Description:
-        model = self.recipe.model
-        return describe(model.path, vision_tower=model.vision_tower, weights=model.init == "pretrained")
+        return describe_policy(self.recipe.model, download=False)
 
     @functools.cached_property
     def processor(self) -> Processor:
@@ -149,13 +148,13 @@ class Preflight:
     def judge(self, judge: ScoreConfig) -> None:
         """A judge's files, and the tokens that it is asked for."""
         if judge.backend == "similarity":
-            described = describe_dual_encoder(judge)
+            described = describe_dual_encoder(judge, download=False)
             stored_tensors(described)
             make_dual_processor(described)
         elif judge.backend in ("claims", "judge"):
             processor = self.processor
             if judge.model:
-                described = describe_judge(judge)
+                described = describe_judge(judge, download=False)
                 stored_tensors(described)
                 processor = make_processor(self.recipe, described)
             if judge.backend == "claims":

@@ -11,15 +11,14 @@ from typing import Any
 
 from m3po_jax.config import Recipe, SelectConfig
 from m3po_jax.data import tables
-from m3po_jax.data.processing import Processor
 from m3po_jax.generation.settings import sampling_config
-from m3po_jax.models.registry import resolve_directory
 from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline import reward as rewarding
 from m3po_jax.pipeline import summary
 from m3po_jax.pipeline.arms import needs_pairs
 from m3po_jax.pipeline.backends import judge_identities
 from m3po_jax.pipeline.generate import sampling_text
+from m3po_jax.pipeline.models import make_processor
 from m3po_jax.pipeline.run import Run
 from m3po_jax.pipeline.select import selection_inputs
 from m3po_jax.pipeline.systems import System, SystemEvaluator, base_systems, greedy
@@ -192,9 +191,7 @@ class Preview:
 
     def _evaluations(self) -> Iterator[Planned]:
         run, config = self.run, self.recipe.evaluate
-        processor = Processor.from_pretrained(
-            resolve_directory(self.recipe.model.path), self.recipe.model.template, self.recipe.model.image_fit
-        )
+        processor = make_processor(self.recipe, run.description)
         evaluator = SystemEvaluator(self.recipe, self.directory, processor, run.generator)
         systems = [
             *base_systems(config, self.directory, processor, run.benchmarks, lambda: None, run.base_identity),

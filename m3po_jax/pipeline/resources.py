@@ -16,13 +16,15 @@ from m3po_jax.generation.engine import Generator
 from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.hosts.agreement import barrier
 from m3po_jax.hosts.sharding import make_mesh, use_mesh
-from m3po_jax.models.registry import describe
+from m3po_jax.models.hub import snapshot_of
+from m3po_jax.models.registry import Description
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.evaluate import Benchmark, check_scoring, read_benchmark
 from m3po_jax.pipeline.models import (
     Policy,
     attach_adapter,
+    describe_policy,
     load_policy,
     make_generator,
     policy_identity,
@@ -82,9 +84,12 @@ class Resources:
     @functools.cached_property
     def base_identity(self) -> str:
         """`policy.identity`, without loading the policy."""
-        model = self.recipe.model
-        described = describe(model.path, vision_tower=model.vision_tower, weights=model.init == "pretrained")
-        return policy_identity(self.recipe, described)
+        return policy_identity(self.recipe, self.description)
+
+    @functools.cached_property
+    def description(self) -> Description:
+        """Of the policy, without loading it."""
+        return describe_policy(self.recipe.model)
 
     @functools.cached_property
     def policy(self) -> Policy:
@@ -124,7 +129,7 @@ class Resources:
         for benchmark in self.benchmarks:
             check_scoring(benchmark)
         facts = {
-            "model": {"path": self.recipe.model.path, "hash": self.policy.identity},
+            "model": {"path": self.recipe.model.path, "hash": self.policy.identity, **self._commits()},
             "data": self._data_facts(),
             "template": self.recipe.model.template,
             "image_fit": self.recipe.model.image_fit,
@@ -134,6 +139,13 @@ class Resources:
         barrier("the run directory is open")
         for line in lines:
             say(line, style="yellow")
+
+    def _commits(self) -> dict[str, str]:
+        """Which commits of the hub the model's files are of; nothing for those of a local directory."""
+        loaded = self.policy.loaded
+        places = {"commit": loaded.directory, "vision_tower_commit": loaded.tower}
+        found = {name: place and snapshot_of(place) for name, place in places.items()}
+        return {name: snapshot.commit for name, snapshot in found.items() if snapshot is not None}
 
     def _data_facts(self) -> dict[str, Any]:
         if path := pairs_instead_of_prompts(self.recipe):

@@ -28,11 +28,10 @@ from m3po_jax.hosts.agreement import barrier, is_writer
 from m3po_jax.hosts.sharding import use_mesh
 from m3po_jax.models.heads import attach_head
 from m3po_jax.models.identity import files_identity, tree_identity
-from m3po_jax.models.registry import describe
 from m3po_jax.objectives.objective import Reads
 from m3po_jax.objectives.registry import check_objective, objective_of
 from m3po_jax.objectives.reward import Reward as RewardObjective
-from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy, model_identity
+from m3po_jax.pipeline.models import Policy, attach_adapter, describe_policy, load_policy, model_identity
 from m3po_jax.pipeline.pair_files import with_identity
 from m3po_jax.pipeline.train import batch_options
 from m3po_jax.pipeline.trainings import begin_training, finish_training
@@ -280,8 +279,8 @@ def trained_identity(path: str) -> str:
         UserError: there is none, or a file cannot be read.
     """
     reward = RewardFolder.find(path)
-    model = reward.description()["model"]
-    base = describe(model["path"], vision_tower=model["vision_tower"])
+    model = from_plain(ModelConfig, reward.description()["model"], str(reward.folder))
+    base = describe_policy(model)
     facts = files_identity(reward.folder, reward.facts)
     return tables.content_hash(facts, tree_identity(reward.checkpoints), model_identity(base))[:16]
 

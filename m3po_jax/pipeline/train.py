@@ -20,6 +20,7 @@ from m3po_jax.data.sources import fingerprint
 from m3po_jax.errors import UserError
 from m3po_jax.hosts.rows import shared_out
 from m3po_jax.hosts.sharding import use_mesh
+from m3po_jax.models.hub import pinned
 from m3po_jax.objectives.objective import Learner, Reads
 from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline.caches import cached_reference, fill, vision_features
@@ -260,7 +261,7 @@ def _start(recipe: Recipe, mesh: Mesh, image_root: Path) -> _Start:
         return _Start(attach_adapter(policy, recipe, mesh), policy.loaded, policy.processor, policy.identity, policy)
     model = recipe.model
     loaded, processor = load_dual_encoder(
-        model.path,
+        pinned(model.path, model.revision),
         mesh,
         image_root=image_root,
         init=model.init,

@@ -30,6 +30,8 @@ from m3po_jax.workspace.training import TrainingArtifact
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tensorflow-datasets")
 # With another value of one of these, everything that a directory holds would be made anew.
 PROTECTED = ("seed", "model.", "data.")
+# What it names is compared by its content: pinning the commit that a run began with changes nothing.
+UNPROTECTED = ("model.revision",)
 
 
 def versions() -> dict[str, str]:
@@ -122,6 +124,10 @@ class RunDirectory:
             lines.append(f"{self.root / layout.MANIFEST}: {problem}; it is made anew")
         for name, fact in facts.items():
             if manifest and name in ("model", "data") and manifest.get(name) != fact:
+                noted = manifest.get(name)
+                if isinstance(noted, dict) and "hash" in fact and noted.get("hash") == fact["hash"]:
+                    lines.append(f"{name}: another path or commit than this run began with, of the same content")
+                    continue
                 lines.append(f"{name}: has changed since this run began; what was made from it is out of date")
         if is_writer():
             resolved = to_yaml(recipe)
@@ -163,7 +169,7 @@ class RunDirectory:
             return
         changes = changed_keys(saved, recipe)
         if not one_recipe:
-            changes = {key: values for key, values in changes.items() if key.startswith(PROTECTED) and not force}
+            changes = {key: values for key, values in changes.items() if _is_protected(key) and not force}
         if changes:
             key, (before, value) = next(iter(changes.items()))
             leaf = key.rpartition(".")[2]
@@ -304,6 +310,10 @@ def changed_keys(saved: Mapping[str, Any], recipe: Recipe) -> dict[str, tuple[An
         if any(default.get(".".join(parts[:count])) == {} for count in range(1, len(parts))):
             changes[key] = (before[key], None)  # an entry of a mapping
     return changes
+
+
+def _is_protected(key: str) -> bool:
+    return key.startswith(PROTECTED) and key not in UNPROTECTED
 
 
 def _yaml(value: Any) -> str:

@@ -23,7 +23,7 @@ from m3po_jax.errors import UserError
 class Letters:
     """Letters as ids; an image path is the seed of its pixels; ``broken`` does not decode."""
 
-    eos_token_id = 2
+    eos_token_ids = (2, 3)
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         return [1] + [99] * len(prompt.images) + [3 + ord(letter) for letter in prompt.instruction]
@@ -252,7 +252,9 @@ def test_a_bad_image_names_its_row() -> None:
 def test_answers_without_an_end_are_counted() -> None:
     """The chosen ones of pairs, and those that SFT learns; a rejected one teaches nobody to go on."""
     rows = pairs(4)
-    for row, chosen, rejected in zip(rows, ([5, 2], [5, 6], [5, 7], [2]), ([5], [5, 2], [5, 2], [5, 2]), strict=True):
+    for row, chosen, rejected in zip(
+        rows, ([5, 2], [5, 6], [5, 7], [5, 3]), ([5], [5, 2], [5, 2], [5, 2]), strict=True
+    ):
         row |= {"chosen_token_ids": chosen, "rejected_token_ids": rejected}
     assert pair_batches(rows, Letters(), batch_size=2, seed=0).cut_answers == 2
     assert pair_batches(pairs(4), Letters(), batch_size=2, seed=0).cut_answers == 0

@@ -131,7 +131,7 @@ def test_rounding_adds_little(length: int) -> None:
 class Counted:
     """Prompts and answers of given lengths; a prompt's instruction is its length."""
 
-    eos_token_id = 6
+    eos_token_ids = (6,)
 
     def encode_prompt(self, prompt: Prompt) -> np.ndarray:
         return np.full(int(prompt.instruction), 5)

@@ -108,6 +108,10 @@ def test_what_is_called_read_is_read(kind: str, section: str, fields: Fields, tm
         assert changed != plain, name
 
 
+ROPE_KINDS = ("linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+QUANTISED = ("bitsandbytes", "awq", "gptq", "fp8", "compressed-tensors", "torchao")
+
+
 @pytest.mark.parametrize(
     ("kind", "section", "name", "value"),
     [
@@ -131,7 +135,13 @@ def test_what_is_called_read_is_read(kind: str, section: str, fields: Fields, tm
         ("llama", "", "attn_logit_softcapping", 50.0),
         ("llama", "", "num_local_experts", 8),
         ("llama", "", "residual_multiplier", 0.22),
-        ("llama", "", "quantization_config", {"quant_method": "gptq"}),
+        *(("llama", "", "rope_scaling", {"type": kind, "factor": 2.0}) for kind in ROPE_KINDS),
+        *(("qwen2", "", "rope_parameters", {"rope_type": kind, "factor": 2.0}) for kind in ROPE_KINDS),
+        *(("mistral", "", "quantization_config", {"quant_method": kind}) for kind in QUANTISED),
+        ("llava", "", "quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        ("llava", "text_config", "quantization_config", {"quant_method": "awq"}),
+        ("llava", "vision_config", "quantization_config", {"quant_method": "fp8"}),
+        ("llama", "", "compression_config", {"quant_method": "compressed-tensors"}),
         ("llama", "", "pruned_heads", {"0": [1]}),
         ("llama", "", "hidden_act", "gelu_new"),
         ("llava", "", "projector_hidden_act", "softmax"),

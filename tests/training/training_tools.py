@@ -34,7 +34,7 @@ class TinyProcessor:
     """Letters as ids; an image path is the seed of its pixels."""
 
     image_shape = (8, 8, 3)
-    eos_token_id = EOS_ID
+    eos_token_ids = (EOS_ID,)
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         text = [3 + ord(letter) % 60 for letter in prompt.instruction]

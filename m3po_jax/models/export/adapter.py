@@ -18,6 +18,7 @@ from m3po_jax.models import lora
 from m3po_jax.models.export.directory import AUTO, atomic_directory, export_dtype
 from m3po_jax.models.export.model import layer_of, loaded_tensors, pending_tensors
 from m3po_jax.models.export.serving import vllm_hint
+from m3po_jax.models.hub import HUB_ID, snapshot_of
 from m3po_jax.models.layers import Linear
 from m3po_jax.models.registry import Family, Loaded, family_of_model
 from m3po_jax.models.safetensors_io import DTYPES, PendingTensor, write_file
@@ -125,10 +126,13 @@ def export_adapter(
         ]
     # A plain list would also wrap the vision tower's layers of the same names.
     targets = [rf".*{root}.*\.({'|'.join(sorted(names))})" for root, names in sorted(adapted.items())]
+    named = HUB_ID.fullmatch(str(base_name_or_path))
+    snapshot = snapshot_of(base.directory) if named is not None and base is not None else None
     adapter_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base_name_or_path),
+        "base_model_name_or_path": str(base_name_or_path) if snapshot is None else snapshot.repository,
+        **({} if snapshot is None else {"revision": snapshot.commit}),
         "r": lora_config.lora_rank,
         "lora_alpha": lora_config.lora_alpha,
         "lora_dropout": 0.0,

@@ -155,9 +155,7 @@ def pending_tensors(
 
 def loaded_tensors(base: Loaded | Description) -> dict[str, StoredTensor]:
     """The tensors that a model was loaded from, by canonical name."""
-    if isinstance(base, Loaded):
-        base = Description(base.family, base.config, base.raw_config, base.directory, base.tower)
-    return stored_tensors(base)
+    return stored_tensors(base.description if isinstance(base, Loaded) else base)
 
 
 def _loads_right(dtypes: Collection[np.dtype]) -> str:
@@ -252,6 +250,8 @@ def export_model(
             if read_json(description.directory / "config.json") != config:
                 # Another type, an original release, or another vision tower: the base's own file describes neither.
                 (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+            if description.tower is not None and description.family.tower is not None:
+                description.family.tower.write_files(config, description.tower, partial)
             for name, text in (texts or {}).items():
                 (partial / name).write_text(text, "utf-8")
         write_directory(partial, tensors, shard_bytes=shard_bytes, write=write)

@@ -8,8 +8,10 @@ and later (``model.language_model.…``), 5.x (a vision tower without ``vision_m
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from m3po_jax.data.templates import IMAGE_PLACEHOLDER
 from m3po_jax.errors import UserError
 from m3po_jax.models import tensor_names
 from m3po_jax.models.config_fields import (
@@ -41,6 +43,7 @@ _PREFIXES = (
 # Buffers that older versions saved.
 _SKIPPED = re.compile(r"\.rotary_emb\.inv_freq$|\.embeddings\.position_ids$")
 PADDED_VOCABULARY = 64  # the HF conversion rounds 32,000 + <image> + <pad> up to a multiple of this
+PAD = "<pad>"
 
 
 def canonical_name(name: str) -> str | None:
@@ -112,12 +115,49 @@ ORIGINAL_FIELDS = Fields(
 )
 
 
-def with_tower(raw: dict[str, Any], tower: dict[str, Any] | None, where: str) -> dict[str, Any]:
+# Of an original release's ``config.json`` written by other tools; -200 is LLaVA's own mark in prompts, no token.
+_IMAGE_TOKEN_KEYS = ("image_token_index", "image_token_id", "ignore_index")
+
+
+def _image_and_pad(
+    raw: Mapping[str, Any], read_vocabulary: Callable[[], Mapping[str, int]], rows: int, where: str
+) -> tuple[int, int]:
+    """Ids of ``<image>`` and ``<pad>``: those of the tokenizer, and where it has none its next ones, as the
+    conversion to Hugging Face's layout adds them.
+
+    Args:
+        read_vocabulary: Gives the tokens of the release's tokenizer; none where it has no tokenizer.
+        rows: Of its vocabulary.
+
+    Raises:
+        UserError: ``config.json`` states something that is no token.
+    """
+    stated = raw.get("image_token_index", raw.get("image_token_id"))
+    if whole(-MOST_TOKENS, MOST_TOKENS, null=True)(stated):
+        raise UserError(f"image_token_index is {shown(stated)}, and must be a token's id", where=where)
+    vocabulary = read_vocabulary()
+    following = max(vocabulary.values(), default=rows - 1) + 1
+    image = stated if stated is not None and stated >= 0 else vocabulary.get(IMAGE_PLACEHOLDER)
+    if image is None:
+        image, following = following, following + 1
+    elif image == following:
+        following += 1
+    return image, vocabulary.get(PAD, following)
+
+
+def with_tower(
+    raw: dict[str, Any],
+    tower: dict[str, Any] | None,
+    where: str,
+    vocabulary: Callable[[], Mapping[str, int]] = dict,
+) -> dict[str, Any]:
     """The Hugging Face configuration of an original release, or of a model that gets another CLIP tower.
 
     Args:
         raw: ``config.json`` of either layout.
         tower: ``config.json`` of the CLIP directory, if one was given.
+        vocabulary: Reads the tokens of the model's tokenizer; asked for an original release alone, which does not say
+            where its image token is.
 
     Raises:
         UserError: a tower that is not CLIP's, or an original release's option that LLaVA-1.5 does not have.
@@ -133,30 +173,33 @@ def with_tower(raw: dict[str, Any], tower: dict[str, Any] | None, where: str) ->
         section = with_older_section(tower, "vision_config", CLIP_VISION_FIELDS).get("vision_config") or tower
         if not isinstance(section, dict):
             raise UserError(f"vision_config is {shown(section)}, and must be an object", where="model.vision_tower")
-        left_out = ("architectures", "transformers_version")
-        vision = {"vision_config": {k: v for k, v in section.items() if k not in left_out}}
+        about_file = ("architectures", "transformers_version")
+        vision = {"vision_config": {k: v for k, v in section.items() if k not in about_file}}
         vision["vision_config"]["model_type"] = "clip_vision_model"
     if not is_original(raw):
         return {**raw, **vision}
     own = {key: value for key, value in raw.items() if key in ORIGINAL_FIELDS.names}
     check_fields({"": ORIGINAL_FIELDS}, {"mm_projector_type": "linear", **own}, where)
-    decoder = {k: v for k, v in raw.items() if k not in own and k not in ("architectures", "torch_dtype")}
+    left_out = ("architectures", "torch_dtype", "dtype", *_IMAGE_TOKEN_KEYS)
+    decoder = {k: v for k, v in raw.items() if k not in own and k not in left_out}
     # `check_fields` judges the decoder's fields where they stand now; the vocabulary is needed before.
-    vocabulary = raw.get("vocab_size", 32000)
-    if whole(1, MOST_TOKENS)(vocabulary):
-        raise UserError(f"vocab_size is {shown(vocabulary)}, and must be a whole number", where=where)
-    padded = -(-(vocabulary + 2) // PADDED_VOCABULARY) * PADDED_VOCABULARY
+    rows = raw.get("vocab_size", 32000)
+    if whole(1, MOST_TOKENS)(rows):
+        raise UserError(f"vocab_size is {shown(rows)}, and must be a whole number", where=where)
+    image, pad = _image_and_pad(raw, vocabulary, rows, where)
+    needed = max(image, pad) + 1
+    padded = rows if needed <= rows else -(-needed // PADDED_VOCABULARY) * PADDED_VOCABULARY
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "ignore_index": -100,
-        "image_token_index": vocabulary,
-        "pad_token_id": vocabulary + 1,
+        "image_token_index": image,
+        "pad_token_id": pad,
         "projector_hidden_act": "gelu",
         "vision_feature_layer": raw.get("mm_vision_select_layer", -2),
         "vision_feature_select_strategy": "full" if raw.get("mm_vision_select_feature") == "cls_patch" else "default",
         "tie_word_embeddings": raw.get("tie_word_embeddings", False),
-        "torch_dtype": raw.get("torch_dtype", "float16"),
+        "torch_dtype": raw.get("torch_dtype", raw.get("dtype", "float16")),
         "text_config": {**decoder, "model_type": "llama", "vocab_size": padded},
         **vision,
     }
