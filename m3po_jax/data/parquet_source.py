@@ -41,8 +41,12 @@ class ParquetImages:
             UserError: the file is damaged or unpacks to too much.
         """
         file, group, row = place
-        value = self._group(file, group)[row].as_py()
-        return parse_images(value, f"{self.files[file]}:row group {group}, row {row}", exif=self.exif)
+        return parse_images(self.value(place), f"{self.files[file]}:row group {group}, row {row}", exif=self.exif)
+
+    def value(self, place: Place) -> Any:
+        """What the image column holds for a row."""
+        file, group, row = place
+        return self._group(file, group)[row].as_py()
 
     def _group(self, file: int, group: int) -> pa.ChunkedArray:
         with self._lock:
@@ -52,6 +56,7 @@ class ParquetImages:
             self._groups[file, group] = column
             while len(self._groups) > 1 and sum(kept.nbytes for kept in self._groups.values()) > _KEPT_BYTES:
                 self._groups.popitem(last=False)
+                pa.default_memory_pool().release_unused()  # its allocator would keep some groups' worth
         return column
 
     def read(self, file: int, group: int) -> pa.ChunkedArray:

@@ -8,11 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from m3po_jax.config import Recipe
 from m3po_jax.data import tables
-from m3po_jax.data.pair_rows import PairRows, TableRows
+from m3po_jax.data.pair_rows import PairRows
 from m3po_jax.data.preference_files import FilePairs, image_folder
 from m3po_jax.errors import UserError
 from m3po_jax.generation.settings import sampling_config
@@ -305,7 +303,7 @@ class Run(Resources):
                 pairs_per_prompt=recipe.reward.pairs_per_prompt,
                 data=self.data_identity,
             )
-            pairs = TableRows(read_pairs(cell.reward / PAIRS))
+            pairs = read_pairs(cell.reward / PAIRS)
         root = pairs.image_root if isinstance(pairs, FilePairs) else self.source.image_root
         found = rewarding.reward_of_pairs(
             recipe,
@@ -389,12 +387,12 @@ class Run(Resources):
             root = image_folder(recipe.train.pairs, recipe.data.image_root)
             policy = dataclasses.replace(policy, processor=dataclasses.replace(policy.processor, image_root=root))
         elif round > 1 and recipe.train.objective == "preference":
-            pairs = TableRows(self._later_pairs(round, arm, recipe))
+            pairs = self._later_pairs(round, arm, recipe)
             # Whatever the reference is, its log-probs stand in these pairs.
             recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, reference="recorded"))
             reference = self.start_of(recipe) if recipe.round.reference == "base" else None
         else:
-            pairs = TableRows(read_pairs(folder / PAIRS))
+            pairs = read_pairs(folder / PAIRS)
         return train_on_pairs(recipe, policy, pairs, folder, self.mesh, reference=reference, **given)
 
     def _mixed_cells(self, round: int, arm: str | None, recipe: Recipe) -> list[Cell]:
@@ -410,7 +408,7 @@ class Run(Resources):
             **settings("round", recipe.round),
         }
 
-    def _later_pairs(self, round: int, arm: str | None, recipe: Recipe) -> pa.Table:
+    def _later_pairs(self, round: int, arm: str | None, recipe: Recipe) -> PairRows:
         """The pairs of a round after the first, mixed with earlier ones and with their reference's log-probs."""
         of_base = recipe.round.reference == "base"
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from jax.sharding import Mesh
 
 from m3po_jax.config import Recipe
@@ -18,6 +17,7 @@ from m3po_jax.data.preference_files import FilePairs
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import fingerprint
+from m3po_jax.data.stored_pairs import StoredPairs
 from m3po_jax.errors import UserError
 from m3po_jax.hosts import shared_out
 from m3po_jax.pipeline.caches import cached_reference, fill, vision_features
@@ -53,23 +53,19 @@ class Trained:
         return self.result.model
 
 
-def read_pairs(directory: Path) -> pa.Table:
-    """All complete pair shards of a directory.
+def read_pairs(directory: Path) -> StoredPairs:
+    """All complete pair shards of a directory; images stay there until their row is asked for.
 
     Raises:
         UserError: there are none, or nothing survived the selection.
     """
     pairs_content(directory)
-    parts = []
-    for path in tables.shards(directory):
-        with tables.open_parquet(path) as file:
-            parts.append(file.read())
-    table = pa.concat_tables(parts, promote_options="default")
-    if table.num_rows == 0:
+    pairs = StoredPairs.open(tables.shards(directory))
+    if not len(pairs):
         raise UserError(
             "no prompt gave a pair", where=str(directory), remedy="see drops.jsonl beside it; loosen select.*"
         )
-    return table
+    return pairs
 
 
 def pairs_content(directory: Path) -> str:
