@@ -161,19 +161,13 @@ def _text_rows(
         yield from ({} for _ in range(opened.metadata.row_group(group).num_rows))
         return
     for batch in parquet_bounds.batches(opened, group, columns, str(file)):
-        try:
-            rows: list[dict[str, Any] | None] = list(batch.to_pylist())
-        except (ValueError, OverflowError):  # not UTF-8, or a time that Python does not have
-            rows = []
-            for row in range(batch.num_rows):
-                try:
-                    rows += batch.slice(row, 1).to_pylist()
-                except (ValueError, OverflowError) as error:
-                    reason = "a text is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-                    checker.report(UserError(reason, where=f"{file}:row {position + row}", remedy="mend the row"))
-                    rows.append(None)
-        position += batch.num_rows
-        yield from rows
+        for row in tables.python_rows(batch):
+            if isinstance(row, str):
+                checker.report(UserError(row, where=f"{file}:row {position}", remedy="mend the row"))
+                yield None
+            else:
+                yield row
+            position += 1
 
 
 def _split_files(files: list[Path], split: str) -> list[Path]:
