@@ -127,6 +127,12 @@ def read_parquet(config: DataConfig, checker: Checker) -> ParquetSource:
                 counts = _image_counts(opened, group, image_column, str(file))
                 for row, values in enumerate(_text_rows(opened, group, texts, file, position, checker)):
                     position += 1
+                    if row >= len(counts):
+                        raise UserError(
+                            f"damaged: row group {group} has {len(counts)} rows of images and more of text",
+                            where=str(file),
+                            remedy="replace it",
+                        )
                     if values is None:
                         continue
                     images: tuple[schema.Image, ...] = ()

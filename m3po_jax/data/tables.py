@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from m3po_jax.data import parquet_bounds
-from m3po_jax.errors import UserError, full_disk, full_disk_number
+from m3po_jax.errors import UserError, system_failure
 
 _TEMPORARY = ".tmp"
 # Small row groups let shuffled readers fetch a row without its whole file.
@@ -40,7 +40,7 @@ def atomic_write(path: str | Path, *, record: Callable[[str], None] | None = Non
             checksum is not on disk, whenever a writer is killed.
 
     Raises:
-        UserError: the disk is full; what was at `path` before is still there.
+        UserError: the disk is full, or nothing may be written there; what was at `path` before is still there.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -65,9 +65,9 @@ def atomic_write(path: str | Path, *, record: Callable[[str], None] | None = Non
             with contextlib.suppress(OSError):
                 written = temporary.stat().st_size
             temporary.unlink(missing_ok=True)
-        number = None if isinstance(error, UserError) else full_disk_number(error)
-        if number is not None:
-            raise full_disk(number, path, written) from error
+        told = None if isinstance(error, UserError) else system_failure(error, path, written)
+        if told is not None:
+            raise told from error
         raise
     _sync_folder(path.parent)
 
