@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
-from m3po_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError
+from m3po_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError, system_failure
 from m3po_jax.hosts import supervisor
 from m3po_jax.version import __version__
 
@@ -200,7 +200,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if several and supervisor.is_lost_host(error):
             supervisor.leave_after(error)
-        raise
+        told = system_failure(error)
+        if told is None:
+            raise
+        print(f"m3po: {told}", file=sys.stderr)
+        return EXIT_USER_ERROR
     return 0
 
 

@@ -136,10 +136,10 @@ def full_disk(number: int, place: str | Path, needed: int = 0) -> UserError:
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     try:
-        free = f"{_megabytes(shutil.disk_usage(folder).free)} are free"
+        free = f"{_size(shutil.disk_usage(folder).free)} are free"
     except OSError:
         free = ""
-    size = f"at least {_megabytes(needed)} are needed" if needed else ""
+    size = f"at least {_size(needed)} are needed" if needed else ""
     counts = ", ".join(filter(None, (size, free)))
     return UserError(
         f"{FULL[number]}" + (f" ({counts})" if counts else ""),
@@ -149,8 +149,32 @@ def full_disk(number: int, place: str | Path, needed: int = 0) -> UserError:
     )
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
+# What a file system answers where nothing may be written, or nothing can be read any more.
+_REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG})
+
+
+def system_failure(error: BaseException, place: str | Path = "", written: int = 0) -> UserError | None:
+    """The line for an exception that a disk or its permissions explain; None for any other.
+
+    Args:
+        place: Where the work was; default: the file that the error names.
+        written: Bytes of it, as far as they are known.
+    """
+    number = full_disk_number(error)
+    named = str(place) or str(getattr(error, "filename", None) or "")
+    if number is not None:
+        return full_disk(number, named or ".", written)
+    if isinstance(error, OSError) and error.errno in _REFUSED and named:
+        return UserError(
+            f"cannot be read or written ({error.strerror})",
+            where=named,
+            remedy="choose another place, or see to its permissions",
+        )
+    return None
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
 @contextmanager

@@ -36,6 +36,7 @@ class Checker:
         self.skips, self.max_pixels = config.on_bad_row == "skip", config.max_image_pixels
         self.skipped: Counter[str] = Counter()
         self.numbered = 0
+        self.unread: Counter[str] = Counter()  # files of a folder, by suffix
         self.left_out: dict[str, None] = {}  # columns that hold bytes
         self._uses: dict[str, int] = {}
 
@@ -94,6 +95,9 @@ class Checker:
             lines.append(f"{path}: {total} bad rows left out ({kinds})")
         if self.numbered:
             lines.append(f"{path}: {self.numbered} rows have the id of an earlier row and are called ID#2, ID#3, ...")
+        if self.unread:
+            kinds = ", ".join(f"{count} x {suffix}" for suffix, count in sorted(self.unread.items()))
+            lines.append(f"{path}: pictures of kinds that are not read are left out ({kinds}): save them as JPEG")
         if self.left_out:
             lines.append(f"{path}: not kept, because they hold bytes: columns {', '.join(self.left_out)}")
         return lines

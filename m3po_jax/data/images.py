@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 from PIL import Image as PILImage
+from PIL import UnidentifiedImageError
 
 from m3po_jax.data import schema
+from m3po_jax.data.image_kinds import HEAD, other_kind
 from m3po_jax.data.pixel_modes import is_deep, orientation, sample_bits, to_rgb, upright_turn
 from m3po_jax.errors import UserError, nearest
 
@@ -93,7 +96,8 @@ def read_encoded(image: schema.Image, *, root: Path, where: str) -> bytes:
             turned = orientation(opened) != 1 and opened.format != "TIFF"  # Pillow turns a TIFF by itself
         if turned:
             pixels = BytesIO()
-            decoded = decode(image, root=root, max_pixels=_MAX_INTERMEDIATE_PIXELS, where=where)
+            # The recipe's limit stands wherever pixels are used; this copy has as many as the picture.
+            decoded = decode(image, root=root, max_pixels=sys.maxsize, where=where)
             decoded.save(pixels, "PNG", compress_level=1)
             return pixels.getvalue()
     return source.getvalue() if isinstance(source, BytesIO) else source.read_bytes()
@@ -130,6 +134,14 @@ def _open(source: BytesIO | Path) -> PILImage.Image:
     return PILImage.open(source, formats=[name for name in _FORMATS if name in PILImage.OPEN])
 
 
+def _start_of(source: BytesIO | Path) -> bytes:
+    if isinstance(source, BytesIO):
+        return source.getvalue()[:HEAD]
+    with contextlib.suppress(OSError), source.open("rb") as file:
+        return file.read(HEAD)
+    return b""
+
+
 @contextlib.contextmanager
 def _decoding(source: BytesIO | Path, where: str) -> Iterator[None]:
     """Whatever Pillow raises becomes one line, and `data.max_image_pixels` is the only limit of pixels."""
@@ -138,6 +150,13 @@ def _decoding(source: BytesIO | Path, where: str) -> Iterator[None]:
             yield
     except UserError as error:
         raise UserError(error.what, where=where, remedy=error.remedy) from None
+    except UnidentifiedImageError:
+        kind = other_kind(_start_of(source))
+        if kind is not None:
+            raise UserError(f"the image is {kind[0]}, which is not read", where=where, remedy=kind[1]) from None
+        raise UserError(
+            "cannot decode the image (not an image of a known kind)", where=where, remedy=_BROKEN
+        ) from None
     except MemoryError:
         raise UserError(
             "no memory for the decoded image", where=where, remedy="shrink the image or drop the row"

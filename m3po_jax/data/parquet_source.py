@@ -41,8 +41,12 @@ class ParquetImages:
             UserError: the file is damaged or unpacks to too much.
         """
         file, group, row = place
-        value = self._group(file, group)[row].as_py()
-        return parse_images(value, f"{self.files[file]}:row group {group}, row {row}", exif=self.exif)
+        return parse_images(self.value(place), f"{self.files[file]}:row group {group}, row {row}", exif=self.exif)
+
+    def value(self, place: Place) -> Any:
+        """What the image column holds for a row."""
+        file, group, row = place
+        return self._group(file, group)[row].as_py()
 
     def _group(self, file: int, group: int) -> pa.ChunkedArray:
         with self._lock:
@@ -52,6 +56,7 @@ class ParquetImages:
             self._groups[file, group] = column
             while len(self._groups) > 1 and sum(kept.nbytes for kept in self._groups.values()) > _KEPT_BYTES:
                 self._groups.popitem(last=False)
+                pa.default_memory_pool().release_unused()  # its allocator would keep some groups' worth
         return column
 
     def read(self, file: int, group: int) -> pa.ChunkedArray:
@@ -122,6 +127,12 @@ def read_parquet(config: DataConfig, checker: Checker) -> ParquetSource:
                 counts = _image_counts(opened, group, image_column, str(file))
                 for row, values in enumerate(_text_rows(opened, group, texts, file, position, checker)):
                     position += 1
+                    if row >= len(counts):
+                        raise UserError(
+                            f"damaged: row group {group} has {len(counts)} rows of images and more of text",
+                            where=str(file),
+                            remedy="replace it",
+                        )
                     if values is None:
                         continue
                     images: tuple[schema.Image, ...] = ()
@@ -156,19 +167,13 @@ def _text_rows(
         yield from ({} for _ in range(opened.metadata.row_group(group).num_rows))
         return
     for batch in parquet_bounds.batches(opened, group, columns, str(file)):
-        try:
-            rows: list[dict[str, Any] | None] = list(batch.to_pylist())
-        except (ValueError, OverflowError):  # not UTF-8, or a time that Python does not have
-            rows = []
-            for row in range(batch.num_rows):
-                try:
-                    rows += batch.slice(row, 1).to_pylist()
-                except (ValueError, OverflowError) as error:
-                    reason = "a text is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-                    checker.report(UserError(reason, where=f"{file}:row {position + row}", remedy="mend the row"))
-                    rows.append(None)
-        position += batch.num_rows
-        yield from rows
+        for row in tables.python_rows(batch):
+            if isinstance(row, str):
+                checker.report(UserError(row, where=f"{file}:row {position}", remedy="mend the row"))
+                yield None
+            else:
+                yield row
+            position += 1
 
 
 def _split_files(files: list[Path], split: str) -> list[Path]:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +243,7 @@ def _recorded(row: Mapping[str, Any]) -> dict[str, list[Any] | None]:
     return recorded
 
 
-def _rows(path: Path, report: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _rows(path: Path, report: Callable[[UserError], None]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(where, row) of every row of a file, or of a folder of parquet shards.
 
     Raises:
@@ -251,13 +251,13 @@ def _rows(path: Path, report: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """
     if path.is_dir():
         for shard in _shards(path):
-            yield from _parquet_rows(shard)
+            yield from _parquet_rows(shard, report)
         return
     if not path.is_file():
         raise UserError("no such file", where=str(path), remedy="name a file of preference pairs")
     with path.open("rb") as file:
         is_parquet = file.read(4) == b"PAR1"
-    yield from _parquet_rows(path) if is_parquet or path.suffix == ".parquet" else json_rows(path, report)
+    yield from _parquet_rows(path, report) if is_parquet or path.suffix == ".parquet" else json_rows(path, report)
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -280,18 +280,15 @@ def _shards(folder: Path) -> list[Path]:
     return splits["train"]
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(path: Path, report: Callable[[UserError], None]) -> Iterator[tuple[str, dict[str, Any]]]:
     position = 0
-    with tables.open_parquet(path) as opened:
-        parquet_bounds.check_footer(opened, str(path))
+    with tables.open_parquet(path) as opened, tables.damaged(path):
         names = opened.schema_arrow.names
-        try:
-            for group in range(opened.num_row_groups):
-                for batch in parquet_bounds.batches(opened, group, names, str(path), rows=64):
-                    for row in batch.to_pylist():
+        for group in range(opened.num_row_groups):
+            for batch in parquet_bounds.batches(opened, group, names, str(path), rows=64):
+                for row in tables.python_rows(batch):
+                    if isinstance(row, str):
+                        report(UserError(row, where=f"{path}:row {position}", remedy="mend the row"))
+                    else:
                         yield f"{path}:row {position}", row
-                        position += 1
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(
-                f"damaged parquet file ({str(error).splitlines()[0]})", where=str(path), remedy="replace it"
-            ) from None
+                    position += 1

@@ -165,7 +165,10 @@ def _vlfeedback(row: Row) -> Preference | None:
     completions = row["completions"]
     if isinstance(completions, Mapping):  # as `datasets` stores a list of objects: an object of lists
         names = list(completions)
-        completions = [dict(zip(names, values, strict=True)) for values in zip(*completions.values(), strict=True)]
+        columns = list(completions.values())
+        if not all(isinstance(column, (list, tuple)) and len(column) == len(columns[0]) for column in columns):
+            raise UserError("`completions` is neither a list of objects nor an object of lists of one length")
+        completions = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
     if not isinstance(completions, (list, tuple)):
         raise UserError("`completions` is not a list")
     rated = []

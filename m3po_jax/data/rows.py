@@ -97,6 +97,9 @@ def prompt_from_row(
     check_text(instruction, "the instruction", where)
     check_text(reference or "", "the reference", where)
     metadata = _metadata(row, where)
+    # What an earlier reading of a row has put there.
+    history = history or _history(metadata.get("history"), where)
+    system = metadata.get("system") if system is None else system
     if system is not None:
         if not isinstance(system, str):
             raise UserError("the system turn is not a text", where=where)

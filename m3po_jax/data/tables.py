@@ -20,13 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from m3po_jax.data import parquet_bounds
-from m3po_jax.errors import UserError, full_disk, full_disk_number
+from m3po_jax.errors import UserError, system_failure
 
 _TEMPORARY = ".tmp"
 # Small row groups let shuffled readers fetch a row without its whole file.
 _ROW_GROUP_ROWS = 64
 _ROW_GROUP_BYTES = 1 << 26
 MAX_LINE_BYTES = 1 << 28
+# What Arrow raises for a parquet file that is damaged; names of columns in its footer may not be UTF-8.
+_DAMAGE = (OSError, pa.ArrowException, UnicodeDecodeError)
 
 
 @contextlib.contextmanager
@@ -38,7 +40,7 @@ def atomic_write(path: str | Path, *, record: Callable[[str], None] | None = Non
             checksum is not on disk, whenever a writer is killed.
 
     Raises:
-        UserError: the disk is full; what was at `path` before is still there.
+        UserError: the disk is full, or nothing may be written there; what was at `path` before is still there.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -63,9 +65,9 @@ def atomic_write(path: str | Path, *, record: Callable[[str], None] | None = Non
             with contextlib.suppress(OSError):
                 written = temporary.stat().st_size
             temporary.unlink(missing_ok=True)
-        number = None if isinstance(error, UserError) else full_disk_number(error)
-        if number is not None:
-            raise full_disk(number, path, written) from error
+        told = None if isinstance(error, UserError) else system_failure(error, path, written)
+        if told is not None:
+            raise told from error
         raise
     _sync_folder(path.parent)
 
@@ -179,8 +181,8 @@ def open_parquet(path: str | Path) -> pq.ParquetFile:
         file = pq.ParquetFile(path)
         parquet_bounds.check_footer(file, str(path))
         return file
-    except (OSError, pa.ArrowInvalid) as error:
-        reason = "no such file" if not Path(path).exists() else str(error).splitlines()[0]
+    except _DAMAGE as error:
+        reason = "no such file" if not Path(path).exists() else _first_line(error)
         raise UserError(
             f"cannot read the parquet file ({reason})",
             where=str(path),
@@ -188,17 +190,35 @@ def open_parquet(path: str | Path) -> pq.ParquetFile:
         ) from None
 
 
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 @contextlib.contextmanager
 def damaged(path: str | Path) -> Iterator[None]:
     """What Arrow raises while it reads a parquet file becomes one line."""
     try:
         yield
-    except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+    except _DAMAGE as error:
         raise UserError(
-            f"damaged shard ({next(iter(str(error).splitlines()), type(error).__name__)})",
+            f"damaged shard ({_first_line(error)})",
             where=str(path),
             remedy="replace it; what a run has made can be deleted, and the same command makes it again",
         ) from None
+
+
+def python_rows(batch: pa.RecordBatch) -> list[dict[str, Any] | str]:
+    """The rows of a batch; in place of one that Python cannot hold, the reason."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):  # not UTF-8, or a time that Python does not have
+        rows: list[dict[str, Any] | str] = []
+        for number in range(batch.num_rows):
+            try:
+                rows += batch.slice(number, 1).to_pylist()
+            except (ValueError, OverflowError) as error:
+                rows.append("a text is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error))
+        return rows
 
 
 def read_rows(directory: str | Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from m3po_jax.config import DataConfig
 from m3po_jax.data import tables
 from m3po_jax.data.checker import Checker
+from m3po_jax.data.image_kinds import UNREAD_SUFFIXES
 from m3po_jax.data.json_array import array_items
 from m3po_jax.data.prompt_list import PromptList
 from m3po_jax.errors import UserError
@@ -102,8 +104,11 @@ def _cell(name: str, text: str) -> Any:
     return text
 
 
-def _folder_rows(path: Path, instruction: str) -> Rows:
+def _folder_rows(path: Path, instruction: str, unread: Counter[str]) -> Rows:
     """Every image below a folder, by its path there; each is asked the instruction.
+
+    Args:
+        unread: Gets the number of pictures of other kinds, by suffix.
 
     Raises:
         UserError: no instruction.
@@ -114,10 +119,10 @@ def _folder_rows(path: Path, instruction: str) -> Rows:
             where=f"data.path {str(path)!r}",
             remedy="say in data.instruction what is asked about each image",
         )
-    files = (file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES.split())
-    names = [file.relative_to(path) for file in files]
-    shown = sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
-    for name in shown:
+    found = [file.relative_to(path) for file in path.rglob("*") if not file.is_dir()]
+    names = [name for name in found if not any(part.startswith(".") for part in name.parts)]
+    unread.update(name.suffix.lower() for name in names if name.suffix.lower() in UNREAD_SUFFIXES)
+    for name in sorted(name.as_posix() for name in names if name.suffix.lower() in _SUFFIXES.split()):
         yield str(path / name), {"id": name, "image": name}
 
 
@@ -125,7 +130,7 @@ def read_text(config: DataConfig, checker: Checker, kind: str) -> PromptList:
     """The prompts of a file or folder of `kind`: jsonl, csv or images."""
     path = Path(config.path)
     if kind == "images":
-        rows, root = _folder_rows(path, checker.rules.instruction), path
+        rows, root = _folder_rows(path, checker.rules.instruction, checker.unread), path
     else:
         rows = (_csv_rows if kind == "csv" else json_rows)(path, checker.report)
         root = Path(config.image_root or path.parent)

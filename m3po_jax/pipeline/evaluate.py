@@ -105,8 +105,13 @@ def check_scoring(benchmark: Benchmark) -> None:
     try:
         scored = score(benchmark.prompts, answers, benchmark.config)
         intervals(metric, scored["items"], benchmark.images(scored["items"]), 2, 0)
-    except UserError:
-        raise
+    except UserError as error:
+        # A rule knows the ids of its questions, and not whence they come.
+        rows = {f"id {prompt.id!r}": prompt.where for prompt in benchmark.prompts}
+        place = rows.get(error.where or "") or ", ".join(
+            filter(None, (f"evaluate.benchmarks.{benchmark.name}", error.where))
+        )
+        raise UserError(error.what, where=place, remedy=error.remedy) from None
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise UserError(
             f"{benchmark.config.metric} cannot score its rows ({type(error).__name__}: {error})",

@@ -235,22 +235,21 @@ def reward_of_pairs(
 
 def measure(judge: Reward, pairs: PairRows, processor: Processor, *, seed: int) -> dict[str, Any]:
     """Accuracy of a reward model on pairs (a tie is half right), with a bootstrap interval over prompts."""
-    prompts, answers = [], []
-    for number, row in enumerate(pairs):
-        prompts.append(pair_rows.pair_prompt(row, pair_rows.place_of(row, number)))
+    answers = []
+    for row in pairs.without_images():
         texts = {side: pair_rows.message_text(row[side]) for side in ("chosen", "rejected")}
         answers.append(
             [row.get(f"{side}_token_ids") or processor.encode_answer(text) for side, text in texts.items()]
         )
-    rewards = np.array(judge.of_tokens(prompts, answers))
+    rewards = np.array(judge.of_tokens(pair_rows.PairPrompts(pairs), answers))
     gaps = rewards[:, 0] - rewards[:, 1]
     right = np.where(gaps == 0, 0.5, gaps > 0)
-    interval = bootstrap([p.id for p in prompts], np.stack([right, np.ones_like(right)], axis=1), seed=seed)
+    interval = bootstrap(pairs.ids(), np.stack([right, np.ones_like(right)], axis=1), seed=seed)
     return {
         "accuracy": float(right.mean()),
         "accuracy_low": interval["low"],
         "accuracy_high": interval["high"],
-        "held_out_pairs": len(prompts),
+        "held_out_pairs": len(pairs),
         "margin": float(gaps.mean()),
         "mean_reward": float(rewards.mean()),
     }

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from m3po_jax.config import RoundConfig
-from m3po_jax.data import pair_rows, tables
+from m3po_jax.data import tables
 from m3po_jax.data.feature_cache import PromptFeatures
+from m3po_jax.data.pair_rows import PairPrompts, PairRows
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import PAIR
+from m3po_jax.data.stored_pairs import StoredPairs
 from m3po_jax.hosts.agreement import barrier, from_writer, is_writer
 from m3po_jax.pipeline.caches import fill
 from m3po_jax.pipeline.generate import prompt_batches
@@ -37,36 +38,43 @@ def earlier_count(own: int, earlier: int, share: float) -> int:
     return min(earlier, math.floor(own * share / (1 - share) + 0.5))
 
 
-def mix(rounds: Sequence[tuple[int, pa.Table]], share: float, seed: int) -> list[tuple[int, dict[str, Any]]]:
-    """(round, pair) of a round's training set: all pairs of the last table, and some of the earlier ones.
+def mix(rounds: Sequence[tuple[int, Sequence[str]]], share: float, seed: int) -> list[tuple[int, int]]:
+    """A round's training set: all pairs of the last round, and some of the earlier ones.
+
+    Args:
+        rounds: (number, ids of its pairs).
+
+    Returns:
+        (place in `rounds`, place among its pairs) of each.
 
     Which ones depends on (seed, round, prompt id) alone.
     """
 
-    def rank(item: tuple[int, dict[str, Any]]) -> bytes:
-        name = f"mix\0{seed}\0{item[0]}\0{item[1]['id']}"
+    def rank(item: tuple[int, int]) -> bytes:
+        number, ids = rounds[item[0]]
+        name = f"mix\0{seed}\0{number}\0{ids[item[1]]}"
         return hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
 
-    *before, own = [[(number, row) for row in table.to_pylist()] for number, table in rounds]
-    pool = sorted((item for table in before for item in table), key=rank)
+    *before, own = [[(place, index) for index in range(len(ids))] for place, (_, ids) in enumerate(rounds)]
+    pool = sorted((item for items in before for item in items), key=rank)
     return own + pool[: earlier_count(len(own), len(pool), share)]
 
 
 def reference_log_probs(
     scorer: Scorer,
     processor: Processor,
-    rows: Sequence[Mapping[str, Any]],
+    pairs: PairRows,
     features: PromptFeatures | None = None,
 ) -> list[dict[str, Any]]:
-    """The rows with `scorer`'s log-probs of their answers in place of the recorded ones.
+    """`scorer`'s log-probs of the answers of each pair, as the fields that take the place of the recorded ones.
 
     Args:
         features: Cached features of the scorer's vision tower; what is missing is computed and stored first.
     """
-    prompts = [pair_rows.pair_prompt(row, f"pair {row['id']!r}") for row in rows]
+    prompts = PairPrompts(pairs)
     if features is not None:
         fill(features, prompts)
-    answers = [[np.asarray(row[f"{side}_token_ids"], np.int32) for side in SIDES] for row in rows]
+    answers = [[np.asarray(row[f"{side}_token_ids"], np.int32) for side in SIDES] for row in pairs.without_images()]
     made: list[dict[str, Any]] = []
     for chosen, batch in prompt_batches(
         prompts, processor, scorer.batch_size, features=features, needed=scorer.own_rows
@@ -74,16 +82,41 @@ def reference_log_probs(
         own = answers[len(made) : len(made) + len(chosen)]
         found = scorer.log_probs(batch, *pad_answers(own))
         for b, pair in enumerate(own):
-            row = dict(rows[len(made)])
-            row |= {
-                f"reference_{side}_logprobs": found[b, k, : len(pair[k])].tolist() for k, side in enumerate(SIDES)
-            }
-            made.append(row)
+            made.append(
+                {f"reference_{side}_logprobs": found[b, k, : len(pair[k])].tolist() for k, side in enumerate(SIDES)}
+            )
     return made
 
 
+class _Mixed(PairRows):
+    """Pairs of several rounds as one sequence."""
+
+    def __init__(self, rounds: Sequence[PairRows], items: Sequence[tuple[int, int]]):
+        self.rounds, self.items = rounds, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place, number = self.items[index]
+        return self.rounds[place][number]
+
+    def without_images(self) -> Iterator[dict[str, Any]]:
+        texts = [list(pairs.without_images()) for pairs in self.rounds]
+        return (texts[place][number] for place, number in self.items)
+
+    def ids(self) -> list[str]:
+        ids = [pairs.ids() for pairs in self.rounds]
+        return [ids[place][number] for place, number in self.items]
+
+    def take(self, numbers: Sequence[int]) -> _Mixed:
+        return _Mixed(self.rounds, [self.items[number] for number in numbers])
+
+
 def training_pairs(
-    rounds: Sequence[tuple[int, pa.Table]],
+    rounds: Sequence[tuple[int, PairRows]],
     config: RoundConfig,
     out: Artifact,
     *,
@@ -92,7 +125,7 @@ def training_pairs(
     processor: Processor,
     scorer: Callable[[], Scorer],
     features: Callable[[], PromptFeatures | None] = lambda: None,
-) -> pa.Table:
+) -> PairRows:
     """Pairs to train a later round on, with the reference's log-probs; written to `out` once.
 
     Args:
@@ -103,19 +136,20 @@ def training_pairs(
     """
     path = out.folder / tables.shard_name(0, tables.content_hash(inputs))
     if from_writer(lambda: out.status(inputs).state) != DONE:
-        items = mix(rounds, config.mix_previous, seed)
+        items = mix([(number, pairs.ids()) for number, pairs in rounds], config.mix_previous, seed)
+        mixed = _Mixed([pairs for _, pairs in rounds], items)
         # The round whose recorded log-probs are the reference's own.
         recorded = 1 if config.reference == "base" else rounds[-1][0]
-        unknown = [position for position, (number, _) in enumerate(items) if number != recorded]
-        rows = [row for _, row in items]
+        unknown = [position for position, (place, _) in enumerate(items) if rounds[place][0] != recorded]
+        asked: dict[int, dict[str, Any]] = {}
         if unknown:
-            asked = reference_log_probs(scorer(), processor, [rows[position] for position in unknown], features())
-            for position, row in zip(unknown, asked, strict=True):
-                rows[position] = row
+            made = reference_log_probs(scorer(), processor, mixed.take(unknown), features())
+            asked = dict(zip(unknown, made, strict=True))
         if is_writer():
             out.set_aside()
             sums: dict[str, str] = {}
+            rows = (row | asked.get(position, {}) for position, row in enumerate(mixed))  # one row group at a time
             tables.write_table(path, rows, PAIR, record=partial(sums.__setitem__, path.name))
             out.write(Record(dict(inputs), sums, finished=now()))
         barrier("mixed")
-    return pa.concat_tables([tables.open_parquet(path).read()])
+    return StoredPairs.open([path])

@@ -8,11 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from m3po_jax.config import Recipe
 from m3po_jax.data import tables
-from m3po_jax.data.pair_rows import PairRows, TableRows
+from m3po_jax.data.pair_rows import PairRows
 from m3po_jax.data.preference_files import FilePairs, image_folder
 from m3po_jax.errors import UserError
 from m3po_jax.generation.settings import sampling_config
@@ -303,7 +301,7 @@ class Run(Resources):
                 pairs_per_prompt=recipe.reward.pairs_per_prompt,
                 data=self.data_identity,
             )
-            pairs = TableRows(cell.reward_selection.pairs())
+            pairs = cell.reward_selection.pairs()
         root = pairs.image_root if isinstance(pairs, FilePairs) else self.source.image_root
         found = rewarding.reward_of_pairs(
             recipe,
@@ -389,12 +387,12 @@ class Run(Resources):
             root = image_folder(recipe.train.pairs, recipe.data.image_root)
             policy = dataclasses.replace(policy, processor=dataclasses.replace(policy.processor, image_root=root))
         elif cell.round > 1 and objective.uses_reference:
-            pairs = TableRows(self._later_pairs(cell))
+            pairs = self._later_pairs(cell)
             # Whatever the reference is, its log-probs stand in these pairs.
             recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, reference="recorded"))
             reference = self.start_of(recipe) if recipe.round.reference == "base" else None
         else:
-            pairs = TableRows(cell.selection.pairs())
+            pairs = cell.selection.pairs()
         return train_on_pairs(recipe, policy, pairs, folder, self.mesh, where=where, reference=reference, **given)
 
     def mixed_cells(self, cell: Cell) -> list[Cell]:
@@ -426,7 +424,7 @@ class Run(Resources):
         contents = [one.selection.content() for one in self.mixed_cells(cell)]
         return self.later_inputs(cell, contents, self.weights_identity(self.reference_cell(cell)))
 
-    def _later_pairs(self, cell: Cell) -> pa.Table:
+    def _later_pairs(self, cell: Cell) -> PairRows:
         """The pairs of a round after the first, mixed with earlier ones and with their reference's log-probs."""
         recipe = self.arm_recipe(cell.arm)
         of_base = recipe.round.reference == "base"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from m3po_jax.data.tables import content_hash
-from m3po_jax.errors import UserError
+from m3po_jax.errors import UserError, full_disk, full_disk_number
 
 
 class AnswerCache:
@@ -98,12 +98,17 @@ class AnswerCache:
         try:
             self._append(json.dumps(row, ensure_ascii=True).encode() + b"\n")
         except OSError as error:
+            number = full_disk_number(error)
+            if number is not None:
+                raise full_disk(number, self.path) from None
             raise UserError(f"cannot keep an answer ({error.strerror})", where=str(self.path)) from None
 
     def _append(self, line: bytes) -> None:
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
+            before = os.fstat(descriptor).st_size
             if os.write(descriptor, line) != len(line):
+                os.ftruncate(descriptor, before)  # else the next line would go on where this one ends
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)

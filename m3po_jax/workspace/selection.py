@@ -9,10 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from m3po_jax.data import tables
 from m3po_jax.data.schema import PAIR, PROMPT
+from m3po_jax.data.stored_pairs import StoredPairs
 from m3po_jax.errors import UserError
 from m3po_jax.workspace.checksums import checksum
 from m3po_jax.workspace.files import read_json
@@ -46,23 +45,19 @@ class Selection(ShardFolder):
             raise UserError("no pairs", where=str(self.folder), remedy="run `m3po select` first")
         return super().content()
 
-    def pairs(self) -> pa.Table:
-        """All pairs, verified.
+    def pairs(self) -> StoredPairs:
+        """All pairs, verified; images stay in their file until their row is asked for.
 
         Raises:
             UserError: there are none, or nothing survived the selection.
         """
         self.content()
-        parts = []
-        for path in tables.shards(self.folder):
-            with tables.open_parquet(path) as file:
-                parts.append(file.read())
-        table = pa.concat_tables(parts, promote_options="default")
-        if table.num_rows == 0:
+        pairs = StoredPairs.open(tables.shards(self.folder))
+        if not len(pairs):
             raise UserError(
                 "no prompt gave a pair", where=str(self.folder), remedy=f"see {DROPS} beside it; loosen select.*"
             )
-        return table
+        return pairs
 
     def save(
         self,

@@ -85,6 +85,8 @@ def test_limit_stops_before_later_rows(tmp_path):
         ('{"id": "x", "instruction": "q", "metadata": {"a": NaN}}', "the metadata is nan"),
         ({"id": "x", "instruction": "q", "history": [["q"]]}, "history is not a list"),
         ({"id": "x", "instruction": "q", "history": "abc"}, "history is not a list"),
+        ({"id": "x", "instruction": "q", "metadata": {"history": ["ab", "cd"]}}, "history is not a list"),
+        ({"id": "x", "instruction": "q", "metadata": {"system": [1]}}, "the system turn is not a text"),
         ({"id": "x", "conversations": []}, "the conversation is empty"),
         ({"id": "x", "conversations": "q"}, "the conversation is not a list"),
         ({"id": "x", "conversations": [{"from": "gpt", "value": "q"}]}, "the conversation is empty"),
@@ -312,7 +314,13 @@ def test_a_folder_of_images(tmp_path):
         ("a/x.jpeg", "a/x.jpeg", "Describe the image."),
         ("b.PNG", "b.PNG", "Describe the image."),
     ]
-    assert source.image_root == tmp_path
+    assert source.image_root == tmp_path and source.notes == []
+    (tmp_path / "c.png").mkdir()  # a folder of that name is none
+    (tmp_path / "c.png" / "d.heic").write_bytes(b"")
+    source = read_prompts(jsonl(tmp_path, instruction="Describe the image."))
+    assert len(source) == 2 and source.notes[0].endswith(
+        ": pictures of kinds that are not read are left out (1 x .heic): save them as JPEG"
+    )
     with pytest.raises(UserError, match=r"a folder of images has no instructions; say in data\.instruction"):
         read_prompts(jsonl(tmp_path))
 

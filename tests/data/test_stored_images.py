@@ -19,7 +19,9 @@ from m3po_jax.data.images import decode
 from m3po_jax.data.json_array import array_items
 from m3po_jax.data.sources import fingerprint, read_prompts, source_kind
 from m3po_jax.errors import UserError
+from m3po_jax.pipeline import rounds
 from m3po_jax.pipeline.evaluate import read_benchmark
+from m3po_jax.pipeline.train import read_pairs
 
 
 def noise(seed: int, size: int = 64) -> bytes:
@@ -104,6 +106,34 @@ def test_pairs_files_are_written_a_row_group_at_a_time(tmp_path, monkeypatch):
     assert most <= 8  # of some 10 kB each, in groups of 60 kB
     tables.write_table(tmp_path / "none.parquet", iter(()), schema.PROMPT)
     assert pq.read_schema(tmp_path / "none.parquet") == schema.PROMPT
+
+
+def test_pairs_of_a_run_hold_no_bytes(tmp_path, monkeypatch):
+    """What training reads, in every order, and the pairs of several rounds mixed."""
+    monkeypatch.setattr(tables, "_ROW_GROUP_BYTES", 60_000)
+    monkeypatch.setattr(parquet_source, "_KEPT_BYTES", 200_000)
+    wanted = [
+        {"id": row.id, "images": schema.prompt_to_row(row)["images"], "prompt": schema.message("user", "q", 1)}
+        | {"chosen": schema.message("assistant", f"a{k}"), "rejected": schema.message("assistant", "b")}
+        for k, row in enumerate(rows(40))
+    ]
+    for number, part in enumerate((wanted[:25], wanted[25:])):
+        tables.write_table(tmp_path / f"{number}.parquet", part, schema.PAIR)
+    pairs = read_pairs(tmp_path)
+    mixed = rounds._Mixed([pairs, pairs.take(range(30, 40))], [(1, 3), (0, 2), (1, 0)])
+    for held in (pairs, mixed):
+        assert reachable_bytes(held) < 1000
+    for index in np.random.default_rng(0).permutation(40):
+        assert {name: pairs[int(index)][name] for name in wanted[0]} == wanted[index]
+    kept = pairs._store._groups.values()
+    assert len(kept) > 1 and sum(group.nbytes for group in kept) <= 200_000 + 80_000
+    assert [row["id"] for row in mixed] == mixed.ids() == ["r33", "r2", "r30"]
+    assert [row["id"] for row in mixed.without_images()] == mixed.ids() and "images" not in next(
+        mixed.without_images()
+    )
+    assert mixed.take([2])[0]["images"] == wanted[30]["images"]
+    again = pickle.loads(pickle.dumps(pairs))
+    assert again[7]["images"] == wanted[7]["images"] and len(pickle.dumps(pairs)) < 30_000
 
 
 def bomb(path: Path, kind: str) -> Path:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,17 +26,16 @@ def test_the_share_of_earlier_pairs_is_what_was_asked_for(own, earlier, share):
 
 
 def test_a_mixture_has_all_own_pairs_and_the_same_earlier_ones_whatever_their_order():
-    def table(round, order):
-        return round, pa.table({"id": [f"p{n}" for n in order], "round": [round] * len(order)})
+    def mixed(first, seed):
+        rounds = [(n, [f"p{k}" for k in order]) for n, order in ((1, first), (2, range(10)), (3, range(12)))]
+        return [(rounds[place][0], rounds[place][1][index]) for place, index in mix(rounds, 0.5, seed)]
 
-    found = mix([table(1, range(20)), table(2, range(10)), table(3, range(12))], 0.5, seed=0)
-    assert [row["id"] for number, row in found if number == 3] == [f"p{n}" for n in range(12)]
-    earlier = {(number, row["id"]) for number, row in found if number < 3}
+    found = mixed(range(20), 0)
+    assert [key for number, key in found if number == 3] == [f"p{n}" for n in range(12)]
+    earlier = {item for item in found if item[0] < 3}
     assert len(earlier) == 12 and {number for number, _ in earlier} == {1, 2}
-    again = mix([table(1, range(19, -1, -1)), table(2, range(10)), table(3, range(12))], 0.5, seed=0)
-    assert {(number, row["id"]) for number, row in again if number < 3} == earlier
-    other = mix([table(1, range(20)), table(2, range(10)), table(3, range(12))], 0.5, seed=1)
-    assert {(number, row["id"]) for number, row in other if number < 3} != earlier
+    assert {item for item in mixed(range(19, -1, -1), 0) if item[0] < 3} == earlier
+    assert {item for item in mixed(range(20), 1) if item[0] < 3} != earlier
 
 
 def test_two_rounds_against_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from m3po_jax.config import SelectConfig
 from m3po_jax.data import tables
-from m3po_jax.data.pair_rows import TableRows, pair_prompt
+from m3po_jax.data.pair_rows import pair_prompt
 from m3po_jax.data.preference_files import read_preferences
 from m3po_jax.data.schema import CANDIDATE, SCORE_FIXED, Image, Prompt
 from m3po_jax.data.templates import get_template
@@ -38,7 +38,7 @@ def test_pairs_keep_the_conversation_of_their_prompt(tmp_path: Path) -> None:
     prompts = {prompt.id: prompt for prompt in PROMPTS}
     folders = (ShardFolder(tmp_path / name, "m3po") for name in ("candidates", "scores"))
     select(*folders, prompts, SelectConfig(min_rejected_z=-9.0), out, image_root=tmp_path)
-    pairs = TableRows(out.pairs())
+    pairs = out.pairs()
     assert sorted(pairs.ids()) == sorted(prompts)
     # The same folder, read as anybody's file of pairs.
     for row, again in zip(pairs, read_preferences(str(out.folder)), strict=True):

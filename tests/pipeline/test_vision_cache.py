@@ -90,10 +90,9 @@ def test_a_second_run_computes_nothing_but_what_is_damaged(
 
     # Log-probs under blank images and of a later round's reference: the same numbers, and no image is read.
     scorer = Scorer(second.start_model, second.mesh, batch_size=8)
-    rows = pairs.to_pylist()
     groups = [group for _, group in pools(tables.read_rows(second.directory.cell(1).candidates.folder))]
     own = [second.prompts[group[0]["id"]] for group in groups]
-    expected = reference_log_probs(scorer, second.policy.processor, rows)
+    expected = reference_log_probs(scorer, second.policy.processor, pairs)
     features = vision_features(second.recipe, second.policy, second.policy.processor, second.mesh)
     assert features is not None
 
@@ -104,7 +103,7 @@ def test_a_second_run_computes_nothing_but_what_is_damaged(
     features.pixels = read
     blank = blank_log_probs(scorer, own, groups, second.policy.processor)
     for row, other in zip(
-        reference_log_probs(scorer, second.policy.processor, rows, features), expected, strict=True
+        reference_log_probs(scorer, second.policy.processor, pairs, features), expected, strict=True
     ):
         for side in ("chosen", "rejected"):
             name = f"reference_{side}_logprobs"

@@ -143,7 +143,8 @@ def export_adapter(
         "modules_to_save": saved_modules,
         "target_modules": targets[0] if len(targets) == 1 else f"({'|'.join(targets)})",
     }
-    with atomic_directory(out_dir, overwrite=overwrite) as partial:
+    size = sum(tensor.nbytes for tensor in tensors)
+    with atomic_directory(out_dir, overwrite=overwrite, size=size) as partial:
         write = is_writer()
         if write:
             (partial / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2) + "\n", "utf-8")

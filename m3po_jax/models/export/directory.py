@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from m3po_jax.errors import UserError, nearest
+from m3po_jax.errors import UserError, nearest, system_failure
 from m3po_jax.hosts.agreement import is_writer
 from m3po_jax.models.safetensors_io import DTYPES
 
@@ -35,13 +35,17 @@ def export_dtype(name: str) -> np.dtype | None:
 
 
 @contextmanager
-def atomic_directory(out_dir: Path, *, overwrite: bool) -> Iterator[Path]:
+def atomic_directory(out_dir: Path, *, overwrite: bool, size: int = 0) -> Iterator[Path]:
     """A hidden sibling that becomes `out_dir` when the block succeeds and vanishes when it fails.
 
     On several hosts only process 0 writes; the others get a path that they must not touch.
 
+    Args:
+        size: Bytes that will be written at least, for the message of a full disk.
+
     Raises:
-        UserError: a file is in the way, or files without `overwrite`.
+        UserError: a file is in the way, or files without `overwrite`; the disk is full, or nothing may be
+            written there.
     """
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError("a file is in the way", where=str(out_dir), remedy="choose another output directory")
@@ -50,8 +54,11 @@ def atomic_directory(out_dir: Path, *, overwrite: bool) -> Iterator[Path]:
     if not is_writer():
         yield out_dir
         return
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    except OSError as error:
+        raise system_failure(error, out_dir) or error from None
     try:
         yield partial
         partial.chmod(0o777 & ~_umask())
@@ -62,6 +69,11 @@ def atomic_directory(out_dir: Path, *, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(previous)
         else:
             os.replace(partial, out_dir)
+    except Exception as error:
+        told = None if isinstance(error, UserError) else system_failure(error, out_dir, size)
+        if told is not None:
+            raise told from error
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

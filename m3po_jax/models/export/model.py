@@ -238,7 +238,8 @@ def export_model(
         )
     stored = {} if drawn else loaded_tensors(description)
     tensors = pending_tensors(model, description.family, description.config, stored, kind)
-    with atomic_directory(out_dir, overwrite=overwrite) as partial:
+    size = sum(tensor.nbytes for tensor in tensors)
+    with atomic_directory(out_dir, overwrite=overwrite, size=size) as partial:
         write = is_writer()
         if write:
             _copy_other_files(description.directory, partial)
