@@ -389,9 +389,9 @@ def stored_tensors(description: Description) -> dict[str, StoredTensor]:
     leaves = parameters(abstract_model(description), family.tensor_map(description.config))
     for leaf in leaves.values():
         for copy in leaf.source.copies:
-            stored = tensors.pop(copy, None)
-            if stored is not None and leaf.source.name is not None:
-                tensors.setdefault(leaf.source.name, stored)  # tied the other way round: the copy alone is stored
+            other = tensors.pop(copy, None)
+            if other is not None and leaf.source.name is not None:
+                tensors.setdefault(leaf.source.name, other)  # tied the other way round: the copy alone is stored
     check_tensors(leaves, tensors, where, stored_rows=description.stored_rows)
     return tensors
 
