@@ -3,7 +3,7 @@
     python benchmarks/decode_breakdown.py --json OUT
 
 The shapes, weights and inputs are those of `generation.py`'s `generate_with_confidence`; one pinned thread. Parts are
-the named scopes of `m3po_jax.generation`. Seconds are wall time: run it on an idle machine.
+the named scopes of `m3po_jax.inference`. Seconds are wall time: run it on an idle machine.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Ours:
         import jax
 
         from m3po_jax.config import MeshConfig
-        from m3po_jax.generation.engine import PromptBatch
+        from m3po_jax.data.collation import PromptBatch
         from m3po_jax.hosts.sharding import make_mesh
 
         self.model, self.shapes = load_ours(directory), shapes
@@ -64,7 +64,8 @@ class Ours:
         self.batch = PromptBatch(names, ids, np.ones(ids.shape, bool), pixels)
 
     def generator(self, *, candidates: int, new_tokens: int, temperature: float = 1.0) -> Any:
-        from m3po_jax.generation.engine import Generator, SamplingConfig
+        from m3po_jax.inference.generator import Generator
+        from m3po_jax.inference.settings import SamplingConfig
 
         return Generator(
             self.model,
@@ -114,7 +115,7 @@ class Ours:
         """A call that scores, and the compiled program's figures."""
         import counting
 
-        from m3po_jax.scoring.engine import Scorer
+        from m3po_jax.inference.scorer import Scorer
 
         s = self.shapes
         scorer = Scorer(self.model, self.mesh, batch_size=s.prompts)

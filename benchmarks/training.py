@@ -180,12 +180,11 @@ class Ours:
         import jax
 
         from m3po_jax.config import LoRAConfig, MeshConfig, TrainConfig
-        from m3po_jax.data.collation import TreeRow, collate_tree
+        from m3po_jax.data.collation import PromptBatch, TreeRow, collate_tree
         from m3po_jax.data.lengths import rounded
-        from m3po_jax.generation.engine import PromptBatch
         from m3po_jax.hosts.sharding import make_mesh
+        from m3po_jax.inference.scorer import Scorer
         from m3po_jax.models.export import load_adapter
-        from m3po_jax.scoring.engine import Scorer
         from m3po_jax.training.step import make_step, place_frozen, split_model
 
         self.shapes = shapes

@@ -28,8 +28,9 @@ from m3po_jax.data.rows import RowRules, prompt_from_row
 from m3po_jax.data.schema import PAIR, Prompt
 from m3po_jax.data.sources import PromptSource
 from m3po_jax.errors import UserError
-from m3po_jax.generation.settings import sampling_config
 from m3po_jax.hosts.sharding import make_mesh, use_mesh
+from m3po_jax.inference.scorer import Scorer
+from m3po_jax.inference.settings import sampling_config
 from m3po_jax.models.export import export_adapter, export_model
 from m3po_jax.pipeline.arms import needs_pairs
 from m3po_jax.pipeline.backends import make_backend
@@ -46,7 +47,6 @@ from m3po_jax.pipeline.systems import greedy
 from m3po_jax.pipeline.train import train_on_pairs
 from m3po_jax.recipes import override
 from m3po_jax.scoring.alignment import Backend, Scores
-from m3po_jax.scoring.engine import Scorer
 from m3po_jax.selection_rows import select_rows
 from m3po_jax.training.loop import TrainResult
 from m3po_jax.workspace.cell import Cell

@@ -25,15 +25,16 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from m3po_jax.config import Recipe
-from m3po_jax.data.collation import TreeBatch
+from m3po_jax.data.collation import PromptBatch, TreeBatch
 from m3po_jax.errors import UserError
-from m3po_jax.generation.engine import Generator, PromptBatch
-from m3po_jax.generation.fused import FusedLayer
-from m3po_jax.generation.memory import GIB
-from m3po_jax.generation.programs import fuse_layers
-from m3po_jax.generation.settings import sampling_config
 from m3po_jax.hosts.sharding import describe as describe_on
 from m3po_jax.hosts.sharding import make_mesh, shard_batch, state_shardings, use_mesh
+from m3po_jax.inference.fused import FusedLayer
+from m3po_jax.inference.generator import Generator
+from m3po_jax.inference.memory import GIB
+from m3po_jax.inference.programs import fuse_layers
+from m3po_jax.inference.scorer import Scorer
+from m3po_jax.inference.settings import sampling_config
 from m3po_jax.models import lora
 from m3po_jax.models.decoder import Decoder
 from m3po_jax.models.kernels.choice import with_attention
@@ -41,7 +42,6 @@ from m3po_jax.models.quantized_base import quantize_base
 from m3po_jax.models.registry import Description, describe
 from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline.models import describe_policy
-from m3po_jax.scoring.engine import Scorer
 from m3po_jax.training.flops import peak_flops, step_cost
 from m3po_jax.training.stage import without_free_settings
 from m3po_jax.training.step import make_step, split_model

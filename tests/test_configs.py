@@ -12,8 +12,8 @@ from flax import nnx
 from m3po_jax.config import LoRAConfig, Recipe
 from m3po_jax.data.images import IMAGE_FITS
 from m3po_jax.data.templates import get_template
-from m3po_jax.generation.engine import SamplingConfig
 from m3po_jax.hosts.sharding import spec_for
+from m3po_jax.inference.settings import SamplingConfig
 from m3po_jax.models import lora
 from m3po_jax.models.layers import LoRAParam
 from m3po_jax.models.llava.config import llava_config

@@ -13,7 +13,7 @@ TESTS = Path(__file__).parent
 SHIPPED = (
     "models/test_llava_parity.py",
     "models/test_dual_encoder_parity.py",
-    "generation/test_against_transformers.py",
+    "inference/test_against_transformers.py",
     "training/test_training_losses.py::test_whole_step_equals_torch",
 )
 

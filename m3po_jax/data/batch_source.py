@@ -49,7 +49,6 @@ class BatchSource(Generic[Batch]):
     batch_size: int
     fingerprint: str
     has_reference: bool = False
-    threads: int = 4
     take: Callable[[Sequence[int]], Batch] | None = None
     row_key: Callable[[int], str] | None = None
     answer_tokens: float | None = None
@@ -58,9 +57,7 @@ class BatchSource(Generic[Batch]):
     failures: Mapping[int, UserError] = field(default_factory=dict)
 
     def __iter__(self) -> grain.DatasetIterator:
-        # Grain's default keeps 500 elements, here whole batches, in flight.
-        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=self.threads)
-        return iter(self.dataset.to_iter_dataset(options))
+        return read_ahead(self.dataset)
 
     def steps(self, epochs: float) -> int:
         """Batches in `epochs` passes over the rows, rounded up."""
@@ -68,6 +65,12 @@ class BatchSource(Generic[Batch]):
 
     def row_ids(self, row_index: Iterable[int]) -> list[str]:
         return [self.ids[i] for i in row_index if i >= 0]
+
+
+def read_ahead(batches: grain.MapDataset, threads: int = 4) -> grain.DatasetIterator:
+    """Iterates over batches, of which threads read as many ahead."""
+    # Grain's default keeps 500 elements, here whole batches, in flight.
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
 
 
 class SharedRows(Generic[Row]):

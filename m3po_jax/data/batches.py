@@ -7,7 +7,7 @@ others are padded up to `collation.LENGTHS`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -16,7 +16,14 @@ import pyarrow as pa
 from jaxtyping import Bool
 
 from m3po_jax.config import TrainConfig
-from m3po_jax.data.batch_source import BatchSource, SharedRows, endless_batches, fingerprint_of, require_rows
+from m3po_jax.data.batch_source import (
+    BatchSource,
+    SharedRows,
+    endless_batches,
+    fingerprint_of,
+    read_ahead,
+    require_rows,
+)
 from m3po_jax.data.collation import PromptBatch, TreeBatch, TreeRow, collation
 from m3po_jax.data.feature_cache import PromptFeatures
 from m3po_jax.data.lengths import Lengths, Order, plan_shapes
@@ -188,8 +195,8 @@ def prompt_batches(
     features: PromptFeatures | None = None,
     images: bool = True,
     needed: Bool[np.ndarray, " b"] | None = None,
-) -> BatchSource[PromptBatch]:
-    """Prompts once, in order, for generation and scoring; copies of the last row fill the last batch.
+) -> Iterator[PromptBatch]:
+    """Prompts once, in order, for scoring; threads read images ahead.
 
     Args:
         features: Cached features of the vision tower, which then stand for the images.
@@ -197,27 +204,17 @@ def prompt_batches(
         needed: Rows of a batch whose images this process needs; the others are zeros. None: all.
     """
     require_rows(len(prompts), batch_size)
-    ids = tuple(prompt.id for prompt in prompts)
-    total = math.ceil(len(prompts) / batch_size) * batch_size
 
-    def load(index: int) -> TreeRow:
-        prompt = prompts[min(index, len(prompts) - 1)]
-        prefix = prompt_ids(processor, prompt)
-        place = index if index < len(prompts) else -1
+    def load(index: int) -> tuple[str, TreeRow]:
+        prompt = prompts[index]
         here = needed is None or bool(needed[index % batch_size])
         pixels, seen = seen_images(processor, prompt, features, needed=here) if images else (None, None)
-        return TreeRow(prefix, pixels, (), (), place, features=seen)
+        return prompt.id, TreeRow(prompt_ids(processor, prompt), pixels, (), (), index, features=seen)
 
-    def collate(rows: Sequence[TreeRow]) -> PromptBatch:
-        tree = collation(features, ())(rows)
-        return PromptBatch(tree.prefix_ids, tree.prefix_mask, tree.pixel_values, tree.row_index, tree.features)
+    def collate(rows: Sequence[tuple[str, TreeRow]]) -> PromptBatch:
+        return collation(features, ())([row for _, row in rows]).prompts([name for name, _ in rows])
 
-    return BatchSource(
-        dataset=grain.MapDataset.range(total).map(load).batch(batch_size, batch_fn=collate),
-        ids=ids,
-        batch_size=batch_size,
-        fingerprint=fingerprint_of(batch_size, ids),
-    )
+    return read_ahead(grain.MapDataset.range(len(prompts)).map(load).batch(batch_size, batch_fn=collate))
 
 
 def _tree_source(

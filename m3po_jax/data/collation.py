@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from m3po_jax.data.feature_cache import PromptFeatures
 from m3po_jax.data.lengths import Shape, cheapest
+from m3po_jax.data.padding import pad_ragged, padded_length
 
-# Padded lengths: powers of two and the points half-way between them, so at most a third of a row is padding.
-LENGTHS = tuple(sorted({step << power for power in range(1, 14) for step in (4, 6)}))
+
+@dataclass
+class PromptBatch:
+    """Prompts on the host, right-padded, as the engines of `inference` take them.
+
+    Attributes:
+        pixel_values: Normalised images; None for text alone.
+        features: The vision tower's features, in place of `pixel_values`.
+    """
+
+    ids: list[str]
+    token_ids: Int32[np.ndarray, "b p"]
+    mask: Bool[np.ndarray, "b p"]
+    pixel_values: Float32[np.ndarray, "b m h w 3"] | None = None
+    features: Float[np.ndarray, "b m n v"] | None = None
 
 
 class TreeBatch(NamedTuple):
@@ -34,18 +49,9 @@ class TreeBatch(NamedTuple):
     features: Float[Any, "b m n v"] | None = None
     blank_features: Float[Any, "1 n v"] | None = None
 
-
-class PromptBatch(NamedTuple):
-    """B prompts to be answered, in source order; `row_index` is −1 in rows that only fill the last batch.
-
-    `features` stand in for `pixel_values`, as in `TreeBatch`.
-    """
-
-    prefix_ids: Int[Any, "b p"]
-    prefix_mask: Bool[Any, "b p"]
-    pixel_values: Float[Any, "b m h w 3"] | None
-    row_index: Int[Any, " b"]
-    features: Float[Any, "b m n v"] | None = None
+    def prompts(self, ids: Sequence[str]) -> PromptBatch:
+        """The prompts alone, by name; of a batch on the host."""
+        return PromptBatch(list(ids), self.prefix_ids, self.prefix_mask, self.pixel_values, self.features)
 
 
 class TreeRow(NamedTuple):
@@ -57,22 +63,6 @@ class TreeRow(NamedTuple):
     reference: tuple[float, ...]
     row: int
     features: np.ndarray | None = None
-
-
-def padded_length(length: int) -> int:
-    """The least of `LENGTHS` that is not below `length`."""
-    return next((size for size in LENGTHS if size >= length), length)
-
-
-def _pad(rows: Sequence[Any], shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Ragged rows of token ids [..., tokens] in an array of `shape`, and the mask of what is not padding."""
-    ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-    for index, row in enumerate(rows):
-        if len(shape) > 2:
-            ids[index], mask[index] = _pad(row, shape[1:])
-        else:
-            ids[index, : len(row)], mask[index, : len(row)] = row, True
-    return ids, mask
 
 
 def _stack_images(pixels: Sequence[np.ndarray | None]) -> np.ndarray | None:
@@ -98,8 +88,8 @@ def collate_tree(rows: Sequence[TreeRow], shapes: Sequence[Shape] = ()) -> TreeB
         prefix, longest = cheapest(shapes, prefix, longest, branches)
     else:
         prefix, longest = padded_length(prefix), padded_length(longest)
-    prefix_ids, prefix_mask = _pad([row.prefix for row in rows], (len(rows), prefix))
-    branch_ids, branch_mask = _pad([row.branches for row in rows], (len(rows), branches, longest))
+    prefix_ids, prefix_mask = pad_ragged([row.prefix for row in rows], (len(rows), prefix))
+    branch_ids, branch_mask = pad_ragged([row.branches for row in rows], (len(rows), branches, longest))
     return TreeBatch(
         prefix_ids=prefix_ids,
         prefix_mask=prefix_mask,

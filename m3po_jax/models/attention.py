@@ -3,7 +3,7 @@
 A layer computes queries, keys and values for whatever tokens it is given and hands them to a *layout*, which knows
 who sees whom. In `Tree`, the layout of scoring and training, a prompt's *prefix* (image and instruction) is computed
 once for all of its *branches* (candidate answers). Prefill is `Causal` and `CausalEnd`; a decode step, whose keys lie
-in caches, is in `generation/attention.py`. What both are made of is `attention_parts.py`.
+in caches, is in `inference/attention.py`. What both are made of is `attention_parts.py`.
 
 A layer's *window* is how many tokens a token sees, itself included and counted backwards in places of the row, as
 transformers counts them; None: all before it.

@@ -1,7 +1,7 @@
 """The arithmetic of one decoder layer, once for training, scoring, prefill and decoding.
 
 How a layer's weights lie (`LayerWeights`) and which keys its queries meet (`attend`) is the caller's matter: training
-and scoring run one linear layer a projection (`decoder.py`), generation fused products and caches (`generation/`).
+and scoring run one linear layer a projection (`decoder.py`), generation fused products and caches (`inference/`).
 
 Shape suffixes: B rows, S tokens, Q tokens that have queries, H query heads, G key/value heads, D head width, E model
 width, F MLP width.

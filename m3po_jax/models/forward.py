@@ -1,7 +1,7 @@
 """The forward pass that scores given answers, for any vision-language model of the registry.
 
 Confidence, judges, reference and policy of the preference loss are `branch_scores`. It runs the prompt, with its
-images, once for all of its answers. Answers are drawn in `generation/`.
+images, once for all of its answers. Answers are drawn in `inference/`.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.hosts.agreement import from_writer, is_writer
 from m3po_jax.hosts.signals import stop_signal
+from m3po_jax.inference.scorer import Scorer
 from m3po_jax.models.dual_encoder import DualEncoder
 from m3po_jax.models.registry import Description, Loaded, describe
 from m3po_jax.pipeline.console import say
@@ -27,7 +28,6 @@ from m3po_jax.scoring.alignment import Backend, Judged, Reference, Scores, Simil
 from m3po_jax.scoring.blind_spots import shared_blind_spots
 from m3po_jax.scoring.endpoint import Endpoint
 from m3po_jax.scoring.endpoint_settings import check_client, check_endpoint, read_key
-from m3po_jax.scoring.engine import Scorer
 from m3po_jax.scoring.ensemble import Ensemble
 from m3po_jax.scoring.grading import Judge
 from m3po_jax.scoring.judge import Claims

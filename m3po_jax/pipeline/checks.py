@@ -5,8 +5,8 @@ from __future__ import annotations
 from m3po_jax.config import Recipe, ScoreConfig
 from m3po_jax.errors import UserError
 from m3po_jax.evaluation.registry import check as check_benchmark
-from m3po_jax.generation.settings import sampling_config
 from m3po_jax.hosts.sharding import check_mesh
+from m3po_jax.inference.settings import sampling_config
 from m3po_jax.objectives.objective import Learner, Reads
 from m3po_jax.objectives.registry import OBJECTIVES, check_objective, objective_of
 from m3po_jax.pipeline.arms import VCD, arm_recipe, needs_pairs

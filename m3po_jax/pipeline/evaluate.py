@@ -17,10 +17,10 @@ from m3po_jax.errors import UserError
 from m3po_jax.evaluation.metric import Metric, image_of
 from m3po_jax.evaluation.records import id_text
 from m3po_jax.evaluation.registry import METRICS, check, intervals, score
-from m3po_jax.generation.engine import Generator
 from m3po_jax.hosts.agreement import barrier, is_writer
 from m3po_jax.hosts.rows import Shares
 from m3po_jax.hosts.signals import stoppable
+from m3po_jax.inference.generator import Generator
 from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.generate import requests
 from m3po_jax.pipeline.models import read_rows

@@ -19,17 +19,19 @@ from jaxtyping import Bool
 
 from m3po_jax.config import GenerateConfig
 from m3po_jax.data import batches, row_inputs, tables
+from m3po_jax.data.collation import PromptBatch
 from m3po_jax.data.feature_cache import PromptFeatures
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import CANDIDATE, Prompt
 from m3po_jax.data.sources import PromptSource
 from m3po_jax.errors import UserError
-from m3po_jax.generation.answers import finish, repeats
-from m3po_jax.generation.engine import Candidates, Generator, PromptBatch, Request
-from m3po_jax.generation.settings import SamplingConfig, sampling_record
 from m3po_jax.hosts.agreement import agreed, barrier, first_failure, is_writer, together
 from m3po_jax.hosts.rows import Hosts, Shares
 from m3po_jax.hosts.signals import stoppable
+from m3po_jax.inference.answers import finish, repeats
+from m3po_jax.inference.generator import Generator
+from m3po_jax.inference.prompts import Candidates, Request
+from m3po_jax.inference.settings import SamplingConfig, sampling_record
 from m3po_jax.pipeline.caches import fill
 from m3po_jax.pipeline.console import progress, say
 from m3po_jax.workspace.records import settings
@@ -103,23 +105,17 @@ def prompt_batches(
     Args:
         features: Cached features of the vision tower, which then stand for the images.
         images: False: no image is read; for passes that blank them.
-        needed: Rows of a batch whose images this process needs (`scoring.engine.Scorer.own_rows`); None: all.
+        needed: Rows of a batch whose images this process needs (`inference.scorer.Scorer.own_rows`); None: all.
 
     Raises:
         UserError: a row that cannot be used; on all hosts before the same batch.
     """
-    source = iter(
-        batches.prompt_batches(
-            prompts, processor, batch_size=batch_size, features=features, images=images, needed=needed
-        )
+    source = batches.prompt_batches(
+        prompts, processor, batch_size=batch_size, features=features, images=images, needed=needed
     )
-    for _ in range(0, len(prompts), batch_size):
+    for start in range(0, len(prompts), batch_size):
         batch = together(lambda: next(source))
-        real = [int(i) for i in batch.row_index if i >= 0]
-        n = len(real)
-        pixels, seen = (None if x is None else x[:n] for x in (batch.pixel_values, batch.features))
-        chosen = [prompts[i] for i in real]
-        yield chosen, PromptBatch([p.id for p in chosen], batch.prefix_ids[:n], batch.prefix_mask[:n], pixels, seen)
+        yield [prompts[place] for place in range(start, start + len(batch.ids))], batch
 
 
 def requests(
@@ -300,7 +296,7 @@ def generate(
     """Writes the candidates of every prompt; shards that exist are kept.
 
     Args:
-        generator: Made with `generation.settings.sampling_config(config, seed)`.
+        generator: Made with `inference.settings.sampling_config(config, seed)`.
         inputs: A hash of what the candidates depend on beside `config`: model, template, data, seed.
         made_from: The same by name, for the record.
         features: Cached features of the generator's vision tower; what is missing is computed and stored first.

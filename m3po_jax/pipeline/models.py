@@ -18,8 +18,8 @@ from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import UserError
-from m3po_jax.generation.engine import Generator
-from m3po_jax.generation.settings import SamplingConfig
+from m3po_jax.inference.generator import Generator
+from m3po_jax.inference.settings import SamplingConfig
 from m3po_jax.models import lora
 from m3po_jax.models.dual_encoder import DualEncoderConfig
 from m3po_jax.models.hub import pinned

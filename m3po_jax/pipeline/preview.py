@@ -11,7 +11,7 @@ from typing import Any
 
 from m3po_jax.config import Recipe, SelectConfig
 from m3po_jax.data import tables
-from m3po_jax.generation.settings import sampling_config
+from m3po_jax.inference.settings import sampling_config
 from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline import reward as rewarding
 from m3po_jax.pipeline import summary

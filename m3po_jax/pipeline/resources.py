@@ -12,10 +12,10 @@ from m3po_jax.config import Recipe
 from m3po_jax.data.preference_files import FilePairs, image_folder
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import PromptSource, fingerprint
-from m3po_jax.generation.engine import Generator
-from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.hosts.agreement import barrier
 from m3po_jax.hosts.sharding import make_mesh, use_mesh
+from m3po_jax.inference.generator import Generator
+from m3po_jax.inference.settings import SamplingConfig
 from m3po_jax.models.hub import snapshot_of
 from m3po_jax.models.registry import Description
 from m3po_jax.pipeline.checks import check_recipe

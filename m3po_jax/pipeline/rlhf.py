@@ -13,14 +13,14 @@ from jax.sharding import Mesh
 
 from m3po_jax.config import Recipe
 from m3po_jax.data.schema import Prompt
-from m3po_jax.generation.settings import SamplingConfig
 from m3po_jax.hosts.sharding import use_mesh
+from m3po_jax.inference.scorer import Scorer
+from m3po_jax.inference.settings import SamplingConfig
 from m3po_jax.models.heads import attach_head, detach_head
 from m3po_jax.objectives.rlhf import algorithm_of
 from m3po_jax.pipeline.models import Policy, make_generator
 from m3po_jax.pipeline.reward import TrainedReward
 from m3po_jax.pipeline.train import Trained
-from m3po_jax.scoring.engine import Scorer
 from m3po_jax.scoring.reward import HeadScorer
 from m3po_jax.training.loop import train
 from m3po_jax.training.rollouts import RolloutSource

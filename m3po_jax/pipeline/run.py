@@ -13,10 +13,11 @@ from m3po_jax.data import tables
 from m3po_jax.data.pair_rows import PairRows
 from m3po_jax.data.preference_files import FilePairs, image_folder
 from m3po_jax.errors import UserError
-from m3po_jax.generation.settings import sampling_config
 from m3po_jax.hosts.agreement import barrier, is_writer
 from m3po_jax.hosts.sharding import use_mesh
 from m3po_jax.hosts.signals import look
+from m3po_jax.inference.scorer import Scorer
+from m3po_jax.inference.settings import sampling_config
 from m3po_jax.objectives.objective import Learner, Reads
 from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline import reward as rewarding
@@ -49,7 +50,6 @@ from m3po_jax.pipeline.trainings import (
 )
 from m3po_jax.recipes import essential
 from m3po_jax.scoring.alignment import Backend
-from m3po_jax.scoring.engine import Scorer
 from m3po_jax.training.loop import load_trained
 from m3po_jax.workspace.cell import Cell
 from m3po_jax.workspace.records import settings

@@ -14,11 +14,13 @@ import pyarrow as pa
 
 from m3po_jax.config import ScoreConfig, SelectConfig
 from m3po_jax.data import tables
+from m3po_jax.data.padding import pad_answers
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import SCORE_FIXED, Prompt
 from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.hosts.agreement import agreed, barrier, is_writer
 from m3po_jax.hosts.signals import stoppable
+from m3po_jax.inference.scorer import Scorer
 from m3po_jax.pipeline.backends import usages
 from m3po_jax.pipeline.calibration import calibration
 from m3po_jax.pipeline.console import progress
@@ -27,7 +29,6 @@ from m3po_jax.pipeline.score_counts import count_scores, is_open, told
 from m3po_jax.scoring.alignment import Backend, Judged, Reference, judge_pools
 from m3po_jax.scoring.confidence import confidence_variants
 from m3po_jax.scoring.endpoint import answer_limit
-from m3po_jax.scoring.engine import Scorer, pad_answers
 from m3po_jax.scoring.m3p import m3p_scores
 from m3po_jax.scoring.reasons import OUTAGES
 from m3po_jax.workspace.records import settings

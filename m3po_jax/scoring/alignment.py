@@ -1,7 +1,7 @@
 """Multimodal Alignment Scores: functions from (image, instruction, candidates) to [0, 1] (docs/judges.md).
 
 A backend scores the whole candidate pool of a batch of prompts; NaN means that it abstains, and the selection
-drops the prompt. Only the orchestration is here: models run in `models/` and `scoring/engine.py`.
+drops the prompt. Only the orchestration is here: models run in `models/` and `inference/scorer.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from m3po_jax.data.dual_inputs import DualEncoderProcessor
+from m3po_jax.data.padding import bucket
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.evaluation.short_answer import normalize
-from m3po_jax.generation.prompts import bucket
 from m3po_jax.hosts.rows import own_rows
 from m3po_jax.hosts.sharding import shard_batch, to_host, use_mesh
 from m3po_jax.scoring.claims import Claim, object_vocabulary, polarity, split_claims

@@ -15,10 +15,9 @@ from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.data.templates import IMAGE_PLACEHOLDER
 from m3po_jax.errors import UserError
-from m3po_jax.generation.engine import PromptBatch
+from m3po_jax.inference.scorer import Scorer
 from m3po_jax.scoring.alignment import Scores, check_aggregate, check_template, pool_scores
 from m3po_jax.scoring.claims import Claim, object_vocabulary, split_claims
-from m3po_jax.scoring.engine import Scorer
 from m3po_jax.scoring.reasons import NO_IMAGE
 from m3po_jax.scoring.shown_images import shared_pixels
 
@@ -139,14 +138,8 @@ def _ask_batch(
         branches = [*question.branches, *[np.zeros(0, np.int32)] * (width - len(question.branches))]
         rows.append(TreeRow(question.prefix, pixels, tuple(branches), (math.nan,) * width, index))
     tree = collate_tree(rows)
-    batch = PromptBatch(
-        [question.prompt.id for question in block],
-        np.asarray(tree.prefix_ids),
-        np.asarray(tree.prefix_mask),
-        None if tree.pixel_values is None else np.asarray(tree.pixel_values),
-    )
-    asked = np.asarray(tree.branch_ids), np.asarray(tree.branch_mask)
-    return scorer.choice_probabilities(batch, choices, *asked).astype(np.float64)
+    batch = tree.prompts([question.prompt.id for question in block])
+    return scorer.choice_probabilities(batch, choices, tree.branch_ids, tree.branch_mask).astype(np.float64)
 
 
 class Claims:

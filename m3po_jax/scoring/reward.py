@@ -12,14 +12,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Float32, Int
 
-from m3po_jax.data.collation import TreeRow, collate_tree
+from m3po_jax.data.collation import PromptBatch, TreeRow, collate_tree
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
-from m3po_jax.generation.engine import PromptBatch
+from m3po_jax.inference.scorer import Scorer, branch_inputs
 from m3po_jax.models.forward import branch_hidden
 from m3po_jax.models.heads import answer_rewards
 from m3po_jax.scoring.alignment import Scores
-from m3po_jax.scoring.engine import Scorer, branch_inputs
 from m3po_jax.scoring.shown_images import shared_pixels
 
 
@@ -102,9 +101,7 @@ class Reward:
                 for index, (prompt, pool) in enumerate(block)
             ]
             tree = collate_tree(rows)
-            batch = PromptBatch(
-                [prompt.id for prompt, _ in block], tree.prefix_ids, tree.prefix_mask, tree.pixel_values
-            )
+            batch = tree.prompts([prompt.id for prompt, _ in block])
             rewards = self.scorer.rewards(batch, tree.branch_ids, tree.branch_mask)
             found += [rewards[i, : len(pool)].astype(np.float64) for i, (_, pool) in enumerate(block)]
         return found

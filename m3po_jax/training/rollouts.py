@@ -20,13 +20,14 @@ import numpy as np
 
 from m3po_jax.config import RLConfig
 from m3po_jax.data import collation, row_inputs, tables
+from m3po_jax.data.collation import PromptBatch
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
-from m3po_jax.generation.engine import Generated, PromptBatch
 from m3po_jax.hosts.agreement import is_writer
+from m3po_jax.inference.prompts import Generated
+from m3po_jax.inference.scorer import Scorer
 from m3po_jax.objectives import policy_gradient as pg
 from m3po_jax.objectives.rlhf import RolloutBatch, algorithm_of
-from m3po_jax.scoring.engine import Scorer
 from m3po_jax.scoring.reward import HeadScorer
 from m3po_jax.workspace.layout import ROLLOUT_FILES, rollout_name
 
@@ -38,7 +39,7 @@ RewardFunction = Callable[[PromptBatch, np.ndarray, np.ndarray], np.ndarray]
 
 
 class Sampler(Protocol):
-    """What a rollout needs of `generation.engine.Generator`."""
+    """What a rollout needs of `inference.generator.Generator`."""
 
     def load(self, model: Any) -> None: ...
 
@@ -216,13 +217,8 @@ class RolloutSource:
     def _answered(self, number: int, chosen: np.ndarray) -> dict[str, np.ndarray]:
         """The answers to a rollout's prompts, and what the models say of them."""
         tree = collation.collate_tree([self._row(int(place), ()) for place in chosen])
-        batch = PromptBatch(
-            # A candidate's random stream belongs to its id: no two places of a run share one.
-            [f"{self.prompts[place].id} (rollout {number}, {i})" for i, place in enumerate(chosen)],
-            tree.prefix_ids,
-            tree.prefix_mask,
-            tree.pixel_values,
-        )
+        # A candidate's random stream belongs to its id: no two places of a run share one.
+        batch = tree.prompts([f"{self.prompts[place].id} (rollout {number}, {i})" for i, place in enumerate(chosen)])
         made = self.sampler(batch)
         mask = np.arange(made.token_ids.shape[-1]) < made.lengths[..., None]
         scores = np.asarray(self.reward(batch, made.token_ids, mask), np.float32)

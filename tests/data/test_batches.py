@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3po_jax.data.batches import pair_batches, prompt_batches, sft_batches
-from m3po_jax.data.collation import LENGTHS, padded_length
 from m3po_jax.data.contrastive import contrastive_batches
+from m3po_jax.data.padding import LENGTHS, padded_length
 from m3po_jax.data.pair_rows import TableRows, pair_prompt
 from m3po_jax.data.schema import PAIR, Image, Prompt, message
 from m3po_jax.errors import UserError
@@ -161,10 +161,9 @@ def test_ragged_image_counts_are_padded_at_the_end() -> None:
 
 def test_prompts_come_in_order_once() -> None:
     prompts = [Prompt(f"p{i}", (), "x" * (1 + i)) for i in range(5)]
-    source = prompt_batches(prompts, Letters(), batch_size=2)
-    batches = list(source)
-    assert [batch.row_index.tolist() for batch in batches] == [[0, 1], [2, 3], [4, -1]]
-    assert [name for batch in batches for name in source.row_ids(batch.row_index)] == list(source.ids)
+    batches = list(prompt_batches(prompts, Letters(), batch_size=2))
+    assert [batch.ids for batch in batches] == [["p0", "p1"], ["p2", "p3"], ["p4"]]
+    assert [batch.mask.sum(1).tolist() for batch in batches] == [[2, 3], [4, 5], [6]]  # Letters adds a start
     assert all(batch.pixel_values is None for batch in batches)
 
 

@@ -14,8 +14,11 @@ from flax import nnx
 from hf_models import IMAGE, PATCHES, causal_lm, images, llava, saved, torch_and_transformers
 
 from m3po_jax.config import LoRAConfig, MeshConfig
-from m3po_jax.generation.engine import Generator, PromptBatch, SamplingConfig, right_pad
+from m3po_jax.data.collation import PromptBatch
+from m3po_jax.data.padding import pad_prompts
 from m3po_jax.hosts.sharding import make_mesh
+from m3po_jax.inference.generator import Generator
+from m3po_jax.inference.settings import SamplingConfig
 from m3po_jax.models import lora
 from m3po_jax.models.decoder_config import LayerKind
 from m3po_jax.models.export.adapter import export_adapter
@@ -133,7 +136,7 @@ def generator(model: Any, **sampling: Any) -> Generator:
 
 
 def prompt_batch() -> PromptBatch:
-    return PromptBatch(["a", "b", "c"], *right_pad(PROMPTS, PAD), None)
+    return PromptBatch(["a", "b", "c"], *pad_prompts(PROMPTS, PAD), None)
 
 
 def test_greedy_answers_are_transformers_own(pair: Pair) -> None:

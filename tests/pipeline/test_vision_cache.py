@@ -11,12 +11,12 @@ from mini_run import write_data, write_recipe
 
 from m3po_jax.data import tables
 from m3po_jax.data.processing import Processor
+from m3po_jax.inference.scorer import Scorer
 from m3po_jax.pipeline.caches import image_features, vision_features
 from m3po_jax.pipeline.rounds import reference_log_probs
 from m3po_jax.pipeline.run import Run
 from m3po_jax.pipeline.score import blank_log_probs, pools
 from m3po_jax.recipes import load_recipe
-from m3po_jax.scoring.engine import Scorer
 
 
 def candidates_of(path: Path, name: str, *overrides: str) -> list[dict]:

@@ -8,10 +8,10 @@ from tiny_judges import dual_encoder_directory, one_device, prompt, tiny_policy
 
 from m3po_jax.config import EndpointConfig, ModelConfig, ScoreConfig
 from m3po_jax.errors import UserError
+from m3po_jax.inference.scorer import Scorer
 from m3po_jax.models.export import export_model
 from m3po_jax.pipeline.backends import make_backend, usages
 from m3po_jax.scoring.alignment import Reference, Similarity
-from m3po_jax.scoring.engine import Scorer
 from m3po_jax.scoring.ensemble import Ensemble
 from m3po_jax.scoring.judge import Claims
 

@@ -11,10 +11,10 @@ from training_tools import EOS_ID, TinyProcessor, base_config, tiny_model
 
 from m3po_jax.config import RLConfig, TrainConfig
 from m3po_jax.data.schema import Image, Prompt
-from m3po_jax.generation.engine import Generator
-from m3po_jax.generation.settings import SamplingConfig
+from m3po_jax.inference.generator import Generator
+from m3po_jax.inference.scorer import Scorer
+from m3po_jax.inference.settings import SamplingConfig
 from m3po_jax.models.heads import attach_head
-from m3po_jax.scoring.engine import Scorer
 from m3po_jax.scoring.reward import HeadScorer
 from m3po_jax.training.rollouts import RolloutSource
 

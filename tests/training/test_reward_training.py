@@ -15,9 +15,9 @@ from losses_tools import one_step
 from training_tools import TinyProcessor, base_config, pair_rows, tiny_model
 
 from m3po_jax.data.batches import pair_batches
+from m3po_jax.data.collation import PromptBatch
 from m3po_jax.data.schema import Image, Prompt, message
 from m3po_jax.errors import UserError
-from m3po_jax.generation.engine import PromptBatch
 from m3po_jax.models.forward import encode_images
 from m3po_jax.models.heads import HEAD, answer_rewards, attach_head, detach_head
 from m3po_jax.models.layers import LoRAParam

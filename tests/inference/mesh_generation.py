@@ -9,12 +9,12 @@ from flax import nnx
 from tiny_llava import make_generator, one_device, prompts, take, tiny_model
 
 from m3po_jax.config import MeshConfig
-from m3po_jax.generation import stream
-from m3po_jax.generation.prompts import requests_of
 from m3po_jax.hosts import rows
 from m3po_jax.hosts.sharding import make_mesh, state_shardings
+from m3po_jax.inference import stream
+from m3po_jax.inference.prompts import requests_of
+from m3po_jax.inference.scorer import Scorer
 from m3po_jax.models.decoder_config import LayerKind
-from m3po_jax.scoring.engine import Scorer
 
 
 def on_mesh(model, mesh):

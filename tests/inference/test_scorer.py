@@ -11,15 +11,16 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.append(str(Path(__file__).parents[1] / "generation"))
+sys.path.append(str(Path(__file__).parents[1] / "inference"))
 from tiny_llava import make_generator, one_device, prompts, tiny_model
 
+from m3po_jax.data.padding import answer_bucket, pad_answers
 from m3po_jax.errors import UserError
+from m3po_jax.inference.scorer import Scorer
 from m3po_jax.models import lora
 from m3po_jax.models.forward import encode_images
 from m3po_jax.models.llava.model import reference_forward
-from m3po_jax.scoring import engine
-from m3po_jax.scoring.engine import Scorer, answer_bucket, pad_answers
+from m3po_jax.inference import scorer as engine
 
 
 @pytest.fixture(scope="module")

@@ -16,18 +16,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from m3po_jax.data.padding import prompt_bucket
 from m3po_jax.errors import UserError
-from m3po_jax.generation.lanes import capacities
-from m3po_jax.generation.prompts import Candidates, Request, prompt_bucket
-from m3po_jax.generation.sampling import candidate_keys
-from m3po_jax.generation.settings import SamplingConfig
-from m3po_jax.generation.state import Board, Cache, Lanes, Layout, Prompts, Report, Sizes
 from m3po_jax.hosts.rows import shard_hosts
 from m3po_jax.hosts.sharding import replicate, shard_batch, to_host, use_mesh
+from m3po_jax.inference.lanes import capacities
+from m3po_jax.inference.prompts import Candidates, Request
+from m3po_jax.inference.sampling import candidate_keys
+from m3po_jax.inference.settings import SamplingConfig
+from m3po_jax.inference.state import Board, Cache, Lanes, Layout, Prompts, Report, Sizes
 
 
 class Engine(Protocol):
-    """What a stream works with; `engine.Generator` tells what each is."""
+    """What a stream works with; `generator.Generator` tells what each is."""
 
     mesh: Mesh
     sampling: SamplingConfig

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from m3po_jax.generation.attention import own_attention, prefix_attention
-from m3po_jax.generation.fused import FusedLayer
 from m3po_jax.hosts.sharding import constrain
+from m3po_jax.inference.attention import own_attention, prefix_attention
+from m3po_jax.inference.fused import FusedLayer
 from m3po_jax.models.attention import Causal, DecoderLayout, prefix_positions
 from m3po_jax.models.attention_parts import KV, Part, join, normalize
 from m3po_jax.models.decoder_config import DecoderConfig

@@ -17,32 +17,20 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Bool
 
+from m3po_jax.data.collation import PromptBatch
+from m3po_jax.data.padding import bucket
 from m3po_jax.errors import UserError
-from m3po_jax.generation import sampling as draw
-from m3po_jax.generation.fused import FusedLayer
-from m3po_jax.generation.memory import CacheShape, explain_exhaustion
-from m3po_jax.generation.programs import Weights, fuse_layers, programs_for
-from m3po_jax.generation.prompts import (
-    Candidates,
-    Generated,
-    PromptBatch,
-    Request,
-    bucket,
-    pad_rows,
-    requests_of,
-    right_pad,
-)
-from m3po_jax.generation.settings import SamplingConfig
-from m3po_jax.generation.state import Sizes
-from m3po_jax.generation.stream import Program, Stream
 from m3po_jax.hosts.sharding import replicate, use_mesh
+from m3po_jax.inference import sampling as draw
+from m3po_jax.inference.fused import FusedLayer
+from m3po_jax.inference.memory import CacheShape, explain_exhaustion
+from m3po_jax.inference.programs import Weights, fuse_layers, programs_for
+from m3po_jax.inference.prompts import Candidates, Generated, Request, requests_of
+from m3po_jax.inference.settings import SamplingConfig
+from m3po_jax.inference.state import Sizes
+from m3po_jax.inference.stream import Program, Stream
 from m3po_jax.models.decoder import Decoder
 from m3po_jax.models.forward import VisionLanguageModel
-
-__all__ = [
-    "Candidates", "Generated", "Generator", "PromptBatch", "Request", "SamplingConfig", "bucket", "pad_rows",
-    "right_pad",
-]  # fmt: skip
 
 PREFILL_TOKENS = 512  # prompts are prefilled one at a time from this length on; it fills a matrix unit
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3po_jax.generation.lanes import NEVER, assign, capacities, free_slots, needs_growth, slot_to_write
+from m3po_jax.inference.lanes import NEVER, assign, capacities, free_slots, needs_growth, slot_to_write
 
 LANES, SLOTS, K = 5, 4, 3
 ASSIGN = jax.jit(assign, static_argnames="identity")

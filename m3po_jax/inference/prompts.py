@@ -1,31 +1,14 @@
-"""Prompts and answers on the host, and the lengths that they are padded to."""
+"""Prompts and answers on the host."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
+from m3po_jax.data.collation import PromptBatch
 from m3po_jax.hosts.rows import Hosts
-
-
-@dataclass
-class PromptBatch:
-    """Prompts on the host, right-padded.
-
-    Attributes:
-        pixel_values: normalised images; None for text alone.
-        features: the vision tower's features, in place of `pixel_values`.
-    """
-
-    ids: list[str]
-    token_ids: Int32[np.ndarray, "b p"]
-    mask: Bool[np.ndarray, "b p"]
-    pixel_values: Float32[np.ndarray, "b m h w 3"] | None = None
-    features: Float32[np.ndarray, "b m n v"] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,37 +85,3 @@ def requests_of(batch: PromptBatch, wanted: Bool[np.ndarray, "b k"] | None = Non
         )
         for row, name in enumerate(batch.ids)
     ]
-
-
-def bucket(length: int, multiple: int) -> int:
-    """The least multiple of `multiple` that holds `length`, at least one."""
-    return max(-(-length // multiple), 1) * multiple
-
-
-def prompt_bucket(length: int, multiple: int) -> int:
-    """As `bucket`, in coarser steps beyond 32 multiples: long prompts need at most 16 programs an octave."""
-    coarse = multiple
-    while length > 32 * coarse:
-        coarse *= 2
-    return bucket(length, coarse)
-
-
-def pad_rows(x: np.ndarray, rows: int, columns: int | None = None, value: Any = 0) -> np.ndarray:
-    """`x` with its last row repeated up to `rows`, and axis 1 filled with `value` up to `columns`."""
-    if columns is not None and x.shape[1] < columns:
-        filler = np.full((x.shape[0], columns - x.shape[1], *x.shape[2:]), value, x.dtype)
-        x = np.concatenate([x, filler], axis=1)
-    if x.shape[0] < rows:
-        x = np.concatenate([x, np.repeat(x[-1:], rows - x.shape[0], axis=0)], axis=0)
-    return x
-
-
-def right_pad(rows: Sequence[Sequence[int]], value: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token lists as one right-padded array [B, P] int32 and its mask."""
-    width = max((len(row) for row in rows), default=0)
-    token_ids = np.full((len(rows), width), value, np.int32)
-    mask = np.zeros((len(rows), width), bool)
-    for index, row in enumerate(rows):
-        token_ids[index, : len(row)] = row
-        mask[index, : len(row)] = True
-    return token_ids, mask

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 from m3po_jax.config import MeshConfig
+from m3po_jax.data.collation import PromptBatch
+from m3po_jax.data.padding import pad_prompts
 from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Image, Prompt
-from m3po_jax.generation.engine import Generator, PromptBatch, SamplingConfig, right_pad
 from m3po_jax.hosts.sharding import make_mesh
+from m3po_jax.inference.generator import Generator
+from m3po_jax.inference.settings import SamplingConfig
 from m3po_jax.models.registry import load_model, resolve_directory
 from m3po_jax.quickstart.builder import encode_png
 from m3po_jax.quickstart.language import CAPTION_INSTRUCTION
@@ -37,7 +40,7 @@ def setting():
 
 
 def batch_of(processor, prompts) -> PromptBatch:
-    ids, mask = right_pad([processor.encode_prompt(p) for p in prompts], processor.pad_token_id)
+    ids, mask = pad_prompts([processor.encode_prompt(p) for p in prompts], processor.pad_token_id)
     return PromptBatch([p.id for p in prompts], ids, mask, np.stack([processor.pixel_values(p) for p in prompts]))
 
 

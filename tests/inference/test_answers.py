@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3po_jax.generation.answers import finish, repeats
+from m3po_jax.inference.answers import finish, repeats
 
 PIECES = {1: " a", 2: " cat", 3: ".", 4: ".\n\n", 5: "\n", 6: " USER", 7: ":", 9: ""}  # 9: the end token
 

@@ -9,9 +9,9 @@ from flax import nnx
 from tiny_llava import make_generator, prompts, take, teacher_forced, tiny_model
 
 from m3po_jax.errors import UserError
-from m3po_jax.generation import programs
-from m3po_jax.generation.prompts import requests_of
-from m3po_jax.generation.state import Layout
+from m3po_jax.inference import programs
+from m3po_jax.inference.prompts import requests_of
+from m3po_jax.inference.state import Layout
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from m3po_jax.generation import lanes as lane
-from m3po_jax.generation import sampling as draw
-from m3po_jax.generation.decoder import decode_step, pin_stationary, prefill
-from m3po_jax.generation.fused import FusedLayer, fuse
-from m3po_jax.generation.settings import SamplingConfig
-from m3po_jax.generation.state import Board, Cache, Lanes, Layout, Prompts, Report, Sizes
 from m3po_jax.hosts.sharding import constrain
+from m3po_jax.inference import lanes as lane
+from m3po_jax.inference import sampling as draw
+from m3po_jax.inference.decoder import decode_step, pin_stationary, prefill
+from m3po_jax.inference.fused import FusedLayer, fuse
+from m3po_jax.inference.settings import SamplingConfig
+from m3po_jax.inference.state import Board, Cache, Lanes, Layout, Prompts, Report, Sizes
 from m3po_jax.models.attention_parts import KV
 from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.models.forward import encode_images

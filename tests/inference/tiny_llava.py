@@ -8,8 +8,11 @@ import numpy as np
 from flax import nnx
 
 from m3po_jax.config import LoRAConfig, MeshConfig
-from m3po_jax.generation.engine import Generator, PromptBatch, SamplingConfig, right_pad
+from m3po_jax.data.collation import PromptBatch
+from m3po_jax.data.padding import pad_prompts
 from m3po_jax.hosts.sharding import make_mesh
+from m3po_jax.inference.generator import Generator
+from m3po_jax.inference.settings import SamplingConfig
 from m3po_jax.models import lora
 from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.models.encoder import EncoderConfig
@@ -57,7 +60,7 @@ def prompts(lengths=(3, 9, 6), images=1, seed=0):
     """Prompts of BOS, the image's 9 tokens and `length` words."""
     rng = np.random.default_rng(seed)
     rows = [[1] + [IMAGE] * (9 * images) + rng.integers(3, 100, n).tolist() for n in lengths]
-    token_ids, mask = right_pad(rows, PAD)
+    token_ids, mask = pad_prompts(rows, PAD)
     pixels = rng.normal(size=(len(rows), images, 12, 12, 3)).astype(np.float32) if images else None
     return PromptBatch([f"prompt-{n}-{i}" for i, n in enumerate(lengths)], token_ids, mask, pixels)
 

@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from m3po_jax.errors import UserError
-from m3po_jax.generation.engine import SamplingConfig
-from m3po_jax.generation.lanes import capacities
-from m3po_jax.generation.memory import CacheShape, advice, cache_bytes
-from m3po_jax.generation.sampling import candidate_keys, sample, step_keys
+from m3po_jax.inference.lanes import capacities
+from m3po_jax.inference.memory import CacheShape, advice, cache_bytes
+from m3po_jax.inference.sampling import candidate_keys, sample, step_keys
+from m3po_jax.inference.settings import SamplingConfig
 
 POOL = {
     "temperature": (0.0, 0.8, 2.0),

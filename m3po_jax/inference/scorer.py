@@ -16,37 +16,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Float32, Int
 
-from m3po_jax.data.collation import padded_length
+from m3po_jax.data.collation import PromptBatch
+from m3po_jax.data.padding import answer_bucket, bucket, pad_rows
 from m3po_jax.errors import UserError
-from m3po_jax.generation.engine import PromptBatch, bucket, pad_rows
 from m3po_jax.hosts.rows import own_rows
 from m3po_jax.hosts.sharding import replicate, shard_batch, to_host, use_mesh
 from m3po_jax.models import lora
 from m3po_jax.models.forward import VisionLanguageModel, branch_hidden, branch_log_probs, encode_images
-
-
-def pad_answers(
-    answers: Sequence[Sequence[np.ndarray]],
-) -> tuple[Int[np.ndarray, "b k t"], Bool[np.ndarray, "b k t"]]:
-    """Token ids and mask of every prompt's answers, as `Scorer` takes them: padded on the right, to the same k."""
-    shape = (
-        len(answers),
-        max((len(own) for own in answers), default=0),
-        max((len(tokens) for own in answers for tokens in own), default=0),
-    )
-    ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-    for b, own in enumerate(answers):
-        for k, tokens in enumerate(own):
-            ids[b, k, : len(tokens)], mask[b, k, : len(tokens)] = tokens, True
-    return ids, mask
-
-
-def answer_bucket(tokens: int) -> int:
-    """What answers are padded to: 8, 12, 16, 24, 32, 48 or 64 tokens, then multiples of 32.
-
-    Short answers are the most frequent, and half of a program padded for longer ones would be wasted.
-    """
-    return padded_length(tokens) if tokens <= 64 else bucket(tokens, 32)
 
 
 def features_of(

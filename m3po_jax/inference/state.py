@@ -23,8 +23,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from m3po_jax.generation import lanes as lane
 from m3po_jax.hosts.sharding import replicate, to_host
+from m3po_jax.inference import lanes as lane
 from m3po_jax.models.attention_parts import KV
 from m3po_jax.models.decoder_config import DecoderConfig
 

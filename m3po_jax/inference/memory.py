@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import jax
 
 from m3po_jax.errors import UserError
-from m3po_jax.generation.lanes import capacities
+from m3po_jax.inference.lanes import capacities
 from m3po_jax.models.decoder_config import DecoderConfig
 
 GIB = 2**30

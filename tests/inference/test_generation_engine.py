@@ -6,8 +6,8 @@ from flax import nnx
 from tiny_llava import EOS, PAD, make_generator, next_logits, prompts, take, teacher_forced, tiny_model
 
 from m3po_jax.errors import UserError
-from m3po_jax.generation.engine import SamplingConfig
-from m3po_jax.generation.lanes import capacities
+from m3po_jax.inference.lanes import capacities
+from m3po_jax.inference.settings import SamplingConfig
 from m3po_jax.models.kernels.choice import with_attention
 
 

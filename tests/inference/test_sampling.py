@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from m3po_jax.generation.sampling import (
+from m3po_jax.inference.sampling import (
     Settings,
     candidate_keys,
     choose,
