@@ -294,7 +294,7 @@ def _tower_directory(name: str, *, chosen: bool, weights: bool) -> Path:
         raise UserError(
             f"config.json takes the vision tower from there: {error.what}",
             where=error.where,
-            remedy="set model.vision_tower to a CLIP directory or hub id",
+            remedy="set model.vision_tower to a CLIP directory or hub id, or correct mm_vision_tower",
         ) from None
 
 

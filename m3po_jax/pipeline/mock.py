@@ -35,6 +35,7 @@ def shrink(recipe: Recipe) -> Recipe:
         model=replace(
             recipe.model,
             path=TINY_SCORER if contrastive else TINY_MODEL,
+            revision="",
             init="pretrained",
             vision_tower="",
             dtype="float32",
