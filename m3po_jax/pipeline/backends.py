@@ -143,8 +143,9 @@ def _judge_model(setting: Setting) -> Policy:
     score, policy = setting.score, setting.policy
     if score.model:
         describe_judge(score, download=False)
-        own = {"path": score.model, "revision": "", "vision_tower": ""}
-        config = dataclasses.replace(setting.model_config, init="pretrained", **own)
+        config = dataclasses.replace(
+            setting.model_config, path=score.model, revision="", init="pretrained", vision_tower=""
+        )
         data = DataConfig(max_image_pixels=setting.max_image_pixels)
         judge = load_policy(Recipe(model=config, data=data), setting.mesh, image_root=setting.image_root)
     elif policy is not None:

@@ -144,7 +144,7 @@ class Resources:
         """Which commits of the hub the model's files are of; nothing for those of a local directory."""
         loaded = self.policy.loaded
         places = {"commit": loaded.directory, "vision_tower_commit": loaded.tower}
-        found = {name: place and snapshot_of(place) for name, place in places.items()}
+        found = {name: snapshot_of(place) for name, place in places.items() if place is not None}
         return {name: snapshot.commit for name, snapshot in found.items() if snapshot is not None}
 
     def _data_facts(self) -> dict[str, Any]:

@@ -110,12 +110,12 @@ def test_validate_compares_the_headers_with_the_configuration(hub: FakeHub, tmp_
     empty = shutil.copytree(BASE, tmp_path / "empty")
     (empty / "model.safetensors").unlink()
     hub.publish("owner/empty", empty)
-    with pytest.raises(UserError, match="owner/empty@.* holds no weights"):
+    with pytest.raises(UserError, match=r"owner/empty@.* holds no weights"):
         stored_tensors(describe("owner/empty", download=False))
     pickled = shutil.copytree(empty, tmp_path / "pickled")
     (pickled / "pytorch_model.bin").write_bytes(b"x")
     hub.publish("owner/pickled", pickled)
-    with pytest.raises(UserError, match="holds .bin weights only, which run code"):
+    with pytest.raises(UserError, match=r"holds \.bin weights only, which run code"):
         stored_tensors(describe("owner/pickled", download=False))
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
