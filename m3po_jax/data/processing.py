@@ -115,7 +115,7 @@ class Processor:
                 f"unknown image_fit {image_fit!r}{nearest(image_fit, IMAGE_FITS)}", where="model.image_fit"
             )
         if not isinstance(model, Description):
-            model = describe(model, vision_tower=vision_tower, weights=False)
+            model = describe(model, vision_tower=vision_tower, weights=False, download=False)
         folder, config = model.directory, model.config
         where = str(folder)
         if getattr(config, "image_token_id", -1) < 0:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from m3po_jax.errors import UserError
-from m3po_jax.models.safetensors_io import StoredTensor, weight_files
+from m3po_jax.models.safetensors_io import StoredTensor, no_weights, weight_files
 
 HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^\s@]+))?")
 # What a model directory's readers read, of its top folder.
@@ -107,6 +107,8 @@ def listed_tensors(snapshot: Snapshot) -> dict[str, StoredTensor]:
     def read() -> dict[str, StoredTensor]:
         present = api.list_repo_files(snapshot.repository, revision=snapshot.commit)
         names = [file.name for file in weight_files(snapshot.folder, [name for name in present if "/" not in name])]
+        if not names:
+            raise no_weights(where, present)
         tensors: dict[str, StoredTensor] = {}
         with ThreadPoolExecutor(_HEADERS_AT_ONCE) as threads:
             for name, of_file in zip(names, threads.map(header, names), strict=True):
@@ -117,10 +119,7 @@ def listed_tensors(snapshot: Snapshot) -> dict[str, StoredTensor]:
                 tensors |= of_file
         return tensors
 
-    tensors = _asked(where, "the hub gave", read)
-    if not tensors:
-        raise UserError("holds no safetensors", where=where, remedy="take a repository that has them")
-    return tensors
+    return _asked(where, "the hub gave", read)
 
 
 def _asked(where: str, complaint: str, ask: Callable[[], _T]) -> _T:

@@ -294,7 +294,7 @@ def _tower_directory(name: str, *, chosen: bool, weights: bool) -> Path:
         raise UserError(
             f"config.json takes the vision tower from there: {error.what}",
             where=error.where,
-            remedy="set model.vision_tower to a CLIP directory or hub id",
+            remedy="set model.vision_tower to a CLIP directory or hub id, or correct mm_vision_tower",
         ) from None
 
 
@@ -367,8 +367,8 @@ def stored_tensors(description: Description) -> dict[str, StoredTensor]:
     """
     family, where = description.family, str(description.directory)
     tensors: dict[str, StoredTensor] = {}
-    stored = _tensors_of(description.directory, listed=description.listed)
-    named = [(family.canonical_name(tensor.name), tensor) for tensor in stored.values()]
+    of_model = _tensors_of(description.directory, listed=description.listed).values()
+    named = [(family.canonical_name(tensor.name), tensor) for tensor in of_model]
     sources = [(description.directory, named)]
     if description.tower is not None:
         assert family.tower is not None

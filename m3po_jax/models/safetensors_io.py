@@ -160,6 +160,20 @@ def same_values(a: StoredTensor, b: StoredTensor, rows: int = 4096) -> bool:
     return all(np.array_equal(a.read(part).astype(np.float32), b.read(part).astype(np.float32)) for part in parts)
 
 
+def no_weights(where: str, present: Collection[str]) -> UserError:
+    """What is wrong with a model whose files, `present`, are no safetensors."""
+    unsafe = sorted({Path(name).suffix for name in present}.intersection(_UNSAFE))
+    if "adapter_model.safetensors" in present:
+        what, remedy = "holds a PEFT adapter, not a model", "give the base model and load the adapter onto it"
+    elif unsafe:
+        what = f"holds {', '.join(unsafe)} weights only, which run code when loaded"
+        remedy = "convert them to safetensors, e.g. with transformers' save_pretrained"
+    else:
+        what = "holds no weights"
+        remedy = "put *.safetensors there, or set model.init=random to start from a seed"
+    return UserError(what, where=where, remedy=remedy)
+
+
 def open_directory(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a model directory by name: ``model.safetensors`` or the shards of its index.
 
@@ -168,22 +182,7 @@ def open_directory(directory: Path) -> dict[str, StoredTensor]:
     """
     files = weight_files(directory)
     if not files:
-        present = {file.suffix for file in directory.iterdir()}
-        unsafe = sorted(present.intersection(_UNSAFE))
-        if (directory / "adapter_model.safetensors").is_file():
-            what, remedy = (
-                "holds a PEFT adapter, not a model",
-                "give the base model and load the adapter onto it",
-            )
-        elif unsafe:
-            what = f"holds {', '.join(unsafe)} weights only, which run code when loaded"
-            remedy = "convert them to safetensors, e.g. with transformers' save_pretrained"
-        else:
-            what, remedy = (
-                "holds no weights",
-                "put *.safetensors there, or set model.init=random to start from a seed",
-            )
-        raise UserError(what, where=str(directory), remedy=remedy)
+        raise no_weights(str(directory), [file.name for file in directory.iterdir()])
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         for name, tensor in read_header(file).items():

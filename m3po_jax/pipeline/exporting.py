@@ -266,5 +266,11 @@ def _write(trained: Trained, recipe: Recipe, wanted: Wanted, output: Path, recor
             "which that directory does not hold",
             style="yellow",
         )
+    if trained.base.description.stored_rows is not None:
+        say(
+            f"{recipe.model.path} is an original LLaVA release, which neither transformers nor PEFT reads: export "
+            "the merged model (--format huggingface), or put the adapter on the same model in Hugging Face layout",
+            style="yellow",
+        )
     if hint:
         say(hint)

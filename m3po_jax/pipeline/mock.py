@@ -37,6 +37,7 @@ def shrink(recipe: Recipe) -> Recipe:
         model=replace(
             recipe.model,
             path=TINY_SCORER if objective.learner is Learner.DUAL_ENCODER else TINY_MODEL,
+            revision="",
             init="pretrained",
             vision_tower="",
             dtype="float32",

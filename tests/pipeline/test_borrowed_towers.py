@@ -276,6 +276,8 @@ def test_every_stage_and_an_export_that_stands_alone(tmp_path: Path, layout: str
     assert main(["run", "--dry-run", "--config", str(recipe)]) == 0
     said = capsys.readouterr()
     assert "out of date" not in said.out + said.err and "to do" not in said.out + said.err
+    assert main(["export", "--config", str(recipe), "--format", "peft"]) == 0
+    assert ("export the merged model" in " ".join(capsys.readouterr().err.split())) == original
     exported = tmp_path / "runs/mini/export-round-1-huggingface"
     prompt = Prompt("a", (Image(path="000.png"),), "describe the image")
     processor = Processor.from_pretrained(exported, "plain", "stretch", image_root=tmp_path / "data")

@@ -17,9 +17,11 @@ from safetensors.numpy import load_file, save_file
 from test_borrowed_towers import read, write, write_release, write_tower
 
 from m3po_jax.cli import main
+from m3po_jax.config import ModelConfig, Recipe
 from m3po_jax.errors import UserError
 from m3po_jax.models.hub import pinned
 from m3po_jax.models.registry import describe, resolve_directory, stored_tensors
+from m3po_jax.pipeline.mock import shrink
 
 SHIPPED = Path(str(resources.files("m3po_jax"))) / "quickstart/checkpoints"
 BASE, SCORER = SHIPPED / "quickstart-base", SHIPPED / "quickstart-scorer"
@@ -108,8 +110,13 @@ def test_validate_compares_the_headers_with_the_configuration(hub: FakeHub, tmp_
     empty = shutil.copytree(BASE, tmp_path / "empty")
     (empty / "model.safetensors").unlink()
     hub.publish("owner/empty", empty)
-    with pytest.raises(UserError, match="holds no safetensors"):
+    with pytest.raises(UserError, match=r"owner/empty@.* holds no weights"):
         stored_tensors(describe("owner/empty", download=False))
+    pickled = shutil.copytree(empty, tmp_path / "pickled")
+    (pickled / "pytorch_model.bin").write_bytes(b"x")
+    hub.publish("owner/pickled", pickled)
+    with pytest.raises(UserError, match=r"holds \.bin weights only, which run code"):
+        stored_tensors(describe("owner/pickled", download=False))
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
@@ -135,6 +142,8 @@ def test_revisions(hub: FakeHub, tmp_path: Path) -> None:
         commit("owner/policy@v9")
     with pytest.raises(UserError, match=r"model\.revision: 'v2', and the path says 'v1'"):
         pinned("owner/policy@v1", "v2")
+    recipe = Recipe(model=ModelConfig(path="owner/policy", revision="v1"))
+    assert pinned(shrink(recipe).model.path, shrink(recipe).model.revision).startswith("builtin:")
     for path in ("builtin:quickstart-base", str(tmp_path)):
         with pytest.raises(UserError, match="is not a hub id, which alone has revisions"):
             pinned(path, "v1")
