@@ -124,9 +124,7 @@ class Preview:
                 ("scores", scores.scores, self._score(scores)),
             )
         }
-        return selection_inputs(
-            candidates.candidates, scores.scores, config, data=self.run.data_identity, contents=contents, **limits
-        )
+        return selection_inputs(contents, config, data=self.run.data_identity, **limits)
 
     def _system(self, cell: Cell) -> Iterator[Planned]:
         recipe = self.run.arm_recipe(cell.arm)

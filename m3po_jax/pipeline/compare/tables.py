@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -168,14 +169,5 @@ def _efficiency(recipe: Recipe, results: Mapping[str, Any]) -> list[dict[str, An
             if point.arm in found["systems"]
         }
         pairs = results["compute"][point.arm]["pairs"]
-        rows.append(
-            {
-                "arm": point.arm,
-                "system": point.system,
-                "order": point.order,
-                "budget": point.budget,
-                "pairs": pairs,
-                "metrics": scored,
-            }
-        )
+        rows.append(dataclasses.asdict(point) | {"pairs": pairs, "metrics": scored})
     return rows
