@@ -100,12 +100,8 @@ class Resources:
             reference: A hash of the weights of `reference_cell`.
         """
         recipe = self.arm_recipe(cell.arm)
-        return {
-            "pairs": list(pairs),
-            "reference": reference,
-            "seed": recipe.seed,
-            **settings("round", recipe.round),
-        }
+        made_from = {"pairs": list(pairs), "reference": reference, "seed": recipe.seed}
+        return made_from | settings("round", recipe.round)
 
     @functools.cached_property
     def source(self) -> PromptSource:

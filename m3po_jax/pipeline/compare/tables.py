@@ -20,7 +20,7 @@ from m3po_jax.pipeline.compare.markdown import markdown
 from m3po_jax.pipeline.compare.verdict import verdict
 from m3po_jax.pipeline.run import Run
 from m3po_jax.workspace.cell import Cell
-from m3po_jax.workspace.comparison import ComparisonDirectory
+from m3po_jax.workspace.directory import ComparisonDirectory
 
 
 def write_results(recipe: Recipe, directory: ComparisonDirectory, runs: Mapping[int, Run]) -> dict[str, Any]:
