@@ -105,15 +105,7 @@ def first_failure(own: tuple[int, UserError] | None) -> tuple[int, UserError] | 
 
 def together(make: Callable[[], T]) -> T:
     """What `make` gives; where it raised a UserError on any process, that on all, which call it together."""
-    failure = None
-    try:
-        made = make()
-    except UserError as error:
-        failure = 0, error
-    failure = first_failure(failure)
-    if failure is not None:
-        raise failure[1]
-    return made
+    return load_shared(lambda _: make(), lambda _: make(), [True])[0]
 
 
 def shared_hashes(count: int, hash_of: Callable[[int], str]) -> list[str]:

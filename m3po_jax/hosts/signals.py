@@ -51,6 +51,14 @@ class StopSignal:
     def any_host(self) -> bool:
         return bool(gathered(np.array(self.received is not None)).any())
 
+    def check(self, when: str) -> None:
+        """
+        Raises:
+            Interrupted: any host was told to stop.
+        """
+        if self.any_host():
+            raise Interrupted(f"stopped by {self.received or 'another host'} {when}")
+
 
 @contextmanager
 def stop_signal() -> Iterator[StopSignal]:
@@ -90,10 +98,7 @@ def stoppable(items: Iterable[T], what: str) -> Iterator[T]:
     """
     with stop_signal() as stop:
         for item in items:
-            if stop.any_host():
-                raise Interrupted(
-                    f"stopped by {stop.received or 'another host'} while {what}; finished shards are saved"
-                )
+            stop.check(f"while {what}; finished shards are saved")
             yield item
 
 
@@ -104,10 +109,7 @@ def look(what: str) -> None:
         Interrupted: before `what` has begun.
     """
     with stop_signal() as stop:
-        if stop.any_host():
-            raise Interrupted(
-                f"stopped by {stop.received or 'another host'} before {what}; what is finished is saved"
-            )
+        stop.check(f"before {what}; what is finished is saved")
 
 
 @contextmanager

@@ -25,16 +25,7 @@ from m3po_jax.pipeline.systems import System, SystemEvaluator, base_systems, gre
 from m3po_jax.pipeline.trainings import handed_on
 from m3po_jax.training.stage import without_free_settings
 from m3po_jax.workspace.cell import Cell
-from m3po_jax.workspace.records import (
-    DONE,
-    OUT_OF_DATE,
-    PENDING,
-    TO_DO,
-    UNFINISHED,
-    Artifact,
-    Status,
-    settings,
-)
+from m3po_jax.workspace.records import DONE, OUT_OF_DATE, PENDING, TO_DO, UNFINISHED, Artifact, Status, settings
 
 
 @dataclass(frozen=True)
@@ -124,9 +115,7 @@ class Preview:
                 ("scores", scores.scores, self._score(scores)),
             )
         }
-        return selection_inputs(
-            candidates.candidates, scores.scores, config, data=self.run.data_identity, contents=contents, **limits
-        )
+        return selection_inputs(contents, config, data=self.run.data_identity, **limits)
 
     def _system(self, cell: Cell) -> Iterator[Planned]:
         recipe = self.run.arm_recipe(cell.arm)
@@ -217,5 +206,4 @@ def _shards(artifact: Artifact, inputs: Mapping[str, Any]) -> Status:
 
 def preview(recipe: Recipe) -> list[Planned]:
     """Every stage of a recipe's run, and how it stands in the run directory as it is."""
-    run = Run(recipe)
-    return list(Preview(run).stages())
+    return list(Preview(Run(recipe)).stages())

@@ -1,8 +1,9 @@
-"""What the stages of one run share: its data, its policy, its benchmarks; each loaded once, when first needed."""
+"""What the stages of one run share: who reads what, and data, policy and benchmarks, loaded when first needed."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from m3po_jax.inference.generator import Generator
 from m3po_jax.inference.settings import SamplingConfig
 from m3po_jax.models.hub import snapshot_of
 from m3po_jax.models.registry import Description
+from m3po_jax.models.registry import describe
+from m3po_jax.pipeline.arms import arm_recipe
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.evaluate import Benchmark, check_scoring, read_benchmark
@@ -32,7 +35,9 @@ from m3po_jax.pipeline.models import (
 )
 from m3po_jax.pipeline.pair_files import check_recorded_tokens, pairs_instead_of_prompts, read_pair_file
 from m3po_jax.pipeline.systems import SystemEvaluator
+from m3po_jax.workspace.cell import Cell
 from m3po_jax.workspace.directory import RunDirectory
+from m3po_jax.workspace.records import settings
 
 
 class Resources:
@@ -53,6 +58,53 @@ class Resources:
         self.directory = RunDirectory.of(recipe)
         self.mesh: Mesh = make_mesh(recipe.mesh)
         self._pair_files: dict[str, FilePairs] = {}
+        self._arm_recipes: dict[str | None, Recipe] = {}
+
+    def arm_recipe(self, arm: str | None) -> Recipe:
+        """The recipe of an arm; None is the recipe's own system. Shared by all who ask: it is not to be changed."""
+        if arm not in self._arm_recipes:  # filling in an arm takes 60 ms, and stages ask hundreds of times
+            self._arm_recipes[arm] = arm_recipe(self.recipe, arm)
+        return self._arm_recipes[arm]
+
+    def trained_in(self, number: int) -> list[Cell]:
+        """What is trained in a round: a later one's candidates come from the main policy, so that arms end before."""
+        own = self.directory.cell(number)
+        return [own, *map(own.of, self.recipe.arms if number == 1 else ())]
+
+    def trained_cells(self) -> list[Cell]:
+        """All that is trained, the rounds of the run's own system first."""
+        own, *arms = self.trained_in(1)
+        return [*map(own.at, range(1, self.recipe.rounds + 1)), *arms]
+
+    def candidates_owner(self, cell: Cell) -> Cell:
+        """Whose candidates an arm reads: the shared ones, where the same weights drew them by the same settings."""
+        shared = cell.round == 1 and self.arm_recipe(cell.arm).generate == self.recipe.generate
+        return cell.of(None) if shared else cell
+
+    def scores_owner(self, cell: Cell) -> Cell:
+        """Whose scores an arm reads: those of the shared candidates, where the same judge gave them."""
+        shared = self.candidates_owner(cell).arm is None and self.arm_recipe(cell.arm).score == self.recipe.score
+        return cell.of(None) if shared else cell
+
+    def mixed_cells(self, cell: Cell) -> list[Cell]:
+        """The rounds whose pairs a later round is trained on, itself the last."""
+        first = 1 if self.arm_recipe(cell.arm).round.mix_previous else cell.round
+        return [cell.at(number) for number in range(first, cell.round + 1)]
+
+    def reference_cell(self, cell: Cell) -> Cell:
+        """Whose weights are the reference of a later round."""
+        return cell.at(0) if self.arm_recipe(cell.arm).round.reference == "base" else cell.before
+
+    def later_inputs(self, cell: Cell, pairs: Sequence[str], reference: str) -> dict[str, Any]:
+        """What the training pairs of a round after the first are made from.
+
+        Args:
+            pairs: Hashes of the pairs of `mixed_cells`.
+            reference: A hash of the weights of `reference_cell`.
+        """
+        recipe = self.arm_recipe(cell.arm)
+        made_from = {"pairs": list(pairs), "reference": reference, "seed": recipe.seed}
+        return made_from | settings("round", recipe.round)
 
     @functools.cached_property
     def source(self) -> PromptSource:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from m3po_jax.objectives.objective import Learner, Reads
 from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline import reward as rewarding
 from m3po_jax.pipeline import rounds, summary
-from m3po_jax.pipeline.arms import arm_recipe, makes_pairs, needs_pairs
+from m3po_jax.pipeline.arms import makes_pairs, needs_pairs
 from m3po_jax.pipeline.backends import judge_identities, make_backend
 from m3po_jax.pipeline.caches import vision_features
 from m3po_jax.pipeline.console import say
@@ -52,7 +52,6 @@ from m3po_jax.recipes import essential
 from m3po_jax.scoring.alignment import Backend
 from m3po_jax.training.loop import load_trained
 from m3po_jax.workspace.cell import Cell
-from m3po_jax.workspace.records import settings
 
 
 class Run(Resources):
@@ -61,13 +60,6 @@ class Run(Resources):
     def __init__(self, recipe: Recipe, *, force: bool = False):
         super().__init__(recipe, force=force)
         self._trained: dict[Cell, Trained] = {}
-        self._arm_recipes: dict[str | None, Recipe] = {}
-
-    def arm_recipe(self, arm: str | None) -> Recipe:
-        """The recipe of an arm; None is the recipe's own system. Shared by all who ask: it is not to be changed."""
-        if arm not in self._arm_recipes:  # filling in an arm takes 60 ms, and stages ask hundreds of times
-            self._arm_recipes[arm] = arm_recipe(self.recipe, arm)
-        return self._arm_recipes[arm]
 
     def forget(self, cell: Cell) -> None:
         """Lets go of a trained model; its checkpoint stays."""
@@ -132,16 +124,6 @@ class Run(Resources):
     def model_before(self, cell: Cell) -> Any:
         """The policy that generates in a round: the base, then what the round before has trained."""
         return self.start_model if cell.round == 1 else self.train_stage(cell.before, only_finished=True).model
-
-    def candidates_owner(self, cell: Cell) -> Cell:
-        """Whose candidates an arm reads: the shared ones, where the same weights drew them by the same settings."""
-        shared = cell.round == 1 and self.arm_recipe(cell.arm).generate == self.recipe.generate
-        return cell.of(None) if shared else cell
-
-    def scores_owner(self, cell: Cell) -> Cell:
-        """Whose scores an arm reads: those of the shared candidates, where the same judge gave them."""
-        shared = self.candidates_owner(cell).arm is None and self.arm_recipe(cell.arm).score == self.recipe.score
-        return cell.of(None) if shared else cell
 
     def generate_stage(self, cell: Cell) -> None:
         """Draws a round's candidates, as far as they are missing."""
@@ -395,30 +377,6 @@ class Run(Resources):
             pairs = cell.selection.pairs()
         return train_on_pairs(recipe, policy, pairs, folder, self.mesh, where=where, reference=reference, **given)
 
-    def mixed_cells(self, cell: Cell) -> list[Cell]:
-        """The rounds whose pairs a later round is trained on, itself the last."""
-        first = 1 if self.arm_recipe(cell.arm).round.mix_previous else cell.round
-        return [cell.at(number) for number in range(first, cell.round + 1)]
-
-    def reference_cell(self, cell: Cell) -> Cell:
-        """Whose weights are the reference of a later round."""
-        return cell.at(0) if self.arm_recipe(cell.arm).round.reference == "base" else cell.before
-
-    def later_inputs(self, cell: Cell, pairs: Sequence[str], reference: str) -> dict[str, Any]:
-        """What the training pairs of a round after the first are made from.
-
-        Args:
-            pairs: Hashes of the pairs of `mixed_cells`.
-            reference: A hash of the weights of `reference_cell`.
-        """
-        recipe = self.arm_recipe(cell.arm)
-        return {
-            "pairs": list(pairs),
-            "reference": reference,
-            "seed": recipe.seed,
-            **settings("round", recipe.round),
-        }
-
     def _later_inputs(self, cell: Cell) -> dict[str, Any]:
         """`later_inputs` of what is there, verified."""
         contents = [one.selection.content() for one in self.mixed_cells(cell)]
@@ -470,16 +428,6 @@ class Run(Resources):
         for system, benchmarks in systems:
             look("evaluating the base")
             self.evaluator.evaluate(system, benchmarks)
-
-    def trained_in(self, number: int) -> list[Cell]:
-        """What is trained in a round: a later one's candidates come from the main policy, so that arms end before."""
-        own = self.directory.cell(number)
-        return [own, *map(own.of, self.recipe.arms if number == 1 else ())]
-
-    def trained_cells(self) -> list[Cell]:
-        """All that is trained, the rounds of the run's own system first."""
-        own, *arms = self.trained_in(1)
-        return [*map(own.at, range(1, self.recipe.rounds + 1)), *arms]
 
     def execute(self) -> Path:
         """Everything, in order; returns the report."""

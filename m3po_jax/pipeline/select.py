@@ -73,7 +73,8 @@ def select(
         data: A hash of the prompts.
     """
     started = time.monotonic()
-    recorded = selection_inputs(candidates, scores, config, data=data, part=part, pairs_per_prompt=pairs_per_prompt)
+    contents = {"candidates": candidates.content(), "scores": scores.content()}
+    recorded = selection_inputs(contents, config, data=data, part=part, pairs_per_prompt=pairs_per_prompt)
     inputs = tables.content_hash(recorded)
     status = from_writer(lambda: vars(out.status(recorded)))
     if status["state"] == DONE:
@@ -114,33 +115,17 @@ def select(
 
 
 def selection_inputs(
-    candidates: ShardFolder,
-    scores: ShardFolder,
-    config: SelectConfig,
-    *,
-    data: str = "",
-    part: Part | None = None,
-    pairs_per_prompt: int = 1,
-    contents: Mapping[str, str] | None = None,
+    contents: Mapping[str, str], config: SelectConfig, *, data: str, part: Part | None, pairs_per_prompt: int = 1
 ) -> dict[str, Any]:
     """What pairs are made from; arguments as of `select`.
 
     Args:
-        contents: Hashes of ``candidates`` and ``scores``; default: of what is there, verified.
-
-    Raises:
-        UserError: candidates or scores that are not what their stages wrote.
+        contents: Hashes of ``candidates`` and ``scores``.
     """
     limits: dict[str, Any] = {} if part is None else {f"part.{name}": value for name, value in vars(part).items()}
     if pairs_per_prompt != 1:
         limits["pairs_per_prompt"] = pairs_per_prompt
-    contents = contents or {"candidates": candidates.content(), "scores": scores.content()}
-    return {
-        **contents,
-        "data": data,
-        **settings("select", config),
-        **limits,
-    }
+    return {**contents, "data": data, **settings("select", config), **limits}
 
 
 def pair_with_prompt(pair: Mapping[str, Any], prompt: Prompt, image_root: Path) -> dict[str, Any]:

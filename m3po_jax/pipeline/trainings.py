@@ -73,13 +73,8 @@ def finished_record(folder: Path) -> Record:
         UserError: it is not finished.
     """
     artifact = TrainingArtifact(folder)
-
-    def read() -> dict[str, Any] | None:
-        record = artifact.read()
-        return None if record is None or record.finished is None else vars(record)
-
-    content = from_writer(read)
-    if content is None:
+    content = from_writer(lambda: vars(record) if (record := artifact.read()) is not None else None)
+    if content is None or content["finished"] is None:
         unrecorded = " whose record can be read" if artifact.unrecorded else ""
         raise UserError(f"no finished training{unrecorded}", where=str(folder), remedy=RUN_TRAIN)
     return Record(**content)

@@ -71,13 +71,13 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def generate(options: argparse.Namespace) -> None:
-    with _stage(options) as running:
-        running.generate_stage(_cell(running, options))
+    with _stage(options) as (running, cell):
+        running.generate_stage(cell)
 
 
 def score(options: argparse.Namespace) -> None:
-    with _stage(options) as running:
-        running.score_stage(_cell(running, options))
+    with _stage(options) as (running, cell):
+        running.score_stage(cell)
 
 
 def select(options: argparse.Namespace) -> None:
@@ -87,16 +87,15 @@ def select(options: argparse.Namespace) -> None:
         found = select_file(Path(options.input), Path(options.output), _recipe(options).select)
         say(f"{found['pairs']} pairs of {found['prompts']} prompts; dropped: {found['dropped'] or 'none'}")
         return
-    with _stage(options) as running:
-        running.select_stage(_cell(running, options))
+    with _stage(options) as (running, cell):
+        running.select_stage(cell)
 
 
 def evaluate(options: argparse.Namespace) -> None:
     if options.answers:
         _evaluate_answers(options)
         return
-    with _stage(options) as running:
-        cell = _cell(running, options)
+    with _stage(options) as (running, cell):
         if not running.recipe.evaluate.benchmarks:
             raise UserError("no benchmark", where="evaluate.benchmarks", remedy="name at least one in the recipe")
         if cell.training.is_marked:
@@ -185,29 +184,31 @@ def _token_text(recipe: Recipe) -> Callable[[int], str] | None:
 
 
 @contextmanager
-def _stage(options: argparse.Namespace) -> Iterator[Run]:
-    """A locked, opened run for one stage's verb."""
+def _stage(options: argparse.Namespace) -> Iterator[tuple[Run, Cell]]:
+    """A locked, opened run for one stage's verb, and the round and system that the command names."""
     recipe = _recipe(options)
     # Round 0 is the untrained model, which can only be evaluated.
     least = 0 if options.verb == "evaluate" else 1
     if options.round < least:
         raise UserError(f"no round {options.round}", where="--round", remedy=f"at least {least}")
+    if options.arm is not None and options.arm not in recipe.arms:
+        raise UserError(f"unknown arm {options.arm!r}{nearest(options.arm, recipe.arms)}", where="--arm")
     _start()
     running = Run(recipe, force=options.force)
     with running.directory.lock():
         running.open()
-        yield running
+        yield running, running.directory.cell(options.round).of(options.arm)
 
 
 def train(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     if objective_of(recipe.train).learner is Learner.REWARD_MODEL and options.arm is None:
-        with _stage(options) as running:
+        with _stage(options) as (running, _):
             running.reward_stage()
         return
     if options.arm is not None or trains_in_rounds(recipe):
-        with _stage(options) as running:
-            running.train_stage(_cell(running, options))
+        with _stage(options) as (running, cell):
+            running.train_stage(cell)
         return
     check_recipe(recipe)
     _start()
@@ -237,10 +238,3 @@ def export(options: argparse.Namespace) -> None:
     )
     output = write_export(recipe, wanted, config=options.config, overrides=options.overrides)
     say(f"exported to {output}")
-
-
-def _cell(running: Run, options: argparse.Namespace) -> Cell:
-    arms = running.recipe.arms
-    if options.arm is not None and options.arm not in arms:
-        raise UserError(f"unknown arm {options.arm!r}{nearest(options.arm, arms)}", where="--arm")
-    return running.directory.cell(options.round).of(options.arm)

@@ -90,11 +90,8 @@ class Cell:
 
     def evaluations(self) -> list[Evaluation]:
         """Of the benchmarks that have a folder, by name."""
-        return [
-            self.evaluation(path.name)
-            for path in sorted((self.folder / layout.BENCHMARKS).glob("*"))
-            if path.is_dir()
-        ]
+        folders = sorted(path for path in (self.folder / layout.BENCHMARKS).glob("*") if path.is_dir())
+        return [self.evaluation(folder.name) for folder in folders]
 
     def export(self, form: str) -> Path:
         """Where an export of its weights goes by default."""

@@ -21,7 +21,7 @@ import yaml
 from m3po_jax.errors import UserError
 from m3po_jax.workspace import layout
 from m3po_jax.workspace.cell import Cell
-from m3po_jax.workspace.files import as_number
+from m3po_jax.workspace.files import as_dict, as_number
 from m3po_jax.workspace.layout import arms, rounds
 
 _PAIR_NUMBERS = ("chosen_mas", "rejected_mas", "chosen_confidence", "rejected_confidence", "value")
@@ -130,18 +130,19 @@ class Reader:
             return {}
         if not isinstance(value, dict):
             self.note(path, "not a JSON object, left out")
-            return {}
-        return value
+        return as_dict(value)
+
+    def _text(self, path: Path) -> str:
+        """A file's text; empty where it is missing or unreadable."""
+        try:
+            return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        except OSError:
+            self.note(path, "cannot be read, left out")
+            return ""
 
     def lines(self, path: Path) -> list[dict[str, Any]]:
         """Rows of a JSON-lines file. A broken last line is a write in progress; any other is noted."""
-        if not path.is_file():
-            return []
-        try:
-            texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        except OSError:
-            self.note(path, "cannot be read, left out")
-            return []
+        texts = self._text(path).split("\n")
         rows, broken, last = [], 0, len(texts) - 1
         for number, text in enumerate(texts):
             if not text.strip():
@@ -286,15 +287,12 @@ class Reader:
         return [self.round(Cell(self.root, number, arm)) for number in rounds(self.root, arm)]
 
     def config(self, path: Path) -> tuple[dict[str, Any], str]:
-        if not path.is_file():
-            return {}, ""
+        text = self._text(path)
         try:
-            text = path.read_text(encoding="utf-8", errors="replace")
-            loaded: Any = yaml.safe_load(text)
+            return as_dict(yaml.safe_load(text)), text
         except Exception as error:  # PyYAML raises many types; the rest of the run is still worth it
             self.note(path, f"not readable ({type(error).__name__}), left out")
             return {}, ""
-        return (loaded if isinstance(loaded, dict) else {}), text
 
 
 def _normalised(text: str) -> str:

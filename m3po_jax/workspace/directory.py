@@ -1,4 +1,5 @@
-"""The run directory as a whole: opening and continuing it, its lock, its recipe and its manifest."""
+"""The run directory as a whole: opening and continuing it, its lock, its recipe and its manifest; and a comparison's,
+in which the runs of its seeds lie."""
 
 from __future__ import annotations
 
@@ -291,6 +292,27 @@ class RunDirectory:
                     remedy="wait for it, or choose another name=...",
                 ) from None
             yield
+
+
+class ComparisonDirectory(RunDirectory):
+    """Where a recipe's comparison lies."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> ComparisonDirectory:
+        return cls(RunDirectory.of(recipe).root / layout.COMPARISON)
+
+    def save_recipe(self, recipe: Recipe) -> None:
+        write_text(self.config, to_yaml(recipe))
+
+    def save(self, results: Mapping[str, Any], times: Mapping[str, Any], text: str) -> None:
+        """Writes the tables; seconds have a file of their own, as they never repeat."""
+        write_json(self.root / layout.RESULTS, results)
+        write_json(self.root / layout.TIMES, times)
+        write_text(self.root / layout.RESULTS_TEXT, text)
+
+    def text(self) -> str:
+        """The tables as Markdown."""
+        return (self.root / layout.RESULTS_TEXT).read_text(encoding="utf-8")
 
 
 def changed_keys(saved: Mapping[str, Any], recipe: Recipe) -> dict[str, tuple[Any, Any]]:

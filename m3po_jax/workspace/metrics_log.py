@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,5 +63,4 @@ def _step(line: bytes) -> float:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics file, for reports; one that a crash has cut is left out, as `truncate` does."""
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    return [json.loads(line) for line in lines if _step(line) < math.inf]
+    return MetricsLog(path).lines(sys.maxsize)

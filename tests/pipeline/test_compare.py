@@ -135,10 +135,10 @@ def test_an_interrupted_comparison_ends_bit_equal(
     recipe = recipe_in(tmp_path, finished.parents[2] / "data" / "prompts.jsonl")
     whole = execute.SeedRun.evaluate_stage
 
-    def stops(self, round, arm):
-        if self.recipe.seed == 1 and arm == "m3po_prior":
+    def stops(self, cell):
+        if self.recipe.seed == 1 and cell.arm == "m3po_prior":
             raise Interrupted("stopped by SIGTERM while testing")
-        whole(self, round, arm)
+        whole(self, cell)
 
     monkeypatch.setattr(execute.SeedRun, "evaluate_stage", stops)
     assert main(["compare", "--config", str(recipe)]) == 75

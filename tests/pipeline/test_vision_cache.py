@@ -49,7 +49,7 @@ def trained_run(path: Path, name: str, *overrides: str) -> Run:
     with run.directory.lock():
         run.open()
         for stage in (run.generate_stage, run.score_stage, run.select_stage, run.train_stage):
-            stage(1)
+            stage(run.directory.cell(1))
     return run
 
 

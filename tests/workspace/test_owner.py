@@ -102,3 +102,10 @@ def test_round_and_arm_are_one_object() -> None:
             if "arm" in names and names & {"round", "round_number", "number"}:
                 both.append(f"{name}:{node.lineno}")
     assert both == []
+
+
+def test_the_hosts_room_alone_speaks_to_other_hosts() -> None:
+    """Elsewhere `is_writer`, `agreed`, `gathered` and their like do, so that a stage waits for all or for none."""
+    direct = ("multihost_utils", "jax.distributed", "process_index() == 0", "process_index() != 0")
+    speaking = {name for name, path in MODULES.items() if any(text in path.read_text() for text in direct)}
+    assert {name for name in speaking if not name.startswith("hosts/")} == set()

@@ -71,7 +71,7 @@ def compute(run: Run, arm: str) -> dict[str, float]:
         "pairs": _total((cell.selection.summary() for cell in cells), "pairs"),
         "generated_tokens": _total(generates, "tokens") + _total(rollouts, "generated_tokens"),
         "judge_calls": _total(scores, "rows") + _total(rollouts, "judge_calls"),
-        "trained_tokens": sum(_trained_tokens(cell) for cell in cells),
+        "trained_tokens": sum(_total(cell.training.metrics()[-1:], "num_tokens") for cell in cells),
         "optimizer_steps": _total(trains, "steps"),
         "batch_size": recipe.train.batch_size,
         "train_seconds": _total(trains, "seconds"),
@@ -82,11 +82,6 @@ def compute(run: Run, arm: str) -> dict[str, float]:
 
 def _total(entries: Iterable[Mapping[str, Any]], key: str) -> float:
     return sum(entry.get(key, 0) for entry in entries)
-
-
-def _trained_tokens(cell: Cell) -> float:
-    rows = cell.training.metrics()
-    return float(rows[-1].get("num_tokens", 0.0)) if rows else 0.0
 
 
 _TRAINING = ("delta_logps/chosen", "delta_logps/rejected", "rewards/margins", "rewards/accuracies")

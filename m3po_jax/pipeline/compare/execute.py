@@ -19,7 +19,7 @@ from m3po_jax.pipeline.compare.tables import write_results
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.run import Run
 from m3po_jax.workspace.cell import Cell
-from m3po_jax.workspace.comparison import ComparisonDirectory
+from m3po_jax.workspace.directory import ComparisonDirectory
 
 
 class SeedRun(Run):

@@ -10,7 +10,7 @@ from m3po_jax.errors import UserError, nearest
 from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline.arms import BASE, CONTRAST_ALPHA, SYSTEMS, VCD, arm_recipe, overrides_of
 from m3po_jax.recipes import override, value_of
-from m3po_jax.workspace.comparison import ComparisonDirectory
+from m3po_jax.workspace.directory import ComparisonDirectory
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from m3po_jax.pipeline.compare.markdown import markdown
 from m3po_jax.pipeline.compare.verdict import verdict
 from m3po_jax.pipeline.run import Run
 from m3po_jax.workspace.cell import Cell
-from m3po_jax.workspace.comparison import ComparisonDirectory
+from m3po_jax.workspace.directory import ComparisonDirectory
 
 
 def write_results(recipe: Recipe, directory: ComparisonDirectory, runs: Mapping[int, Run]) -> dict[str, Any]:
@@ -168,14 +169,5 @@ def _efficiency(recipe: Recipe, results: Mapping[str, Any]) -> list[dict[str, An
             if point.arm in found["systems"]
         }
         pairs = results["compute"][point.arm]["pairs"]
-        rows.append(
-            {
-                "arm": point.arm,
-                "system": point.system,
-                "order": point.order,
-                "budget": point.budget,
-                "pairs": pairs,
-                "metrics": scored,
-            }
-        )
+        rows.append(dataclasses.asdict(point) | {"pairs": pairs, "metrics": scored})
     return rows
