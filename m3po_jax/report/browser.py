@@ -32,7 +32,7 @@ class Token:
 
 
 @dataclass
-class Answer:
+class ShownAnswer:
     """One candidate as the browser shows it."""
 
     index: int
@@ -59,7 +59,7 @@ class Answer:
 
 
 @dataclass
-class Item:
+class BrowserItem:
     """One prompt: a pair, or a dropped prompt with the reason."""
 
     id: str
@@ -68,12 +68,12 @@ class Item:
     instruction: str = ""
     images: list[str | None] = field(default_factory=list)  # data URIs; None: unreadable or left out
     more_images: int = 0
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[ShownAnswer] = field(default_factory=list)
     value: float | None = None
     rank: int | None = None
     of: int | None = None
 
-    def role(self, role: str) -> Answer | None:
+    def role(self, role: str) -> ShownAnswer | None:
         return next((answer for answer in self.answers if answer.role == role), None)
 
 
@@ -149,16 +149,16 @@ def _by_id(table: pa.Table | None) -> dict[str, list[dict[str, Any]]]:
 
 def browse_round(
     reader: Reader, found: Round, *, pairs: int, drops: int, token_text: TokenText | None
-) -> tuple[list[Item], list[list[bytes | None]]]:
+) -> tuple[list[BrowserItem], list[list[bytes | None]]]:
     """Items of one round, and the encoded images of each (read here, made small by `finish`)."""
-    items: list[Item] = []
+    items: list[BrowserItem] = []
     roles: list[tuple[int, int]] = []
     if found.pairs is not None and len(found.pairs):
         for row in spread(found.pairs.numbers["value"], found.pairs.ids, pairs):
             items.append(_pair_item(found, found.pairs, row))
             roles.append((int(found.pairs.chosen[row]), int(found.pairs.rejected[row])))
     for prompt_id, reason in sample_drops(found.drops, drops):
-        items.append(Item(prompt_id, found.number, reason))
+        items.append(BrowserItem(prompt_id, found.number, reason))
         roles.append((-1, -1))
     ids = {item.id for item in items}
     if not ids:
@@ -186,16 +186,16 @@ def browse_round(
         if not item.answers and not item.reason:  # pairs that came from elsewhere have no candidates
             for role in ("chosen", "rejected"):
                 text = instruction_of(pair.get(role))
-                item.answers.append(Answer(-1, role, clip(text), **_pair_numbers(found.pairs, item.id, role)))
+                item.answers.append(ShownAnswer(-1, role, clip(text), **_pair_numbers(found.pairs, item.id, role)))
         order = {"chosen": 0, "rejected": 1, "": 2}
         item.answers.sort(key=lambda a: (order[a.role], -_or_low(math.nan if a.mas is None else a.mas), a.index))
     return items, images
 
 
-def _pair_item(found: Round, pairs: Pairs, row: int) -> Item:
+def _pair_item(found: Round, pairs: Pairs, row: int) -> BrowserItem:
     value = as_number(pairs.numbers["value"][row])
     rank = None if value is None else 1 + int(np.sum(pairs.numbers["value"] > value))
-    return Item(pairs.ids[row], found.number, "", value=value, rank=rank, of=len(pairs))
+    return BrowserItem(pairs.ids[row], found.number, "", value=value, rank=rank, of=len(pairs))
 
 
 def _pair_numbers(pairs: Pairs | None, prompt_id: str, role: str) -> dict[str, Any]:
@@ -205,12 +205,12 @@ def _pair_numbers(pairs: Pairs | None, prompt_id: str, role: str) -> dict[str, A
     return {name: as_number(pairs.numbers[f"{role}_{name}"][row]) for name in ("mas", "confidence")}
 
 
-def _answer(row: dict[str, Any], score: dict[str, Any], role: str, token_text: TokenText | None) -> Answer:
+def _answer(row: dict[str, Any], score: dict[str, Any], role: str, token_text: TokenText | None) -> ShownAnswer:
     log_probs = [value for value in row.get("token_logprobs") or [] if as_number(value) is not None]
     known = ("id", "candidate", "mas", "confidence", "m3p_preferred", "m3p_dispreferred")
     other = [(name, number) for name in score if name not in known and (number := as_number(score[name])) is not None]
     ids = row.get("token_ids")
-    return Answer(
+    return ShownAnswer(
         index=int(row.get("candidate") or 0),
         role=role,
         text=clip(row.get("text")),
@@ -226,7 +226,9 @@ def _answer(row: dict[str, Any], score: dict[str, Any], role: str, token_text: T
     )
 
 
-def finish(items: Sequence[Item], images: Sequence[Sequence[bytes | None]], token_budget: int = TOKEN_BUDGET) -> None:
+def finish(
+    items: Sequence[BrowserItem], images: Sequence[Sequence[bytes | None]], token_budget: int = TOKEN_BUDGET
+) -> None:
     """Adds thumbnails within their budget, and drops coloured tokens beyond theirs.
 
     Chosen and rejected answers keep their colours first.

@@ -54,8 +54,8 @@ def calibration_views(rounds: list[Round]) -> list[CalibrationView]:
     return [view for view in views if view.rows or view.verdict or view.judges]
 
 
-def _view(of_round: Round) -> CalibrationView:
-    calibration = of_round.calibration
+def _view(one_round: Round) -> CalibrationView:
+    calibration = one_round.calibration
     stated = {name: item for name, item in calibration.items() if isinstance(item, dict) and "auroc" in item}
     # MAS, its members, the confidence in use, the other variants.
     order = {name: (not name.startswith("mas"), "_" in name, name) for name in stated}
@@ -77,7 +77,7 @@ def _view(of_round: Round) -> CalibrationView:
             }
         )
     return CalibrationView(
-        number=of_round.number,
+        number=one_round.number,
         verdict=[
             (tone, TONES[tone], clip(line.get("text"), 600))
             for line in as_dicts(calibration.get("verdict"))
@@ -85,8 +85,8 @@ def _view(of_round: Round) -> CalibrationView:
         ],
         truths=[_truth(truth) for truth in as_dicts(calibration.get("truths"))],
         rows=rows,
-        comparison=_comparison(of_round.number, signals),
-        figures=_figures(of_round.number, signals),
+        comparison=_comparison(one_round.number, signals),
+        figures=_figures(one_round.number, signals),
         bins=[(label(name, signal), lines) for name, signal in signals if (lines := _bin_lines(signal))],
         judges=[_judge(judge) for judge in as_dicts(calibration.get("judges"))],
     )

@@ -181,12 +181,12 @@ def _pair_scores(pairs: Pairs | None, name: str, role: str) -> np.ndarray:
     return pairs.numbers[f"{role}_{name}"] if pairs is not None else np.array([])
 
 
-def distributions(of_round: Round) -> list[Figure]:
+def distributions(one_round: Round) -> list[Figure]:
     """Histograms of MAS and confidence, and their scatter, for one round."""
     figures = []
-    scores = of_round.candidates.scores if of_round.candidates is not None else {}
+    scores = one_round.candidates.scores if one_round.candidates is not None else {}
     empty = np.array([])
-    paired = of_round.pairs is not None and len(of_round.pairs) > 0
+    paired = one_round.pairs is not None and len(one_round.pairs) > 0
     notes = {
         "mas": "Chosen and rejected answers should stand apart here.",
         "confidence": "The hard negatives M3PO looks for are rejected answers as confident as chosen ones.",
@@ -194,7 +194,7 @@ def distributions(of_round: Round) -> list[Figure]:
     titles = {"mas": "Alignment score (MAS)", "confidence": "Confidence"}
     for name in ("mas", "confidence"):
         groups = [("all", scores.get(name, empty))]
-        groups += [(role, _pair_scores(of_round.pairs, name, role)) for role in ("chosen", "rejected")]
+        groups += [(role, _pair_scores(one_round.pairs, name, role)) for role in ("chosen", "rejected")]
         chart = histogram_chart(titles[name], groups, x_label="MAS" if name == "mas" else "confidence")
         if chart is not None:
             legend = [
@@ -203,17 +203,17 @@ def distributions(of_round: Round) -> list[Figure]:
                 if np.isfinite(values).any()
             ]
             figures.append(
-                Figure(f"hist-{name}-{of_round.number}", titles[name], chart, notes[name] if paired else "", legend)
+                Figure(f"hist-{name}-{one_round.number}", titles[name], chart, notes[name] if paired else "", legend)
             )
     groups_xy = [("all", scores.get("mas", empty), scores.get("confidence", empty))]
     for role in ("chosen", "rejected"):
-        x, y = (_pair_scores(of_round.pairs, name, role) for name in ("mas", "confidence"))
+        x, y = (_pair_scores(one_round.pairs, name, role) for name in ("mas", "confidence"))
         groups_xy.append((role, x, y))
     chart = scatter_chart("Alignment against confidence", groups_xy, x_label="MAS", y_label="confidence")
     if chart is not None:
         figures.append(
             Figure(
-                f"scatter-{of_round.number}",
+                f"scatter-{one_round.number}",
                 "Alignment against confidence",
                 chart,
                 f"Upper left: confidently wrong. At most {MAX_DOTS} points of each kind are drawn.",
