@@ -59,7 +59,7 @@ class ShownAnswer:
 
 
 @dataclass
-class BrowserItem:
+class Item:
     """One prompt: a pair, or a dropped prompt with the reason."""
 
     id: str
@@ -149,16 +149,16 @@ def _by_id(table: pa.Table | None) -> dict[str, list[dict[str, Any]]]:
 
 def browse_round(
     reader: Reader, found: Round, *, pairs: int, drops: int, token_text: TokenText | None
-) -> tuple[list[BrowserItem], list[list[bytes | None]]]:
+) -> tuple[list[Item], list[list[bytes | None]]]:
     """Items of one round, and the encoded images of each (read here, made small by `finish`)."""
-    items: list[BrowserItem] = []
+    items: list[Item] = []
     roles: list[tuple[int, int]] = []
     if found.pairs is not None and len(found.pairs):
         for row in spread(found.pairs.numbers["value"], found.pairs.ids, pairs):
             items.append(_pair_item(found, found.pairs, row))
             roles.append((int(found.pairs.chosen[row]), int(found.pairs.rejected[row])))
     for prompt_id, reason in sample_drops(found.drops, drops):
-        items.append(BrowserItem(prompt_id, found.number, reason))
+        items.append(Item(prompt_id, found.number, reason))
         roles.append((-1, -1))
     ids = {item.id for item in items}
     if not ids:
@@ -192,10 +192,10 @@ def browse_round(
     return items, images
 
 
-def _pair_item(found: Round, pairs: Pairs, row: int) -> BrowserItem:
+def _pair_item(found: Round, pairs: Pairs, row: int) -> Item:
     value = as_number(pairs.numbers["value"][row])
     rank = None if value is None else 1 + int(np.sum(pairs.numbers["value"] > value))
-    return BrowserItem(pairs.ids[row], found.number, "", value=value, rank=rank, of=len(pairs))
+    return Item(pairs.ids[row], found.number, "", value=value, rank=rank, of=len(pairs))
 
 
 def _pair_numbers(pairs: Pairs | None, prompt_id: str, role: str) -> dict[str, Any]:
@@ -226,9 +226,7 @@ def _answer(row: dict[str, Any], score: dict[str, Any], role: str, token_text: T
     )
 
 
-def finish(
-    items: Sequence[BrowserItem], images: Sequence[Sequence[bytes | None]], token_budget: int = TOKEN_BUDGET
-) -> None:
+def finish(items: Sequence[Item], images: Sequence[Sequence[bytes | None]], token_budget: int = TOKEN_BUDGET) -> None:
     """Adds thumbnails within their budget, and drops coloured tokens beyond theirs.
 
     Chosen and rejected answers keep their colours first.

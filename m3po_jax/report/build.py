@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from m3po_jax.data.tables import atomic_write
 from m3po_jax.report import overview
-from m3po_jax.report.browser import LEVELS, BrowserItem, TokenText, browse_round, finish
+from m3po_jax.report.browser import LEVELS, Item, TokenText, browse_round, finish
 from m3po_jax.report.calibration import calibration_views
 from m3po_jax.report.comparison import ComparisonView, comparison_view
 from m3po_jax.report.figures import CURVES, MORE_CURVES, distributions, training_curves
@@ -43,7 +43,7 @@ def _environment() -> Environment:
     return environment
 
 
-def _browse(reader: Reader, run: Run, pairs: int, drops: int, token_text: TokenText | None) -> list[BrowserItem]:
+def _browse(reader: Reader, run: Run, pairs: int, drops: int, token_text: TokenText | None) -> list[Item]:
     """Items of all rounds, latest first; the number of pairs is shared out equally."""
     rounds = [r for r in reversed(run.rounds) if (r.pairs is not None and len(r.pairs)) or r.drops]
     items, images = [], []

@@ -49,8 +49,8 @@ class Headline:
 
 
 def stages(run: Run) -> list[dict[str, Any]]:
-    entries = run.manifest.get("stages")
-    return [stage for stage in entries if isinstance(stage, dict)] if isinstance(entries, list) else []
+    found = run.manifest.get("stages")
+    return [stage for stage in found if isinstance(stage, dict)] if isinstance(found, list) else []
 
 
 def header(run: Run) -> dict[str, Any]:

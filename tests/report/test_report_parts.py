@@ -157,7 +157,7 @@ def test_tokens_beyond_the_budget_fall_back_to_text_chosen_first():
     def answer(role: str) -> browser.ShownAnswer:
         return browser.ShownAnswer(0, role, "text", [browser.Token("word", 0, -0.1)] * 10)
 
-    item = browser.BrowserItem("a", 1, "", answers=[answer(""), answer("chosen")])
+    item = browser.Item("a", 1, "", answers=[answer(""), answer("chosen")])
     browser.finish([item], [[]], token_budget=500)
     assert [len(a.tokens) for a in item.answers] == [0, 10]
 
