@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from m3po_jax.report.charts import BinCurve, Point, forest_chart, reliability_chart
+from m3po_jax.report.charts import Line, Point, forest_chart, reliability_chart, series_colour
 from m3po_jax.report.figures import Figure
 from m3po_jax.report.formatting import (
     as_dict,
@@ -167,7 +167,7 @@ def _reliability(number: int, key: str, title: str, signals: list[tuple[str, dic
         bins = _bins(signal)
         if bins:
             x, y, n = ([b[part] for b in bins] for part in ("score", "true", "count"))
-            curves.append(BinCurve(label(name, signal), x, y, n, style))
+            curves.append((Line(label(name, signal), x, y, series_colour(style)), n))
     if not curves:
         return []
     nats = as_dict(signals[0][1].get("reliability")).get("scale") == "nats"
@@ -175,5 +175,5 @@ def _reliability(number: int, key: str, title: str, signals: list[tuple[str, dic
     chart = reliability_chart(title, curves, x_label=axis, diagonal=not nats)
     note = "" if nats else "A calibrated score lies on the dotted line. "
     note += "A dot's size and the bars below tell how many answers it stands for."
-    legend = [(curve.colour, curve.name) for curve in curves] if len(curves) > 1 else []
+    legend = [(line.colour, line.name) for line, _ in curves] if len(curves) > 1 else []
     return [Figure(f"reliability-{slug(key)}-{number}", title, chart, note, legend)]

@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from m3po_jax.report.charts import MAX_DOTS, Chart, Series, bin_size, histogram_chart, line_chart, scatter_chart
+from m3po_jax.report.charts import (
+    MAX_DOTS,
+    Chart,
+    Line,
+    bin_size,
+    histogram_chart,
+    line_chart,
+    scatter_chart,
+    series_colour,
+)
 from m3po_jax.report.drawing import Drawing, draw
 from m3po_jax.report.formatting import as_number, slug
 from m3po_jax.report.run_data import Candidates, Pairs, Round, Run
@@ -121,7 +130,7 @@ def main_arm(run: Run) -> str:
     return name if name not in run.arms else f"{name} (this run)"
 
 
-def _series(name: str, rounds: Sequence[Round], key: str, style: int, bold: bool) -> Series:
+def _series(name: str, rounds: Sequence[Round], key: str, style: int, bold: bool) -> Line:
     xs, ys, offset = [], [], 0.0
     for each in rounds:
         last = 0.0
@@ -133,7 +142,7 @@ def _series(name: str, rounds: Sequence[Round], key: str, style: int, bold: bool
                     xs.append(offset + step)
                     ys.append(value)
         offset += last
-    return Series(name, xs, ys, style, bold)
+    return Line(name, xs, ys, series_colour(style), bold)
 
 
 def _breaks(rounds: Sequence[Round]) -> list[tuple[float, str]]:

@@ -86,7 +86,7 @@ def test_averages_leave_out_nan():
 
 def test_charts_need_points():
     nothing = np.array([math.nan])
-    assert charts.line_chart("", [charts.Series("", [1], [math.nan])], x_label="") is None
+    assert charts.line_chart("", [charts.Line("", [1], [math.nan], "s0")], x_label="") is None
     assert charts.histogram_chart("", [("all", nothing)], x_label="") is None
     assert charts.scatter_chart("", [("all", np.array([1.0]), nothing)], x_label="", y_label="") is None
     assert charts.frontier_chart("", [], x_label="", y_label="") is None
