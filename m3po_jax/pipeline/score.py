@@ -18,7 +18,6 @@ from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import SCORE_FIXED, Prompt
 from m3po_jax.data.tables import write_json
 from m3po_jax.errors import Interrupted, UserError
-from m3po_jax.pipeline.backends import usages
 from m3po_jax.pipeline.calibration import calibration
 from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.generate import Shard, begin_shards, prompt_batches
@@ -114,7 +113,7 @@ def choose_columns(folder: ShardFolder, shard: Path, select: SelectConfig) -> No
 
 def score_schema(config: ScoreConfig, backend: Backend) -> pa.Schema:
     """The columns of a score shard: the fixed ones, and one for each backend and confidence variant."""
-    columns = [f"mas_{backend.name}", *getattr(backend, "columns", ())]
+    columns = [f"mas_{backend.name}", *backend.columns]
     columns += [f"confidence_{name}" for name in config.confidence]
     schema = SCORE_FIXED
     for name in columns:
@@ -224,7 +223,7 @@ def score(
         known = calibration(
             candidates, out, prompts, select.confidence, circular=isinstance(backend, Reference), seed=select.seed
         )
-        known["judges"] = usages(backend)
+        known["judges"] = backend.usages()
         said = [{"about": "judge", "tone": "warn", "text": f"{line[:1].upper()}{line[1:]}."} for line in warnings]
         known["verdict"] = [*known["verdict"], *said]
         write_json(out / "calibration.json", known)
