@@ -246,7 +246,7 @@ def check_ready(score: ScoreConfig) -> None:
         read_key(score.endpoint)
 
 
-class OneHost:
+class OneHost(Backend):
     """A backend that runs on process 0 alone and tells the others: every host would pay for its own requests."""
 
     def __init__(self, name: str, make: Callable[[], Endpoint]):
@@ -271,14 +271,8 @@ class OneHost:
         scores = [np.array(row, np.float64) for row in found["scores"]]
         return Judged(scores, found["reasons"], notes=found["notes"])
 
-    def usage(self) -> dict[str, Any]:
-        return self.own.usage() if self.own is not None else {}
-
-
-def usages(backend: Backend) -> list[dict[str, Any]]:
-    """What the backend, or the members of an ensemble, have asked of servers and paid."""
-    parts: Sequence[Backend] = getattr(backend, "members", [backend])
-    return [found for part in parts if (usage := getattr(part, "usage", None)) and (found := usage())]
+    def usages(self) -> list[dict[str, Any]]:
+        return self.own.usages() if self.own is not None else []
 
 
 def _warn(setting: Setting, judge: Loaded) -> None:

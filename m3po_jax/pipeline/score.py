@@ -114,7 +114,7 @@ def choose_columns(folder: ShardFolder, shard: Path, select: SelectConfig) -> No
 
 def score_schema(config: ScoreConfig, backend: Backend) -> pa.Schema:
     """The columns of a score shard: the fixed ones, and one for each backend and confidence variant."""
-    columns = [f"mas_{backend.name}", *getattr(backend, "columns", ())]
+    columns = [f"mas_{backend.name}", *backend.columns]
     columns += [f"confidence_{name}" for name in config.confidence]
     schema = SCORE_FIXED
     for name in columns:
@@ -265,7 +265,7 @@ def score(
             circular=isinstance(backend, Reference),
             seed=select.seed,
         )
-        known["judges"] = usages(backend)
+        known["judges"] = backend.usages()
         said = [{"about": "judge", "tone": "warn", "text": f"{line[:1].upper()}{line[1:]}."} for line in warnings]
         known["verdict"] = [*known["verdict"], *said]
         out.save_calibration(known)

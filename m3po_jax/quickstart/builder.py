@@ -175,7 +175,7 @@ def scene_rows(split: str, index: int, config: SceneConfig) -> list[Row]:
     return rows
 
 
-def _questions(split: str, index: int, drawn: Scene, config: SceneConfig) -> list[language.Question]:
+def _questions(split: str, index: int, drawn: Scene, config: SceneConfig) -> list[language.ExistenceQuestion]:
     rng = stream(config.seed, split, index, _QUESTION_STREAM)
     if split == "sft":
         return [language.training_question(drawn.objects, index % 2 == 0, rng)]

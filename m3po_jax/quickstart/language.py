@@ -28,7 +28,7 @@ _PLURAL = frozenset({"scissors"})
 
 
 @dataclass(frozen=True)
-class Question:
+class ExistenceQuestion:
     """One yes/no question: the object asked for, whether it is there, and how a negative was chosen."""
 
     object: str
@@ -120,26 +120,26 @@ def _negative(objects: Sequence[str], category: str, rng: np.random.Generator, t
     return ranking[int(rng.integers(min(HEAD, len(ranking))))]
 
 
-def questions(objects: Sequence[str], rng: np.random.Generator) -> list[Question]:
+def questions(objects: Sequence[str], rng: np.random.Generator) -> list[ExistenceQuestion]:
     """Six questions as in POPE: for each of the three categories one present and one absent object.
 
     An absent object is asked for once; a present one may come up in several categories, as in POPE, where the
     three splits share their positives.
     """
-    asked: list[Question] = []
+    asked: list[ExistenceQuestion] = []
     taken: set[str] = set()
     order = [objects[int(index)] for index in rng.permutation(len(objects))]
     for position, category in enumerate(NEGATIVE_CATEGORIES):
-        asked.append(Question(order[position % len(order)], True, category))
+        asked.append(ExistenceQuestion(order[position % len(order)], True, category))
         absent = _negative(objects, category, rng, taken)
         taken.add(absent)
-        asked.append(Question(absent, False, category))
+        asked.append(ExistenceQuestion(absent, False, category))
     return asked
 
 
-def training_question(objects: Sequence[str], present: bool, rng: np.random.Generator) -> Question:
+def training_question(objects: Sequence[str], present: bool, rng: np.random.Generator) -> ExistenceQuestion:
     """One question; negatives are random half of the time, else popular or adversarial in equal parts."""
     category = ("random", "random", "popular", "adversarial")[int(rng.integers(4))]
     if present:
-        return Question(objects[int(rng.integers(len(objects)))], True, category)
-    return Question(_negative(objects, category, rng, set()), False, category)
+        return ExistenceQuestion(objects[int(rng.integers(len(objects)))], True, category)
+    return ExistenceQuestion(_negative(objects, category, rng, set()), False, category)

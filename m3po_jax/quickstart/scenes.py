@@ -58,7 +58,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Artwork:
     """One piece of art: the class it stands for, and its pixels cropped to what is visible."""
 
     name: str
@@ -80,14 +80,14 @@ def stream(seed: int, split: str, index: int, purpose: int = 0) -> np.random.Gen
 
 
 @functools.cache
-def pictures() -> dict[str, tuple[Picture, ...]]:
+def pictures() -> dict[str, tuple[Artwork, ...]]:
     """The art of every object, read once from the package."""
     folder = resources.files("m3po_jax.quickstart") / "assets" / "emoji"
-    by_object: dict[str, list[Picture]] = {name: [] for name in OBJECTS}
+    by_object: dict[str, list[Artwork]] = {name: [] for name in OBJECTS}
     for entry in json.loads((folder / "index.json").read_text(encoding="utf-8")):
         with (folder / entry["file"]).open("rb") as file, Image.open(file) as opened:
             art = opened.convert("RGBA").crop(tuple(entry["bbox"]))
-        by_object[entry["object"]].append(Picture(entry["name"], entry["object"], art))
+        by_object[entry["object"]].append(Artwork(entry["name"], entry["object"], art))
     return {name: tuple(art) for name, art in by_object.items()}
 
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m3po_jax.quickstart.language import CAPTION_INSTRUCTION, Question, caption
+from m3po_jax.quickstart.language import CAPTION_INSTRUCTION, ExistenceQuestion, caption
 from m3po_jax.quickstart.objects import OBJECTS
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ def vocabulary() -> tuple[str, ...]:
         *(caption([first, second]) for first, second in pairwise(OBJECTS)),
         caption(OBJECTS),
         CAPTION_INSTRUCTION,
-        *(Question(name, present, "random").instruction for name in OBJECTS for present in (True, False)),
-        *(Question(OBJECTS[0], present, "random").reference for present in (True, False)),
+        *(ExistenceQuestion(name, present, "random").instruction for name in OBJECTS for present in (True, False)),
+        *(ExistenceQuestion(OBJECTS[0], present, "random").reference for present in (True, False)),
         *(_EASY_VQA, _CONVERSATION, _EXTRA),
     ]
     parts = splitter()

@@ -33,7 +33,7 @@ class Token:
 
 
 @dataclass
-class Answer:
+class ShownAnswer:
     """One candidate as the browser shows it."""
 
     index: int
@@ -69,12 +69,12 @@ class Item:
     instruction: str = ""
     images: list[str | None] = field(default_factory=list)  # data URIs; None: unreadable or left out
     more_images: int = 0
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[ShownAnswer] = field(default_factory=list)
     value: float | None = None
     rank: int | None = None
     of: int | None = None
 
-    def role(self, role: str) -> Answer | None:
+    def role(self, role: str) -> ShownAnswer | None:
         return next((answer for answer in self.answers if answer.role == role), None)
 
 
@@ -188,7 +188,7 @@ def browse_round(
         if not item.answers and not item.reason:  # pairs that came from elsewhere have no candidates
             for role in ("chosen", "rejected"):
                 text = instruction_of(pair.get(role))
-                item.answers.append(Answer(-1, role, clip(text), **_pair_numbers(found.pairs, item.id, role)))
+                item.answers.append(ShownAnswer(-1, role, clip(text), **_pair_numbers(found.pairs, item.id, role)))
         order = {"chosen": 0, "rejected": 1, "": 2}
         item.answers.sort(key=lambda a: (order[a.role], -_or_low(math.nan if a.mas is None else a.mas), a.index))
     return items, images
@@ -207,12 +207,12 @@ def _pair_numbers(pairs: Pairs | None, prompt_id: str, role: str) -> dict[str, A
     return {name: as_number(pairs.numbers[f"{role}_{name}"][row]) for name in ("mas", "confidence")}
 
 
-def _answer(row: dict[str, Any], score: dict[str, Any], role: str, token_text: TokenText | None) -> Answer:
+def _answer(row: dict[str, Any], score: dict[str, Any], role: str, token_text: TokenText | None) -> ShownAnswer:
     log_probs = [value for value in row.get("token_logprobs") or [] if as_number(value) is not None]
     known = ("id", "candidate", "mas", "confidence", "m3p_preferred", "m3p_dispreferred")
     other = [(name, number) for name in score if name not in known and (number := as_number(score[name])) is not None]
     ids = row.get("token_ids")
-    return Answer(
+    return ShownAnswer(
         index=int(row.get("candidate") or 0),
         role=role,
         text=clip(row.get("text")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from m3po_jax.report.charts import BinCurve, Point, forest_chart, reliability_chart
+from m3po_jax.report.charts import Line, Point, forest_chart, reliability_chart, series_colour
 from m3po_jax.report.figures import Figure
 from m3po_jax.report.formatting import clip, format_compact, format_number, format_percent, format_span, slug
 from m3po_jax.workspace.contents import Round
@@ -45,8 +45,8 @@ def calibration_views(rounds: list[Round]) -> list[CalibrationView]:
     return [view for view in views if view.rows or view.verdict or view.judges]
 
 
-def _view(of_round: Round) -> CalibrationView:
-    calibration = of_round.calibration
+def _view(one_round: Round) -> CalibrationView:
+    calibration = one_round.calibration
     stated = {name: item for name, item in calibration.items() if isinstance(item, dict) and "auroc" in item}
     # MAS, its members, the confidence in use, the other variants.
     order = {name: (not name.startswith("mas"), "_" in name, name) for name in stated}
@@ -68,7 +68,7 @@ def _view(of_round: Round) -> CalibrationView:
             }
         )
     return CalibrationView(
-        number=of_round.number,
+        number=one_round.number,
         verdict=[
             (tone, TONES[tone], clip(line.get("text"), 600))
             for line in as_dicts(calibration.get("verdict"))
@@ -76,8 +76,8 @@ def _view(of_round: Round) -> CalibrationView:
         ],
         truths=[_truth(truth) for truth in as_dicts(calibration.get("truths"))],
         rows=rows,
-        comparison=_comparison(of_round.number, signals),
-        figures=_figures(of_round.number, signals),
+        comparison=_comparison(one_round.number, signals),
+        figures=_figures(one_round.number, signals),
         bins=[(label(name, signal), lines) for name, signal in signals if (lines := _bin_lines(signal))],
         judges=[_judge(judge) for judge in as_dicts(calibration.get("judges"))],
     )
@@ -158,7 +158,7 @@ def _reliability(number: int, key: str, title: str, signals: list[tuple[str, dic
         bins = _bins(signal)
         if bins:
             x, y, n = ([b[part] for b in bins] for part in ("score", "true", "count"))
-            curves.append(BinCurve(label(name, signal), x, y, n, style))
+            curves.append((Line(label(name, signal), x, y, series_colour(style)), n))
     if not curves:
         return []
     nats = as_dict(signals[0][1].get("reliability")).get("scale") == "nats"
@@ -166,5 +166,5 @@ def _reliability(number: int, key: str, title: str, signals: list[tuple[str, dic
     chart = reliability_chart(title, curves, x_label=axis, diagonal=not nats)
     note = "" if nats else "A calibrated score lies on the dotted line. "
     note += "A dot's size and the bars below tell how many answers it stands for."
-    legend = [(curve.colour, curve.name) for curve in curves] if len(curves) > 1 else []
+    legend = [(line.colour, line.name) for line, _ in curves] if len(curves) > 1 else []
     return [Figure(f"reliability-{slug(key)}-{number}", title, chart, note, legend)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -23,36 +23,6 @@ SERIES = 8  # colours of lines, in order
 MARK_COLOURS = {"base": "text", "arm": "s0", "frontier": "all", "decoding": "s2"}
 
 Values = tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Series:
-    """One line as given: x ascending, y of the same length; `style` picks the colour."""
-
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    style: int = 0
-    bold: bool = False
-
-    @property
-    def colour(self) -> str:
-        return f"s{self.style % SERIES}"
-
-
-@dataclass(frozen=True)
-class BinCurve:
-    """Share of true items (y in [0, 1]) by mean score x, one entry a bin, and how many items each bin has."""
-
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    count: Sequence[float]
-    style: int = 0
-
-    @property
-    def colour(self) -> str:
-        return f"s{self.style % SERIES}"
 
 
 @dataclass(frozen=True)
@@ -90,11 +60,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class Line:
-    """Points joined by a line."""
+    """Points joined by a line; x ascending."""
 
     name: str
-    x: Values
-    y: Values
+    x: Sequence[float]
+    y: Sequence[float]
     colour: str
     bold: bool = False
 
@@ -183,6 +153,11 @@ class Chart:
         return [part for part in self.parts if isinstance(part, Line)]
 
 
+def series_colour(number: int) -> str:
+    """The colour of a chart's first, second, … line."""
+    return f"s{number % SERIES}"
+
+
 def bin_size(count: int, limit: int = MAX_POINTS) -> int:
     """Neighbouring points that are averaged into one, so that `count` points become at most `limit`."""
     return max(1, -(-count // limit))
@@ -223,7 +198,7 @@ def _values(array: Sequence[float] | np.ndarray) -> Values:
 
 def line_chart(
     title: str,
-    series: Sequence[Series],
+    lines: Sequence[Line],
     *,
     x_label: str,
     reference: tuple[float, str] | None = None,
@@ -236,8 +211,8 @@ def line_chart(
         reference: A horizontal line and what it means.
         breaks: Vertical lines (starts of rounds) and their labels.
     """
-    averaged = [(s, *average(s.x, s.y)) for s in series]
-    lines = [Line(s.name, _values(x), _values(y), s.colour, s.bold) for s, x, y in averaged if len(y)]
+    averaged = [(line, average(line.x, line.y)) for line in lines]
+    lines = [replace(line, x=_values(x), y=_values(y)) for line, (x, y) in averaged if len(y)]
     if not lines:
         return None
     every_x = np.array([x for line in lines for x in line.x])
@@ -340,21 +315,24 @@ def frontier_chart(title: str, points: Sequence[Point], *, x_label: str, y_label
     return Chart(title, x_axis, y_axis, (*(line if len(curve) > 1 else ()), *marks))
 
 
-def reliability_chart(title: str, curves: Sequence[BinCurve], *, x_label: str, diagonal: bool) -> Chart:
+def reliability_chart(
+    title: str, curves: Sequence[tuple[Line, Sequence[float]]], *, x_label: str, diagonal: bool
+) -> Chart:
     """Share of true answers against the score; bars along the bottom count the first curve's answers.
 
     Args:
+        curves: By bins of answers: x their mean score, y the share of true ones, and how many they are.
         diagonal: The score is a probability: both axes run from 0 to 1, with the line of perfect calibration.
     """
-    limits = (0.0, 1.0) if diagonal else _padded(np.array([x for curve in curves for x in curve.x], float))
-    most = max(max(curve.count) for curve in curves)
-    parts: list[Bars | Rule | Line | Mark] = [Bars(_values(curves[0].x), _values(curves[0].count))]
+    limits = (0.0, 1.0) if diagonal else _padded(np.array([x for line, _ in curves for x in line.x], float))
+    most = max(max(counts) for _, counts in curves)
+    parts: list[Bars | Rule | Line | Mark] = [Bars(_values(curves[0][0].x), _values(curves[0][1]))]
     parts += [Rule("diagonal")] if diagonal else []
-    for curve in curves:
-        parts.append(Line(curve.name, _values(curve.x), _values(curve.y), curve.colour))
-        for x, y, n in zip(curve.x, curve.y, curve.count, strict=True):
-            text = f"{curve.name}: {format_compact(x)}, {100 * y:.0f} % right of {n:,.0f}"
-            parts.append(Mark(x, y, curve.colour, text, radius=2 + 4 * math.sqrt(n / most)))
+    for line, counts in curves:
+        parts.append(line)
+        for x, y, n in zip(line.x, line.y, counts, strict=True):
+            text = f"{line.name}: {format_compact(x)}, {100 * y:.0f} % right of {n:,.0f}"
+            parts.append(Mark(x, y, line.colour, text, radius=2 + 4 * math.sqrt(n / most)))
     y_axis = Axis((0.0, 1.0), "right answers", percent=True)
     return Chart(title, Axis(limits, x_label), y_axis, tuple(parts), width=NARROW)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from m3po_jax.evaluation.metric import Column, Frontier, Metric
 from m3po_jax.evaluation.registry import METRICS
-from m3po_jax.report.charts import Point, Series, forest_chart, frontier_chart, line_chart
+from m3po_jax.report.charts import Line, Point, forest_chart, frontier_chart, line_chart, series_colour
 from m3po_jax.report.figures import Figure
 from m3po_jax.report.formatting import format_number, format_span, slug
 
@@ -207,15 +207,15 @@ def _efficiency(
         return
     scored = {row["arm"]: benchmark["systems"][row["arm"]] for row in points if row["arm"] in benchmark["systems"]}
     for column in _deciding(benchmark, _shown(benchmark, scored)):
-        series: list[Series] = []
+        series: list[Line] = []
         orders = (("value", "highest value first"), ("random", "random pairs"))
         for system, (order, words) in itertools.product(dict.fromkeys(row["system"] for row in points), orders):
             of_line = [row for row in points if row["system"] == system and row["order"] in (order, "all")]
             of_line = [row for row in of_line if row["arm"] in scored]
             of_line = [row for row in of_line if scored[row["arm"]]["metrics"][column.key]["mean"] is not None]
             values = [column.factor * scored[row["arm"]]["metrics"][column.key]["mean"] for row in of_line]
-            pairs, style = [row["pairs"] for row in of_line], len(series)
-            series.append(Series(f"{system}, {words}", pairs, values, style, bold=style == 0))
+            pairs, colour = [row["pairs"] for row in of_line], series_colour(len(series))
+            series.append(Line(f"{system}, {words}", pairs, values, colour, bold=not series))
         chart = line_chart(f"{name}: {column.label} by number of pairs", series, x_label="pairs")
         if chart is not None:
             legend = [(line.colour, line.name) for line in series]
@@ -236,7 +236,7 @@ def _rounds(view: ComparisonView, name: str, benchmark: Mapping[str, Any], round
             entries.append(benchmark["systems"][arm])
             values = [(entry["metrics"].get(column.key) or {}).get("mean") for entry in entries]
             pairs = [(number, column.factor * value) for number, value in enumerate(values) if value is not None]
-            series.append(Series(arm, [x for x, _ in pairs], [y for _, y in pairs], style))
+            series.append(Line(arm, [x for x, _ in pairs], [y for _, y in pairs], series_colour(style)))
         chart = line_chart(f"{name}: {column.label} over rounds", series, x_label="round")
         if chart is not None:
             legend = [(line.colour, line.name) for line in series]

@@ -23,7 +23,6 @@ from matplotlib.axis import Axis as DrawnAxis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, ScalarFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
@@ -85,14 +84,13 @@ def draw(chart: Chart, identity: str) -> Drawing:
     style: list[Any] = ["default", _STYLE | {"svg.hashsalt": identity}]
     with matplotlib.style.context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a script that the measuring font lacks is shown in the reader's
-        figure = Figure((chart.width / 72, chart.height / 72), dpi=72, layout=ConstrainedLayoutEngine())
+        figure = Figure((chart.width / 72, chart.height / 72), dpi=72)
         axes = figure.add_subplot()
         painter = _Painter(chart, axes)
         painter.axes_and_grid()
         for part in chart.parts:
             painter.paint(part)
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+        figure.tight_layout(pad=0.3)
         painter.labels()
         file = BytesIO()
         FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))

@@ -13,6 +13,16 @@ from markupsafe import Markup
 
 from m3po_jax.objectives.registry import starting_loss
 from m3po_jax.report.charts import MAX_DOTS, Chart, Series, bin_size, histogram_chart, line_chart, scatter_chart
+from m3po_jax.report.charts import (
+    MAX_DOTS,
+    Chart,
+    Line,
+    bin_size,
+    histogram_chart,
+    line_chart,
+    scatter_chart,
+    series_colour,
+)
 from m3po_jax.report.drawing import Drawing, draw
 from m3po_jax.report.formatting import slug
 from m3po_jax.workspace.contents import Candidates, Pairs, Round, RunContents
@@ -123,7 +133,7 @@ def main_arm(run: RunContents) -> str:
     return name if name not in run.arms else f"{name} (this run)"
 
 
-def _series(name: str, rounds: Sequence[Round], key: str, style: int, bold: bool) -> Series:
+def _series(name: str, rounds: Sequence[Round], key: str, style: int, bold: bool) -> Line:
     xs, ys, offset = [], [], 0.0
     for each in rounds:
         last = 0.0
@@ -135,7 +145,7 @@ def _series(name: str, rounds: Sequence[Round], key: str, style: int, bold: bool
                     xs.append(offset + step)
                     ys.append(value)
         offset += last
-    return Series(name, xs, ys, style, bold)
+    return Line(name, xs, ys, series_colour(style), bold)
 
 
 def _breaks(rounds: Sequence[Round]) -> list[tuple[float, str]]:
@@ -181,12 +191,12 @@ def _pair_scores(pairs: Pairs | None, name: str, role: str) -> np.ndarray:
     return pairs.numbers[f"{role}_{name}"] if pairs is not None else np.array([])
 
 
-def distributions(of_round: Round) -> list[Figure]:
+def distributions(one_round: Round) -> list[Figure]:
     """Histograms of MAS and confidence, and their scatter, for one round."""
     figures = []
-    scores = of_round.candidates.scores if of_round.candidates is not None else {}
+    scores = one_round.candidates.scores if one_round.candidates is not None else {}
     empty = np.array([])
-    paired = of_round.pairs is not None and len(of_round.pairs) > 0
+    paired = one_round.pairs is not None and len(one_round.pairs) > 0
     notes = {
         "mas": "Chosen and rejected answers should stand apart here.",
         "confidence": "The hard negatives M3PO looks for are rejected answers as confident as chosen ones.",
@@ -194,7 +204,7 @@ def distributions(of_round: Round) -> list[Figure]:
     titles = {"mas": "Alignment score (MAS)", "confidence": "Confidence"}
     for name in ("mas", "confidence"):
         groups = [("all", scores.get(name, empty))]
-        groups += [(role, _pair_scores(of_round.pairs, name, role)) for role in ("chosen", "rejected")]
+        groups += [(role, _pair_scores(one_round.pairs, name, role)) for role in ("chosen", "rejected")]
         chart = histogram_chart(titles[name], groups, x_label="MAS" if name == "mas" else "confidence")
         if chart is not None:
             legend = [
@@ -203,17 +213,17 @@ def distributions(of_round: Round) -> list[Figure]:
                 if np.isfinite(values).any()
             ]
             figures.append(
-                Figure(f"hist-{name}-{of_round.number}", titles[name], chart, notes[name] if paired else "", legend)
+                Figure(f"hist-{name}-{one_round.number}", titles[name], chart, notes[name] if paired else "", legend)
             )
     groups_xy = [("all", scores.get("mas", empty), scores.get("confidence", empty))]
     for role in ("chosen", "rejected"):
-        x, y = (_pair_scores(of_round.pairs, name, role) for name in ("mas", "confidence"))
+        x, y = (_pair_scores(one_round.pairs, name, role) for name in ("mas", "confidence"))
         groups_xy.append((role, x, y))
     chart = scatter_chart("Alignment against confidence", groups_xy, x_label="MAS", y_label="confidence")
     if chart is not None:
         figures.append(
             Figure(
-                f"scatter-{of_round.number}",
+                f"scatter-{one_round.number}",
                 "Alignment against confidence",
                 chart,
                 f"Upper left: confidently wrong. At most {MAX_DOTS} points of each kind are drawn.",

@@ -101,39 +101,39 @@ def total_seconds(run: RunContents) -> float:
     return sum(as_number(stage.get("seconds")) or 0.0 for stage in stages(run))
 
 
-def prompt_total(found: Round) -> int | None:
+def prompt_total(one_round: Round) -> int | None:
     """Prompts of a round: as selection counted them, or as far as the files tell."""
-    stated = as_number(found.summary.get("prompts"))
+    stated = as_number(one_round.summary.get("prompts"))
     if stated is not None:
         return int(stated)
-    if found.prompt_count is not None:
-        return found.prompt_count
-    return len(set(found.candidates.ids)) if found.candidates is not None else None
+    if one_round.prompt_count is not None:
+        return one_round.prompt_count
+    return len(set(one_round.candidates.ids)) if one_round.candidates is not None else None
 
 
-def pair_total(found: Round) -> int | None:
+def pair_total(one_round: Round) -> int | None:
     """Pairs of a round, as selection stated them or as they lie there."""
-    if found.pairs is not None:
-        return len(found.pairs)
-    stated = as_number(found.summary.get("kept"))
+    if one_round.pairs is not None:
+        return len(one_round.pairs)
+    stated = as_number(one_round.summary.get("kept"))
     return None if stated is None else int(stated)
 
 
-def drop_counts(found: Round) -> list[tuple[str, int]]:
+def drop_counts(one_round: Round) -> list[tuple[str, int]]:
     """Dropped prompts by reason, most frequent first."""
     stated = {
-        str(k): int(n) for k, v in as_dict(found.summary.get("drops")).items() if (n := as_number(v)) is not None
+        str(k): int(n) for k, v in as_dict(one_round.summary.get("drops")).items() if (n := as_number(v)) is not None
     }
     if not stated:
-        for _, reason in found.drops:
+        for _, reason in one_round.drops:
             stated[reason] = stated.get(reason, 0) + 1
     return sorted(((reason, n) for reason, n in stated.items() if n > 0), key=lambda item: (-item[1], item[0]))
 
 
-def funnel(found: Round) -> dict[str, list[Bar]]:
+def funnel(one_round: Round) -> dict[str, list[Bar]]:
     """Bars of three groups: candidates, prompts, and reasons for dropping a prompt."""
     groups: dict[str, list[Bar]] = {"candidates": [], "prompts": [], "drops": []}
-    pool = found.candidates
+    pool = one_round.candidates
     if pool is not None and len(pool):
         scored = int(np.isfinite(pool.scores["mas"]).sum()) if "mas" in pool.scores else None
         cut = float(pool.truncated.mean())
@@ -144,12 +144,12 @@ def funnel(found: Round) -> dict[str, list[Bar]]:
         if scored is not None:
             counts.append(("With an alignment score", scored, ""))
         groups["candidates"] = [_bar(label, n, len(pool), note) for label, n, note in counts]
-    prompts, pairs = prompt_total(found), pair_total(found)
+    prompts, pairs = prompt_total(one_round), pair_total(one_round)
     if prompts:
         groups["prompts"].append(_bar("Prompts", prompts, prompts))
         if pairs is not None:
             groups["prompts"].append(_bar("Preference pairs", pairs, prompts, kind="kept"))
-    drops = drop_counts(found)
+    drops = drop_counts(one_round)
     total = max((n for _, n in drops), default=0)
     for reason, n in drops:
         share = f"{format_percent(n / prompts, 1)} of prompts" if prompts else ""
@@ -168,9 +168,9 @@ def plain(reason: str) -> str:
     return reason.replace("_", " ")
 
 
-def _late(found: Round, key: str) -> float | None:
+def _late(one_round: Round, key: str) -> float | None:
     """Mean of a metric over the last tenth of a round's steps: one step alone is noise."""
-    values = [value for row in found.metrics if (value := as_number(row.get(key))) is not None]
+    values = [value for row in one_round.metrics if (value := as_number(row.get(key))) is not None]
     return float(np.mean(values[-max(1, len(values) // 10) :])) if values else None
 
 
@@ -209,7 +209,7 @@ def arm_rows(run: RunContents) -> list[dict[str, str]]:
 
 def headlines(run: RunContents, tables: list[EvaluationTable]) -> list[Headline]:
     """Up to six numbers that a reader wants first."""
-    found: list[Headline] = []
+    cards: list[Headline] = []
     main = main_arm(run)
     for table in tables:
         row = next((r for r in table.rows if r["name"] == main), None)
@@ -225,30 +225,30 @@ def headlines(run: RunContents, tables: list[EvaluationTable]) -> list[Headline]
             if not before.interval:
                 outside = "no interval"
             label = f"{table.columns[index]['label']} ({main})"
-            found.append(Headline(label, cell.text, f"base {before.text}, {outside}", tone))
+            cards.append(Headline(label, cell.text, f"base {before.text}, {outside}", tone))
         break
     paired = next((r for r in reversed(run.rounds) if pair_total(r) is not None), None)
     if paired is not None:
         prompts, pairs = prompt_total(paired), pair_total(paired) or 0
         note = f"from {prompts:,} prompts ({format_percent(pairs / prompts)})" if prompts else ""
-        found.append(Headline(f"Pairs, round {paired.number}", f"{pairs:,}", note))
+        cards.append(Headline(f"Pairs, round {paired.number}", f"{pairs:,}", note))
         if paired.pairs is not None:
             chosen, rejected = (_mean(paired.pairs.numbers[f"{role}_mas"]) for role in ("chosen", "rejected"))
             if chosen is not None and rejected is not None:
                 note = f"chosen {format_number(chosen, 2)}, rejected {format_number(rejected, 2)}"
-                found.append(Headline("MAS gap within pairs", format_number(chosen - rejected, 2), note))
+                cards.append(Headline("MAS gap within pairs", format_number(chosen - rejected, 2), note))
     trained = next((r for r in reversed(run.rounds) if r.metrics), None)
     if trained is not None:
         accuracy = _late(trained, "rewards/accuracies")
         if accuracy is not None:
             note = f"on training pairs, end of round {trained.number}"
-            found.append(Headline("Preference accuracy", format_percent(accuracy), note))
+            cards.append(Headline("Preference accuracy", format_percent(accuracy), note))
         ratio = _late(trained, "delta_logps/chosen")
         if ratio is not None:
             tone = "bad" if ratio < DISPLACED_LIMIT else ""
             note = "nats per token against the reference"
-            found.append(Headline("Chosen log-ratio", format_number(ratio, 3, sign=True), note, tone))
-    return found[:6]
+            cards.append(Headline("Chosen log-ratio", format_number(ratio, 3, sign=True), note, tone))
+    return cards[:6]
 
 
 def _stated(value: Any) -> list[str]:
@@ -260,58 +260,60 @@ def warnings(run: RunContents) -> list[str]:
 
     Our own remarks are about the latest state of the run; the arms' numbers stand in their table.
     """
-    found = _stated(run.evaluation.get("warnings"))
+    lines = _stated(run.evaluation.get("warnings"))
     places: dict[str, list[str]] = {}
     for name, rounds in [("", run.rounds), *run.arms.items()]:
         for r in rounds:
             where = f"{name} round {r.number}".strip()
             for line in _stated(r.summary.get("warnings")):
                 places.setdefault(line, []).append(where)
-    found += [f"{line} ({', '.join(where)})" for line, where in places.items()]
+    lines += [f"{line} ({', '.join(where)})" for line, where in places.items()]
     selected = next((r for r in reversed(run.rounds) if r.candidates is not None or r.summary), None)
     if selected is not None:
         stated = " ".join(_stated(selected.summary.get("warnings"))).lower()
-        found += [f"Round {selected.number}: {line}" for line in _round_warnings(selected, stated)]
+        lines += [f"Round {selected.number}: {line}" for line in _round_warnings(selected, stated)]
     trained = next((r for r in reversed(run.rounds) if r.metrics), None)
     if trained is not None:
-        found += [f"Round {trained.number}: {line}" for line in _training_warnings(trained)]
-    found += [f"File {line}." for line in run.problems]
-    return list(dict.fromkeys(found))
+        lines += [f"Round {trained.number}: {line}" for line in _training_warnings(trained)]
+    lines += [f"File {line}." for line in run.problems]
+    return list(dict.fromkeys(lines))
 
 
-def correlation(found: Round) -> float | None:
+def correlation(one_round: Round) -> float | None:
     """As selection stated it, or computed here."""
-    stated = as_number(found.summary.get("correlation_mas_confidence"))
-    return within_prompt_correlation(found.candidates) if stated is None else stated
+    stated = as_number(one_round.summary.get("correlation_mas_confidence"))
+    return within_prompt_correlation(one_round.candidates) if stated is None else stated
 
 
-def _round_warnings(found: Round, stated: str) -> list[str]:
+def _round_warnings(one_round: Round, stated: str) -> list[str]:
     lines = []
-    r = correlation(found)
+    r = correlation(one_round)
     if r is not None and r > CORRELATION_LIMIT and "correlat" not in stated:
         lines.append(
             f"MAS and confidence correlate within prompts at {format_number(r, 2)} (above {CORRELATION_LIMIT}"
             "): confidence partly repeats MAS, so compare with mas_dpo before crediting confidence."
         )
-    for line in as_dicts(found.calibration.get("verdict")):
+    for line in as_dicts(one_round.calibration.get("verdict")):
         # Selection warns of the correlation itself.
         if line.get("tone") == "warn" and not (line.get("about") == "correlation" and (r is not None or stated)):
             lines.append(str(line.get("text")))
-    if found.candidates is not None and len(found.candidates):
-        cut = float(found.candidates.truncated.mean())
+    if one_round.candidates is not None and len(one_round.candidates):
+        cut = float(one_round.candidates.truncated.mean())
         if cut > TRUNCATED_LIMIT:
             lines.append(f"{format_percent(cut)} of the candidates were cut at the length limit.")
-    prompts, pairs = prompt_total(found), pair_total(found)
+    prompts, pairs = prompt_total(one_round), pair_total(one_round)
     if prompts and pairs is not None and pairs < KEPT_LIMIT * prompts:
         lines.append(f"Only {pairs:,} of {prompts:,} prompts gave a pair: selection may have collapsed.")
     return lines
 
 
-def _training_warnings(found: Round) -> list[str]:
-    lines = [f"step {row.get('step')}: {row['message']}." for row in found.training_warnings if row.get("message")]
-    if any(isinstance(v := row.get("loss"), float) and not np.isfinite(v) for row in found.metrics):
+def _training_warnings(one_round: Round) -> list[str]:
+    lines = [
+        f"step {row.get('step')}: {row['message']}." for row in one_round.training_warnings if row.get("message")
+    ]
+    if any(isinstance(v := row.get("loss"), float) and not np.isfinite(v) for row in one_round.metrics):
         lines.append("the loss was not finite at some steps; those are left out of the chart.")
-    ratio = _late(found, "delta_logps/chosen")
+    ratio = _late(one_round, "delta_logps/chosen")
     if ratio is not None and ratio < DISPLACED_LIMIT:
         lines.append(
             f"chosen answers ended {format_number(-ratio, 3)} nats per token less likely than under the "

@@ -22,7 +22,7 @@ TERMS = {column.label: column.meaning for metric in METRICS.values() for column 
 
 
 @dataclass
-class Cell:
+class TableCell:
     """One value of an evaluation table."""
 
     text: str
@@ -117,14 +117,14 @@ def _table(table: dict[str, Any], index: int) -> EvaluationTable:
     )
 
 
-def _cell(row: dict[str, Any], base: dict[str, Any] | None, column: dict[str, Any]) -> Cell:
+def _cell(row: dict[str, Any], base: dict[str, Any] | None, column: dict[str, Any]) -> TableCell:
     key, digits = column["key"], column["digits"]
     value, interval = as_number(row["values"].get(key)), _interval(row["intervals"].get(key))
     text = format_span(*interval, digits) if interval and value is not None else ""
     judged = ""
     if base is not None and row is not base:
         judged = verdict(value, _interval(base["intervals"].get(key)), column["better"])
-    return Cell(format_number(value, digits), text, judged)
+    return TableCell(format_number(value, digits), text, judged)
 
 
 def _forests(

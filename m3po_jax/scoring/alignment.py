@@ -6,10 +6,11 @@ drops the prompt. Only the orchestration is here: models run in `models/` and `i
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,21 +38,6 @@ KEPT_TEXTS = 50_000
 Reasons = list[list[str | None]]
 
 
-class Backend(Protocol):
-    """Scores pools of candidates; `name` becomes the column ``mas_<name>``.
-
-    A backend that knows more has ``judged(prompts, pools) -> Judged`` too, and then ``columns``, the names of its
-    further columns; one that must run on one host only sets ``one_host``. One that abstains for a single reason
-    names it in ``abstention``.
-    """
-
-    name: str
-
-    def __call__(self, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Scores:
-        """One array of scores in [0, 1] per prompt, one entry per candidate; NaN where it abstains."""
-        ...
-
-
 @dataclass(frozen=True)
 class Judged:
     """What a backend says of a batch of pools.
@@ -69,13 +55,48 @@ class Judged:
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
+class Backend(ABC):
+    """Scores pools of candidates. One that says no more than scores implements `__call__`, another one `judged`.
+
+    Attributes:
+        name: Its column is ``mas_<name>``.
+        columns: The names of further columns, which `judged` gives.
+        abstention: Why it gives no score, where it has a single reason.
+    """
+
+    name: str
+    columns: Sequence[str] = ()
+    abstention: str = ABSTAINED
+
+    @abstractmethod
+    def __call__(self, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Scores:
+        """One array of scores in [0, 1] per prompt, one entry per candidate; NaN where it abstains."""
+
+    def judged(self, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Judged:
+        """Scores, and why a candidate has none."""
+        scores = self(prompts, pools)
+        why = self.abstention
+        return Judged(scores, [[None if has_score else why for has_score in np.isfinite(row)] for row in scores])
+
+    def usages(self) -> list[dict[str, Any]]:
+        """What was asked of servers and paid, an entry for each."""
+        return []
+
+
 def judge_pools(backend: Backend, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Judged:
-    """A backend's scores with the reasons of its abstentions, whether or not it tells them itself."""
-    judged: Callable[..., Judged] | None = getattr(backend, "judged", None)
-    if judged is not None:
-        return judged(prompts, pools)
-    scores, why = backend(prompts, pools), str(getattr(backend, "abstention", ABSTAINED))
-    return Judged(scores, [[None if has_score else why for has_score in np.isfinite(row)] for row in scores])
+    """What a backend says of pools, a score for every candidate.
+
+    Raises:
+        UserError: it gave another number of scores or reasons.
+    """
+    judged = backend.judged(prompts, pools)
+    expected = [len(pool) for pool in pools]
+    parts: dict[str, Sequence[Any]] = {"scores": judged.scores, "reasons": judged.reasons, **judged.columns}
+    for what, rows in parts.items():
+        counts = [len(row) for row in rows]
+        if counts != expected:
+            raise UserError(f"{what} of {counts} candidates, not {expected}", where=f"backend {backend.name}")
+    return judged
 
 
 def aggregate_claims(probabilities: Sequence[float], rule: str, vocabulary_mass: float | None = None) -> float:
@@ -139,7 +160,7 @@ def _pair_logits(graph: Any, state: Any, images: jax.Array, texts: jax.Array) ->
     return nnx.merge(graph, state).logits(images, texts)
 
 
-class Similarity:
+class Similarity(Backend):
     """A CLIP or SigLIP dual encoder, on whole answers or claim by claim.
 
     SigLIP's score is its probability, sigmoid(logit), and so is that of a model whose bias was trained; CLIP's is
@@ -270,7 +291,7 @@ class Similarity:
         return pool_scores(pool, lambda claim: float(by_text[self._render(claim.text)]), self.aggregate, mass)
 
 
-class Reference:
+class Reference(Backend):
     """Agreement with what the data says: listed objects (F1 of mentions) or the reference answer.
 
     A caption (``metadata["kind"]``) of an image with listed objects is scored by the objects it names; a yes/no

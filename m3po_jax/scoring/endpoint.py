@@ -20,7 +20,7 @@ from m3po_jax.data.images import read_encoded
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import Interrupted, UserError
-from m3po_jax.scoring.alignment import Judged, Scores
+from m3po_jax.scoring.alignment import Backend, Judged, Scores
 from m3po_jax.scoring.answer_cache import AnswerCache
 from m3po_jax.scoring.endpoint_settings import check_client
 from m3po_jax.scoring.grading import check_rubric, render_rubric
@@ -84,7 +84,7 @@ class Outcome:
         return self.failure.reason if self.failure else None
 
 
-class Endpoint:
+class Endpoint(Backend):
     """Asks a server for a grade of every answer: score = (grade − lowest) / (highest − lowest).
 
     Requests run side by side, within the configured rates. An answer that is not whole, or states no grade or
@@ -153,6 +153,9 @@ class Endpoint:
             "retries": self.client.retries,
             "reasks": self.reasks,
         }
+
+    def usages(self) -> list[dict[str, Any]]:
+        return [self.usage()]
 
     def __call__(self, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Scores:
         return self.judged(prompts, pools).scores

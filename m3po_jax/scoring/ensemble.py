@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -37,7 +38,7 @@ def kendall(first: Values, second: Values) -> float:
 CORRELATIONS: dict[str, Callable[[Values, Values], float]] = {"spearman": spearman, "kendall": kendall}
 
 
-class Ensemble:
+class Ensemble(Backend):
     """Several backends as one, with equal say in the ranking; abstains where they disagree.
 
     The members' scores are z-scored within the pool and averaged, then put back on the members' own scale: the
@@ -79,14 +80,13 @@ class Ensemble:
         self.members, self.correlation = list(members), CORRELATIONS[correlation]
         self.min_correlation, self.max_gap, self.min_contrast = min_correlation, max_gap, min_contrast
         self.max_opposed_z = max_opposed_z
-        self.member_columns = _distinct([f"mas_{member.name}" for member in self.members])
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return tuple(self.member_columns)
+        self.columns = tuple(_distinct([f"mas_{member.name}" for member in self.members]))
 
     def __call__(self, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Scores:
         return self.judged(prompts, pools).scores
+
+    def usages(self) -> list[dict[str, Any]]:
+        return [usage for member in self.members for usage in member.usages()]
 
     def judged(self, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Judged:
         """The joint scores, every member's own, and why a pool has none."""
@@ -104,7 +104,7 @@ class Ensemble:
                 why = DISAGREEMENT
             scores.append(np.full(len(pool), np.nan) if why else self._join(members))
             reasons.append([why] * len(pool))
-        columns = {name: member.scores for name, member in zip(self.member_columns, judged, strict=True)}
+        columns = {name: member.scores for name, member in zip(self.columns, judged, strict=True)}
         notes = {reason: note for member in judged for reason, note in member.notes.items()}
         return Judged(scores, reasons, columns, notes)
 

@@ -13,6 +13,8 @@ from m3po_jax.data.templates import IMAGE_PLACEHOLDER
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.inference.scorer import Scorer
 from m3po_jax.scoring.alignment import Judged, Scores
+from m3po_jax.scoring.alignment import Backend, Judged, Scores
+from m3po_jax.scoring.engine import Scorer
 from m3po_jax.scoring.judge import Question, ask, choice_tokens
 from m3po_jax.scoring.reasons import NO_GRADE, NO_IMAGE, NO_REFERENCE
 
@@ -74,7 +76,7 @@ def grade_tokens(processor: Processor, grades: Sequence[int]) -> tuple[list[int]
     return lead, [spelled[name] for name in names]
 
 
-class Judge:
+class Judge(Backend):
     """Asks a judge for a grade: score = (E[grade] − lowest) / (highest − lowest).
 
     E is over the grade tokens, from the judge's next-token probabilities, each grade's spellings added up. All

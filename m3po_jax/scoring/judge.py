@@ -17,6 +17,8 @@ from m3po_jax.data.templates import IMAGE_PLACEHOLDER
 from m3po_jax.errors import UserError
 from m3po_jax.inference.scorer import Scorer
 from m3po_jax.scoring.alignment import Scores, check_aggregate, check_template, pool_scores
+from m3po_jax.generation.engine import PromptBatch
+from m3po_jax.scoring.alignment import Backend, Scores, check_aggregate, check_template, pool_scores
 from m3po_jax.scoring.claims import Claim, object_vocabulary, split_claims
 from m3po_jax.scoring.reasons import NO_IMAGE
 from m3po_jax.scoring.shown_images import shared_pixels
@@ -142,7 +144,7 @@ def _ask_batch(
     return scorer.choice_probabilities(batch, choices, tree.branch_ids, tree.branch_mask).astype(np.float64)
 
 
-class Claims:
+class Claims(Backend):
     """Asks a judge one yes/no question per claim: score = clip((1 + P(yes) − P(no)) / 2, 0, 1).
 
     P is of the full vocabulary and sums the spellings of each answer, so a judge that answers neither scores a

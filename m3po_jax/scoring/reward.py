@@ -19,6 +19,8 @@ from m3po_jax.inference.scorer import Scorer, branch_inputs
 from m3po_jax.models.forward import branch_hidden
 from m3po_jax.models.heads import answer_rewards
 from m3po_jax.scoring.alignment import Scores
+from m3po_jax.scoring.alignment import Backend, Scores
+from m3po_jax.scoring.engine import Scorer, branch_inputs
 from m3po_jax.scoring.shown_images import shared_pixels
 
 
@@ -63,7 +65,7 @@ class HeadScorer(Scorer):
         return found[:, : branch_ids.shape[1], : branch_ids.shape[2]]
 
 
-class Reward:
+class Reward(Backend):
     """A reward model as MAS: σ(reward), so that 0.5 is the reward that centring holds in the middle.
 
     Args:

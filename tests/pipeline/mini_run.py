@@ -33,7 +33,7 @@ def write_data(folder: Path, count: int = 12) -> Path:
         row = {"id": f"s{index}", "images": [name], "instruction": language.CAPTION_INSTRUCTION}
         lines.append(row | {"reference": language.caption(made.objects), "metadata": about | {"kind": "caption"}})
         if index % 3 == 0:
-            question = language.Question(made.objects[0], True, "random")
+            question = language.ExistenceQuestion(made.objects[0], True, "random")
             row = {"id": f"q{index}", "images": [name], "instruction": question.instruction, "reference": "Yes"}
             lines.append(row | {"metadata": about | {"kind": "yesno", "category": "random"}})
     path = folder / "prompts.jsonl"

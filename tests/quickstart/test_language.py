@@ -10,7 +10,7 @@ from m3po_jax.evaluation.chair import vocabulary
 from m3po_jax.quickstart.language import (
     HEAD,
     NOISE_REGIMES,
-    Question,
+    ExistenceQuestion,
     caption,
     phrase,
     questions,
@@ -44,9 +44,9 @@ def test_caption_mentions_exactly_its_objects(objects):
 
 
 def test_question_text():
-    assert Question("dog", True, "random").instruction == "Is there a dog in the image?"
-    assert Question("dog", True, "random").reference == "Yes"
-    assert Question("dog", False, "random").reference == "No"
+    assert ExistenceQuestion("dog", True, "random").instruction == "Is there a dog in the image?"
+    assert ExistenceQuestion("dog", True, "random").reference == "Yes"
+    assert ExistenceQuestion("dog", False, "random").reference == "No"
 
 
 @given(object_sets, st.integers(0, 10_000))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3po_jax.quickstart.language import CAPTION_INSTRUCTION, Question, caption
+from m3po_jax.quickstart.language import CAPTION_INSTRUCTION, ExistenceQuestion, caption
 from m3po_jax.quickstart.objects import OBJECTS
 from m3po_jax.quickstart.tokenizer import build_tokenizer, save_tokenizer, vocabulary
 
@@ -47,7 +47,7 @@ def test_captions_round_trip(objects):
 
 def test_every_text_is_known(tokenizer):
     texts = [VICUNA.format(CAPTION_INSTRUCTION), f"<image>{caption(OBJECTS)}</s>", "<image>\na dog."]
-    texts += [Question(name, True, "random").instruction for name in OBJECTS]
+    texts += [ExistenceQuestion(name, True, "random").instruction for name in OBJECTS]
     texts += ["Yes", "No", "yes", "no", "\nAnswer the question using a single word or phrase."]
     for text in texts:
         assert tokenizer.unk_token_id not in tokenizer(text).input_ids, text

@@ -88,7 +88,7 @@ def test_a_line_is_where_its_axes_say(limits, percent):
     low, span = limits
     assume(span > 1e-7 * abs(low))  # below that a line is flat
     y = low + span * np.array([0.0, 0.7, 0.2, 1.0])
-    chart = charts.line_chart("", [charts.Series("a", [0, 10, 20, 40], y.tolist())], x_label="", percent=percent)
+    chart = charts.line_chart("", [charts.Line("a", [0, 10, 20, 40], y.tolist(), "s0")], x_label="", percent=percent)
     assert chart is not None
     (line,) = chart.lines
     assert (line.x, line.y, line.colour) == ((0, 10, 20, 40), tuple(y.tolist()), "s0")
@@ -105,7 +105,7 @@ def test_a_line_is_where_its_axes_say(limits, percent):
 
 
 def test_the_crosshair_stands_where_the_lines_do():
-    chart = charts.line_chart("", [charts.Series("a", [3, 7, 23], [1.0, 2.0, 1.5])], x_label="step")
+    chart = charts.line_chart("", [charts.Line("a", [3, 7, 23], [1.0, 2.0, 1.5], "s0")], x_label="step")
     read = Figure("f", "", chart, readable=True).crosshair()
     d = next(Picture(chart).groups("line")[0].iter("path")).get("d")
     drawn = [float(x) for x, _ in re.findall(r"[ML] (\S+) (\S+)", d)]
@@ -117,7 +117,7 @@ def test_the_crosshair_stands_where_the_lines_do():
 @pytest.mark.parametrize("last", [1, 2, 3, 4, 7, 25, 60, 1000, 12_345, 2_000_000])
 def test_steps_are_whole(last):
     steps = np.unique(np.linspace(1, last, min(last, 500)).round())
-    chart = charts.line_chart("", [charts.Series("a", steps, [0.5] * len(steps))], x_label="")
+    chart = charts.line_chart("", [charts.Line("a", steps, [0.5] * len(steps), "s0")], x_label="")
     assert chart.x.whole
     shown = [text for text, _ in Picture(chart).x_labels]
     assert len(set(shown)) == len(shown) >= 1
@@ -126,7 +126,7 @@ def test_steps_are_whole(last):
 
 def test_rounds_and_single_steps_are_whole():
     for x in ([0, 1], [0, 1, 2], [3], [1]):
-        chart = charts.line_chart("", [charts.Series("a", x, [0.1 * v for v in x])], x_label="round")
+        chart = charts.line_chart("", [charts.Line("a", x, [0.1 * v for v in x], "s0")], x_label="round")
         assert {number(label) for label, _ in Picture(chart).x_labels} == set(map(float, x))
 
 
@@ -238,11 +238,11 @@ def test_a_histogram_s_bars():
 
 
 def test_a_reliability_curve_s_points():
-    curve = charts.BinCurve("mas", [0.1, 0.5, 0.9], [0.2, 0.4, 1.0], [10, 20, 40], 2)
-    chart = charts.reliability_chart("", [curve], x_label="", diagonal=True)
+    curve = Line("mas", (0.1, 0.5, 0.9), (0.2, 0.4, 1.0), "s2")
+    chart = charts.reliability_chart("", [(curve, [10, 20, 40])], x_label="", diagonal=True)
     bars, rule, line, *marks = chart.parts
     assert bars == Bars((0.1, 0.5, 0.9), (10, 20, 40)) and rule == Rule("diagonal")
-    assert line == Line("mas", (0.1, 0.5, 0.9), (0.2, 0.4, 1.0), "s2")
+    assert line == curve
     assert [(m.x, m.y, m.text) for m in marks][2] == (0.9, 1.0, "mas: 0.9, 100 % right of 40")
     assert [m.radius for m in marks] == pytest.approx([4, 2 + 4 * math.sqrt(0.5), 6])
     picture = Picture(chart)

@@ -86,7 +86,7 @@ def test_averages_leave_out_nan():
 
 def test_charts_need_points():
     nothing = np.array([math.nan])
-    assert charts.line_chart("", [charts.Series("", [1], [math.nan])], x_label="") is None
+    assert charts.line_chart("", [charts.Line("", [1], [math.nan], "s0")], x_label="") is None
     assert charts.histogram_chart("", [("all", nothing)], x_label="") is None
     assert charts.scatter_chart("", [("all", np.array([1.0]), nothing)], x_label="", y_label="") is None
     assert charts.frontier_chart("", [], x_label="", y_label="") is None
@@ -154,8 +154,8 @@ def test_token_levels_follow_probability_and_bad_ids_show_their_number():
 
 
 def test_tokens_beyond_the_budget_fall_back_to_text_chosen_first():
-    def answer(role: str) -> browser.Answer:
-        return browser.Answer(0, role, "text", [browser.Token("word", 0, -0.1)] * 10)
+    def answer(role: str) -> browser.ShownAnswer:
+        return browser.ShownAnswer(0, role, "text", [browser.Token("word", 0, -0.1)] * 10)
 
     item = browser.Item("a", 1, "", answers=[answer(""), answer("chosen")])
     browser.finish([item], [[]], token_budget=500)

@@ -12,7 +12,7 @@ from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
 from m3po_jax.pipeline.models import load_dual_encoder
 from m3po_jax.scoring import alignment
-from m3po_jax.scoring.alignment import Reference, Similarity, aggregate_claims, judge_pools
+from m3po_jax.scoring.alignment import Backend, Reference, Similarity, aggregate_claims, judge_pools
 
 OBJECTS = ["dog", "cat", "person", "car", "traffic light"]
 probabilities = st.lists(st.floats(0, 1), min_size=1, max_size=6)
@@ -216,3 +216,16 @@ def test_a_reference_that_says_nothing_is_none(reference):
 def test_the_letter_of_an_option_is_no_article():
     row = Prompt("o", (), "Which option is right? A, B or C", "A")
     assert Reference([])([row], [["A", "a.", "(A)", "B", "", "the"]])[0].tolist() == [1, 1, 1, 0, 0, 0]
+
+
+def test_a_backend_gives_a_score_for_every_candidate():
+    class Short(Backend):
+        name = "short"
+
+        def __call__(self, prompts, pools):
+            return [np.zeros(len(pool) - 1) for pool in pools]
+
+    row = Prompt("a", (), "What?", "dog")
+    with pytest.raises(UserError, match=r"backend short: scores of \[1\] candidates, not \[2\]"):
+        judge_pools(Short(), [row], [["a dog", "a cat"]])
+    assert Short().columns == () and Short().usages() == []

@@ -10,7 +10,7 @@ from m3po_jax.config import EndpointConfig, ModelConfig, ScoreConfig
 from m3po_jax.errors import UserError
 from m3po_jax.inference.scorer import Scorer
 from m3po_jax.models.export import export_model
-from m3po_jax.pipeline.backends import make_backend, usages
+from m3po_jax.pipeline.backends import make_backend
 from m3po_jax.scoring.alignment import Reference, Similarity
 from m3po_jax.scoring.ensemble import Ensemble
 from m3po_jax.scoring.judge import Claims
@@ -100,7 +100,7 @@ def test_a_server_as_member_has_a_model_of_its_own(tmp_path, monkeypatch):
     made = make_backend(score, one_device(), folder=tmp_path / "runs" / "x")
     assert [member.config.model for member in made.members[:2]] == ["large", "small"]
     assert made.columns == ("mas_endpoint", "mas_endpoint_2", "mas_reference")
-    assert [usage["judge"] for usage in usages(made)] == ["large", "small"]
+    assert [usage["judge"] for usage in made.usages()] == ["large", "small"]
     assert made.members[0].cache.path.parent == tmp_path / "runs" / "endpoint-cache"
 
 

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from tiny_judges import prompt
 
 from m3po_jax.errors import UserError
-from m3po_jax.scoring.alignment import Judged, judge_pools
+from m3po_jax.scoring.alignment import Backend, Judged, judge_pools
 from m3po_jax.scoring.ensemble import Ensemble, kendall, spearman
 
 pools = st.integers(1, 6).flatmap(lambda k: st.lists(st.lists(st.floats(0, 1), min_size=k, max_size=k), min_size=1))
 
 
-class Fixed:
+class Fixed(Backend):
     name = "fixed"
 
     def __init__(self, *scores):
