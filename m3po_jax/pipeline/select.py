@@ -22,6 +22,7 @@ from m3po_jax.pipeline.stopping import from_writer
 from m3po_jax.selection_rows import select_rows
 from m3po_jax.workspace.checksums import checksum
 from m3po_jax.workspace.files import is_writer, read_json
+from m3po_jax.workspace.layout import PROMPTS
 from m3po_jax.workspace.records import DONE, Artifact, Record, settings
 from m3po_jax.workspace.shards import ShardFolder, now
 
@@ -106,7 +107,10 @@ def select(
             rows = (pair | _shown(prompts[pair["id"]], image_root) for pair in pairs)  # one row group at a time
             tables.write_table(path, rows, PAIR, record=partial(sums.__setitem__, path.name))
         tables.write_json_lines(out / "drops.jsonl", drops, record=partial(sums.__setitem__, "drops.jsonl"))
-        tables.write_table(out.parent / "prompts.parquet", prompt_rows(prompts, drops, image_root), PROMPT)
+        # Beside the folder, since it shows all prompts; the report reads it, and it is verified with the pairs.
+        beside = f"../{PROMPTS}"
+        rows = prompt_rows(prompts, drops, image_root)
+        tables.write_table(out.parent / PROMPTS, rows, PROMPT, record=partial(sums.__setitem__, beside))
         tables.write_json(out / "summary.json", summary, record=partial(sums.__setitem__, "summary.json"))
         details = {"seconds": time.monotonic() - started, "rows": summary["pairs"]}
         folder.write(Record(recorded, sums, finished=now(), details=details))
