@@ -13,7 +13,7 @@ from m3po_jax.data import schema, tables
 
 
 class PromptList(Sequence[schema.Prompt]):
-    """Prompts in memory; images are on disk, or encoded where a text file has them inside.
+    """Prompts in memory; images are on disk, see `schema.StoredImage`.
 
     Attributes:
         image_root: Folder that image paths are relative to.

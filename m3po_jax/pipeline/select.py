@@ -109,8 +109,8 @@ def select(
         tables.write_json_lines(out / "drops.jsonl", drops, record=partial(sums.__setitem__, "drops.jsonl"))
         # Beside the folder, since it shows all prompts; the report reads it, and it is verified with the pairs.
         beside = f"../{PROMPTS}"
-        rows = prompt_rows(prompts, drops, image_root)
-        tables.write_table(out.parent / PROMPTS, rows, PROMPT, record=partial(sums.__setitem__, beside))
+        shown = prompt_rows(prompts, drops, image_root)
+        tables.write_table(out.parent / PROMPTS, shown, PROMPT, record=partial(sums.__setitem__, beside))
         tables.write_json(out / "summary.json", summary, record=partial(sums.__setitem__, "summary.json"))
         details = {"seconds": time.monotonic() - started, "rows": summary["pairs"]}
         folder.write(Record(recorded, sums, finished=now(), details=details))
