@@ -41,7 +41,7 @@ def rows_content(prompts: Iterable[schema.Prompt], root: Path) -> Iterator[Any]:
     prompts = list(prompts)
     hashes = image_file_hashes(prompts, root)
     for prompt in prompts:
-        for image in prompt.images:
+        for image in (stored.read() for stored in prompt.images):
             path, data = image.path, image.bytes
             yield path
             if image.exif != "apply":
