@@ -209,7 +209,7 @@ def _rows(source: PromptSource) -> list[Prompt]:
     return [source[place] for place in range(len(source))]
 
 
-class _Named:
+class _Named(Backend):
     """A user's function as a backend."""
 
     def __init__(self, judge: Judge):

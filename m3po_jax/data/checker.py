@@ -11,6 +11,7 @@ from typing import Any
 
 from m3po_jax.config import DataConfig
 from m3po_jax.data import schema
+from m3po_jax.data.image_spool import SpooledImages
 from m3po_jax.data.images import check_header
 from m3po_jax.data.rows import RowRules, prompt_from_row
 from m3po_jax.errors import UserError
@@ -39,6 +40,7 @@ class Checker:
         self.unread: Counter[str] = Counter()  # files of a folder, by suffix
         self.left_out: dict[str, None] = {}  # columns that hold bytes
         self._uses: dict[str, int] = {}
+        self._inline = SpooledImages()
 
     def report(self, error: UserError) -> None:
         """A row that cannot be used."""
@@ -65,8 +67,8 @@ class Checker:
         """
         try:
             prompt = prompt_from_row(row, where, self.rules, place=place)
-            if stored is not None:
-                prompt = dataclasses.replace(prompt, images=stored)
+            images = self._inline.keep(prompt.images) if stored is None else stored
+            prompt = dataclasses.replace(prompt, images=images)
             if self.skips:  # a run cannot leave a row out once it has begun
                 for image in prompt.images:
                     check_header(image, root=image_root, max_pixels=self.max_pixels, where=prompt.where)

@@ -1,6 +1,7 @@
 """Encoded images on disk while a process lives, so that shuffled rows find theirs at once and none stays in memory.
 
-Published parquet files have row groups of a thousand images and more, of which a reader must unpack all for one.
+Published parquet files have row groups of a thousand images and more, of which a reader must unpack all for one; text
+files have images as base64 in their rows.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import hashlib
 import os
 import tempfile
 
+from m3po_jax.data.schema import Image, StoredImage
 from m3po_jax.errors import UserError
 
 
@@ -33,7 +35,7 @@ class ImageSpool:
                 self._file.flush()
             except OSError as error:
                 raise UserError(
-                    f"no room for a copy of the pairs' images ({error.strerror})",
+                    f"no room for a copy of the images that rows hold ({error.strerror})",
                     where=tempfile.gettempdir(),
                     remedy="set TMPDIR to a folder with as much space as the images take",
                 ) from None
@@ -45,3 +47,27 @@ class ImageSpool:
         """The bytes whose SHA-256 is `key`; from any thread."""
         start, size = self._places[key]
         return os.pread(self._file.fileno(), size, start)
+
+
+class SpooledImages:
+    """Images of rows that hold their bytes, in a spool that is made when the first comes."""
+
+    def __init__(self) -> None:
+        self._spool: ImageSpool | None = None
+
+    def keep(self, images: tuple[Image, ...]) -> tuple[Image, ...]:
+        """The same images, none of which holds bytes.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        return tuple(image if image.bytes is None else self._kept(image, image.bytes) for image in images)
+
+    def _kept(self, image: Image, data: bytes) -> StoredImage:
+        self._spool = self._spool or ImageSpool()
+        return StoredImage(self, (self._spool.add(data), image.path, image.exif), 0)
+
+    def images(self, place: tuple[str, str | None, str]) -> tuple[Image]:
+        key, path, exif = place
+        assert self._spool is not None
+        return (Image(self._spool.get(key), path, exif),)

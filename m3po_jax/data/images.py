@@ -90,6 +90,7 @@ def read_encoded(image: schema.Image, *, root: Path, where: str) -> bytes:
     Raises:
         UserError: no bytes and no usable path.
     """
+    image = image.read()
     source = _encoded(image, root, where)
     if image.exif == "ignore":
         with _decoding(source, where), _open(source) as opened:
@@ -186,6 +187,7 @@ def decode(
         UserError: missing, outside `root`, truncated, corrupt, not an image, too large, or of pixels that do not
             say what is white.
     """
+    image = image.read()
     source = _encoded(image, root, where)
     with _decoding(source, where), _open(source) as opened:
         _check_size(opened, max_pixels)

@@ -13,7 +13,7 @@ from m3po_jax.data import schema, tables
 
 
 class PromptList(Sequence[schema.Prompt]):
-    """Prompts in memory; images are on disk, or encoded where a text file has them inside.
+    """Prompts in memory; images are on disk, see `schema.StoredImage`.
 
     Attributes:
         image_root: Folder that image paths are relative to.
@@ -41,7 +41,7 @@ def rows_content(prompts: Iterable[schema.Prompt], root: Path) -> Iterator[Any]:
     prompts = list(prompts)
     hashes = image_file_hashes(prompts, root)
     for prompt in prompts:
-        for image in prompt.images:
+        for image in (stored.read() for stored in prompt.images):
             path, data = image.path, image.bytes
             yield path
             if image.exif != "apply":

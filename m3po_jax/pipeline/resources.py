@@ -19,7 +19,6 @@ from m3po_jax.inference.generator import Generator
 from m3po_jax.inference.settings import SamplingConfig
 from m3po_jax.models.hub import snapshot_of
 from m3po_jax.models.registry import Description
-from m3po_jax.models.registry import describe
 from m3po_jax.pipeline.arms import arm_recipe
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import say

@@ -21,7 +21,6 @@ from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.hosts.agreement import agreed, barrier, is_writer
 from m3po_jax.hosts.signals import stoppable
 from m3po_jax.inference.scorer import Scorer
-from m3po_jax.pipeline.backends import usages
 from m3po_jax.pipeline.calibration import calibration
 from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.generate import Shard, begin_shards, prompt_batches

@@ -12,7 +12,6 @@ import numpy as np
 from markupsafe import Markup
 
 from m3po_jax.objectives.registry import starting_loss
-from m3po_jax.report.charts import MAX_DOTS, Chart, Series, bin_size, histogram_chart, line_chart, scatter_chart
 from m3po_jax.report.charts import (
     MAX_DOTS,
     Chart,

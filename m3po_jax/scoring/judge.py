@@ -16,8 +16,6 @@ from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.data.templates import IMAGE_PLACEHOLDER
 from m3po_jax.errors import UserError
 from m3po_jax.inference.scorer import Scorer
-from m3po_jax.scoring.alignment import Scores, check_aggregate, check_template, pool_scores
-from m3po_jax.generation.engine import PromptBatch
 from m3po_jax.scoring.alignment import Backend, Scores, check_aggregate, check_template, pool_scores
 from m3po_jax.scoring.claims import Claim, object_vocabulary, split_claims
 from m3po_jax.scoring.reasons import NO_IMAGE

@@ -18,9 +18,7 @@ from m3po_jax.data.schema import Prompt
 from m3po_jax.inference.scorer import Scorer, branch_inputs
 from m3po_jax.models.forward import branch_hidden
 from m3po_jax.models.heads import answer_rewards
-from m3po_jax.scoring.alignment import Scores
 from m3po_jax.scoring.alignment import Backend, Scores
-from m3po_jax.scoring.engine import Scorer, branch_inputs
 from m3po_jax.scoring.shown_images import shared_pixels
 
 

@@ -83,7 +83,9 @@ class Selection(ShardFolder):
         else:
             tables.write_table(shard, pairs, PAIR, record=partial(sums.__setitem__, shard.name))
         tables.write_json_lines(self.folder / DROPS, drops, record=partial(sums.__setitem__, DROPS))
-        tables.write_table(self.home / PROMPTS, prompts, PROMPT)
+        # Beside the folder, since it shows all prompts; the report reads it, and it is verified with the pairs.
+        beside = f"../{PROMPTS}"
+        tables.write_table(self.home / PROMPTS, prompts, PROMPT, record=partial(sums.__setitem__, beside))
         tables.write_json(self.folder / SUMMARY, summary, record=partial(sums.__setitem__, SUMMARY))
         details = {"seconds": time.monotonic() - started, "rows": summary["pairs"]}
         self.write(Record(dict(inputs), sums, finished=now(), details=details))

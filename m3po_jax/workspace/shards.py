@@ -110,7 +110,8 @@ class ShardFolder(Artifact):
     def recorded_content(self) -> str:
         """`content` as the record has it, without reading a shard."""
         record = self.read()
-        names = [] if record is None else sorted(name for name in record.outputs if name.endswith(".parquet"))
+        outputs = {} if record is None else record.outputs
+        names = sorted(name for name in outputs if name.endswith(".parquet") and "/" not in name)
         return content_hash([record.outputs[name] for name in names] if record is not None else [])
 
     def shard_checksums(self) -> list[str]:

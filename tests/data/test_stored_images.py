@@ -1,5 +1,6 @@
 """Images of tables stay on disk until one is asked for; files that unpack to too much are refused before."""
 
+import base64
 import gc
 import io
 import json
@@ -106,6 +107,34 @@ def test_pairs_files_are_written_a_row_group_at_a_time(tmp_path, monkeypatch):
     assert most <= 8  # of some 10 kB each, in groups of 60 kB
     tables.write_table(tmp_path / "none.parquet", iter(()), schema.PROMPT)
     assert pq.read_schema(tmp_path / "none.parquet") == schema.PROMPT
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_rows_of_text_files_hold_no_bytes_of_images_inside_them(tmp_path, kind):
+    """Base64 and data URIs, as VLMEvalKit's tables have them."""
+    encoded = [base64.b64encode(noise(i)).decode() for i in range(20)]
+    encoded[1] = f"data:image/png;base64,{encoded[1]}"
+    lines = [{"id": f"r{i}", "image": text, "question": "q"} for i, text in enumerate(encoded)]
+    path = tmp_path / f"a.{kind}"
+    if kind == "csv":
+        path.write_text("id,image,question\n" + "".join(f'{row["id"]},"{row["image"]}",q\n' for row in lines))
+    else:
+        path.write_text("\n".join(map(json.dumps, lines)) if kind == "jsonl" else json.dumps(lines))
+    source = read_prompts(DataConfig(path=str(path), exif="ignore"))
+    assert reachable_bytes(source) < 1000 and len(pickle.dumps([row.id for row in source])) < 1000
+    texts, waiting = 0, [source]
+    done = set()
+    while waiting:
+        item = waiting.pop()
+        if id(item) not in done and not isinstance(item, (type, type(os))) and not callable(item):
+            done.add(id(item))
+            texts += len(item) if isinstance(item, str) else 0
+            waiting += gc.get_referents(item)
+    assert texts < 20_000, "nor the text that the bytes are made of"
+    for i, row in enumerate(source):
+        assert row.images == (schema.Image(noise(i), None, "ignore"),)
+        assert decode(row.images[0], root=tmp_path, max_pixels=10**4, where="x").size == (64, 64)
+    assert fingerprint(source) == fingerprint(read_prompts(DataConfig(path=str(path), exif="ignore")))
 
 
 def test_pairs_of_a_run_hold_no_bytes(tmp_path, monkeypatch):

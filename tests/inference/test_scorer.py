@@ -16,11 +16,11 @@ from tiny_llava import make_generator, one_device, prompts, tiny_model
 
 from m3po_jax.data.padding import answer_bucket, pad_answers
 from m3po_jax.errors import UserError
+from m3po_jax.inference import scorer as engine
 from m3po_jax.inference.scorer import Scorer
 from m3po_jax.models import lora
 from m3po_jax.models.forward import encode_images
 from m3po_jax.models.llava.model import reference_forward
-from m3po_jax.inference import scorer as engine
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -314,6 +315,11 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def replace_folder(path: Path, other: Path) -> None:
+    shutil.rmtree(path)
+    shutil.copytree(other, path)
+
+
 @pytest.mark.parametrize(
     ("place", "damage"),
     [
@@ -324,6 +330,11 @@ def truncate(path: Path) -> None:
         (f"{ROUND}/pairs/00000-*.parquet", flip),
         (f"{ROUND}/pairs/00000-*.parquet", truncate),
         (f"{ROUND}/pairs/summary.json", lambda path: path.write_text("[]")),
+        (f"{ROUND}/prompts.parquet", flip),
+        (f"{ROUND}/prompts.parquet", Path.unlink),
+        (f"{ROUND}/checkpoints/3", shutil.rmtree),
+        (f"{ROUND}/evaluation", lambda path: replace_folder(path, path.parents[1] / ARM / "evaluation")),
+        (f"{ROUND}/evaluation/questions/record.json", Path.unlink),
         (f"{ROUND}/pairs/record.json", lambda path: path.write_text("[1]")),
         (f"{ROUND}/scores/record.json", lambda path: path.write_bytes(b"\xff\x00")),
         (f"{ROUND}/candidates/record.json", lambda path: path.write_text('{"inputs": 3}')),
@@ -354,7 +365,7 @@ def test_damage_is_noticed_and_mended(
         assert rows(copied.run / ROUND / stage) == rows(whole / ROUND / stage)
     if "metrics" not in place:
         assert same_training(copied.run / ROUND, whole / ROUND) and same_training(copied.run / ARM, whole / ARM)
-    for name in ("evaluation.json", f"{ROUND}/evaluation/questions/items.jsonl"):
+    for name in ("evaluation.json", f"{ROUND}/evaluation/questions/items.jsonl", f"{ROUND}/prompts.parquet"):
         assert (copied.run / name).read_bytes() == (whole / name).read_bytes()
     stages = [{(s["stage"], s["round"], s["arm"]) for s in manifest(run)["stages"]} for run in (copied.run, whole)]
     assert stages[0] == stages[1]
@@ -392,6 +403,36 @@ def test_another_arms_checkpoint_is_not_taken(
     shutil.rmtree(mine)  # the remedy of the line
     copied.again()
     assert same_training(copied.run / ROUND, finished / "runs" / "mini" / ROUND)
+
+
+def test_another_arms_whole_training_is_not_taken(finished: Path, copied: Copy) -> None:
+    for name in ("checkpoints", "done.json", "training.json", "metrics.jsonl"):
+        mine, other = copied.run / ROUND / name, copied.run / ARM / name
+        replace_folder(mine, other) if mine.is_dir() else shutil.copy2(other, mine)
+    copied.again()
+    assert same_training(copied.run / ROUND, finished / "runs" / "mini" / ROUND)
+
+
+@pytest.mark.parametrize("stage", ["candidates", "scores"])
+def test_exchanged_shards_are_made_again(finished: Path, copied: Copy, stage: str) -> None:
+    """Two files of a stage that are what was written, each in the other's place."""
+    one, two = sorted((copied.run / ROUND / stage).glob("*.parquet"))[:2]
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+    copied.again()
+    same_run(finished / "runs" / "mini", copied.run, tolerance=1e-5)
+
+
+def test_an_image_replaced_by_one_of_its_size_and_time_is_noticed(
+    copied: Copy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copied.folder / "data" / "001.png"
+    status, other = path.stat(), (copied.folder / "data" / "002.png").read_bytes()
+    path.write_bytes(other[: status.st_size].ljust(status.st_size, b"\0"))  # readable where it is the longer
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    copied.again()
+    assert copied.redone() == ALL and "data: has changed since this run began" in capsys.readouterr().err
 
 
 def test_an_unfinished_training_of_something_else_is_refused(
