@@ -412,7 +412,9 @@ def export(
     adapter, base = format == "peft", model.policy.loaded
     steps = model.training.steps if model.training is not None else 0
     texts = {
-        "README.md": model_card(model.recipe, base.family, Cell(out, 1), steps=steps, dtypes=dtype, adapter=adapter)
+        "README.md": model_card(
+            model.recipe, base.family, cell=Cell(out, 1), steps=steps, dtypes=dtype, adapter=adapter
+        )
     }
     if adapter:
         path, lora = model.recipe.model.path, model.recipe.train.lora

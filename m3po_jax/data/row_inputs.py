@@ -23,7 +23,7 @@ class PixelProcessor(Protocol):
 
 
 class PromptProcessor(PixelProcessor, Protocol):
-    """What the other pipelines need of `data.processing.Processor`."""
+    """What the other pipelines need of `models.processor.Processor`."""
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...

@@ -18,12 +18,12 @@ from m3po_jax.config import Recipe
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.feature_cache import FeatureCache, PromptFeatures
 from m3po_jax.data.padding import bucket
-from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.tables import content_hash
 from m3po_jax.hosts.agreement import barrier, gathered, load_shared
 from m3po_jax.hosts.rows import own_rows
 from m3po_jax.hosts.sharding import shard_batch, to_host, use_mesh
+from m3po_jax.models.processor import Processor
 from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.models import Policy

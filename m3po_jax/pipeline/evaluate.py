@@ -10,7 +10,6 @@ from typing import Any
 
 from m3po_jax.config import BenchmarkConfig, EvaluateConfig
 from m3po_jax.data import tables
-from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import PromptSource, fingerprint
 from m3po_jax.errors import UserError
@@ -21,6 +20,7 @@ from m3po_jax.hosts.agreement import barrier, is_writer
 from m3po_jax.hosts.rows import Shares
 from m3po_jax.hosts.signals import stoppable
 from m3po_jax.inference.generator import Generator
+from m3po_jax.models.processor import Processor
 from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.generate import requests
 from m3po_jax.pipeline.models import read_rows

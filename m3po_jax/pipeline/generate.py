@@ -21,7 +21,6 @@ from m3po_jax.config import GenerateConfig
 from m3po_jax.data import batches, row_inputs, tables
 from m3po_jax.data.collation import PromptBatch
 from m3po_jax.data.feature_cache import PromptFeatures
-from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import CANDIDATE, Prompt
 from m3po_jax.data.sources import PromptSource
 from m3po_jax.errors import UserError
@@ -32,6 +31,7 @@ from m3po_jax.inference.answers import finish, repeats
 from m3po_jax.inference.generator import Generator
 from m3po_jax.inference.prompts import Candidates, Request
 from m3po_jax.inference.settings import SamplingConfig, sampling_record
+from m3po_jax.models.processor import Processor
 from m3po_jax.pipeline.caches import fill
 from m3po_jax.pipeline.console import progress, say
 from m3po_jax.workspace.records import settings

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from m3po_jax.config import DataConfig, ModelConfig, Recipe
 from m3po_jax.data import sources
 from m3po_jax.data.dual_inputs import DualEncoderProcessor
-from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import UserError
@@ -24,6 +23,7 @@ from m3po_jax.models import lora
 from m3po_jax.models.dual_encoder import DualEncoderConfig
 from m3po_jax.models.hub import pinned
 from m3po_jax.models.identity import directory_identity
+from m3po_jax.models.processor import Processor
 from m3po_jax.models.quantization import check_quantization
 from m3po_jax.models.registry import Description, Loaded, describe, load_model
 from m3po_jax.pipeline.console import say

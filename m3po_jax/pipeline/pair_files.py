@@ -10,10 +10,10 @@ from m3po_jax.config import Recipe
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.pair_rows import message_text, pair_prompt, place_of
 from m3po_jax.data.preference_files import FilePairs, read_preferences
-from m3po_jax.data.processing import Processor
 from m3po_jax.data.row_inputs import checked_answer
 from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import UserError
+from m3po_jax.models.processor import Processor
 from m3po_jax.objectives.objective import Learner
 from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline.console import say

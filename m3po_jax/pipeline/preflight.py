@@ -20,12 +20,12 @@ from flax import nnx
 
 from m3po_jax.config import Recipe, ScoreConfig
 from m3po_jax.data.preference_files import read_preferences
-from m3po_jax.data.processing import Processor
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.hosts.sharding import make_mesh
 from m3po_jax.inference.memory import GIB, CacheShape, cache_bytes
 from m3po_jax.models import lora
 from m3po_jax.models.kernels.choice import check_attention
+from m3po_jax.models.processor import Processor
 from m3po_jax.models.quantized_base import quantize_base
 from m3po_jax.models.registry import Description, stored_tensors
 from m3po_jax.objectives.objective import Learner

@@ -21,13 +21,13 @@ from m3po_jax.config import DataConfig, ModelConfig, Recipe, SelectConfig, Train
 from m3po_jax.data import pair_rows, tables
 from m3po_jax.data.pair_rows import PairRows
 from m3po_jax.data.preference_files import FilePairs
-from m3po_jax.data.processing import Processor
 from m3po_jax.errors import UserError
 from m3po_jax.evaluation.bootstrap import bootstrap
 from m3po_jax.hosts.agreement import barrier, is_writer
 from m3po_jax.hosts.sharding import use_mesh
 from m3po_jax.models.heads import attach_head
 from m3po_jax.models.identity import files_identity, tree_identity
+from m3po_jax.models.processor import Processor
 from m3po_jax.objectives.objective import Reads
 from m3po_jax.objectives.registry import check_objective, objective_of
 from m3po_jax.objectives.reward import Reward as RewardObjective

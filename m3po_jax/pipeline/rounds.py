@@ -20,11 +20,11 @@ from m3po_jax.data import tables
 from m3po_jax.data.feature_cache import PromptFeatures
 from m3po_jax.data.padding import pad_answers
 from m3po_jax.data.pair_rows import PairPrompts, PairRows
-from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import PAIR
 from m3po_jax.data.stored_pairs import StoredPairs
 from m3po_jax.hosts.agreement import barrier, from_writer, is_writer
 from m3po_jax.inference.scorer import Scorer
+from m3po_jax.models.processor import Processor
 from m3po_jax.pipeline.caches import fill
 from m3po_jax.pipeline.generate import prompt_batches
 from m3po_jax.workspace.records import DONE, Artifact, Record

@@ -15,12 +15,12 @@ import pyarrow as pa
 from m3po_jax.config import ScoreConfig, SelectConfig
 from m3po_jax.data import tables
 from m3po_jax.data.padding import pad_answers
-from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import SCORE_FIXED, Prompt
 from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.hosts.agreement import agreed, barrier, is_writer
 from m3po_jax.hosts.signals import stoppable
 from m3po_jax.inference.scorer import Scorer
+from m3po_jax.models.processor import Processor
 from m3po_jax.pipeline.calibration import calibration
 from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.generate import Shard, begin_shards, prompt_batches

@@ -10,11 +10,11 @@ from typing import Any
 
 from m3po_jax.config import EvaluateConfig, Recipe
 from m3po_jax.data import tables
-from m3po_jax.data.processing import Processor
 from m3po_jax.errors import UserError
 from m3po_jax.hosts.agreement import barrier, from_writer, is_writer
 from m3po_jax.inference.generator import Generator
 from m3po_jax.inference.settings import SamplingConfig
+from m3po_jax.models.processor import Processor
 from m3po_jax.pipeline import summary
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.evaluate import Benchmark, evaluate

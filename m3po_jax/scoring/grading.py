@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.templates import IMAGE_PLACEHOLDER
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.inference.scorer import Scorer
+from m3po_jax.models.processor import Processor
 from m3po_jax.scoring.alignment import Backend, Judged, Scores
 from m3po_jax.scoring.judge import Question, ask, choice_tokens
 from m3po_jax.scoring.reasons import NO_GRADE, NO_IMAGE, NO_REFERENCE

@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Float
 
 from m3po_jax.data.collation import TreeRow, collate_tree
-from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.data.templates import IMAGE_PLACEHOLDER
 from m3po_jax.errors import UserError
 from m3po_jax.inference.scorer import Scorer
+from m3po_jax.models.processor import Processor
 from m3po_jax.scoring.alignment import Backend, Scores, check_aggregate, check_template, pool_scores
 from m3po_jax.scoring.claims import Claim, object_vocabulary, split_claims
 from m3po_jax.scoring.reasons import NO_IMAGE

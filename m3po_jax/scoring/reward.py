@@ -13,11 +13,11 @@ from flax import nnx
 from jaxtyping import Bool, Float, Float32, Int
 
 from m3po_jax.data.collation import PromptBatch, TreeRow, collate_tree
-from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Prompt
 from m3po_jax.inference.scorer import Scorer, branch_inputs
 from m3po_jax.models.forward import branch_hidden
 from m3po_jax.models.heads import answer_rewards
+from m3po_jax.models.processor import Processor
 from m3po_jax.scoring.alignment import Backend, Scores
 from m3po_jax.scoring.shown_images import shared_pixels
 

@@ -9,11 +9,11 @@ import pytest
 from m3po_jax.config import MeshConfig
 from m3po_jax.data.collation import PromptBatch
 from m3po_jax.data.padding import pad_prompts
-from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.hosts.sharding import make_mesh
 from m3po_jax.inference.generator import Generator
 from m3po_jax.inference.settings import SamplingConfig
+from m3po_jax.models.processor import Processor
 from m3po_jax.models.registry import load_model, resolve_directory
 from m3po_jax.quickstart.builder import encode_png
 from m3po_jax.quickstart.language import CAPTION_INSTRUCTION

@@ -20,7 +20,6 @@ from training_tools import TinyProcessor, base_config, pair_rows, tiny_model
 from m3po_jax.config import MeshConfig
 from m3po_jax.data import tables
 from m3po_jax.data.batches import pair_batches
-from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.data.sources import read_prompts
 from m3po_jax.errors import UserError
@@ -28,6 +27,7 @@ from m3po_jax.hosts.rows import own_rows, shared_out
 from m3po_jax.hosts.sharding import make_mesh, sharding_for
 from m3po_jax.hosts.startup import initialize_distributed
 from m3po_jax.inference.settings import sampling_config
+from m3po_jax.models.processor import Processor
 from m3po_jax.pipeline.caches import vision_features
 from m3po_jax.pipeline.generate import generate
 from m3po_jax.pipeline.models import load_policy, make_generator

@@ -18,11 +18,11 @@ from mini_run import write_data, write_recipe
 from safetensors.numpy import load_file, save_file
 
 from m3po_jax.cli import main
-from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.errors import UserError
 from m3po_jax.models.forward import encode_images
 from m3po_jax.models.llava.model import reference_forward
+from m3po_jax.models.processor import Processor
 from m3po_jax.models.registry import describe, load_model
 from m3po_jax.pipeline.models import describe_policy, make_processor
 from m3po_jax.recipes import load_recipe

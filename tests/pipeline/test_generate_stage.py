@@ -12,12 +12,12 @@ import pytest
 
 from m3po_jax.config import GenerateConfig, MeshConfig
 from m3po_jax.data import tables
-from m3po_jax.data.processing import Processor
 from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.errors import UserError
 from m3po_jax.hosts.sharding import make_mesh
 from m3po_jax.inference.generator import Generator
 from m3po_jax.inference.settings import sampling_config, sampling_record
+from m3po_jax.models.processor import Processor
 from m3po_jax.models.registry import load_model, resolve_directory
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.generate import Tally, candidate_pools, generate

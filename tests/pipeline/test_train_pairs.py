@@ -15,8 +15,8 @@ import yaml
 from mini_run import ROOT, write_data, write_recipe
 
 from m3po_jax.cli import main
-from m3po_jax.data.processing import Processor
 from m3po_jax.errors import UserError
+from m3po_jax.models.processor import Processor
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.compare.plan import check_compare
 from m3po_jax.recipes import load_recipe

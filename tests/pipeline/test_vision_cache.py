@@ -10,8 +10,8 @@ import pytest
 from mini_run import write_data, write_recipe
 
 from m3po_jax.data import tables
-from m3po_jax.data.processing import Processor
 from m3po_jax.inference.scorer import Scorer
+from m3po_jax.models.processor import Processor
 from m3po_jax.pipeline.caches import image_features, vision_features
 from m3po_jax.pipeline.rounds import reference_log_probs
 from m3po_jax.pipeline.run import Run

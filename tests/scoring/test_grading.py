@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from tiny_judges import QUICKSTART, llava, one_device, prompt, tiny_policy, torch_and_transformers, word_level
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from m3po_jax.data.processing import PlainText
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
 from m3po_jax.inference.scorer import Scorer
+from m3po_jax.models.processor import PlainText
 from m3po_jax.scoring.grading import DEFAULT_RUBRIC, Judge, check_rubric, grade_tokens, render_rubric
 
 DIGITS = {"airplane": "1", "apple": "2", "artificial": "3", "backpack": "4", "ball": "5"}  # words that become grades

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from tiny_judges import one_device, prompt, tiny_policy, word_level
 
-from m3po_jax.data.processing import PlainText
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
 from m3po_jax.inference.scorer import Scorer
 from m3po_jax.models.forward import encode_images
 from m3po_jax.models.llava.model import reference_forward
+from m3po_jax.models.processor import PlainText
 from m3po_jax.scoring import judge
 from m3po_jax.scoring.claims import Claim
 from m3po_jax.scoring.judge import Claims, answer_tokens

@@ -18,10 +18,10 @@ sys.path.append(str(Path(__file__).parents[1] / "models"))
 from hf_models import dual_encoder, llava, torch_and_transformers
 
 from m3po_jax.config import MeshConfig, ModelConfig, Recipe
-from m3po_jax.data.processing import PlainText
 from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.hosts.sharding import make_mesh
 from m3po_jax.models.layers import Linear
+from m3po_jax.models.processor import PlainText
 from m3po_jax.pipeline.models import Policy, load_policy
 
 __all__ = [

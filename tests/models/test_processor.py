@@ -12,9 +12,9 @@ from PIL import Image as PILImage
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from m3po_jax.data import schema
-from m3po_jax.data.processing import Processor
 from m3po_jax.data.templates import get_template, to_text
 from m3po_jax.errors import UserError
+from m3po_jax.models.processor import Processor
 
 BOS, EOS = 1, 2
 CORPUS = [
