@@ -39,9 +39,8 @@ from m3po_jax.models import lora
 from m3po_jax.models.decoder import Decoder
 from m3po_jax.models.kernels.choice import with_attention
 from m3po_jax.models.quantized_base import quantize_base
-from m3po_jax.models.registry import Description, describe
+from m3po_jax.models.registry import Description, describe, describe_policy
 from m3po_jax.objectives.registry import objective_of
-from m3po_jax.pipeline.models import describe_policy
 from m3po_jax.training.flops import peak_flops, step_cost
 from m3po_jax.training.stage import without_free_settings
 from m3po_jax.training.step import make_step, split_model

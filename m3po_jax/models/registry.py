@@ -23,7 +23,7 @@ from m3po_jax.models import dual_encoder, dual_encoder_weights
 from m3po_jax.models.causal_lm import model as causal_lm
 from m3po_jax.models.causal_lm import weights as causal_lm_weights
 from m3po_jax.models.config_fields import Fields, check_fields, shown
-from m3po_jax.models.hub import HUB_ID, fetch, listed_tensors, snapshot_of
+from m3po_jax.models.hub import HUB_ID, fetch, listed_tensors, pinned, snapshot_of
 from m3po_jax.models.kernels.choice import check_attention, with_attention
 from m3po_jax.models.llava import config as llava_config
 from m3po_jax.models.llava import model as llava
@@ -330,6 +330,16 @@ def _untied(raw: dict[str, Any]) -> dict[str, Any]:
     text = raw.get("text_config")
     nested = {"text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, dict) else {}
     return {**raw, **nested, "tie_word_embeddings": False}
+
+
+def describe_policy(model: ModelConfig, *, download: bool = True) -> Description:
+    """What a recipe's model is, without its weights; see `describe` for `download`.
+
+    Raises:
+        UserError: as `describe`; a revision of something that has none.
+    """
+    path, weights = pinned(model.path, model.revision), model.init == "pretrained"
+    return describe(path, vision_tower=model.vision_tower, weights=weights, download=download)
 
 
 @dataclass(frozen=True)

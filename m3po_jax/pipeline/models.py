@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from m3po_jax.config import DataConfig, ModelConfig, Recipe
+from m3po_jax.config import DataConfig, Recipe
 from m3po_jax.data import sources
 from m3po_jax.data.dual_inputs import DualEncoderProcessor
 from m3po_jax.data.schema import Prompt
@@ -25,7 +25,7 @@ from m3po_jax.models.hub import pinned
 from m3po_jax.models.identity import directory_identity
 from m3po_jax.models.processor import Processor
 from m3po_jax.models.quantization import check_quantization
-from m3po_jax.models.registry import Description, Loaded, describe, load_model
+from m3po_jax.models.registry import Description, Loaded, load_model
 from m3po_jax.pipeline.console import say
 
 
@@ -54,16 +54,6 @@ def model_identity(model: Loaded | Description) -> str:
     """
     tower = "" if model.tower is None else directory_identity(model.tower)
     return content_hash(directory_identity(model.directory), tower)[:16]
-
-
-def describe_policy(model: ModelConfig, *, download: bool = True) -> Description:
-    """What a recipe's model is, without its weights; see `registry.describe` for `download`.
-
-    Raises:
-        UserError: as `describe`; a revision of something that has none.
-    """
-    path, weights = pinned(model.path, model.revision), model.init == "pretrained"
-    return describe(path, vision_tower=model.vision_tower, weights=weights, download=download)
 
 
 def load_policy(recipe: Recipe, mesh: Mesh, *, image_root: str | Path = ".") -> Policy:

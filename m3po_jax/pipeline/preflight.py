@@ -27,13 +27,13 @@ from m3po_jax.models import lora
 from m3po_jax.models.kernels.choice import check_attention
 from m3po_jax.models.processor import Processor
 from m3po_jax.models.quantized_base import quantize_base
-from m3po_jax.models.registry import Description, stored_tensors
+from m3po_jax.models.registry import Description, describe_policy, stored_tensors
 from m3po_jax.objectives.objective import Learner
 from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline.arms import arm_recipe
 from m3po_jax.pipeline.backends import check_ready, describe_dual_encoder, describe_judge
 from m3po_jax.pipeline.checks import draws_candidates, judges
-from m3po_jax.pipeline.models import describe_policy, make_dual_processor, make_processor
+from m3po_jax.pipeline.models import make_dual_processor, make_processor
 from m3po_jax.pipeline.systems import stop_tokens
 from m3po_jax.scoring.grading import grade_tokens
 from m3po_jax.scoring.judge import answer_tokens

@@ -18,20 +18,12 @@ from m3po_jax.hosts.sharding import make_mesh, use_mesh
 from m3po_jax.inference.generator import Generator
 from m3po_jax.inference.settings import SamplingConfig
 from m3po_jax.models.hub import snapshot_of
-from m3po_jax.models.registry import Description
+from m3po_jax.models.registry import Description, describe_policy
 from m3po_jax.pipeline.arms import arm_recipe
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.evaluate import Benchmark, check_scoring, read_benchmark
-from m3po_jax.pipeline.models import (
-    Policy,
-    attach_adapter,
-    describe_policy,
-    load_policy,
-    make_generator,
-    policy_identity,
-    read_rows,
-)
+from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy, make_generator, policy_identity, read_rows
 from m3po_jax.pipeline.pair_files import check_recorded_tokens, pairs_instead_of_prompts, read_pair_file
 from m3po_jax.pipeline.systems import SystemEvaluator
 from m3po_jax.workspace.cell import Cell

@@ -28,10 +28,11 @@ from m3po_jax.hosts.sharding import use_mesh
 from m3po_jax.models.heads import attach_head
 from m3po_jax.models.identity import files_identity, tree_identity
 from m3po_jax.models.processor import Processor
+from m3po_jax.models.registry import describe_policy
 from m3po_jax.objectives.objective import Reads
 from m3po_jax.objectives.registry import check_objective, objective_of
 from m3po_jax.objectives.reward import Reward as RewardObjective
-from m3po_jax.pipeline.models import Policy, attach_adapter, describe_policy, load_policy, model_identity
+from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy, model_identity
 from m3po_jax.pipeline.pair_files import with_identity
 from m3po_jax.pipeline.train import batch_options
 from m3po_jax.pipeline.trainings import begin_training, finish_training

@@ -173,7 +173,8 @@ def report(options: argparse.Namespace) -> None:
 
 def _token_text(recipe: Recipe) -> Callable[[int], str] | None:
     """Token texts for the report's hover, where the model's tokenizer is at hand."""
-    from m3po_jax.pipeline.models import describe_policy, make_processor
+    from m3po_jax.models.registry import describe_policy
+    from m3po_jax.pipeline.models import make_processor
     from m3po_jax.report.browser import tokenizer_text
 
     try:

@@ -23,8 +23,8 @@ from m3po_jax.errors import UserError
 from m3po_jax.models.forward import encode_images
 from m3po_jax.models.llava.model import reference_forward
 from m3po_jax.models.processor import Processor
-from m3po_jax.models.registry import describe, load_model
-from m3po_jax.pipeline.models import describe_policy, make_processor
+from m3po_jax.models.registry import describe, describe_policy, load_model
+from m3po_jax.pipeline.models import make_processor
 from m3po_jax.recipes import load_recipe
 
 SHIPPED = Path(str(resources.files("m3po_jax"))) / "quickstart/checkpoints/quickstart-base"

@@ -1,0 +1,53 @@
+"""The rooms of docs/architecture.md: what each may import is held by import-linter, and the page names what is there."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def layers() -> list[list[str]]:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (contract,) = settings["tool"]["importlinter"]["contracts"]
+    return [[room.strip() for room in line.split("|")] for line in contract["layers"]]
+
+
+def test_rooms_import_downwards() -> None:
+    code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_room_has_its_place() -> None:
+    rooms = {path.stem for path in (ROOT / "m3po_jax").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    placed = [room.removeprefix("m3po_jax.") for line in layers() for room in line]
+    assert sorted(placed) == sorted(rooms - {"__init__"})
+
+
+def test_the_page_shows_the_rooms_in_their_order() -> None:
+    picture = re.search(r"^```text\n(.*?)^```$", PAGE, re.M | re.S)
+    assert picture is not None
+    shown = [re.findall(r"[a-z_]+", line.partition("—")[0]) for line in picture[1].splitlines() if line.strip()]
+    assert shown == [[room.removeprefix("m3po_jax.") for room in line] for line in layers()]
+
+
+def test_files_that_the_page_names_are_there() -> None:
+    named = set(re.findall(r"`((?:m3po_jax|tests|docs|configs)/[\w./]+?)`", PAGE))
+    assert len(named) > 20
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+def test_names_that_the_page_gives_to_code_are_there() -> None:
+    """``file.py: name`` in the table of forms."""
+    rows = re.findall(r"`(m3po_jax/[\w/]+\.py)`: `(\w+)", PAGE)
+    assert len(rows) >= 10
+    missing = [
+        (file, name)
+        for file, name in rows
+        if not re.search(rf"(def|class) {name}\b|^{name} =", (ROOT / file).read_text(encoding="utf-8"), re.M)
+    ]
+    assert missing == []
