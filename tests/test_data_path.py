@@ -1,0 +1,121 @@
+"""One row from a line of JSON to a LoRA weight, compared at every form that docs/architecture.md names."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from m3po_jax.api import _with  # settings as a recipe reads them
+from m3po_jax.config import DataConfig, Recipe
+from m3po_jax.data import tables
+from m3po_jax.data.batches import pair_batches
+from m3po_jax.data.pair_rows import pair_prompt
+from m3po_jax.data.schema import CANDIDATE, PAIR
+from m3po_jax.data.sources import read_prompts
+from m3po_jax.data.stored_pairs import StoredPairs
+from m3po_jax.hosts.rows import Shares
+from m3po_jax.hosts.sharding import make_mesh, use_mesh
+from m3po_jax.inference.settings import sampling_config
+from m3po_jax.models.layers import LoRAParam
+from m3po_jax.pipeline.generate import Tally, candidate_pools, requests
+from m3po_jax.pipeline.models import attach_adapter, load_policy, make_generator
+from m3po_jax.pipeline.select import pair_with_prompt
+from m3po_jax.pipeline.train import train_on_pairs
+from m3po_jax.quickstart.scenes import scene
+from m3po_jax.selection_rows import select_rows
+
+PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    model = {
+        "path": "builtin:quickstart-base",
+        "dtype": "float32",
+        "param_dtype": "float32",
+        "template": "plain",
+        "image_fit": "stretch",
+    }
+    made = _with(Recipe(), "model", model)
+    made = _with(made, "generate", {"num_candidates": 4, "max_new_tokens": 24, "temperature": 1.5})
+    made = _with(made, "select", {"margin": 0.0, "chosen_floor": 0.0, "min_rejected_z": -9.0, "rule": "mas_only"})
+    made = _with(made, "cache", {"vision_features": "off"})
+    return _with(made, "train", {"batch_size": 1, "max_steps": 1, "warmup_ratio": 0.0, "lora": {"lora_rank": 2}})
+
+
+def test_one_row(recipe: Recipe, tmp_path: Path) -> None:
+    picture = scene("prompts", 3).image
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    line = {"id": "a", "image": "a.png", "instruction": "Describe the image."}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+
+    source = read_prompts(DataConfig(path=str(tmp_path / "rows.jsonl")))
+    (prompt,) = list(source)
+    assert (prompt.id, prompt.instruction, prompt.images[0].path) == ("a", line["instruction"], "a.png")
+
+    mesh = make_mesh(recipe.mesh)
+    with use_mesh(mesh):
+        policy = load_policy(recipe, mesh, image_root=tmp_path)
+        processor = policy.processor
+        (request,) = requests([prompt], processor, Shares(mesh))
+        ids = processor.encode_prompt(prompt)
+        np.testing.assert_array_equal(request.token_ids, ids)
+        assert request.images is not None
+        np.testing.assert_array_equal(request.images, processor.pixel_values(prompt))
+
+        generator = make_generator(
+            processor, policy.model, mesh, sampling=sampling_config(recipe.generate, 0), batch_size=1
+        )
+        (made,) = generator.stream(iter([request]), 1)
+        ((_, rows),) = candidate_pools([prompt], generator, processor, recipe.generate, Tally())
+    for k, row in enumerate(rows):
+        length = int(made.lengths[k])
+        assert row["token_ids"] == made.token_ids[k, :length].tolist()
+        assert row["text"] == processor.decode(row["token_ids"])
+    tables.write_table(tmp_path / "candidates" / "shard.parquet", rows, CANDIDATE)
+    stored = list(tables.read_rows(tmp_path / "candidates" / "shard.parquet"))
+    assert [row["token_ids"] for row in stored] == [row["token_ids"] for row in rows]
+
+    distinct = {row["text"]: row["candidate"] for row in stored}
+    assert len(distinct) > 1
+    scored = [
+        row | {"mas": row["candidate"] / 10, "instruction": prompt.instruction, "metadata": {}} for row in stored
+    ]
+    (pair,), drops, _ = select_rows(scored, recipe.select)
+    assert drops == []
+    best, worst = stored[pair["chosen_candidate"]], stored[pair["rejected_candidate"]]
+    assert (best["candidate"], pair["chosen_token_ids"]) == (max(distinct.values()), best["token_ids"])
+
+    shard = tmp_path / "pairs" / "shard.parquet"
+    tables.write_table(shard, [pair_with_prompt(pair, prompt, source.image_root)], PAIR)
+    pairs = StoredPairs.open([shard])
+    assert pairs[0]["images"][0]["bytes"] == (tmp_path / "a.png").read_bytes()
+    again = pair_prompt(pairs[0])
+    assert (again.id, again.instruction) == (prompt.id, prompt.instruction)
+    np.testing.assert_array_equal(processor.encode_prompt(again), ids)
+
+    batch = next(iter(pair_batches(pairs, processor, batch_size=1, seed=0)))
+    np.testing.assert_array_equal(batch.prefix_ids[0][batch.prefix_mask[0]], ids)
+    np.testing.assert_array_equal(batch.pixel_values[0], request.images)
+    for side, row in enumerate((best, worst)):
+        assert batch.branch_ids[0, side][batch.branch_mask[0, side]].tolist() == row["token_ids"]
+        np.testing.assert_allclose(
+            batch.reference[0, side], np.sum(row["token_logprobs"], dtype=np.float64), rtol=1e-6
+        )
+
+    with use_mesh(mesh):
+        start = attach_adapter(policy, recipe, mesh)
+        trained = train_on_pairs(recipe, policy, pairs, tmp_path / "out", mesh, start=start, seed=0)
+    factors = [nnx.to_flat_state(nnx.state(model, LoRAParam)) for model in (start, trained.model)]
+    moved = [not np.array_equal(a[...], b[...]) for (_, a), (_, b) in zip(*factors, strict=True)]
+    # After one step from B = 0, the gradient of A is 0: B alone has moved, in every layer.
+    assert sum(moved) == len(moved) // 2
+
+
+def test_the_page_numbers_the_forms() -> None:
+    forms = re.findall(r"^\| (\d+) \|", PAGE.read_text(encoding="utf-8"), re.M)
+    assert forms == [str(number) for number in range(1, 15)]
