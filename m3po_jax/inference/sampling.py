@@ -54,7 +54,7 @@ def candidate_keys(
     return keys
 
 
-def step_keys(keys: UInt32[Array, "n 2"], step: Int[Array, "#n"]) -> jax.Array:
+def step_keys(keys: UInt32[Array, "n 2"], step: Int[Array, "#n"] | Int[Array, ""]) -> jax.Array:
     """The typed keys of every candidate's stream at its own step, or at one step for all."""
     steps = jnp.broadcast_to(step, keys.shape[:1])
     return jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys, impl="threefry2x32"), steps)
@@ -160,7 +160,7 @@ def process(
     logits: Float[Array, "n v"],
     settings: Settings,
     *,
-    step: Int[Array, "n 1"],
+    step: Int[Array, "n 1"] | Int[Array, ""],
     eos_token_id: int | Sequence[int],
     seen: Any = None,
 ) -> Float[Array, "n v"]:

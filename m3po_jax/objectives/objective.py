@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from m3po_jax.config import TrainConfig
 from m3po_jax.data.batch_source import BatchSource
@@ -56,7 +56,7 @@ class LossContext(NamedTuple):
     reference_model: Any = None
     remat: str = "none"
 
-    def denominator(self, count: Float[Array, ""]) -> Float[Array, ""]:
+    def denominator(self, count: Num[Array, ""]) -> Num[Array, ""]:
         """`tokens`, or the batch's own number of them; at least 1."""
         return jnp.maximum(count if self.tokens is None else self.tokens, 1)
 

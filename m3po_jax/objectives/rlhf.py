@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
 from m3po_jax.config import RLConfig, TrainConfig
 from m3po_jax.errors import UserError
@@ -71,7 +71,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def loss(
-        self, model: Any, batch: RolloutBatch, *, count: Float[Array, ""], remat: str, base_learns: bool
+        self, model: Any, batch: RolloutBatch, *, count: Num[Array, ""], remat: str, base_learns: bool
     ) -> LossOutput:
         """The clipped loss of a batch; a row's loss is the mean over its answers or tokens.
 
@@ -99,7 +99,7 @@ class Rloo(Algorithm):
         return advantages, jnp.zeros_like(advantages)
 
     def loss(
-        self, model: Any, batch: RolloutBatch, *, count: Float[Array, ""], remat: str, base_learns: bool
+        self, model: Any, batch: RolloutBatch, *, count: Num[Array, ""], remat: str, base_learns: bool
     ) -> LossOutput:
         features = image_features(model, batch, remat=remat)
         log_probs = answer_log_probs(model, batch, features, remat=remat, base_learns=base_learns)
@@ -140,14 +140,14 @@ class Ppo(Algorithm):
         return pg.whiten(advantages, mask), returns
 
     def loss(
-        self, model: Any, batch: RolloutBatch, *, count: Float[Array, ""], remat: str, base_learns: bool
+        self, model: Any, batch: RolloutBatch, *, count: Num[Array, ""], remat: str, base_learns: bool
     ) -> LossOutput:
         mask, features = batch.branch_mask, image_features(model, batch, remat=remat)
         hidden = branch_hidden(model, *branch_inputs(batch, features), remat=remat, base_learns=base_learns)
         log_probs = states_scores(model, hidden, batch.branch_ids).log_probs
         log_ratio = jnp.where(mask, log_probs - batch.old_log_probs, 0.0)
 
-        def total(x: Tokens) -> Float[Array, " b"]:
+        def total(x: Shaped[Array, "b k t"]) -> Float[Array, " b"]:
             return jnp.sum(jnp.where(mask, x, 0.0), axis=(1, 2))
 
         policy = pg.policy_loss(log_ratio, batch.advantages, self.cliprange)
@@ -165,7 +165,7 @@ class Ppo(Algorithm):
         return LossOutput(jnp.sum(losses) / count, metrics, losses / lengths, {})
 
 
-def _approximate_kl(log_ratio: Tokens, count: Float[Array, ""]) -> Float[Array, ""]:
+def _approximate_kl(log_ratio: Tokens, count: Num[Array, ""]) -> Float[Array, ""]:
     """TRL's ``policy/approxkl_avg``, of tokens."""
     return 0.5 * jnp.sum(jnp.square(log_ratio)) / count
 

@@ -19,10 +19,10 @@ from m3po_jax.data import parquet_bounds, parquet_source, schema, tables
 from m3po_jax.data.images import decode
 from m3po_jax.data.json_array import array_items
 from m3po_jax.data.sources import fingerprint, read_prompts, source_kind
+from m3po_jax.data.stored_pairs import StoredPairs
 from m3po_jax.errors import UserError
 from m3po_jax.pipeline import rounds
 from m3po_jax.pipeline.evaluate import read_benchmark
-from m3po_jax.pipeline.train import read_pairs
 
 
 def noise(seed: int, size: int = 64) -> bytes:
@@ -148,7 +148,7 @@ def test_pairs_of_a_run_hold_no_bytes(tmp_path, monkeypatch):
     ]
     for number, part in enumerate((wanted[:25], wanted[25:])):
         tables.write_table(tmp_path / f"{number}.parquet", part, schema.PAIR)
-    pairs = read_pairs(tmp_path)
+    pairs = StoredPairs.open(tables.shards(tmp_path))
     mixed = rounds._Mixed([pairs, pairs.take(range(30, 40))], [(1, 3), (0, 2), (1, 0)])
     for held in (pairs, mixed):
         assert reachable_bytes(held) < 1000
