@@ -91,8 +91,8 @@ def test_random_stops_and_kills(whole: Path, programs: Path, tmp_path: Path) -> 
         if how == "kill-in-save":
             assert partial and step not in kept, (log, kept, partial)
         if how == "term":
-            # A step's numbers are read, and the signal sent, when the next one is under way: it is seen after that one.
-            # Those of a process's first step are read at once.
+            # Numbers are read, and the signal sent, when the next step is under way: it is seen after that one.
+            # Those of the first step of a process are read at once.
             last = step if step == before + 1 else min(step + 1, STEPS)
             assert max(kept) == last, (log, kept)
         took(before)
