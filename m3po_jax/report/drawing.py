@@ -23,6 +23,7 @@ from matplotlib.axis import Axis as DrawnAxis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, ScalarFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
@@ -190,23 +191,52 @@ class _Painter:
             note.set_in_layout(False)
 
     def labels(self) -> None:
-        """Names beside marks, where they cover neither marks nor each other; the others are left to tooltips."""
+        """Names beside marks, where they cover neither marks nor each other and are nearest to their own.
+
+        Where marks crowd, a name stands further off, at the end of a line; what finds no place is left to tooltips.
+        """
         axes = self.axes
         frame = axes.get_window_extent()
         places = axes.transData.transform([(mark.x, self.factor * mark.y) for mark in self.marks] or [(0, 0)])
         taken = [Bbox([place - 5, place + 5]) for place in places]
-        for mark in [mark for mark in self.marks if mark.label]:
-            for dx, dy in ((8, -4), (-8, -4), (8, 7), (8, -14), (-8, 7), (-8, -14), (0, 9), (0, -17)):
+        for number, mark in enumerate(self.marks):
+            for dx, dy in (*_BESIDE, *_FURTHER) if mark.label else ():
+                joined = (dx, dy) in _FURTHER
                 text = axes.annotate(
                     _plain(mark.label), (mark.x, self.factor * mark.y), (dx, dy), textcoords="offset points",
-                    ha={8: "left", 0: "center", -8: "right"}[dx], color=_STAND_INS["text"],
+                    ha="center" if dx == 0 else "left" if dx > 0 else "right", color=_STAND_INS["text"],
+                    arrowprops=_JOIN if joined else None,
                 )  # fmt: skip
-                box = text.get_window_extent()
+                text.get_window_extent()  # puts it into its place
+                box = Text.get_window_extent(text)  # without the line
                 outside = box.x0 < frame.x0 or box.x1 > frame.x1 + 8 or box.y0 < frame.y0 or box.y1 > frame.y1 + 8
-                if not outside and not any(box.overlaps(other) for other in taken):
+                covers = any(box.overlaps(other) for other in taken)
+                clear = _is_clear(box, places, number) if joined else _nearest(box, places) == number
+                if not outside and not covers and clear:
                     taken.append(box)
                     break
                 text.remove()
+
+
+# Where a name stands, in points from its mark.
+_BESIDE = ((8, -4), (-8, -4), (8, 7), (8, -14), (-8, 7), (-8, -14), (0, 9), (0, -17))
+_FURTHER = tuple((dx, dy) for far in (24, 40, 60) for dy in (far, -far, far / 2, -far / 2) for dx in (-far, far))
+_JOIN = {"arrowstyle": "-", "color": _STAND_INS["muted"], "linewidth": 0.8, "shrinkA": 0, "shrinkB": 4}
+
+
+def _is_clear(box: Bbox, places: np.ndarray, number: int) -> bool:
+    """Whether a line from a name at `box` to its mark passes by the other marks."""
+    start = places[number]
+    along = np.clip(start, (box.x0, box.y0), (box.x1, box.y1)) - start
+    others = np.delete(places, number, axis=0) - start
+    share = np.clip(others @ along / max(along @ along, 1e-9), 0.0, 1.0)
+    return bool(np.all(np.hypot(*(others - share[:, None] * along).T) > 5))
+
+
+def _nearest(box: Bbox, places: np.ndarray) -> int:
+    """The mark that a name at `box` seems to belong to."""
+    inside = np.clip(places, (box.x0, box.y0), (box.x1, box.y1))
+    return int(np.argmin(np.hypot(*(places - inside).T)))
 
 
 def _scale(drawn: DrawnAxis, axis: Axis, ticks: int) -> None:

@@ -299,3 +299,19 @@ def test_a_reader_s_own_matplotlib_settings_change_nothing():
     with matplotlib.rc_context({"font.size": 30, "axes.grid": True, "lines.linewidth": 9, "svg.fonttype": "path"}):
         assert str(draw(chart, "a").svg) == svg
     assert matplotlib.rcParams["font.size"] != 11, "nor do ours change anybody's"
+
+
+def test_systems_that_crowd_are_all_named() -> None:
+    """As in the quickstart: two systems side by side in a corner, below a third."""
+    points = [
+        ("base", 74.8, 23.9),
+        ("vcd", 79.9, 19.4),
+        ("sft", 86.1, 11.1),
+        ("mas_dpo", 87.4, 8.8),
+        ("m3po", 86.8, 8.9),
+    ]
+    systems = [charts.Point(name, x, y, "base" if name == "base" else "arm") for name, x, y in points]
+    chart = charts.frontier_chart("t", systems, x_label="Recall", y_label="CHAIR_i")
+    assert chart is not None
+    drawn = str(draw(chart).svg)
+    assert [name for name, _, _ in points if f">{name}<" not in drawn] == []
