@@ -313,5 +313,5 @@ def test_systems_that_crowd_are_all_named() -> None:
     systems = [charts.Point(name, x, y, "base" if name == "base" else "arm") for name, x, y in points]
     chart = charts.frontier_chart("t", systems, x_label="Recall", y_label="CHAIR_i")
     assert chart is not None
-    drawn = str(draw(chart).svg)
+    drawn = str(draw(chart, "crowd").svg)
     assert [name for name, _, _ in points if f">{name}<" not in drawn] == []
