@@ -32,8 +32,7 @@ def read_value(kind: Kind, value: Any, key: str, current: Any = None) -> Any:
     Raises:
         Refused: names the key.
     """
-    if isinstance(value, str) and "${" in value:
-        raise Refused(key, f"{short(value)} is an interpolation, which recipes do not have", "write the value itself")
+    _refuse_interpolation(value, key)
     if _is_null(value):
         if kind.optional or kind.base is Any:
             return None
@@ -51,7 +50,7 @@ def read_value(kind: Kind, value: Any, key: str, current: Any = None) -> Any:
 
 def _refuse_interpolation(value: Any, key: str) -> None:
     if isinstance(value, str) and "${" in value:
-        raise Refused(key, f"{short(value)} is an interpolation, which recipes lack", "write the value itself")
+        raise Refused(key, f"{short(value)} is an interpolation, which recipes do not have", "write the value itself")
 
 
 def _takes(kind: Kind) -> str:
@@ -325,8 +324,7 @@ def _read_any(value: Any, key: str) -> Any:
 
 
 def _free(value: Any, key: str) -> Any:
-    if isinstance(value, str) and "${" in value:
-        raise Refused(key, f"{short(value)} is an interpolation, which recipes do not have", "write the value itself")
+    _refuse_interpolation(value, key)
     return None if _is_null(value) else value
 
 

@@ -65,11 +65,6 @@ class Generated:
     finished: Bool[np.ndarray, "b k"]
     slot_steps: int
 
-    @property
-    def finish_reasons(self) -> list[list[str]]:
-        """``stop`` or ``length`` for every candidate."""
-        return [["stop" if done else "length" for done in row] for row in self.finished]
-
 
 def requests_of(batch: PromptBatch, wanted: Bool[np.ndarray, "b k"] | None = None, attempt: int = 0) -> list[Request]:
     """The rows of a batch, without their padding."""
