@@ -32,22 +32,22 @@ class FusedLayer(NamedTuple):
     A kernel's inputs are its last axis. Codes are as `models/quantization.py` has them, inputs first.
 
     Attributes:
+        gains: By the norm's name.
         biases: By the projection's name.
         adapters: (A, α/r · B) by the projection's name.
     """
 
-    input_norm: Float[Array, " e"]
     qkv_kernel: Weight  # (g, r + 2, d, e)
     out_kernel: Weight  # (e, gd)
-    mlp_norm: Float[Array, " e"]
     gate_up_kernel: Weight  # (2, f, e)
     down_kernel: Weight  # (e, f)
+    gains: dict[str, jax.Array]
     biases: dict[str, jax.Array]
     adapters: dict[str, Adapter]
 
-    def gain(self, norm: str) -> Float[Array, " e"]:
+    def gain(self, norm: str) -> Float[Array, " e_or_d"]:
         """See `LayerWeights`, as for the others."""
-        return {"input_norm": self.input_norm, "post_attention_norm": self.mlp_norm}[norm]
+        return self.gains[norm]
 
     def queries_keys_values(self, x: Float[Array, "b s e"], pick: Pick) -> tuple[jax.Array, jax.Array, jax.Array]:
         """One product, of which `pick` takes the tokens that have queries."""
@@ -102,6 +102,7 @@ def fuse(decoder: Decoder) -> tuple[FusedLayer, ...]:
     """Every layer's weights, unstacked and fused; meant for `jax.jit` under the mesh of the model."""
     c, dtype = decoder.config, decoder.dtype
     graph, state = nnx.split(decoder.layers)
+    norms = ("input_norm", "post_attention_norm", *(("q_norm", "k_norm") if c.norms_of_heads else ()))
 
     def one(index: int) -> FusedLayer:
         layer = nnx.merge(graph, jax.tree.map(lambda x: x[index], state))
@@ -124,12 +125,11 @@ def fuse(decoder: Decoder) -> tuple[FusedLayer, ...]:
             for name in names
         }
         return FusedLayer(
-            layer.input_norm.gain,
             _placed(qkv, dtype, "embed", "kv_heads", None, None),
             _placed(attention.o_proj.weight, dtype, "heads", "embed"),
-            layer.post_attention_norm.gain,
             _placed(gate_up, dtype, "embed", None, "mlp"),
             _placed(mlp.down_proj.weight, dtype, "mlp", "embed"),
+            {norm: layer.gain(norm) for norm in norms},
             {name: linear.bias[...].astype(dtype) for name, linear in linears.items() if linear.bias is not None},
             {name: pair for name, linear in linears.items() if (pair := _adapter(linear)) is not None},
         )

@@ -55,7 +55,7 @@ def _pin(x: jax.Array) -> jax.Array:
 
 
 class DecoderAttention(nnx.Module):
-    """The four projections of a layer's attention."""
+    """The four projections of a layer's attention, and the norms of queries and keys where there are some."""
 
     def __init__(self, config: DecoderConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -65,6 +65,9 @@ class DecoderAttention(nnx.Module):
         self.k_proj = Linear(d, keys, axes=("embed", "kv_heads"), use_bias="k_proj" in biases, **kinds)
         self.v_proj = Linear(d, keys, axes=("embed", "kv_heads"), use_bias="v_proj" in biases, **kinds)
         self.o_proj = Linear(queries, d, axes=("heads", "embed"), use_bias="o_proj" in biases, **kinds)
+        if config.norms_of_heads:
+            norm = {"eps": config.rms_norm_eps, "dtype": dtype, "param_dtype": param_dtype}
+            self.q_norm, self.k_norm = RMSNorm(config.head_dim, **norm), RMSNorm(config.head_dim, **norm)
 
 
 class DecoderMLP(nnx.Module):
@@ -89,9 +92,10 @@ class DecoderLayer(nnx.Module):
         self.mlp = DecoderMLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.head_dim = config.head_dim
 
-    def gain(self, norm: str) -> Float[Array, " e"]:
+    def gain(self, norm: str) -> Float[Array, " e_or_d"]:
         """See `LayerWeights`, as for the others."""
-        return {"input_norm": self.input_norm, "post_attention_norm": self.post_attention_norm}[norm].gain
+        owner = self.attention if norm in ("q_norm", "k_norm") else self
+        return getattr(owner, norm).gain
 
     def queries_keys_values(self, x: Float[Array, "b s e"], pick: Pick) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Only the tokens that `pick` takes are multiplied for queries."""

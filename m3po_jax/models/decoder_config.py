@@ -27,6 +27,7 @@ class DecoderConfig:
         rms_norm_eps: Of every norm.
         activation: Of the MLP's gate, see `layers.ACTIVATIONS`.
         biases: Projections that add a bias, by the name of the layer (``q_proj``, …, ``down_proj``).
+        norms_of_heads: Queries and keys are normalised, each head on its own, before they are turned.
         tie_word_embeddings: The output layer is the embedding table.
         max_positions: Tokens that the model was made for; nothing is computed from it.
         layer_pattern: The kinds of the layers, from the first on, repeated as often as there are layers.
@@ -43,6 +44,7 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-5
     activation: str = "silu"
     biases: tuple[str, ...] = ()
+    norms_of_heads: bool = False
     tie_word_embeddings: bool = False
     max_positions: int = 4096
     layer_pattern: tuple[LayerKind, ...] = (LayerKind(),)

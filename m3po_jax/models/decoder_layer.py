@@ -52,8 +52,8 @@ def apply_rotary(x: Float[Array, "b s h d"], tables: Rotary) -> Float[Array, "b 
 class LayerWeights(Protocol):
     """One layer's linear maps, biases and adapters included, and the gains of its norms."""
 
-    def gain(self, norm: str) -> Float[Array, " e"]:
-        """Of ``input_norm`` or ``post_attention_norm``, in the type of the computation."""
+    def gain(self, norm: str) -> Float[Array, " e_or_d"]:
+        """Of ``input_norm``, ``post_attention_norm``, ``q_norm`` or ``k_norm``, in the type of the computation."""
 
     def queries_keys_values(self, x: Float[Array, "b s e"], pick: Pick) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, Q, H, D] of the tokens that `pick` takes, keys and values [B, S, G, D] of all."""
@@ -80,6 +80,9 @@ def decoder_layer(
 ) -> Float[Array, "b q e"]:
     """x + attention(norm(x)), then x + down(act(gate(norm(x))) · up(norm(x))) (Shazeer, arXiv:2002.05202).
 
+    With `norms_of_heads` every query and key is normalised on its own (Dehghani et al., arXiv:2302.05442, as Qwen3
+    has it: RMS, one gain for all heads).
+
     Args:
         rotary: Tables of the positions of all tokens, of this layer's kind.
         attend: Rotated queries [B, Q, H, D] and keys, and values [B, S, G, D], to [B, Q, H, D] or [B, Q, H·D].
@@ -87,6 +90,9 @@ def decoder_layer(
         pick: Takes, from an array of all tokens, those whose states are needed after the layer.
     """
     q, k, v = weights.queries_keys_values(rms_norm(x, weights.gain("input_norm"), config.rms_norm_eps), pick)
+    if config.norms_of_heads:
+        q = rms_norm(q, weights.gain("q_norm"), config.rms_norm_eps)
+        k = rms_norm(k, weights.gain("k_norm"), config.rms_norm_eps)
     attended = attend(apply_rotary(q, jax.tree.map(pick, rotary)), apply_rotary(k, rotary), v)
     x = pin(pick(x) + weights.output(attended.reshape(*attended.shape[:2], -1)))
     gate, up = weights.gate_and_up(rms_norm(x, weights.gain("post_attention_norm"), config.rms_norm_eps))

@@ -38,6 +38,8 @@ def decoder(config: DecoderConfig, path: Path, model: str, head: str) -> dict[Pa
             tensors |= linear(
                 (*layers, ours, name), f"{model}.layers.{{}}.{theirs}.{name}", bias=name in config.biases
             )
+    for norm in ("q_norm", "k_norm") if config.norms_of_heads else ():
+        tensors[(*layers, "attention", norm, "scale")] = Source(f"{model}.layers.{{}}.self_attn.{norm}.weight")
     if not config.tie_word_embeddings:
         tensors[(*path, "lm_head", "kernel")] = Source(f"{head}.weight", "linear", pad_rows=True)
     return tensors

@@ -33,6 +33,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **{"model_type": "qwen2", **TEXT, "num_hidden_layers": 3},
         **{"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     },
+    "qwen3": {
+        **{"model_type": "qwen3", **TEXT, "num_hidden_layers": 3},
+        **{"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    },
     "llava": {"model_type": "llava", "image_token_index": 60, "text_config": TEXT, "vision_config": VISION},
     "clip": {
         **{"model_type": "clip", "projection_dim": 20, "vision_config": VISION},
@@ -123,6 +127,8 @@ QUANTISED = ("bitsandbytes", "awq", "gptq", "fp8", "compressed-tensors", "torcha
         ("qwen2", "", "layer_types", ["chunked_attention"] * 3),
         ("qwen2", "", "max_window_layers", 1.5),
         ("qwen2", "", "use_sliding_window", 1),
+        ("qwen3", "", "attention_bias", "yes"),
+        ("qwen3", "", "head_dim", None),
         ("mistral", "", "sliding_window", 0),
         ("mistral", "", "layer_types", ["sliding_attention", "full_attention"]),
         ("mistral", "", "attention_bias", True),
@@ -179,6 +185,7 @@ def test_what_is_not_implemented_is_refused_by_name(
         ("llama", "", {"pretraining_tp": 2, "attention_dropout": 0.1, "torch_dtype": "float16", "temperature": 0.7}),
         ("llama", "", {"eos_token_id": [2, 7], "pad_token_id": -1, "quantization_config": None}),
         ("qwen2", "", {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}),
+        ("qwen3", "", {"head_dim": 128, "attention_bias": False}),
         ("llava", "vision_config", {"image_size": [28, 28], "projection_dim": 99}),
         ("llava", "", {"image_seq_length": 576, "vision_feature_layer": -2}),
     ],

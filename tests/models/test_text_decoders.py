@@ -36,6 +36,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral_full": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2_later": ("Qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3_later": (
+        "Qwen3",
+        {"attention_bias": True, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
     "qwen2_between": (
         "Qwen2",
         {

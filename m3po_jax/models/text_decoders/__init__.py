@@ -10,8 +10,9 @@ from m3po_jax.models.text_decoders.fields import TextDecoder
 from m3po_jax.models.text_decoders.llama import LLAMA
 from m3po_jax.models.text_decoders.mistral import MISTRAL
 from m3po_jax.models.text_decoders.qwen2 import QWEN2
+from m3po_jax.models.text_decoders.qwen3 import QWEN3
 
-TEXT_DECODERS = {decoder.model_type: decoder for decoder in (LLAMA, MISTRAL, QWEN2)}
+TEXT_DECODERS = {decoder.model_type: decoder for decoder in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
 
 def text_decoder(raw: Mapping[str, Any]) -> TextDecoder | None:

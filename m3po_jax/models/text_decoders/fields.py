@@ -88,6 +88,7 @@ def decoder_config(
     max_positions: int,
     layer_pattern: tuple[LayerKind, ...],
     biases: tuple[str, ...] = (),
+    norms_of_heads: bool = False,
 ) -> DecoderConfig:
     """A specification from the fields that all decoders share.
 
@@ -120,6 +121,7 @@ def decoder_config(
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         activation=raw.get("hidden_act", "silu"),
         biases=biases,
+        norms_of_heads=norms_of_heads,
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
         max_positions=raw.get("max_position_embeddings", max_positions),
         layer_pattern=layer_pattern,

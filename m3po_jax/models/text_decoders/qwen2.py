@@ -26,7 +26,15 @@ def _layer_types(value: Any) -> str | None:
     return None if valid else f"a list of {_FULL} and {_SLIDING}"
 
 
-def _layer_pattern(raw: Mapping[str, Any], where: str) -> tuple[LayerKind, ...]:
+WINDOWS = {
+    "use_sliding_window": flag,
+    "sliding_window": whole(1, 2**31, null=True),
+    "max_window_layers": whole(0, MOST_LAYERS),
+    "layer_types": _layer_types,
+}
+
+
+def layer_pattern(raw: Mapping[str, Any], where: str) -> tuple[LayerKind, ...]:
     """Without `layer_types` the first `max_window_layers` layers see everything, those after them the window."""
     layers, theta = layer_count(raw), rope_theta(raw)
     window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window", False) else None
@@ -52,7 +60,7 @@ def _read(raw: Mapping[str, Any], where: str) -> DecoderConfig:
         intermediate_size=22016,
         num_kv_heads=32,
         max_positions=32768,
-        layer_pattern=_layer_pattern(raw, where),
+        layer_pattern=layer_pattern(raw, where),
         biases=("q_proj", "k_proj", "v_proj"),
     )
 
@@ -61,13 +69,7 @@ QWEN2 = TextDecoder(
     "qwen2",
     Fields(
         config_class="Qwen2Config",
-        read={
-            **READ,
-            "use_sliding_window": flag,
-            "sliding_window": whole(1, 2**31, null=True),
-            "max_window_layers": whole(0, MOST_LAYERS),
-            "layer_types": _layer_types,
-        },
+        read={**READ, **WINDOWS},
         harmless=HARMLESS,
     ),
     _read,
