@@ -191,6 +191,8 @@ def topology_devices(topology: str) -> list[Any]:
     Raises:
         UserError: libtpu is not installed, or does not know the topology.
     """
+    if not topology.strip():  # the compiler would take its oldest chip
+        raise UserError("no topology is named", where="--topology", remedy="give one like v5e-8 or v5e:2x4")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "the TPU compiler is not installed", where="libtpu", remedy="pip install 'm3po-jax[plan]' (Linux, x86-64)"

@@ -69,6 +69,11 @@ def test_what_does_not_fit_is_one_line_and_names_the_number_to_lower() -> None:
     assert lines[1].startswith("m3po: --topology v5e:2x2: 1 of 1 programs do not fit")
 
 
+def test_no_topology_is_not_the_oldest_chip() -> None:
+    with pytest.raises(UserError, match="--topology: no topology is named; give one like v5e-8"):
+        planning.topology_devices(" ")
+
+
 @needs_compiler
 def test_an_unknown_topology() -> None:
     done = run("--topology", "v5x:2x2", *TINY)

@@ -95,11 +95,18 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.answers:
         _evaluate_answers(options)
         return
+    if options.benchmark:
+        raise UserError(
+            "says which benchmark --answers belongs to", where="--benchmark", remedy="give --answers FILE"
+        )
     with _stage(options) as (running, cell):
         if not running.recipe.evaluate.benchmarks:
             raise UserError("no benchmark", where="evaluate.benchmarks", remedy="name at least one in the recipe")
         if cell.training.is_marked:
             running.evaluate_stage(cell)
+        elif options.round > 1 or options.arm is not None:
+            # The base's numbers would pass for those of the system that was named.
+            raise UserError("no finished training", where=cell.name, remedy="run `m3po train` first")
         else:
             running.evaluate_base()
         summary.write_tables(running.recipe, running.directory, running.benchmarks)
@@ -184,14 +191,18 @@ def _token_text(recipe: Recipe) -> Callable[[int], str] | None:
         return None
 
 
+def _check_round(options: argparse.Namespace) -> None:
+    """Round 0 is the untrained model, which can only be evaluated."""
+    least = 0 if options.verb == "evaluate" else 1
+    if options.round < least:
+        raise UserError(f"no round {options.round}", where="--round", remedy=f"at least {least}")
+
+
 @contextmanager
 def _stage(options: argparse.Namespace) -> Iterator[tuple[Run, Cell]]:
     """A locked, opened run for one stage's verb, and the round and system that the command names."""
     recipe = _recipe(options)
-    # Round 0 is the untrained model, which can only be evaluated.
-    least = 0 if options.verb == "evaluate" else 1
-    if options.round < least:
-        raise UserError(f"no round {options.round}", where="--round", remedy=f"at least {least}")
+    _check_round(options)
     if options.arm is not None and options.arm not in recipe.arms:
         raise UserError(f"unknown arm {options.arm!r}{nearest(options.arm, recipe.arms)}", where="--arm")
     _start()
@@ -229,6 +240,7 @@ def export(options: argparse.Namespace) -> None:
     from m3po_jax.pipeline.exporting import export as write_export
 
     recipe = _recipe(options)
+    _check_round(options)
     _start()
     wanted = Wanted(
         cell=RunDirectory.of(recipe).cell(options.round).of(options.arm),

@@ -141,11 +141,30 @@ def test_a_folder_or_a_list_is_no_recipe(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("verb", "number", "remedy"), [("generate", "0", "at least 1"), ("evaluate", "-1", "at least 0")]
+    ("verb", "number", "remedy"),
+    [("generate", "0", "at least 1"), ("evaluate", "-1", "at least 0"), ("export", "0", "at least 1")],
 )
 def test_rounds_begin_with_one(tmp_path, capsys, verb, number, remedy):
     recipe = str(write_recipe(tmp_path, write_data(tmp_path / "data")))
     assert f"--round: no round {number}; {remedy}" in refused(capsys, verb, "--config", recipe, "--round", number)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--round", "2"], "round 2: no finished training; run `m3po train` first"),
+        (["--round", "1", "--arm", "sft"], "no finished training; run `m3po train` first"),
+        (["--benchmark", "scenes"], "--benchmark: says which benchmark --answers belongs to; give --answers FILE"),
+    ],
+)
+def test_the_base_is_not_evaluated_in_place_of_a_system_that_is_named(tmp_path, capsys, words, expected):
+    data = write_data(tmp_path / "data")
+    recipe = str(write_recipe(tmp_path, data))
+    keys = [
+        "arms.sft={train.objective: sft}",
+        f"evaluate.benchmarks.scenes={{metric: short_answer, data: {{path: {data}}}}}",
+    ]
+    assert expected in refused(capsys, "evaluate", "--config", recipe, *words, *keys)
 
 
 def test_select_wants_rows(tmp_path, capsys):
