@@ -8,20 +8,19 @@ that must survive a kill, use the command.
 from __future__ import annotations
 
 import dataclasses
-import io
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pyarrow as pa
 from jax.sharding import Mesh
 
 from m3po_jax.config import BenchmarkConfig, Recipe
+from m3po_jax.data.memory_images import encoded_row
 from m3po_jax.data.pair_rows import PairRows, TableRows
 from m3po_jax.data.prompt_list import PromptList
 from m3po_jax.data.rows import RowRules, prompt_from_row
@@ -135,6 +134,14 @@ def read_prompts(prompts: str | Path | Rows | Sequence[Prompt], **settings: Any)
         path = Path(prompts).resolve() if Path(prompts).exists() else prompts
         return read_rows(_with(Recipe(), "data", {"path": str(path), **settings}).data)
     config = _with(Recipe(), "data", settings).data
+    if unread := sorted(settings.keys() - _SETTINGS_OF_ROWS):
+        raise UserError(
+            "rows in memory do not take it",
+            where=f"data.{unread[0]}",
+            remedy=f"they take {', '.join(_SETTINGS_OF_ROWS)}",
+        )
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise UserError(f"a {type(prompts).__name__}, not a path or a sequence of rows", where="prompts")
     rules, rows = RowRules(exif=config.exif, instruction=config.instruction), list[Prompt]()
     ids = set[str]()
     for number, row in enumerate(prompts, start=1):
@@ -142,39 +149,18 @@ def read_prompts(prompts: str | Path | Rows | Sequence[Prompt], **settings: Any)
         if isinstance(row, Prompt):
             prompt = row
         elif isinstance(row, Mapping):
-            prompt = prompt_from_row(_encoded(row), where, rules, place=str(number))
+            prompt = prompt_from_row(encoded_row(row, where), where, rules, place=str(number))
         else:
             raise UserError(f"a row is a mapping, not a {type(row).__name__}", where=where)
         if prompt.id in ids:
             raise UserError(f"the id {prompt.id!r} is another row's too", where=where, remedy="give each its own")
         ids.add(prompt.id)
         rows.append(prompt)
+        if len(rows) == config.limit:
+            break
     if not rows:
         raise UserError("no rows", where="prompts")
     return PromptList(rows, Path(config.image_root or "."))
-
-
-def _encoded(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row whose pictures in memory are PNG files."""
-    pictures = {name: row[name] for name in ("image", "images") if name in row}
-    return {**row, **{name: _encoded_value(value) for name, value in pictures.items()}}
-
-
-def _encoded_value(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_encoded_value(item) for item in value]
-    if isinstance(value, np.ndarray):
-        value = PIL.Image.fromarray(value)
-    if isinstance(value, PIL.Image.Image):
-        file = io.BytesIO()
-        value.save(file, "PNG")
-        return file.getvalue()
-    if not isinstance(value, Path):
-        return value
-    try:
-        return value.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot be read ({error.strerror})", where=str(value)) from None
 
 
 def generate(model: Model, prompts: Any, /, *, seed: int = 0, **settings: Any) -> list[dict[str, Any]]:
@@ -209,6 +195,10 @@ def _rows(source: PromptSource) -> list[Prompt]:
     return [source[place] for place in range(len(source))]
 
 
+# Settings of `data` that rows in memory obey; the others are of files.
+_SETTINGS_OF_ROWS = ("exif", "image_root", "instruction", "limit")
+
+
 class _Named(Backend):
     """A user's function as a backend."""
 
@@ -216,7 +206,17 @@ class _Named(Backend):
         self.name, self.judge = "custom", judge
 
     def __call__(self, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Scores:
-        return [np.asarray(scores, np.float64) for scores in self.judge(prompts, pools)]
+        answered = self.judge(prompts, pools)
+        try:
+            judged = [np.asarray(scores, np.float64) for scores in answered]
+        except (TypeError, ValueError):
+            raise UserError(
+                "gave no arrays of numbers", where="judge", remedy="one array of scores a prompt"
+            ) from None
+        for scores in judged:
+            if bad := [float(score) for score in scores.ravel() if not (0 <= score <= 1 or np.isnan(score))]:
+                raise UserError(f"a score of {bad[0]:g}", where="judge", remedy="in [0, 1], or NaN to abstain")
+        return judged
 
 
 def score(
@@ -252,13 +252,28 @@ def score(
                 image_root=source.image_root,
                 model_config=recipe.model,
             )
-        groups = pools(candidates)
+        groups = pools(_checked_candidates(candidates))
         judged = judge_candidates(groups, by_id, backend, "candidates")
         blank = NEED_BLANK_IMAGE.intersection(recipe.score.confidence)
         scorer = Scorer(policy.network, policy.mesh, batch_size=recipe.score.batch_size) if blank else None
         rows = rows_of_pools(groups, by_id, judged, backend.name, recipe.score, recipe.select, processor, scorer)
     ordered = [candidate for _, group in groups for candidate in group]
     return [{**candidate, **row} for candidate, row in zip(ordered, rows, strict=True)]
+
+
+def _checked_candidates(rows: Rows) -> list[Mapping[str, Any]]:
+    """Candidates with what scoring reads, each once, those of a prompt together in the order of their first ones."""
+    of_prompt: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for number, row in enumerate(rows, start=1):
+        if missing := [
+            name for name in ("id", "candidate", "text", "token_ids", "token_logprobs") if name not in row
+        ]:
+            raise UserError(f"no {missing[0]!r}", where=f"candidates:{number}", remedy="give the rows of generate")
+        pool = of_prompt.setdefault(row["id"], {})
+        if row["candidate"] in pool:
+            raise UserError(f"candidate {row['candidate']} occurs twice", where=f"candidates (id {row['id']!r})")
+        pool[row["candidate"]] = row
+    return [row for pool in of_prompt.values() for row in pool.values()]
 
 
 def _recipe_of(model: Model) -> Recipe:
@@ -280,8 +295,33 @@ def select(prompts: Any, scored: Rows, /, **settings: Any) -> Selection:
     pairs, drops, summary = select_rows(
         [dict(row) for row in scored], config, dispreferred_confidence=config.confidence_dispreferred
     )
+    if strange := [row["id"] for row in (*pairs, *drops) if row["id"] not in by_id]:
+        raise UserError(f"no prompt has the id {strange[0]!r}", where="scored", remedy="give the prompts of the rows")
     whole = [pair_with_prompt(pair, by_id[pair["id"]], source.image_root) for pair in pairs]
     return Selection(whole, drops, summary)
+
+
+def _pair_table(rows: Rows) -> pa.Table:
+    """The table of pairs' rows.
+
+    Raises:
+        UserError: a row that lacks what training reads, or has it in another form.
+    """
+    for number, row in enumerate(rows, start=1):
+        if missing := [name for name in ("id", "prompt", "chosen", "rejected") if row.get(name) is None]:
+            raise UserError(
+                f"no {missing[0]!r}",
+                where=f"pairs:{number}",
+                remedy="rows are those of select; a file may have any published shape",
+            )
+    try:
+        return pa.Table.from_pylist(list(rows), schema=PAIR)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise UserError(
+            f"not of the form of a pair ({str(error).splitlines()[0]})",
+            where="pairs",
+            remedy="rows are those of select; a file may have any published shape",
+        ) from None
 
 
 @contextmanager
@@ -322,13 +362,17 @@ def train(
     check_recipe(recipe)
     rows: PairRows
     policy = model.policy
+    if recipe.train.pairs:
+        raise UserError(
+            "the pairs are given", where="train.pairs", remedy="leave it out, or give the file in their place"
+        )
     if isinstance(pairs, (str, Path)):
         rows = read_pair_file(str(pairs), recipe)
     else:
         given = pairs.pairs if isinstance(pairs, Selection) else [dict(row) for row in pairs]
         if not given:
             raise UserError("there is no pair to train on", remedy="loosen the selection")
-        rows = TableRows(pa.Table.from_pylist(given, schema=PAIR))
+        rows = TableRows(_pair_table(given))
     with use_mesh(model.mesh), _folder(output_dir) as out:
         fresh = model.network is policy.model
         start = attach_adapter(policy, recipe, model.mesh) if fresh else model.network

@@ -1,5 +1,6 @@
 """The stages as functions: the document's examples run, and say what the command says of the same rows."""
 
+import io
 import json
 import re
 import subprocess
@@ -151,6 +152,44 @@ def test_questions_are_scored_by_the_metrics_rule(names, photos):
     assert json.loads(json.dumps(results)) == results
 
 
+_ASKED = [{"id": "a", "instruction": "b"}]
+_DRAWN = {"id": "a", "candidate": 0, "text": "b", "token_ids": [4, 2], "token_logprobs": [-1.0, -1.0]}
+
+
+def _picture(image):
+    return m3po.read_prompts([{"instruction": "b", "image": image}])
+
+
+def test_candidates_of_a_prompt_are_one_pool_wherever_they_stand(names):
+    drawn = [{**_DRAWN, "id": key, "candidate": number} for number in range(3) for key in "ab"]
+    prompts = [{"id": key, "instruction": "b"} for key in "ab"]
+    pools = []
+    rows = m3po.score(
+        names["model"],
+        prompts,
+        drawn,
+        judge=lambda prompts, texts: [pools.append(len(text)) or np.arange(len(text)) / 10 for text in texts],
+    )
+    assert pools == [3, 3]
+    assert [(row["id"], row["candidate"], row["mas"]) for row in rows] == [
+        (key, number, number / 10) for key in "ab" for number in range(3)
+    ]
+
+
+def test_a_picture_in_memory_keeps_orientation_and_colours(tmp_path):
+    turned = Image.new("RGB", (40, 20))
+    exif = turned.getexif()
+    exif[274] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    for image, size in ((Image.open(tmp_path / "turned.jpg"), 6), (Image.new("CMYK", (8, 8)), None)):
+        (picture,) = _picture(image)[0].images
+        assert Image.open(io.BytesIO(picture.bytes)).getexif().get(274) == size
+
+
+def test_a_limit_holds_for_rows_in_memory():
+    assert len(m3po.read_prompts([{"instruction": "b"}] * 3, limit=2)) == 2
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -164,6 +203,22 @@ def test_questions_are_scored_by_the_metrics_rule(names, photos):
         (lambda m: m3po.train(m, [], objective="reward"), "does not learn from pairs"),
         (lambda m: m3po.evaluate(m, [{"id": "a", "instruction": "b"}], metric="pop"), "pop"),
         (lambda m: m3po.export(m, "x", format="onnx"), "unknown format"),
+        (lambda m: m3po.read_prompts(3), "a int, not a path"),
+        (lambda m: m3po.read_prompts([{"instruction": "b"}], split="x"), "data.split: rows in memory do not take it"),
+        (lambda m: _picture(np.zeros((8, 8, 3))), "shape [8, 8, 3] and type float64 is no image"),
+        (lambda m: _picture(np.zeros((3, 8, 8), np.uint8)), "prompts:1: an array of shape [3, 8, 8]"),
+        (lambda m: _picture(np.zeros((0, 0, 3), np.uint8)), "without a pixel"),
+        (lambda m: m3po.score(m, _ASKED, [{"id": "a", "candidate": 0, "text": "b"}]), "no 'token_ids'"),
+        (lambda m: m3po.score(m, _ASKED, [_DRAWN, _DRAWN]), "candidate 0 occurs twice"),
+        (lambda m: m3po.score(m, _ASKED, [_DRAWN], judge=lambda prompts, pools: [[7]]), "judge: a score of 7"),
+        (lambda m: m3po.score(m, _ASKED, [_DRAWN], judge=lambda prompts, pools: None), "judge: gave no arrays"),
+        (lambda m: m3po.score(m, _ASKED, [_DRAWN], judge=lambda prompts, pools: [["b"]]), "judge: gave no arrays"),
+        (lambda m: m3po.train(m, [{"id": "a"}]), "pairs:1: no 'prompt'"),
+        (
+            lambda m: m3po.train(m, [{"id": "a", "prompt": 3, "chosen": 1, "rejected": 2}]),
+            "not of the form of a pair",
+        ),
+        (lambda m: m3po.train(m, [], pairs="x.jsonl"), "train.pairs: the pairs are given"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(names, call, message):
