@@ -61,8 +61,9 @@ class Preview:
         """
         for number in range(1, self.recipe.rounds + 1):
             shared, cells = self.directory.cell(number), self.run.trained_in(number)
-            yield self._generate(shared)
-            yield self._score(shared)
+            if not self.recipe.train.pairs:  # else nothing is generated, scored or selected
+                yield self._generate(shared)
+                yield self._score(shared)
             if number == 1 and any(rewarding.uses_own_reward(self.run.arm_recipe(cell.arm)) for cell in cells):
                 yield self._reward(shared)
             for cell in cells:
@@ -120,7 +121,7 @@ class Preview:
     def _system(self, cell: Cell) -> Iterator[Planned]:
         recipe = self.run.arm_recipe(cell.arm)
         pairs = PENDING
-        if needs_pairs(recipe):
+        if needs_pairs(recipe) and not recipe.train.pairs:
             drawn, scored = self.run.candidates_owner(cell), self.run.scores_owner(cell)
             if cell.arm is not None and drawn == cell:
                 yield self._generate(cell)

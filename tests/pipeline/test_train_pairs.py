@@ -235,6 +235,13 @@ def test_a_second_run_does_nothing_new(finished: Path, capsys) -> None:
     assert "trained" not in capsys.readouterr().err
 
 
+def test_a_preview_lists_no_stage_that_a_file_of_pairs_leaves_out(finished: Path, capsys) -> None:
+    assert main(["run", "--dry-run", "--config", str(finished.parents[1] / "mini.yaml")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "round 1: train: done" in lines
+    assert not [line for line in lines if line.split(": ")[1] in ("generate", "score", "select")]
+
+
 def test_recorded_tokens_and_log_probs_are_verified(pairs: Path, tmp_path: Path, capsys) -> None:
     """Recorded log-probs count where they are this model's; tokens of another tokenizer never do."""
     processor = Processor.from_pretrained(BASE, "plain", "stretch")
