@@ -127,6 +127,11 @@ def prompts(shapes: Shapes) -> tuple[Int32[np.ndarray, "b p"], Float32[np.ndarra
     return token_ids, rng.normal(size=(shapes.prompts, 1, size, size, 3)).astype(np.float32)
 
 
+def images_of(shapes: Shapes, pixels: Float32[np.ndarray, "b 1 h w 3"]) -> dict[str, np.ndarray]:
+    """Pixels as m3po_jax wants them."""
+    return {"tokens": np.full((len(pixels), 1), shapes.image_tokens, np.int32), "pixels": pixels}
+
+
 def channels_first(pixels: Float32[np.ndarray, "b 1 h w 3"]) -> Float32[np.ndarray, "b 3 h w"]:
     """Pixels as transformers wants them."""
     return np.ascontiguousarray(pixels[:, 0].transpose(0, 3, 1, 2))

@@ -23,6 +23,7 @@ from checkpoint import (
     Shapes,
     answers,
     channels_first,
+    images_of,
     load_ours,
     load_peer,
     prompts,
@@ -61,7 +62,7 @@ class Ours:
         self.mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
         ids, pixels = prompts(shapes)
         names = [f"prompt-{index}" for index in range(shapes.prompts)]
-        self.batch = PromptBatch(names, ids, np.ones(ids.shape, bool), pixels)
+        self.batch = PromptBatch(names, ids, np.ones(ids.shape, bool), images_of(shapes, pixels))
 
     def generator(self, *, candidates: int, new_tokens: int, temperature: float = 1.0) -> Any:
         from m3po_jax.inference.generator import Generator

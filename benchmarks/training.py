@@ -22,6 +22,7 @@ from checkpoint import (
     Shapes,
     answers,
     channels_first,
+    images_of,
     load_ours,
     load_peer,
     prompts,
@@ -195,13 +196,17 @@ class Ours:
         ids, pixels = prompts(shapes)
         both = answers(shapes, 2)
         names = [f"pair-{index}" for index in range(shapes.prompts)]
-        batch = PromptBatch(names, ids, np.ones(ids.shape, bool), pixels)
+        images = images_of(shapes, pixels)
+        batch = PromptBatch(names, ids, np.ones(ids.shape, bool), images)
         scorer = Scorer(model, self.mesh, batch_size=shapes.prompts)
         mask = np.ones(both.shape, bool)
         self.policy = scorer.log_probs(batch, both, mask).sum(-1)
         self.reference = scorer.log_probs(batch, both, mask, reference=True).sum(-1)
         recorded = np.full_like(self.reference, np.nan) if compute_reference else self.reference
-        rows = [TreeRow(ids[i], pixels[i], tuple(both[i]), tuple(recorded[i]), i) for i in range(shapes.prompts)]
+        rows = [
+            TreeRow(ids[i], {name: x[i] for name, x in images.items()}, tuple(both[i]), tuple(recorded[i]), i)
+            for i in range(shapes.prompts)
+        ]
         # Widths as `data.lengths.plan_shapes` gives them to rows that are all of this length.
         self.batch = collate_tree(rows, [(rounded(shapes.prefix), rounded(shapes.new_tokens))])
         config = TrainConfig(

@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 
 from m3po_jax.config import Recipe
 from m3po_jax.data.collation import PromptBatch, TreeBatch
+from m3po_jax.data.model_images import ImagePlan, Images, joined
 from m3po_jax.errors import UserError
 from m3po_jax.hosts.sharding import describe as describe_on
 from m3po_jax.hosts.sharding import make_mesh, shard_batch, state_shardings, use_mesh
@@ -225,18 +226,18 @@ def plan(recipe: Recipe, topology: str, *, prompt_tokens: int | None = None) -> 
     devices = topology_devices(topology)
     mesh = make_mesh(recipe.mesh, devices)
     description = describe_policy(recipe.model, download=False)
-    tokens_per_image = getattr(description.config, "tokens_per_image", None)
     objective = objective_of(recipe.train)
-    if tokens_per_image is None or objective.answers is None:
+    if description.family.images is None or objective.answers is None:
         raise UserError(
             "only vision-language models with train.objective preference or sft are planned",
             where=f"train.objective {recipe.train.objective}, model {recipe.model.path}",
             remedy="plan the preference recipe of the same model: its generation is the same, its step is larger",
         )
-    length = prompt_tokens or tokens_per_image + TEXT_TOKENS
-    if length <= tokens_per_image:
+    image_tokens = _image(description).tokens
+    length = prompt_tokens or image_tokens + TEXT_TOKENS
+    if length <= image_tokens:
         raise UserError(
-            f"{length} tokens leave no room for text beside an image's {tokens_per_image}", where="--prompt-tokens"
+            f"{length} tokens leave no room for text beside an image's {image_tokens}", where="--prompt-tokens"
         )
     chip = CHIPS.get(devices[0].device_kind)
     planner = Planner(recipe, description, mesh, length, chip)
@@ -249,6 +250,17 @@ def plan(recipe: Recipe, topology: str, *, prompt_tokens: int | None = None) -> 
     programs = [program for stage in stages for program in stage()]
     memory = None if chip is None else chip.memory
     return Plan(topology, devices[0].device_kind, dict(mesh.shape), memory, programs)
+
+
+def _image(description: Description) -> ImagePlan:
+    """An image of usual size."""
+    assert description.family.images is not None
+    return description.family.images.typical(description.config)
+
+
+def _images(description: Description, rows: int) -> Images:
+    """One such image in every row, without memory."""
+    return {name: np.broadcast_to(x, (rows, *x.shape)) for name, x in joined([_image(description).absent]).items()}
 
 
 class _Described(Generator):
@@ -313,7 +325,8 @@ class Planner:
         cost = step_cost(model, set())
         assert cost is not None
         prompt, none = np.full(prefill.calls * generator.shards, self.length), np.zeros((1, 1))
-        flops = cost.flops(prompt, none, images=len(prompt), cached_images=False, reference=False)
+        shown = len(prompt) * cost.image_tokens
+        flops = cost.flops(prompt, none, image_tokens=shown, cached_images=False, reference=False)
         whole = beside + _bytes_a_chip(cache)
         yield self.compiled("generate", "prefill", prefill.function, prefill.arguments, whole, flops=flops)
         steps = config.max_new_tokens - 1
@@ -329,7 +342,7 @@ class Planner:
         description = describe(score.model, download=False) if score.model else self.description
         judge = self.model(adapters=False, description=description) if score.model else policy
         scorer = Scorer(judge, self.mesh, batch_size=score.batch_size)
-        length = self.length - self.description.config.tokens_per_image + description.config.tokens_per_image
+        length = self.length - _image(self.description).tokens + _image(description).tokens
         questions = self.recipe.generate.num_candidates
         batch = self.prompts(scorer.batch_size, length, description)
         function, arguments = scorer.choices_program(batch, questions, QUESTION_TOKENS)
@@ -338,15 +351,14 @@ class Planner:
         rows = scorer.batch_size
         asked = np.full((rows, questions), QUESTION_TOKENS)
         flops = cost.flops(
-            np.full(rows, length), asked, images=rows, cached_images=False, reference=False
+            np.full(rows, length), asked, image_tokens=rows * cost.image_tokens, cached_images=False, reference=False
         ) - 2.0 * cost.head * (asked.sum() - asked.size)
         beside = _bytes_a_chip(nnx.state(policy)) if score.model else 0
         yield self.compiled("judge", "questions", function, arguments, beside, flops=flops)
 
     def prompts(self, rows: int, length: int, description: Description | None = None) -> PromptBatch:
         """Prompts of one image each; nothing is allocated for the images."""
-        size = (description or self.description).config.vision.image_size
-        images = np.broadcast_to(np.float32(0), (rows, 1, size, size, 3))
+        images = _images(description or self.description, rows)
         full = np.ones((rows, length), np.int32)
         return PromptBatch([str(row) for row in range(rows)], full, full.astype(bool), images)
 
@@ -379,11 +391,11 @@ class Planner:
         frozen = describe_on(frozen, state_shardings(frozen, mesh))
         base = state.trainable if compute_reference else None
         rows = config.batch_size
-        size, longest = self.description.config.vision.image_size, config.max_answer_tokens
+        longest = config.max_answer_tokens
         batch = TreeBatch(
             prefix_ids=np.ones((rows, self.length), np.int32),
             prefix_mask=np.ones((rows, self.length), bool),
-            pixel_values=np.broadcast_to(np.float32(0), (rows, 1, size, size, 3)),
+            images=_images(self.description, rows),
             branch_ids=np.ones((rows, answers, longest), np.int32),
             branch_mask=np.ones((rows, answers, longest), bool),
             reference=np.zeros((rows, answers), np.float32),
@@ -394,7 +406,7 @@ class Planner:
         flops = cost.flops(
             np.full(rows, self.length),
             np.full((rows, answers), longest),
-            images=rows,
+            image_tokens=rows * cost.image_tokens,
             cached_images=False,
             reference=compute_reference,
         )

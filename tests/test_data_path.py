@@ -64,8 +64,9 @@ def test_one_row(recipe: Recipe, tmp_path: Path) -> None:
         (request,) = requests([prompt], processor, Shares(mesh))
         ids = processor.encode_prompt(prompt)
         np.testing.assert_array_equal(request.token_ids, ids)
-        assert request.images is not None
-        np.testing.assert_array_equal(request.images, processor.pixel_values(prompt))
+        (image,) = processor.images(prompt)
+        assert image.tokens == np.sum(ids == processor.image_token_id)
+        np.testing.assert_array_equal(request.images["pixels"], image.arrays["pixels"])
 
         generator = make_generator(
             processor, policy.model, mesh, sampling=sampling_config(recipe.generate, 0), batch_size=1
@@ -100,7 +101,7 @@ def test_one_row(recipe: Recipe, tmp_path: Path) -> None:
 
     batch = next(iter(pair_batches(pairs, processor, batch_size=1, seed=0)))
     np.testing.assert_array_equal(batch.prefix_ids[0][batch.prefix_mask[0]], ids)
-    np.testing.assert_array_equal(batch.pixel_values[0], request.images)
+    np.testing.assert_array_equal(batch.images["pixels"][0], request.images["pixels"])
     for side, row in enumerate((best, worst)):
         assert batch.branch_ids[0, side][batch.branch_mask[0, side]].tolist() == row["token_ids"]
         np.testing.assert_allclose(

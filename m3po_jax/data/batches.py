@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import grain
@@ -24,11 +25,12 @@ from m3po_jax.data.batch_source import (
     read_ahead,
     require_rows,
 )
-from m3po_jax.data.collation import PromptBatch, TreeBatch, TreeRow, collation
+from m3po_jax.data.collation import PromptBatch, TreeBatch, TreeRow, collate_tree
 from m3po_jax.data.feature_cache import PromptFeatures
 from m3po_jax.data.lengths import Lengths, Order, plan_shapes
+from m3po_jax.data.model_images import spoilt
 from m3po_jax.data.pair_rows import PairRows, TableRows, message_text, pair_prompt, place_of
-from m3po_jax.data.row_inputs import PromptProcessor, checked_answer, prompt_ids, seen_images, where_of
+from m3po_jax.data.row_inputs import PromptProcessor, checked_answer, image_layout, prompt_ids, seen_images, where_of
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import UserError
@@ -89,8 +91,8 @@ def pair_batches(
 
     def load(index: int, needed: bool) -> TreeRow:
         prompt = prompt_of(index)
-        pixels, seen = seen_images(processor, prompt, features, needed=needed)
-        return TreeRow(prompt_ids(processor, prompt), pixels, answers[index], references[index], index, seen)
+        images = seen_images(processor, prompt, features, needed=needed)
+        return TreeRow(prompt_ids(processor, prompt), images, answers[index], references[index], index)
 
     def key(index: int) -> str:
         prompt = prompt_of(index)
@@ -107,7 +109,6 @@ def pair_batches(
             seed=seed,
             length_window=length_window,
             max_shapes=max_shapes,
-            features=features,
             own=own,
         ),
         ids=tuple(ids),
@@ -166,8 +167,8 @@ def sft_batches(
 
     def load(index: int, needed: bool) -> TreeRow:
         prompt = prompts[index]
-        pixels, seen = seen_images(processor, prompt, features, needed=needed)
-        return TreeRow(prompt_ids(processor, prompt), pixels, (answers[index],), (math.nan,), index, seen)
+        images = seen_images(processor, prompt, features, needed=needed)
+        return TreeRow(prompt_ids(processor, prompt), images, (answers[index],), (math.nan,), index)
 
     return BatchSource(
         **_tree_source(
@@ -178,7 +179,6 @@ def sft_batches(
             seed=seed,
             length_window=length_window,
             max_shapes=max_shapes,
-            features=features,
             own=own,
         ),
         ids=tuple(ids),
@@ -200,7 +200,7 @@ def prompt_batches(
 
     Args:
         features: Cached features of the vision tower, which then stand for the images.
-        images: False: neither is read, for who blanks the images.
+        images: False: neither is read, for who blanks the images; how they lie is there.
         needed: Rows of a batch whose images this process needs; the others are zeros. None: all.
     """
     require_rows(len(prompts), batch_size)
@@ -208,11 +208,11 @@ def prompt_batches(
     def load(index: int) -> tuple[str, TreeRow]:
         prompt = prompts[index]
         here = needed is None or bool(needed[index % batch_size])
-        pixels, seen = seen_images(processor, prompt, features, needed=here) if images else (None, None)
-        return prompt.id, TreeRow(prompt_ids(processor, prompt), pixels, (), (), index, features=seen)
+        shown = seen_images(processor, prompt, features, needed=here) if images else image_layout(processor, prompt)
+        return prompt.id, TreeRow(prompt_ids(processor, prompt), shown, (), (), index)
 
     def collate(rows: Sequence[tuple[str, TreeRow]]) -> PromptBatch:
-        return collation(features, ())([row for _, row in rows]).prompts([name for name, _ in rows])
+        return collate_tree([row for _, row in rows]).prompts([name for name, _ in rows])
 
     return read_ahead(grain.MapDataset.range(len(prompts)).map(load).batch(batch_size, batch_fn=collate))
 
@@ -226,7 +226,6 @@ def _tree_source(
     seed: int,
     length_window: int,
     max_shapes: int,
-    features: PromptFeatures | None,
     own: OwnRows | None,
 ) -> dict[str, Any]:
     """What the sources of prompts with answers have in common: fields of `BatchSource`."""
@@ -239,7 +238,7 @@ def _tree_source(
     )
     order = Order(len(answers), seed, batch_size, length_window, lengths)
     shapes = plan_shapes(order, lengths, max_shapes)
-    collate = collation(features, shapes)
+    collate = partial(collate_tree, shapes=shapes)
     shared = SharedRows(load, _spoilt, own)
     return {
         "dataset": endless_batches(order, shared, collate),
@@ -257,8 +256,7 @@ def _without_end(answers: Sequence[np.ndarray], processor: PromptProcessor) -> i
 
 
 def _spoilt(row: TreeRow) -> TreeRow:
-    broken = [None if x is None else np.full_like(x, np.nan) for x in (row.pixels, row.features)]
-    return row._replace(pixels=broken[0], features=broken[1])
+    return row._replace(images=spoilt(row.images))
 
 
 def _reference_sum(logprobs: Sequence[float] | None, answer: np.ndarray, where: str) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 from m3po_jax.config import DataConfig
 from m3po_jax.data import schema
 from m3po_jax.data.image_spool import SpooledImages
-from m3po_jax.data.images import check_header
+from m3po_jax.data.images import header_size
 from m3po_jax.data.rows import RowRules, prompt_from_row
 from m3po_jax.errors import UserError
 
@@ -71,7 +71,7 @@ class Checker:
             prompt = dataclasses.replace(prompt, images=images)
             if self.skips:  # a run cannot leave a row out once it has begun
                 for image in prompt.images:
-                    check_header(image, root=image_root, max_pixels=self.max_pixels, where=prompt.where)
+                    header_size(image, root=image_root, max_pixels=self.max_pixels, where=prompt.where)
         except UserError as error:
             self.report(error)
             return None

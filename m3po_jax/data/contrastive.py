@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from m3po_jax.data.batch_source import BatchSource, SharedRows, endless_batches, fingerprint_of, require_rows
 from m3po_jax.data.lengths import Order
-from m3po_jax.data.row_inputs import PixelProcessor, seen_images, where_of
+from m3po_jax.data.row_inputs import ImageSource, images_of, where_of
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
 from m3po_jax.hosts.rows import OwnRows
@@ -24,6 +24,11 @@ class ContrastiveBatch(NamedTuple):
     text_ids: Int[Any, "c t"]
     text_mask: Bool[Any, "c t"]
     row_index: Int[Any, " b"]
+
+    @property
+    def masks(self) -> tuple[np.ndarray, ...]:
+        """What is no padding, of a batch on the host."""
+        return (self.text_mask,)
 
 
 def claims_of(prompt: Prompt) -> frozenset[str]:
@@ -42,7 +47,7 @@ def claims_of(prompt: Prompt) -> frozenset[str]:
 
 def contrastive_batches(
     prompts: Sequence[Prompt],
-    processor: PixelProcessor,
+    processor: ImageSource[np.ndarray],
     *,
     encode_texts: Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]],
     batch_size: int,
@@ -79,8 +84,8 @@ def contrastive_batches(
     column = {claim: place for place, claim in enumerate(vocabulary)}
 
     def load(index: int, needed: bool) -> tuple[np.ndarray, int]:
-        pixels, _ = seen_images(processor, prompts[index], None, needed=needed)
-        assert pixels is not None
+        prompt = prompts[index]
+        pixels = images_of(processor, prompt) if needed else processor.absent_images(prompt)
         return pixels[0], index
 
     shared = SharedRows(load, lambda row: (np.full_like(row[0], np.nan), row[1]), own)

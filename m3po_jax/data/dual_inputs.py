@@ -116,12 +116,12 @@ class DualEncoderProcessor:
             text = text.replace(token, " ")
         return text
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Of one image's pixels."""
-        return self.image_processor.height, self.image_processor.width, 3
+    def absent_images(self, prompt: Prompt) -> Float[np.ndarray, "images h w 3"]:
+        """Zeros that take no memory, where another host needs the prompt's images."""
+        shape = (len(prompt.images), self.image_processor.height, self.image_processor.width, 3)
+        return np.broadcast_to(np.float32(0), shape)
 
-    def pixel_values(self, prompt: Prompt) -> Float[np.ndarray, "images h w 3"]:
+    def images(self, prompt: Prompt) -> Float[np.ndarray, "images h w 3"]:
         """Normalised pixels of every image of the prompt.
 
         Raises:

@@ -215,11 +215,19 @@ def picture_hash(encoded: bytes) -> str:
     return digest.hexdigest()
 
 
-def check_header(image: schema.Image, *, root: Path, max_pixels: int, where: str) -> None:
-    """Raises `decode`'s UserErrors as far as the header shows them; nothing is decoded."""
+def header_size(image: schema.Image, *, root: Path, max_pixels: int, where: str) -> tuple[int, int]:
+    """(width, height) of what `decode` gives, as the header says; nothing is decoded.
+
+    Raises:
+        UserError: as `decode`, as far as the header shows it.
+    """
+    image = image.read()
     source = _encoded(image, root, where)
     with _decoding(source, where), _open(source) as opened:
         _check_size(opened, max_pixels)
+        width, height = opened.size
+        turns = image.exif == "apply" or opened.format == "TIFF"  # which Pillow turns by itself
+        return (height, width) if turns and orientation(opened) > 4 else (width, height)
 
 
 def _check_size(image: PILImage.Image, max_pixels: int) -> None:

@@ -182,6 +182,4 @@ def cheapest(shapes: Sequence[Shape], prefix: int, branch: int, branches: int) -
 
 def padding_share(batch: Any) -> float:
     """Share of a batch's token slots (prompts once, and every answer) that are computed for nothing."""
-    masks = [getattr(batch, name, None) for name in ("prefix_mask", "branch_mask", "text_mask")]
-    known = [np.asarray(mask) for mask in masks if mask is not None]
-    return 1.0 - sum(int(mask.sum()) for mask in known) / sum(mask.size for mask in known)
+    return 1.0 - sum(int(mask.sum()) for mask in batch.masks) / sum(mask.size for mask in batch.masks)

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
-from jaxtyping import Float32
 
 from m3po_jax.data.feature_cache import PromptFeatures
+from m3po_jax.data.model_images import ImagePlan, Images, ProcessedImage, joined
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
 
-
-class PixelProcessor(Protocol):
-    """What `contrastive_batches` needs of `data.dual_inputs.DualEncoderProcessor`."""
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]: ...
-
-    def pixel_values(self, prompt: Prompt) -> np.ndarray: ...
+Shown_co = TypeVar("Shown_co", covariant=True)
 
 
-class PromptProcessor(PixelProcessor, Protocol):
+class ImageSource(Protocol[Shown_co]):
+    """What reads a prompt's images, in the form that its models take."""
+
+    def images(self, prompt: Prompt) -> Shown_co: ...
+
+    def absent_images(self, prompt: Prompt) -> Shown_co:
+        """Zeros that take no memory, where another host needs the prompt's images."""
+
+
+class PromptProcessor(ImageSource[tuple[ProcessedImage, ...]], Protocol):
     """What the other pipelines need of `models.processor.Processor`."""
 
     @property
@@ -32,15 +34,15 @@ class PromptProcessor(PixelProcessor, Protocol):
 
     def encode_answer(self, text: str) -> Sequence[int] | np.ndarray: ...
 
+    def image_plans(self, prompt: Prompt) -> list[ImagePlan]: ...
+
     def image_keys(self, prompt: Prompt) -> list[str]: ...
 
 
-def pixels_of(processor: PixelProcessor, prompt: Prompt) -> np.ndarray | None:
-    """Pixels of a prompt's images, or None; whatever a decoder raises becomes one line that names the row."""
-    if not prompt.images:
-        return None
+def images_of(processor: ImageSource[Shown_co], prompt: Prompt) -> Shown_co:
+    """A prompt's images; whatever a decoder raises becomes one line that names the row."""
     try:
-        return np.asarray(processor.pixel_values(prompt), np.float32)
+        return processor.images(prompt)
     except UserError:
         raise
     except Exception as error:  # decoders of hostile files raise anything
@@ -51,20 +53,20 @@ def pixels_of(processor: PixelProcessor, prompt: Prompt) -> np.ndarray | None:
         ) from error
 
 
-def no_pixels(processor: PixelProcessor, prompt: Prompt) -> Float32[np.ndarray, "m h w 3"]:
-    """Zeros that take no memory, where another host needs the prompt's images."""
-    return np.broadcast_to(np.float32(0), (len(prompt.images), *processor.image_shape))
-
-
 def seen_images(
-    processor: PixelProcessor, prompt: Prompt, features: PromptFeatures | None, *, needed: bool = True
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """(pixels, features) of a prompt's images, of which one is given at most; zeros where they are not needed."""
-    if not needed and prompt.images:
-        return (no_pixels(processor, prompt), None) if features is None else (None, features.absent(prompt))
-    if features is None:
-        return pixels_of(processor, prompt), None
-    return None, features(prompt)
+    processor: PromptProcessor, prompt: Prompt, features: PromptFeatures | None, *, needed: bool = True
+) -> Images:
+    """The arrays of a prompt's images, of pixels or of cached features; zeros where they are not needed."""
+    if not prompt.images:
+        return {}
+    if features is not None:
+        return joined(features(prompt) if needed else features.absent(prompt))
+    return joined(images_of(processor, prompt) if needed else processor.absent_images(prompt))
+
+
+def image_layout(processor: PromptProcessor, prompt: Prompt) -> Images:
+    """The integer arrays of a prompt's images, which blank ones have too; no pixel is read."""
+    return joined([plan.filled() for plan in processor.image_plans(prompt)]) if prompt.images else {}
 
 
 def prompt_ids(processor: PromptProcessor, prompt: Prompt) -> np.ndarray:

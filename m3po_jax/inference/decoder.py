@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from m3po_jax.hosts.sharding import constrain
 from m3po_jax.inference.attention import own_attention, prefix_attention
 from m3po_jax.inference.fused import FusedLayer
-from m3po_jax.models.attention import Causal, DecoderLayout, prefix_positions
+from m3po_jax.models.attention import Causal, DecoderLayout
 from m3po_jax.models.attention_parts import KV, Part, join, normalize
 from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.models.decoder_layer import decoder_layer, rotary_of_kinds
@@ -30,6 +30,7 @@ def prefill(
     config: DecoderConfig,
     layers: tuple[FusedLayer, ...],
     x: Float[Array, "b p e"],
+    positions: Int[Array, "b p *axes"],
     mask: Bool[Array, "b p"],
     keep: Callable[[int, KV], None],
 ) -> Float[Array, "b e"]:
@@ -40,7 +41,7 @@ def prefill(
     Args:
         keep: called with each layer's number and its keys and values [B, G, P, D].
     """
-    rotary = rotary_of_kinds(config, prefix_positions(mask))
+    rotary = rotary_of_kinds(config, positions)
     layout = Causal(mask, config.attention)
     pin = lambda y: constrain(y, "batch", None, None)  # noqa: E731
     x = pin(x)
@@ -83,6 +84,7 @@ def decode_step(
     layers: tuple[FusedLayer, ...],
     x: Float[Array, "a l e"],
     positions: Int[Array, "a l"],
+    places: Int[Array, "a l"],
     *,
     prefix: list[KV],
     length: Int[Array, " n"],
@@ -99,7 +101,8 @@ def decode_step(
     compiler from writing in place.
 
     Args:
-        positions: of the tokens, counted from the first of the prompt.
+        positions: of the tokens, as the rotary embedding has them; after an image these need not be
+        places: of the tokens, counted from the first of the prompt.
         prefix: each layer's keys and values of the prompts [N, G, P, D], the first `length` of them real.
         to_grid: lanes [M, ...] to the candidates of the prompts [N, K, ...]; `from_grid` back.
         cache: each layer's own keys and values [M, G, C, D].
@@ -133,7 +136,7 @@ def decode_step(
             asked = grid.reshape(*grid.shape[:2], -1, config.head_dim)
             first, visible = None, seen
             if window is not None:
-                oldest = to_grid(positions.reshape(-1)) - (window - 1)  # [N, K]
+                oldest = to_grid(places.reshape(-1)) - (window - 1)  # [N, K]
                 first = jnp.repeat(oldest, grid.shape[3], axis=1)
                 visible = seen & (back < window)
             on_prefix = prefix_attention(asked, shared, length, config.attention, first)

@@ -28,7 +28,7 @@ from m3po_jax.inference.settings import SamplingConfig
 from m3po_jax.inference.state import Board, Cache, Lanes, Layout, Prompts, Report, Sizes
 from m3po_jax.models.attention_parts import KV
 from m3po_jax.models.decoder_config import DecoderConfig
-from m3po_jax.models.forward import encode_images
+from m3po_jax.models.forward import blank_images, embedded_prompts, encode_images
 
 
 class Weights(NamedTuple):
@@ -103,25 +103,22 @@ class Programs:
         )
 
     def _prefill(
-        self, graph: nnx.GraphDef, weights: Weights, prompts: Prompts, board: Board, arrays: dict[str, jax.Array]
+        self, graph: nnx.GraphDef, weights: Weights, prompts: Prompts, board: Board, arrays: dict[str, Any]
     ) -> tuple[Prompts, Board]:
         """Puts F prompts a shard into the slots named in `arrays`; slot N stands for no prompt."""
         self.compilations += 1
         model, s = nnx.merge(graph, weights.state), self.sampling
         token_ids, length, slots = arrays["token_ids"], arrays["length"], arrays["slot"]
         a, f = slots.shape
-        features = arrays.get("features")
-        if features is None:
-            features = encode_images(model, arrays.get("images"))
+        images = encode_images(model, arrays.get("images"))
         # Contrastive decoding runs every prompt twice, in neighbouring rows: with its image and with a blank.
         views = prompts.hidden.shape[2]
         mask = jnp.arange(token_ids.shape[1]) < length[:, None]
         if views == 2:
-            blank = features
-            if features is not None:
-                size = model.config.vision.image_size
-                blank = jnp.broadcast_to(model.image_features(jnp.zeros((1, size, size, 3))), features.shape)
-                features = jnp.stack([features, blank], axis=1).reshape(-1, *features.shape[1:])
+            if images is not None:
+                blank = blank_images(model, images.layout, *images.features.shape[:2])
+                both = lambda x, y: jnp.stack([x, y], axis=1).reshape(-1, *x.shape[1:])  # noqa: E731
+                images = jax.tree.map(both, images, blank)
             token_ids, mask = jnp.repeat(token_ids, 2, axis=0), jnp.repeat(mask, 2, axis=0)
         places = (slots[:, :, None] * views + jnp.arange(views)).reshape(a, f * views)
 
@@ -142,8 +139,8 @@ class Programs:
 
             kv[index] = (write(kv[index][0], own[0]), write(kv[index][1], own[1]))
 
-        x = model.embed_prompts(token_ids, features)
-        hidden = prefill(model.config.text, weights.layers, x, mask, keep)
+        x, positions = embedded_prompts(model, token_ids, mask, images)
+        hidden = prefill(model.config.text, weights.layers, x, positions.of_prompt, mask, keep)
         seen = prompts.seen
         if seen is not None:
             fresh = jnp.zeros((a * f, seen.shape[-1]), bool)
@@ -153,6 +150,7 @@ class Programs:
         prompts = Prompts(
             kv,
             put(prompts.length, length),
+            put(prompts.following, positions.following[::views]),
             put(prompts.hidden, hidden.reshape(a * f, views, -1)),
             put(prompts.keys, arrays["keys"]),
             put(prompts.arrival, arrays["arrival"]),
@@ -290,12 +288,13 @@ class Programs:
             board, lanes, fresh = refill(board, lanes, cache.step + 1)
             slot = lane.slot_to_write(cache.written)
             written = jnp.where(jnp.arange(capacity) == slot, cache.step, cache.written)
-            length = lane.take(prompts.length, lanes.place // k)
+            length, following = (lane.take(x, lanes.place // k) for x in (prompts.length, prompts.following))
             each = lambda x: jnp.repeat(x, views, axis=1)  # noqa: E731
             hidden, kv = decode_step(
                 model.config.text,
                 weights.layers,
                 model.decoder.embed_tokens(each(lanes.token)),
+                each(following + lanes.age - 1),
                 each(length + lanes.age - 1),
                 prefix=prompts.kv,
                 # A kernel leaves out the prompts of which nothing is being decoded.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
 from m3po_jax.data.collation import PromptBatch
+from m3po_jax.data.model_images import Images
 from m3po_jax.hosts.rows import Hosts
 
 
@@ -16,8 +17,8 @@ class Request:
     """One prompt to be answered.
 
     Attributes:
-        images: its m images, normalised [m, h, w, 3], or, with `encoded`, their features [m, n, v]; None for
-            text alone. Zeros where the process is not one of `hosts`.
+        images: arrays of its images, see `data.model_images.joined`; {} for text alone. Zeros stand for pixels
+            and features where the process is not one of `hosts`.
         wanted: candidates to draw; the others come back empty. None: all.
         attempt: which of a candidate's random streams to draw from; 0 is the first.
         hosts: the processes that have its images, and on whose devices it is answered; None: all have them.
@@ -25,8 +26,7 @@ class Request:
 
     id: str
     token_ids: Int32[np.ndarray, " p"]
-    images: Float32[np.ndarray, "m ..."] | None = None
-    encoded: bool = False
+    images: Images = field(default_factory=dict)
     wanted: tuple[int, ...] | None = None
     attempt: int = 0
     hosts: Hosts | None = None
@@ -68,13 +68,11 @@ class Generated:
 
 def requests_of(batch: PromptBatch, wanted: Bool[np.ndarray, "b k"] | None = None, attempt: int = 0) -> list[Request]:
     """The rows of a batch, without their padding."""
-    images = batch.pixel_values if batch.features is None else batch.features
     return [
         Request(
             name,
             batch.token_ids[row][batch.mask[row].astype(bool)].astype(np.int32),
-            None if images is None or images.shape[1] == 0 else images[row],
-            batch.features is not None,
+            {name: x[row] for name, x in (batch.images or {}).items()},
             None if wanted is None else tuple(np.flatnonzero(wanted[row]).tolist()),
             attempt,
         )

@@ -17,58 +17,53 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Float32, Int
 
 from m3po_jax.data.collation import PromptBatch
+from m3po_jax.data.model_images import layout_of
 from m3po_jax.data.padding import answer_bucket, bucket, pad_rows
 from m3po_jax.errors import UserError
 from m3po_jax.hosts.rows import own_rows
 from m3po_jax.hosts.sharding import replicate, shard_batch, to_host, use_mesh
 from m3po_jax.models import lora
-from m3po_jax.models.forward import VisionLanguageModel, branch_hidden, branch_log_probs, encode_images
-
-
-def features_of(
-    model: VisionLanguageModel, arrays: dict[str, jax.Array], images: int
-) -> Float[jax.Array, "b m n v"] | None:
-    """Features of the images of the rows: `images` blank ones, those given, or the tower's."""
-    if images:
-        one = arrays["blank"]
-        return jnp.broadcast_to(one, (arrays["prefix_ids"].shape[0], images, *one.shape[1:]))
-    given = arrays.get("features")
-    return encode_images(model, arrays.get("pixel_values")) if given is None else given
+from m3po_jax.models.forward import (
+    EncodedImages,
+    VisionLanguageModel,
+    blank_images,
+    branch_hidden,
+    branch_log_probs,
+    encode_images,
+)
 
 
 def branch_inputs(
-    model: VisionLanguageModel, arrays: dict[str, jax.Array], images: int
-) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array]:
-    """What the functions of `models.forward` take after the model."""
-    features = features_of(model, arrays, images)
-    return arrays["prefix_ids"], arrays["prefix_mask"], features, arrays["branch_ids"], arrays["branch_mask"]
+    model: VisionLanguageModel, arrays: dict[str, Any], blank_tokens: int
+) -> tuple[jax.Array, jax.Array, EncodedImages | None, jax.Array, jax.Array]:
+    """What the functions of `models.forward` take after the model; see `Scorer._filled`."""
+    ids, images = arrays["prefix_ids"], arrays.get("images")
+    if blank_tokens:
+        encoded: EncodedImages | None = blank_images(model, images or {}, ids.shape[0], blank_tokens)
+    else:
+        encoded = encode_images(model, images)
+    return ids, arrays["prefix_mask"], encoded, arrays["branch_ids"], arrays["branch_mask"]
 
 
 # Programs of this module, not of a scorer: all scorers of one architecture share them, whatever their weights, so
-# that another round, arm or seed compiles nothing. `images`: how many blank ones a row has in place of its own.
-
-
-@partial(jax.jit, static_argnums=0)
-def encode_blank(
-    graph: nnx.GraphDef, state: nnx.State, pixels: Float[jax.Array, "1 h w 3"]
-) -> Float[jax.Array, "1 n v"]:
-    return nnx.merge(graph, state).image_features(pixels)
+# that another round, arm or seed compiles nothing. `blank_tokens`: the most image tokens of a row, where blank images
+# stand in the place of its own; else 0.
 
 
 @partial(jax.jit, static_argnums=(0, 3))
 def log_probs_program(
-    graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], images: int
+    graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, Any], blank_tokens: int
 ) -> Float[jax.Array, "b k t"]:
     model = nnx.merge(graph, state)
-    return branch_log_probs(model, *branch_inputs(model, arrays, images))
+    return branch_log_probs(model, *branch_inputs(model, arrays, blank_tokens))
 
 
 @partial(jax.jit, static_argnums=(0, 3))
 def choices_program(
-    graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], images: int
+    graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, Any], blank_tokens: int
 ) -> Float[jax.Array, "b k c"]:
     model = nnx.merge(graph, state)
-    inputs = branch_inputs(model, arrays, images)
+    inputs = branch_inputs(model, arrays, blank_tokens)
     hidden = branch_hidden(model, *inputs)
     after = jnp.sum(inputs[-1], axis=2, dtype=jnp.int32)[:, :, None, None]
     last = jnp.take_along_axis(hidden, after, axis=2)[:, :, 0]
@@ -108,7 +103,6 @@ class Scorer:
         lora.set_scale(reference, 0.0)
         self.reference_graph = nnx.split(reference)[0]
         self.model_config = model.config
-        self._blank: dict[bool, jax.Array] = {}  # features of a blank image, by whether they are the reference's
 
     def log_probs(
         self,
@@ -123,8 +117,8 @@ class Scorer:
 
         Args:
             branch_ids: answers, right-padded, the end token included if it is to count.
-            blank_images: every image is replaced by the processor's mean colour (zeros after normalisation),
-                which leaves the language prior. The batch's own images are not read, and need not be there.
+            blank_images: every image is replaced by the mean colour, which leaves the language prior. The pixels of
+                the batch's own images are not read, and need not be there.
             reference: the model without its adapters.
 
         Raises:
@@ -185,15 +179,14 @@ class Scorer:
         reference: bool = False,
     ) -> np.ndarray:
         graph = self.reference_graph if reference else self.graph
-        images = self._images_a_row(batch) if blank_images else 0
-        blank = {"blank": self._blank_features(reference)} if images else {}
+        blank_tokens = self._image_tokens(batch) if blank_images else 0
         done = []
         for start in range(0, len(batch.ids), self.batch_size):
             part = slice(start, min(start + self.batch_size, len(batch.ids)))
             count = part.stop - part.start
             with use_mesh(self.mesh):
-                inputs = self._filled(batch, branches, constants, part, with_images=not blank_images) | blank
-                result = to_host(program(graph, self.state, inputs, images))[:count]
+                inputs = self._filled(batch, branches, constants, part, pixels=not blank_images)
+                result = to_host(program(graph, self.state, inputs, blank_tokens))[:count]
             broken = ~np.isfinite(result).reshape(count, -1).all(axis=1)
             if broken.any():
                 raise UserError(
@@ -211,15 +204,16 @@ class Scorer:
         constants: dict[str, np.ndarray],
         part: slice,
         *,
-        with_images: bool = True,
-    ) -> dict[str, jax.Array]:
-        """The padded rows of `part` on the devices."""
+        pixels: bool = True,
+    ) -> dict[str, Any]:
+        """The padded rows of `part` on the devices; of their images the layout alone without `pixels`."""
         rows, columns = self.batch_size, bucket(batch.token_ids.shape[1], self.prefix_bucket)
-        seen = {"pixel_values": batch.pixel_values, "features": batch.features} if with_images else {}
+        images = batch.images if pixels else layout_of(batch.images)
+        given: dict[str, Any] = {**branches, **({"images": images} if images else {})}
         arrays = {
             "prefix_ids": pad_rows(batch.token_ids[part].astype(np.int32), rows, columns),
             "prefix_mask": pad_rows(batch.mask[part].astype(bool), rows, columns, False),
-            **{name: pad_rows(x[part], rows) for name, x in (branches | seen).items() if x is not None},
+            **jax.tree.map(lambda x: pad_rows(x[part], rows), given),
         }
         return {**shard_batch(arrays, self.mesh), **replicate(constants, self.mesh)}
 
@@ -248,16 +242,7 @@ class Scorer:
             inputs = self._filled(batch, branches, choices, slice(0, self.batch_size))
         return choices_program, (self.graph, self.state, inputs, 0)
 
-    def _images_a_row(self, batch: PromptBatch) -> int:
-        """The most images that a prompt has room for, by its image tokens."""
+    def _image_tokens(self, batch: PromptBatch) -> int:
+        """The most image tokens that a prompt has."""
         tokens = (batch.token_ids == self.model_config.image_token_id) & batch.mask.astype(bool)
-        return int(tokens.sum(axis=1).max(initial=0)) // self.model_config.tokens_per_image
-
-    def _blank_features(self, reference: bool) -> Float[jax.Array, "1 n v"]:
-        """What the tower makes of a blank image; computed once for the weights that are loaded."""
-        if reference not in self._blank:
-            graph, size = self.reference_graph if reference else self.graph, self.model_config.vision.image_size
-            with use_mesh(self.mesh):
-                pixels = replicate(np.zeros((1, size, size, 3), np.float32), self.mesh)
-                self._blank[reference] = encode_blank(graph, self.state, pixels)
-        return self._blank[reference]
+        return int(tokens.sum(axis=1).max(initial=0))

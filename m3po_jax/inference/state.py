@@ -53,6 +53,7 @@ class Prompts(NamedTuple):
 
     kv: list[KV]  # of each layer, [A·N·V, G, P, D]
     length: Int[Array, "a n"]
+    following: Int[Array, "a n"]  # rotary position of the first token after the prompt
     hidden: Float[Array, "a n v e"]  # the state that predicts the first token
     keys: UInt32[Array, "a n k 2"]
     arrival: Int[Array, "a n"]
@@ -107,7 +108,7 @@ class Layout:
         heads = "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None
         self.rows, self.whole = NamedSharding(mesh, P(ROWS)), NamedSharding(mesh, P())
         self.kv = NamedSharding(mesh, P(ROWS, heads))
-        self.prompts_sharding = Prompts(self.kv, *[self.rows] * 5)  # type: ignore[arg-type]
+        self.prompts_sharding = Prompts(self.kv, *[self.rows] * 6)  # type: ignore[arg-type]
         self.cache_sharding = Cache(self.answers_kv, self.whole, self.whole)  # type: ignore[arg-type]
         self.empty = jax.jit(
             self._empty, static_argnums=(0, 1), out_shardings=(self.prompts_sharding, self.rows, self.rows)
@@ -134,6 +135,7 @@ class Layout:
         empty = lambda: jnp.zeros((a * n * views, c.num_kv_heads, prefix, c.head_dim), self.dtype)  # noqa: E731
         prompts = Prompts(
             [(empty(), empty()) for _ in range(c.num_layers)],
+            integers((a, n)),
             integers((a, n)),
             jnp.zeros((a, n, views, c.hidden_size), self.dtype),
             jnp.zeros((a, n, k, 2), jnp.uint32),

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from m3po_jax.data.model_images import stacked
 from m3po_jax.data.padding import prompt_bucket
 from m3po_jax.errors import UserError
 from m3po_jax.hosts.rows import shard_hosts
@@ -237,13 +238,8 @@ class Stream:
             "wanted": wanted,
             "arrival": arrival,
         }
-        if first.images is not None:
-            count = max(len(request.images) for request in requests)  # type: ignore[arg-type]
-            images = np.zeros((len(filled), count, *first.images.shape[1:]), first.images.dtype)
-            for row, (_, request) in chosen.items():
-                if request.images is not None and _here(request):
-                    images[row, : len(request.images)] = request.images
-            arrays["features" if first.encoded else "images"] = images
+        if first.images:
+            arrays["images"] = stacked([request.images for request in requests])
         return shard_batch(arrays, engine.mesh)
 
     def _decode(self) -> Report:
@@ -288,16 +284,11 @@ class Stream:
             )
 
 
-def _here(request: Request) -> bool:
-    """Whether this process has the request's images."""
-    return request.hosts is None or jax.process_index() in request.hosts
-
-
 def len_of(request: Request) -> int:
     return len(request.token_ids)
 
 
 def _alike(request: Request, others: Iterable[tuple[int, Request]]) -> bool:
     """Whether a request can share a program with the others: all have images of one kind, or none has."""
-    kind = lambda r: (r.encoded, None if r.images is None else r.images.shape[1:])  # noqa: E731
+    kind = lambda r: {name: x.shape[1:] for name, x in r.images.items()}  # noqa: E731
     return all(kind(other) == kind(request) for _, other in others)

@@ -161,7 +161,12 @@ class Decoder(nnx.Module):
         return scan_layers(self.layers, apply, _pin(x), numbers, remat=remat, count=count)[0]
 
     def __call__(
-        self, x: Float[Array, "b s e"], positions: Int[Array, "b s"], layout: DecoderLayout, *, remat: str = "none"
+        self,
+        x: Float[Array, "b s e"],
+        positions: Int[Array, "b s *axes"],
+        layout: DecoderLayout,
+        *,
+        remat: str = "none",
     ) -> Float[Array, "b s e"]:
         """Hidden states after the final norm."""
         return self.norm(self._scan(x, rotary_of_kinds(self.config, positions), layout, remat=remat))
@@ -169,7 +174,7 @@ class Decoder(nnx.Module):
     def needed_states(
         self,
         x: Float[Array, "b s e"],
-        positions: Int[Array, "b s"],
+        positions: Int[Array, "b s *axes"],
         layout: DecoderLayout,
         last: LastLayout,
         *,

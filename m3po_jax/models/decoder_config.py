@@ -30,6 +30,9 @@ class DecoderConfig:
         norms_of_heads: Queries and keys are normalised, each head on its own, before they are turned.
         tie_word_embeddings: The output layer is the embedding table.
         max_positions: Tokens that the model was made for; nothing is computed from it.
+        rotary_axes: Where positions have several axes (text, height, width), the axis that each of the `head_dim`/2
+            frequencies turns by: Qwen2-VL's sections of them, or Qwen3-VL's interleaved ones. Tokens with one
+            position turn by it everywhere.
         layer_pattern: The kinds of the layers, from the first on, repeated as often as there are layers.
         attention: The kernels that attention runs on, see `models/kernels`.
     """
@@ -47,6 +50,7 @@ class DecoderConfig:
     norms_of_heads: bool = False
     tie_word_embeddings: bool = False
     max_positions: int = 4096
+    rotary_axes: tuple[int, ...] = ()
     layer_pattern: tuple[LayerKind, ...] = (LayerKind(),)
     attention: str = "xla"
 

@@ -24,18 +24,26 @@ Pick = Callable[[jax.Array], jax.Array]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def rotary_tables(positions: Int[Array, "b s"], head_dim: int, theta: float) -> Rotary:
-    """cos and sin of the rotary embedding (Su et al., arXiv:2104.09864), in the half-split order of Hugging Face."""
+def rotary_tables(
+    positions: Int[Array, "b s *axes"], head_dim: int, theta: float, axes: tuple[int, ...] = ()
+) -> Rotary:
+    """cos and sin of the rotary embedding (Su et al., arXiv:2104.09864), in the half-split order of Hugging Face.
+
+    Args:
+        positions: One number a token, or one for each axis.
+        axes: The axis that each of the D/2 frequencies turns by, where there are several.
+    """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    steps = positions[..., None] if positions.ndim == 2 else positions[..., jnp.asarray(axes)]
+    angles = steps.astype(jnp.float32) * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotary_of_kinds(config: DecoderConfig, positions: Int[Array, "b s"]) -> tuple[Rotary, ...]:
+def rotary_of_kinds(config: DecoderConfig, positions: Int[Array, "b s *axes"]) -> tuple[Rotary, ...]:
     """The `rotary_tables` of every one of `config.kinds`; those of one base are computed once."""
     tables = {
-        theta: rotary_tables(positions, config.head_dim, theta)
+        theta: rotary_tables(positions, config.head_dim, theta, config.rotary_axes)
         for theta in dict.fromkeys(kind.rope_theta for kind in config.kinds)
     }
     return tuple(tables[kind.rope_theta] for kind in config.kinds)

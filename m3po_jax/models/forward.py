@@ -1,4 +1,4 @@
-"""The forward pass that scores given answers, for any vision-language model of the registry.
+"""The contract of a vision-language model, and the forward pass that scores given answers under any of them.
 
 Confidence, judges, reference and policy of the preference loss are `branch_scores`. It runs the prompt, with its
 images, once for all of its answers. Answers are drawn in `inference/`.
@@ -6,45 +6,136 @@ images, once for all of its answers. Answers are drawn in `inference/`.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from m3po_jax.models.attention import Tree, prefix_positions
+from m3po_jax.data.model_images import FEATURES, Images, layout_of
+from m3po_jax.models.attention import Causal, Tree, prefix_positions
 from m3po_jax.models.decoder import Decoder, TokenScores
+from m3po_jax.models.decoder_config import DecoderConfig
+
+# The parts of a model whose names settings and messages know: its images' encoder, and what maps features to the
+# decoder's width.
+VISION_TOWER, PROJECTOR = "vision_tower", "projector"
+
+
+class Positions(NamedTuple):
+    """Where the tokens of prompts stand for the rotary embedding, and where what follows them goes on.
+
+    Attributes:
+        of_prompt: One number a token, or one for each of several axes, see `DecoderConfig.rotary_axes`.
+        following: Of the first token after the prompt, the same on every axis; it goes on from there one by one.
+    """
+
+    of_prompt: Int[Array, "b s *axes"]
+    following: Int[Array, " b"]
+
+
+class EncodedImages(NamedTuple):
+    """Images of a batch after the tower.
+
+    Attributes:
+        features: That of a row's j-th image token is the row's j-th; what lies beyond them is not read.
+        layout: The images' integer arrays, see `data.model_images`.
+    """
+
+    features: Float[Array, "b f v"]
+    layout: Images
+
+
+class VisionLanguageConfig(Protocol):
+    """What shared code reads of a configuration; a dataclass, whose fields called `attention` name kernels."""
+
+    @property
+    def text(self) -> DecoderConfig: ...
+
+    @property
+    def image_token_id(self) -> int:
+        """The id that stands for one feature; −1, which no token has, where the model reads text alone."""
 
 
 class VisionLanguageModel(Protocol):
-    """What a family provides; see `llava/model.py` for shapes."""
+    """What a family provides: a module with a `decoder`, and with images a part called `VISION_TOWER`.
 
-    config: Any
-    decoder: Decoder
+    Images of a batch are arrays by name, see `data.model_images`; rows without images, and what fills rows up, may
+    give any features.
+    """
 
-    def image_features(self, pixel_values: jax.Array, *, remat: str = "none") -> jax.Array:
-        """Images [I, H, W, 3] to the tower's features [I, N, V]."""
+    @property
+    def config(self) -> Any:
+        """A `VisionLanguageConfig` of the family."""
 
-    def embed_prompts(self, token_ids: jax.Array, features: jax.Array | None) -> jax.Array:
-        """Token ids [B, S] and features [B, M, N, V] of their images to decoder inputs [B, S, D]."""
+    @property
+    def decoder(self) -> Decoder: ...
+
+    def encode_images(self, images: Images, *, remat: str = "none") -> Float[Array, "b f v"]:
+        """What the tower makes of a batch's images, before what learns with the decoder: a cache may keep it."""
+
+    def blank_features(self, layout: Images, tokens: int) -> Float[Array, "b f v"]:
+        """The features of images of the mean colour that lie as `layout` says, `tokens` of a row; one row may stand
+        for all."""
+
+    def embed_prompts(
+        self, token_ids: Int[Array, "b s"], features: Float[Array, "b f v"] | None
+    ) -> Float[Array, "b s d"]:
+        """Decoder inputs: token embeddings, with features in the places of image tokens, in order."""
+
+    def prompt_positions(self, token_ids: Int[Array, "b s"], mask: Bool[Array, "b s"], layout: Images) -> Positions:
+        """How rotary positions run through prompts; `text_positions` where images change nothing about it."""
 
 
-def encode_images(
-    model: VisionLanguageModel, pixel_values: Float[Array, "b m h w 3"] | None, *, remat: str = "none"
-) -> Float[Array, "b m n v"] | None:
-    """Tower features of each row's images; None (or m = 0) for text-only batches."""
-    if pixel_values is None or pixel_values.shape[1] == 0:
+def encode_images(model: VisionLanguageModel, images: Images | None, *, remat: str = "none") -> EncodedImages | None:
+    """A batch's images after the tower: the features that they bring along, or computed ones; None without images."""
+    if not images:
         return None
-    b, m = pixel_values.shape[:2]
-    features = model.image_features(pixel_values.reshape(b * m, *pixel_values.shape[2:]), remat=remat)
-    return features.reshape(b, m, *features.shape[1:])
+    features = images.get(FEATURES)
+    return EncodedImages(
+        model.encode_images(images, remat=remat) if features is None else features, layout_of(images)
+    )
+
+
+def blank_images(model: VisionLanguageModel, layout: Images, rows: int, tokens: int) -> EncodedImages:
+    """Blank images in the places of a batch's own: the mean colour, at the same sizes.
+
+    Args:
+        tokens: The most image tokens that a row has.
+    """
+    features = model.blank_features(layout, tokens)
+    return EncodedImages(jnp.broadcast_to(features, (rows, *features.shape[1:])), layout)
+
+
+def text_positions(mask: Bool[Array, "b s"]) -> Positions:
+    """Unpadded tokens counted from 0."""
+    return Positions(prefix_positions(mask), jnp.sum(mask, axis=1, dtype=jnp.int32))
+
+
+def place_features(
+    x: Float[Array, "b s d"], is_image: Bool[Array, "b s"], features: Float[Array, "b f d"]
+) -> Float[Array, "b s d"]:
+    """Embeddings with the row's j-th feature in the place of its j-th image token."""
+    order = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, features.shape[1] - 1)
+    return jnp.where(is_image[..., None], jnp.take_along_axis(features, order[..., None], axis=1), x)
+
+
+def embedded_prompts(
+    model: VisionLanguageModel,
+    token_ids: Int[Array, "b s"],
+    mask: Bool[Array, "b s"],
+    images: EncodedImages | None,
+) -> tuple[Float[Array, "b s d"], Positions]:
+    """What the decoder reads of prompts: inputs and positions."""
+    features, layout = (None, {}) if images is None else images
+    return model.embed_prompts(token_ids, features), model.prompt_positions(token_ids, mask, layout)
 
 
 def branch_hidden(
     model: VisionLanguageModel,
     prefix_ids: Int[Array, "b p"],
     prefix_mask: Bool[Array, "b p"],
-    features: Float[Array, "b m n v"] | None,
+    images: EncodedImages | None,
     branch_ids: Int[Array, "b k t"],
     branch_mask: Bool[Array, "b k t"],
     *,
@@ -59,14 +150,13 @@ def branch_hidden(
     """
     b, k, t = branch_ids.shape
     t -= 1
-    prefix = model.embed_prompts(prefix_ids, features)
+    prefix, places = embedded_prompts(model, prefix_ids, prefix_mask, images)
     branches = model.decoder.embed_tokens(branch_ids[:, :, :t].reshape(b, k * t)).astype(prefix.dtype)
-    lengths = jnp.sum(prefix_mask, axis=1)
-    branch_positions = lengths[:, None, None] + jnp.arange(t)[None, None, :]
-    positions = jnp.concatenate(
-        [prefix_positions(prefix_mask), jnp.broadcast_to(branch_positions, (b, k, t)).reshape(b, k * t)],
-        axis=1,
-    )
+    following = places.following[:, None, None] + jnp.arange(t)[None, None, :]
+    following = jnp.broadcast_to(following, (b, k, t)).reshape(b, k * t)
+    axes = places.of_prompt.shape[2:]
+    following = jnp.broadcast_to(following.reshape(b, k * t, *(1,) * len(axes)), (b, k * t, *axes))
+    positions = jnp.concatenate([places.of_prompt, following], axis=1)
     tree = Tree(prefix_mask, branch_mask[:, :, :t], model.decoder.config.attention)
     hidden = model.decoder.needed_states(
         jnp.concatenate([prefix, branches], axis=1), positions, tree, tree.last, remat=remat, base_learns=base_learns
@@ -79,7 +169,7 @@ def branch_scores(
     model: VisionLanguageModel,
     prefix_ids: Int[Array, "b p"],
     prefix_mask: Bool[Array, "b p"],
-    features: Float[Array, "b m n v"] | None,
+    images: EncodedImages | None,
     branch_ids: Int[Array, "b k t"],
     branch_mask: Bool[Array, "b k t"],
     *,
@@ -91,7 +181,7 @@ def branch_scores(
     The prompt is encoded once for its k branches, and logits exist at branch positions only.
     """
     hidden = branch_hidden(
-        model, prefix_ids, prefix_mask, features, branch_ids, branch_mask, remat=remat, base_learns=base_learns
+        model, prefix_ids, prefix_mask, images, branch_ids, branch_mask, remat=remat, base_learns=base_learns
     )
     scores = states_scores(model, hidden, branch_ids)
     return TokenScores(*(jnp.where(branch_mask, x, jnp.zeros((), x.dtype)) for x in scores))
@@ -113,3 +203,12 @@ def states_scores(
     flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])  # noqa: E731
     scores = model.decoder.token_scores(flat(hidden), flat(branch_ids))
     return TokenScores(*(x.reshape(branch_ids.shape) for x in scores))
+
+
+def reference_forward(
+    model: VisionLanguageModel, token_ids: Int[Array, "b s"], mask: jax.Array, images: EncodedImages | None
+) -> Float[Array, "b s vocab"]:
+    """Plain causal logits at every position, for tests and small tools."""
+    real = mask.astype(bool)
+    x, positions = embedded_prompts(model, token_ids, real, images)
+    return model.decoder.logits(model.decoder(x, positions.of_prompt, Causal(real)))

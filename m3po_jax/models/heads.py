@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from m3po_jax.models.forward import branch_hidden
+from m3po_jax.models.forward import EncodedImages, branch_hidden
 
 HEAD = "scalar_head"  # the attribute of a model that has one, and the first part of its parameter's path
 INITIAL_STD = 0.02  # as transformers' classification heads
@@ -48,7 +48,7 @@ def answer_rewards(
     model: Any,
     prefix_ids: Int[Array, "b p"],
     prefix_mask: Bool[Array, "b p"],
-    features: Any,
+    images: EncodedImages | None,
     branch_ids: Int[Array, "b k t"],
     branch_mask: Bool[Array, "b k t"],
     *,
@@ -62,6 +62,6 @@ def answer_rewards(
     # `branch_hidden` gives the state before each slot; one more, masked slot gives the state after the last token.
     more = ((0, 0), (0, 0), (0, 1))
     ids, mask = jnp.pad(branch_ids, more), jnp.pad(branch_mask, more)
-    hidden = branch_hidden(model, prefix_ids, prefix_mask, features, ids, mask, remat=remat, base_learns=base_learns)
+    hidden = branch_hidden(model, prefix_ids, prefix_mask, images, ids, mask, remat=remat, base_learns=base_learns)
     after = jnp.sum(branch_mask, axis=-1, dtype=jnp.int32)[..., None, None]
     return model.scalar_head(jnp.take_along_axis(hidden, after, axis=2)[:, :, 0])

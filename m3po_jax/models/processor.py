@@ -1,33 +1,25 @@
-"""Rows to model inputs: token ids with expanded image spans, and pixel values.
+"""Rows to model inputs: token ids with expanded image spans, and arrays of images.
 
 Tokenisation follows LLaVA's split rule: every text piece of the template is encoded alone, one BOS stands in
-front, an image is as many image tokens as the vision tower gives features. Texts are encoded with special
+front, an image is as many image tokens as its family plans for it. Texts are encoded with special
 tokens switched off, so that ``</s>`` or ``<image>`` written by a user or a model stays text.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from m3po_jax.data import schema
 from m3po_jax.data.chat_template import ChatTemplate, template_note
-from m3po_jax.data.images import (
-    IMAGE_FITS,
-    ImageFit,
-    ImageProcessor,
-    decode,
-    has_image_processor,
-    picture_hash,
-    read_encoded,
-)
-from m3po_jax.data.tables import content_hash
+from m3po_jax.data.images import IMAGE_FITS, decode, header_size, picture_hash, read_encoded
+from m3po_jax.data.model_images import ImagePlan, ImageReader, ProcessedImage
 from m3po_jax.data.templates import (
     CHAT,
     IMAGE_PLACEHOLDER,
@@ -52,10 +44,8 @@ class Processor:
     Attributes:
         template: The conversation template, the directory's own with ``model.template=chat``.
         text: Encodes and decodes text that is not special.
-        image_processor: The model's pixel pipeline.
-        image_fit: How images are fitted to the square.
+        image_reader: The family's way from an image to arrays.
         image_token_id: Stands for one vision feature.
-        tokens_per_image: Vision features of one image.
         eos_token_id: Ends an answer that is learned.
         pad_token_id: Fills batches.
         bos_token_id: In front of every prompt; None where the tokenizer has none.
@@ -70,10 +60,8 @@ class Processor:
 
     template: Template | ChatTemplate
     text: PlainText
-    image_processor: ImageProcessor
-    image_fit: ImageFit
+    image_reader: ImageReader
     image_token_id: int
-    tokens_per_image: int
     eos_token_id: int
     pad_token_id: int
     bos_token_id: int | None
@@ -103,12 +91,12 @@ class Processor:
         Args:
             model: Its directory, or what `registry.describe` says of it.
             template: A name of `templates.TEMPLATES`, or ``chat`` for the directory's own.
-            vision_tower: A CLIP directory whose tower, and image processor, replace the model's own.
+            vision_tower: A directory whose tower, and image processor, replace the model's own.
 
         Raises:
             UserError: a file is missing or malformed, or the files contradict each other.
         """
-        from m3po_jax.models.registry import Description, describe
+        from m3po_jax.models.registry import FAMILIES, Description, describe
 
         if image_fit not in IMAGE_FITS:
             raise UserError(
@@ -118,11 +106,13 @@ class Processor:
             model = describe(model, vision_tower=vision_tower, weights=False, download=False)
         folder, config = model.directory, model.config
         where = str(folder)
-        if getattr(config, "image_token_id", -1) < 0:
+        family = model.family.images
+        if family is None:
+            answering = ", ".join(one.name for one in FAMILIES if one.images is not None)
             raise UserError(
                 f"a {model.family.name} model is not one that answers about images",
                 where=where,
-                remedy="take a LLaVA model",
+                remedy=f"take a model of one of these families: {answering}",
             )
         files = load_tokenizer(folder)
         tokenizer, rows = files.tokenizer, config.text.vocab_size
@@ -133,7 +123,7 @@ class Processor:
         else:  # rows were added for these two: one stands for features, the other is masked
             files.check_rows(model.stored_rows, frozenset({image_token_id, pad}))
         ends = end_tokens(files, model.raw_config, model.stored_rows or rows)
-        _check_image_token(files, image_token_id, {*ends.ids, pad, tokenizer.bos_token_id})
+        _check_image_token(files, image_token_id, family.token_key, {*ends.ids, pad, tokenizer.bos_token_id})
         chosen = ChatTemplate.from_files(files, image_token_id) if template == CHAT else get_template(template)
         end_ids = ends.ids
         if isinstance(chosen, ChatTemplate) and chosen.answer_end is not None:
@@ -146,10 +136,8 @@ class Processor:
         return cls(
             template=chosen,
             text=PlainText(files.serialized, frozenset(forbidden), unknown),
-            image_processor=_image_processor(model),
-            image_fit=image_fit,  # type: ignore[arg-type]  # checked above
+            image_reader=family.reader(config, [*filter(None, [model.tower]), folder], image_fit),
             image_token_id=image_token_id,
-            tokens_per_image=config.tokens_per_image,
             eos_token_id=end_ids[0],
             pad_token_id=pad,
             bos_token_id=None if isinstance(chosen, ChatTemplate) else files.bos_token_id,
@@ -176,24 +164,25 @@ class Processor:
         )
 
     def encode_prompt(self, prompt: schema.Prompt) -> Int[np.ndarray, " tokens"]:
-        """Ids of the prompt (int32): BOS, text, and `tokens_per_image` image tokens for each image.
+        """Ids of the prompt (int32): BOS, text, and for each image the image tokens that it takes.
 
         Raises:
             UserError: empty instruction, missing image, placeholders that do not match the images, or more
                 than `max_prompt_tokens`.
         """
-        where = prompt.where or f"id {prompt.id!r}"
+        where = _place(prompt)
         pieces = self.render(prompt)
+        counts = [plan.tokens for plan in self.image_plans(prompt)]
+        images, expected = iter(counts), sum(counts)
         spelt = self.template.spelt(pieces) if isinstance(self.template, ChatTemplate) else None
         if spelt is not None:
             ids = []
             for token in self.text.encode_with_tokens(spelt):
-                ids += [token] * (self.tokens_per_image if token == self.image_token_id else 1)
+                ids += [token] * (next(images) if token == self.image_token_id else 1)
         else:
             ids = [] if self.bos_token_id is None else [self.bos_token_id]
             for piece in pieces:
-                ids += self._ids_of(piece, where)
-        expected = len(prompt.images) * self.tokens_per_image
+                ids += self._ids_of(piece, images, where)
         if ids.count(self.image_token_id) != expected:
             raise AssertionError(f"{where}: {ids.count(self.image_token_id)} image tokens, expected {expected}")
         if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
@@ -212,9 +201,9 @@ class Processor:
             )
         return np.array(ids, np.int32)
 
-    def _ids_of(self, piece: Piece, where: str) -> list[int]:
+    def _ids_of(self, piece: Piece, images: Iterator[int], where: str) -> list[int]:
         if piece is Marker.IMAGE:
-            return [self.image_token_id] * self.tokens_per_image
+            return [self.image_token_id] * next(images)
         if piece is Marker.EOS:
             return [self.eos_token_id]
         if isinstance(piece, Special):
@@ -240,42 +229,58 @@ class Processor:
         """Text of an answer's ids: no special tokens, stripped."""
         return self.text.decode(int(token) for token in ids)
 
-    def pixel_values(self, prompt: schema.Prompt) -> Float[np.ndarray, "images height width 3"]:
-        """Normalised pixels of all images of the prompt, float32; shape (0, H, W, 3) without images.
+    def image_plans(self, prompt: schema.Prompt) -> list[ImagePlan]:
+        """What the sizes of the prompt's images say; no pixel is read.
+
+        Raises:
+            UserError: naming the row, for a header that has to be read and cannot.
+        """
+        return [self.image_reader.plan(partial(self._size, image, _place(prompt))) for image in prompt.images]
+
+    def _size(self, image: schema.Image, where: str) -> tuple[int, int]:
+        return header_size(image, root=self.image_root, max_pixels=self.max_image_pixels, where=where)
+
+    def images(self, prompt: schema.Prompt) -> tuple[ProcessedImage, ...]:
+        """The prompt's images as the model takes them.
 
         Raises:
             UserError: naming the row, for anything that is wrong with an image.
         """
-        size = (self.image_processor.height, self.image_processor.width)
-        pixels = np.zeros((len(prompt.images), *size, 3), np.float32)
-        for index, image in enumerate(prompt.images):
-            where = prompt.where or f"id {prompt.id!r}"
+        where = _place(prompt)
+        done = []
+        for image, plan in zip(prompt.images, self.image_plans(prompt), strict=True):
             decoded = decode(image, root=self.image_root, max_pixels=self.max_image_pixels, where=where)
             try:
-                pixels[index] = self.image_processor(decoded, self.image_fit)
+                arrays = self.image_reader.read(decoded)
             except UserError as error:
                 raise UserError(error.what, where=where, remedy=error.remedy) from None
-        return pixels
+            if {name: x.shape for name, x in arrays.items()} != plan.shapes:
+                raise UserError(
+                    "the image's header and its pixels say different sizes",
+                    where=where,
+                    remedy="save it anew or drop the row",
+                )
+            done.append(plan.filled(**arrays))
+        return tuple(done)
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Of one image's pixels."""
-        return self.image_processor.height, self.image_processor.width, 3
+    def absent_images(self, prompt: schema.Prompt) -> tuple[ProcessedImage, ...]:
+        """Zeros that take no memory, where another host needs the prompt's images."""
+        return tuple(plan.absent for plan in self.image_plans(prompt))
 
     def image_keys(self, prompt: schema.Prompt) -> list[str]:
         """Content hashes of the prompt's images."""
-        where = prompt.where or f"id {prompt.id!r}"
+        where = _place(prompt)
         return [picture_hash(read_encoded(image, root=self.image_root, where=where)) for image in prompt.images]
-
-    def preprocessing_key(self) -> str:
-        """A hash of everything between an encoded image and its pixels."""
-        return content_hash(dataclasses.asdict(self.image_processor), self.image_fit)
 
     def _encode(self, text: str, where: str | None) -> list[int]:
         try:
             return self.text.encode(text)
         except UserError as error:
             raise UserError(error.what, where=where, remedy=error.remedy) from None
+
+
+def _place(prompt: schema.Prompt) -> str:
+    return prompt.where or f"id {prompt.id!r}"
 
 
 def _pad_token(files: TokenizerFiles, raw_config: Mapping[str, Any], rows: int) -> int:
@@ -297,7 +302,7 @@ def _pad_token(files: TokenizerFiles, raw_config: Mapping[str, Any], rows: int) 
     return pad
 
 
-def _check_image_token(files: TokenizerFiles, image_token_id: int, others: set[int | None]) -> None:
+def _check_image_token(files: TokenizerFiles, image_token_id: int, key: str, others: set[int | None]) -> None:
     """
     Raises:
         UserError: the configuration's image token is another token of the tokenizer.
@@ -307,13 +312,13 @@ def _check_image_token(files: TokenizerFiles, image_token_id: int, others: set[i
     own = files.tokenizer.get_vocab().get(named)
     if own is not None and own != image_token_id:
         raise UserError(
-            f"image_token_index is {image_token_id} in config.json, and {named} is {own} in the tokenizer",
+            f"{key} is {image_token_id} in config.json, and {named} is {own} in the tokenizer",
             where=where,
             remedy=remedy,
         )
     if image_token_id in others:
         raise UserError(
-            f"image_token_index {image_token_id} is the tokenizer's token for an end, a start or padding",
+            f"{key} {image_token_id} is the tokenizer's token for an end, a start or padding",
             where=where,
             remedy=remedy,
         )
@@ -321,41 +326,22 @@ def _check_image_token(files: TokenizerFiles, image_token_id: int, others: set[i
         word = files.tokenizer.convert_ids_to_tokens(image_token_id)
         if word is not None:
             raise UserError(
-                f"image_token_index {image_token_id} is the tokenizer's {word!r}, which texts contain",
+                f"{key} {image_token_id} is the tokenizer's {word!r}, which texts contain",
                 where=where,
                 remedy=remedy,
             )
-
-
-def _image_processor(model: Description) -> ImageProcessor:
-    """The pixel pipeline of the vision tower's directory, or of the model's where that has none.
-
-    Raises:
-        UserError: no settings, or settings of another size than the configuration's.
-    """
-    side = model.config.vision.image_size
-    folders = [model.directory] if model.tower is None else [model.tower, model.directory]
-    folder = next((folder for folder in folders if has_image_processor(folder)), folders[0])
-    found = ImageProcessor.from_pretrained(folder)
-    if (found.height, found.width) != (side, side):
-        raise UserError(
-            f"the image processor gives {found.height} x {found.width} pixels, config.json says {side}",
-            where=str(folder),
-            remedy="take both files from the same model",
-        )
-    return found
 
 
 def _history(prompt: schema.Prompt) -> list[Turn]:
     history = prompt.metadata.get("history") or []
     turns = [tuple(turn) if isinstance(turn, (list, tuple)) else () for turn in history]
     if not all(len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in turns):
-        raise UserError("history is not a list of [user, assistant] texts", where=prompt.where or f"id {prompt.id!r}")
+        raise UserError("history is not a list of [user, assistant] texts", where=_place(prompt))
     return [(user, assistant) for user, assistant in turns]
 
 
 def _system(prompt: schema.Prompt) -> str | None:
     system = prompt.metadata.get("system")
     if system is not None and not isinstance(system, str):
-        raise UserError("the system turn is not a text", where=prompt.where or f"id {prompt.id!r}")
+        raise UserError("the system turn is not a text", where=_place(prompt))
     return system

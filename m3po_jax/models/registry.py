@@ -24,10 +24,12 @@ from m3po_jax.models.causal_lm import model as causal_lm
 from m3po_jax.models.causal_lm import weights as causal_lm_weights
 from m3po_jax.models.config_fields import Fields, check_fields, shown
 from m3po_jax.models.hub import HUB_ID, fetch, listed_tensors, pinned, snapshot_of
+from m3po_jax.models.image_family import ImageFamily
 from m3po_jax.models.kernels.choice import check_attention, with_attention
 from m3po_jax.models.llava import config as llava_config
 from m3po_jax.models.llava import model as llava
 from m3po_jax.models.llava import weights as llava_weights
+from m3po_jax.models.llava.images import LLAVA_IMAGES
 from m3po_jax.models.llava.processor_files import write_processor_files
 from m3po_jax.models.quantization import check_quantization
 from m3po_jax.models.quantized_base import quantize_base
@@ -82,10 +84,12 @@ class Family:
         tensor_map: ``config -> {parameter path: Source}`` in the layout that export writes.
         canonical_name: A stored tensor's name in that layout, from any published one; None: skip it.
         lora_scope: First part of the paths of layers that may be adapted.
+        images: Set where its models answer about images.
         projector: What `train_projector` trains, as transformers names the module: first the canonical name,
             then those of other versions.
         tower: Set where the vision tower can come from elsewhere.
         normalize: ``(config.json, where) -> config.json`` in the layout that `sections` describes.
+        has_decoder: A configuration's `text` is a `DecoderConfig`.
     """
 
     name: str
@@ -98,9 +102,15 @@ class Family:
     tensor_map: Callable[[Any], TensorMap]
     canonical_name: Callable[[str], str | None]
     lora_scope: str = "decoder"
+    images: ImageFamily | None = None
     projector: tuple[str, ...] = ()
     tower: Tower | None = None
     normalize: Callable[[dict[str, Any], str], dict[str, Any]] = lambda raw, where: raw
+    has_decoder: bool = True
+
+    def head_dim(self, config: Any) -> int | None:
+        """Width of the decoder's heads; None where there is none."""
+        return config.text.head_dim if self.has_decoder else None
 
 
 FAMILIES = (
@@ -114,6 +124,7 @@ FAMILIES = (
         build=llava.build,
         tensor_map=llava_weights.tensor_map,
         canonical_name=llava_weights.canonical_name,
+        images=LLAVA_IMAGES,
         projector=("multi_modal_projector", "model.multi_modal_projector"),
         tower=Tower(
             default=llava_weights.default_tower,
@@ -147,6 +158,7 @@ FAMILIES = (
         canonical_name=dual_encoder_weights.canonical_name,
         lora_scope="text_tower",
         normalize=dual_encoder.normalized,
+        has_decoder=False,
     ),
 )
 
@@ -457,8 +469,7 @@ def load_model(
     description = describe(directory, vision_tower=vision_tower, weights=init == "pretrained")
     family = description.family
     platform = (jax.devices() if mesh is None else mesh.devices.flat)[0].platform
-    head_dim = getattr(getattr(description.config, "text", None), "head_dim", None)
-    check_attention(attention, platform=platform, dtype=dtype, head_dim=head_dim)
+    check_attention(attention, platform=platform, dtype=dtype, head_dim=family.head_dim(description.config))
     check_quantization(quantization)
     config = with_attention(description.config, attention)
 

@@ -21,6 +21,7 @@ from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.pair_rows import PairRows
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
+from m3po_jax.models.forward import VISION_TOWER
 
 
 class LossOutput(NamedTuple):
@@ -122,7 +123,7 @@ class Objective(ABC):
     def of(cls, config: TrainConfig) -> Self:
         """The objective with its settings of `config`, which `check` has not seen yet."""
         lora = config.lora
-        adapted = lora.lora_rank > 0 and any(name.startswith("vision_tower.") for name in lora.target_modules)
+        adapted = lora.lora_rank > 0 and any(name.startswith(f"{VISION_TOWER}.") for name in lora.target_modules)
         return cls(
             base_learns=lora.lora_rank == 0,
             tower_learns=config.train_vision or adapted or cls.whole_model,

@@ -17,6 +17,7 @@ from m3po_jax.data.batches import pair_batches
 from m3po_jax.data.collation import TreeBatch
 from m3po_jax.data.pair_rows import PairRows
 from m3po_jax.errors import UserError
+from m3po_jax.models.forward import EncodedImages, encode_images
 from m3po_jax.objectives.conditional import anchor_loss, conditional_logits, conditional_loss
 from m3po_jax.objectives.length import length_desensitised_sums
 from m3po_jax.objectives.loss_types import LOSSES, PairLogProbs
@@ -25,8 +26,7 @@ from m3po_jax.objectives.model_passes import (
     adapters_off,
     answer_log_probs,
     answer_scores,
-    corrupted_features,
-    image_features,
+    corrupted_images,
     reference_log_probs,
     reference_sums,
     token_sums,
@@ -63,7 +63,6 @@ class Preference(Objective):
     draws_candidates: ClassVar[bool] = True
     answers: ClassVar[int | None] = 2
     uses_reference: ClassVar[bool] = True
-    shared_fields: ClassVar[tuple[str, ...]] = ("blank_features",)
 
     @classmethod
     def _settings(cls, config: TrainConfig) -> dict[str, Any]:
@@ -84,8 +83,8 @@ class Preference(Objective):
         recorded log-probs when `reference` is ``recorded``. Without one all are recorded; what no record can hold
         (see `needs_reference_pass`) is computed by the policy without its adapters.
         """
-        features = image_features(model, batch, remat=context.remat)
-        scores = answer_scores(model, batch, features, remat=context.remat, base_learns=self.base_learns)
+        images = encode_images(model, batch.images, remat=context.remat)
+        scores = answer_scores(model, batch, images, remat=context.remat, base_learns=self.base_learns)
         log_probs = scores.log_probs
         policy, reference = jnp.sum(log_probs, axis=-1), batch.reference
         computed: Any = None
@@ -95,7 +94,7 @@ class Preference(Objective):
             reference_model = adapters_off(model)
         if not every_row_recorded or self._desensitises_reference:
             # A frozen tower's features serve the reference too; an adapted tower's are the policy's own.
-            shared = None if self.tower_learns else features
+            shared = None if self.tower_learns else images
             computed = reference_log_probs(reference_model, batch, shared, remat=context.remat)
         if not every_row_recorded:
             keep = jnp.isfinite(reference) & (not self.computes_reference)
@@ -130,7 +129,7 @@ class Preference(Objective):
         row_losses, beta = losses, self.pair_loss.beta
         if self.conditional_weight:
             logits = self._conditional(
-                model, reference_model, batch, features, policy[:, 0], reference[:, 0], context.remat
+                model, reference_model, batch, images, policy[:, 0], reference[:, 0], context.remat
             )
             conditional = conditional_loss(logits, beta)
             row_losses = row_losses + self.conditional_weight * conditional
@@ -156,7 +155,7 @@ class Preference(Objective):
         model: Any,
         reference_model: Any,
         batch: TreeBatch,
-        features: Any,
+        images: EncodedImages | None,
         policy: Float[Array, " b"],
         reference: Float[Array, " b"],
         remat: str,
@@ -165,9 +164,9 @@ class Preference(Objective):
 
         0 for rows without an image, which have nothing to corrupt.
         """
-        if features is None:
+        if images is None:
             return jnp.zeros_like(policy)
-        corrupted = corrupted_features(model, batch, features, self.conditional_image)
+        corrupted = corrupted_images(model, images, self.conditional_image)
         chosen = batch._replace(branch_ids=batch.branch_ids[:, :1], branch_mask=batch.branch_mask[:, :1])
         policy_corrupted = answer_log_probs(model, chosen, corrupted, remat=remat, base_learns=self.base_learns)
         policy_corrupted = jnp.sum(policy_corrupted, axis=-1)[:, 0]

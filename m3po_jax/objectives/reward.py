@@ -17,8 +17,9 @@ from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.batches import pair_batches
 from m3po_jax.data.collation import TreeBatch
 from m3po_jax.data.pair_rows import PairRows
+from m3po_jax.models.forward import encode_images
 from m3po_jax.models.heads import answer_rewards
-from m3po_jax.objectives.model_passes import branch_inputs, image_features
+from m3po_jax.objectives.model_passes import branch_inputs
 from m3po_jax.objectives.objective import (
     BATCH_ALONE,
     Learner,
@@ -64,9 +65,9 @@ class Reward(Objective):
 
     def loss(self, model: Any, batch: TreeBatch, context: LossContext = BATCH_ALONE) -> LossOutput:
         """The pairwise logistic loss, nats per pair; TRL's metrics."""
-        features = image_features(model, batch, remat=context.remat)
+        images = encode_images(model, batch.images, remat=context.remat)
         rewards = answer_rewards(
-            model, *branch_inputs(batch, features), remat=context.remat, base_learns=self.base_learns
+            model, *branch_inputs(batch, images), remat=context.remat, base_learns=self.base_learns
         )
         chosen, rejected = rewards[:, 0], rewards[:, 1]
         losses = reward_loss(

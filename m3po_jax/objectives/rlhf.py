@@ -8,13 +8,15 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
 from m3po_jax.config import RLConfig, TrainConfig
+from m3po_jax.data.model_images import Images
 from m3po_jax.errors import UserError
-from m3po_jax.models.forward import branch_hidden, states_scores
+from m3po_jax.models.forward import branch_hidden, encode_images, states_scores
 from m3po_jax.objectives import policy_gradient as pg
-from m3po_jax.objectives.model_passes import answer_log_probs, branch_inputs, image_features
+from m3po_jax.objectives.model_passes import answer_log_probs, branch_inputs
 from m3po_jax.objectives.objective import BATCH_ALONE, LossContext, LossOutput, Objective, Reads, check_frozen_tower
 
 Answers = Float[Array, "b k"]
@@ -32,7 +34,7 @@ class RolloutBatch(NamedTuple):
 
     prefix_ids: Int[Any, "b p"]
     prefix_mask: Bool[Any, "b p"]
-    pixel_values: Float[Any, "b m h w 3"] | None
+    images: Images | None
     branch_ids: Int[Any, "b k t"]
     branch_mask: Bool[Any, "b k t"]
     reference: Float[Any, "b k"]
@@ -41,7 +43,11 @@ class RolloutBatch(NamedTuple):
     advantages: Float[Any, "b k t"]
     old_values: Float[Any, "b k t"]
     returns: Float[Any, "b k t"]
-    features: None = None  # a rollout's images are not cached
+
+    @property
+    def masks(self) -> tuple[np.ndarray, ...]:
+        """What is no padding, of a batch on the host."""
+        return self.prefix_mask, self.branch_mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +107,8 @@ class Rloo(Algorithm):
     def loss(
         self, model: Any, batch: RolloutBatch, *, count: Num[Array, ""], remat: str, base_learns: bool
     ) -> LossOutput:
-        features = image_features(model, batch, remat=remat)
-        log_probs = answer_log_probs(model, batch, features, remat=remat, base_learns=base_learns)
+        images = encode_images(model, batch.images, remat=remat)
+        log_probs = answer_log_probs(model, batch, images, remat=remat, base_learns=base_learns)
         token_ratios = jnp.where(batch.branch_mask, log_probs - batch.old_log_probs, 0.0)
         log_ratio = jnp.sum(token_ratios, axis=-1)
         policy = pg.policy_loss(log_ratio, batch.advantages[..., 0], self.cliprange)
@@ -142,8 +148,8 @@ class Ppo(Algorithm):
     def loss(
         self, model: Any, batch: RolloutBatch, *, count: Num[Array, ""], remat: str, base_learns: bool
     ) -> LossOutput:
-        mask, features = batch.branch_mask, image_features(model, batch, remat=remat)
-        hidden = branch_hidden(model, *branch_inputs(batch, features), remat=remat, base_learns=base_learns)
+        mask, images = batch.branch_mask, encode_images(model, batch.images, remat=remat)
+        hidden = branch_hidden(model, *branch_inputs(batch, images), remat=remat, base_learns=base_learns)
         log_probs = states_scores(model, hidden, batch.branch_ids).log_probs
         log_ratio = jnp.where(mask, log_probs - batch.old_log_probs, 0.0)
 

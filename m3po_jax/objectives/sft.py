@@ -15,7 +15,8 @@ from m3po_jax.data.batches import sft_batches
 from m3po_jax.data.collation import TreeBatch
 from m3po_jax.data.pair_rows import PairPrompts, PairRows, message_text
 from m3po_jax.data.schema import Prompt
-from m3po_jax.objectives.model_passes import answer_scores, image_features, token_sums
+from m3po_jax.models.forward import encode_images
+from m3po_jax.objectives.model_passes import answer_scores, token_sums
 from m3po_jax.objectives.objective import BATCH_ALONE, LossContext, LossOutput, Objective, Reads, first_branch_tokens
 
 
@@ -40,15 +41,14 @@ class Sft(Objective):
     name: ClassVar[str] = "sft"
     reads_rows: ClassVar[bool] = True
     answers: ClassVar[int | None] = 1
-    shared_fields: ClassVar[tuple[str, ...]] = ("blank_features",)
 
     def loss(self, model: Any, batch: TreeBatch, context: LossContext = BATCH_ALONE) -> LossOutput:
         """Negative log-likelihood of the answers (K = 1), nats per token.
 
         A mean over tokens, as in TRL, not of per-sequence means: long answers weigh more.
         """
-        features = image_features(model, batch, remat=context.remat)
-        scores = answer_scores(model, batch, features, remat=context.remat, base_learns=self.base_learns)
+        images = encode_images(model, batch.images, remat=context.remat)
+        scores = answer_scores(model, batch, images, remat=context.remat, base_learns=self.base_learns)
         log_probs = scores.log_probs
         nll, count = token_nll(log_probs[:, 0], batch.branch_mask[:, 0])
         loss = nll / context.denominator(count)

@@ -106,7 +106,7 @@ def describe_dual_encoder(score: ScoreConfig, *, download: bool = True) -> Descr
 def describe_judge(score: ScoreConfig, *, download: bool = True) -> Description:
     """UserError unless `score.model` is a vision-language model; see `registry.describe` for `download`."""
     described = describe(score.model, download=download)
-    if not hasattr(described.family.model_class, "image_features"):
+    if described.family.images is None:
         raise UserError(
             f"not a vision-language model, which the {score.backend} backend asks",
             where=f"score.model {score.model!r}",

@@ -17,12 +17,15 @@ from jaxtyping import Array, Float
 from m3po_jax.config import Recipe
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.feature_cache import FeatureCache, PromptFeatures
-from m3po_jax.data.padding import bucket
+from m3po_jax.data.model_images import Images, ProcessedImage, joined, stacked
+from m3po_jax.data.padding import bucket, pad_rows
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.tables import content_hash
 from m3po_jax.hosts.agreement import barrier, gathered, load_shared
 from m3po_jax.hosts.rows import own_rows
 from m3po_jax.hosts.sharding import shard_batch, to_host, use_mesh
+from m3po_jax.models.forward import VISION_TOWER
+from m3po_jax.models.image_family import ImageFamily
 from m3po_jax.models.processor import Processor
 from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline.console import say
@@ -43,60 +46,55 @@ def cache_folder(setting: str, recipe: Recipe, name: str) -> Path | None:
     return Path(recipe.output_dir) / "cache" / name if setting == "auto" else Path(setting)
 
 
-def tower_identity(model: Any) -> str:
+def tower_identity(model: Any, images: ImageFamily) -> str:
     """A hash of the tower's weights and of what it hands over: an exported or continued model keeps its cache."""
-    state = nnx.to_flat_state(nnx.state(model.vision_tower))
+    state = nnx.to_flat_state(nnx.state(model)[VISION_TOWER])
     leaves = [(".".join(map(str, path)), to_host(value[...])) for path, value in state]
-    config = model.config
     return content_hash(
-        repr((config.vision, config.vision_feature_layers, config.keep_class_token)),
-        str(jnp.dtype(model.vision_tower.dtype)),
+        repr(images.feature_settings(model.config)),
+        str(jnp.dtype(model.decoder.dtype)),
         *(part for name, array in leaves for part in (name, str(array.dtype), np.ascontiguousarray(array).tobytes())),
     )
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def image_features(
-    graph: nnx.GraphDef, state: nnx.State, pixels: Float[Array, "images height width 3"]
-) -> Float[Array, "images tokens features"]:
+def image_features(graph: nnx.GraphDef, state: nnx.State, images: Images) -> Float[Array, "b f v"]:
     """The tower's features; a program of this module, so that every stage and run of one architecture shares it."""
-    return nnx.merge(graph, state).image_features(pixels)
+    return nnx.merge(graph, state).encode_images(images)
 
 
 def vision_features(recipe: Recipe, policy: Policy, processor: Processor, mesh: Mesh) -> PromptFeatures | None:
     """Cached features of the policy's tower; None where the cache is off or the tower learns."""
     folder = cache_folder(recipe.cache.vision_features, recipe, "vision")
-    model = policy.model
-    if folder is None or objective_of(recipe.train).tower_learns or not hasattr(model, "vision_tower"):
+    model, family = policy.model, policy.loaded.family.images
+    if folder is None or objective_of(recipe.train).tower_learns or family is None:
         return None
     if policy.identity not in _tower_identities:
-        _tower_identities[policy.identity] = tower_identity(model)
-    identity = content_hash(_tower_identities[policy.identity], processor.preprocessing_key())
+        _tower_identities[policy.identity] = tower_identity(model, family)
+    identity = content_hash(_tower_identities[policy.identity], processor.image_reader.key())
     graph, state = nnx.split(model)
 
     at_once = bucket(IMAGES_AT_ONCE, mesh.shape["data"] * mesh.shape["fsdp"])
 
-    def encode(pixels: Sequence[np.ndarray | None] | np.ndarray) -> np.ndarray:
-        """Features of any number of images; always `at_once` at a time, so that one program is compiled."""
-        done = []
-        for start in range(0, len(pixels), at_once):
-            part = pixels[start : start + at_once]
-            padded = np.zeros((at_once, *processor.image_shape), np.float32)
-            for row, image in enumerate(part):
-                if image is not None:
-                    padded[row] = image
+    def encode(images: Sequence[ProcessedImage]) -> list[np.ndarray]:
+        """Features of any number of images; always `at_once` at a time, so that few programs are compiled."""
+        done: list[np.ndarray] = []
+        for start in range(0, len(images), at_once):
+            part = images[start : start + at_once]
+            rows = stacked([joined([image]) for image in part])
+            padded = jax.tree.map(lambda x: pad_rows(x, at_once), rows)
             with use_mesh(mesh):
-                done.append(to_host(image_features(graph, state, shard_batch(padded, mesh)))[: len(part)])
-        return np.concatenate(done)
+                features = to_host(image_features(graph, state, shard_batch(padded, mesh)))
+            done += [row[: image.tokens] for image, row in zip(part, features, strict=False)]
+        return done
 
-    blank = encode([None])
-    cache = FeatureCache(folder, identity, shape=blank.shape[1:], dtype=blank.dtype)
+    cache = FeatureCache(folder, identity, width=family.feature_width(model.config), dtype=model.decoder.dtype)
     return PromptFeatures(
         cache,
         image_keys=processor.image_keys,
-        pixels=processor.pixel_values,
+        plans=processor.image_plans,
+        images=processor.images,
         encode=encode,
-        blank=blank,
         own=own_rows(at_once, mesh),
         together=jax.process_count() > 1,
     )
@@ -115,13 +113,17 @@ def fill(features: PromptFeatures, prompts: Sequence[Prompt]) -> int:
     for start in range(0, len(missing), len(features.own)):
         part = missing[start : start + len(features.own)]
 
-        def pixels(row: int, part: Sequence[tuple[int, int, str]] = part) -> np.ndarray | None:
+        def read(row: int, part: Sequence[tuple[int, int, str]] = part) -> ProcessedImage:
             number, place, _ = part[row]
-            return features.pixels(prompts[number])[place]
+            return features.images(prompts[number])[place]
 
-        shown = load_shared(pixels, lambda _: None, features.own[: len(part)])
-        for (_, _, key), made in zip(part, features.encode(shown), strict=True):
-            if key not in features.cache:
+        def absent(row: int, part: Sequence[tuple[int, int, str]] = part) -> ProcessedImage:
+            number, place, _ = part[row]
+            return features.plans(prompts[number])[place].absent
+
+        shown = load_shared(read, absent, features.own[: len(part)])
+        for (_, _, key), image, made in zip(part, shown, features.encode(shown), strict=True):
+            if not features.cache.has(key, image.tokens):
                 features.cache.put(key, made)
     barrier("vision features are stored")
     images, size = features.cache.size()
@@ -150,7 +152,10 @@ def _missing_anywhere(prompts: Sequence[Prompt], features: PromptFeatures) -> li
     for first, second, key in sorted((*head.tolist(), digest.tobytes().hex()) for head, digest in told):
         if first >= 0:
             known.setdefault(key, (first, second))
-    absent = np.array([key not in features.cache for key in known], bool)
+    plans = [features.plans(prompts[number])[place] for number, place in known.values()]
+    absent = np.array(
+        [not features.cache.has(key, plan.tokens) for key, plan in zip(known, plans, strict=True)], bool
+    )
     absent = np.any(gathered(absent), axis=0)
     return [(*place, key) for (key, place), flag in zip(known.items(), absent, strict=True) if flag]
 

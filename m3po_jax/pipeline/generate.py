@@ -138,9 +138,8 @@ def requests(
         prompt = prompts[index]
         token_ids = np.asarray(processor.encode_prompt(prompt), np.int32)
         here = jax.process_index() in owners
-        pixels, seen = row_inputs.seen_images(processor, prompt, features, needed=here)
-        images, encoded = (pixels, False) if seen is None else (seen, True)
-        return Request(prompt.id, token_ids, images, encoded, hosts=owners)
+        images = row_inputs.seen_images(processor, prompt, features, needed=here)
+        return Request(prompt.id, token_ids, images, hosts=owners)
 
     pool = ThreadPoolExecutor(4)
     numbers = iter(range(len(prompts)))

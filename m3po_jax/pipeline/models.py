@@ -111,7 +111,8 @@ def make_processor(recipe: Recipe, description: Description, *, image_root: str 
         max_image_pixels=recipe.data.max_image_pixels,
         max_prompt_tokens=config.max_prompt_tokens,
     )
-    text, image = description.config.text, processor.tokens_per_image
+    assert description.family.images is not None
+    text, image = description.config.text, description.family.images.typical(description.config).tokens
     longest = max(recipe.generate.max_new_tokens, recipe.evaluate.max_new_tokens)
     if image + longest > text.max_positions:
         raise UserError(

@@ -116,4 +116,4 @@ def _check_row(row: Mapping[str, Any], place: str, processor: Processor, longest
         _check_tokens(row, side, processor, place)
         tokens = row[f"{side}_token_ids"]
         checked_answer(processor.encode_answer(message_text(row[side])) if tokens is None else tokens, longest, place)
-    processor.pixel_values(prompt)
+    processor.images(prompt)

@@ -103,11 +103,9 @@ class Preflight:
         if jax.default_backend() == "cpu":
             return
         mesh = make_mesh(self.recipe.mesh)
-        text = getattr(self.description.config, "text", None)
         platform, model = mesh.devices.flat[0].platform, self.recipe.model
-        check_attention(
-            model.attention, platform=platform, dtype=model.dtype, head_dim=getattr(text, "head_dim", None)
-        )
+        head_dim = self.description.family.head_dim(self.description.config)
+        check_attention(model.attention, platform=platform, dtype=model.dtype, head_dim=head_dim)
 
     def model(self, recipe: Recipe) -> Any:
         """The policy with a stage's adapters, as a tree of shapes.
@@ -210,7 +208,9 @@ class Preflight:
         if jax.default_backend() == "cpu" and weights > SMALL_MODEL_BYTES:
             return
         shapes, own = [], recipe.generate
-        prefix = config.tokens_per_image if hasattr(config, "tokens_per_image") else 1
+        family = self.description.family.images
+        image = None if family is None else family.typical(config)
+        prefix = 1 if image is None else image.tokens
         if self.with_candidates:
             shapes.append(("generate.batch_size", own.batch_size, own.num_candidates, own.max_new_tokens))
         if recipe.evaluate.benchmarks:
@@ -219,10 +219,9 @@ class Preflight:
         for key, batch, count, tokens in shapes:
             shape = CacheShape(batch, batch, 1, prefix, count, tokens)
             _fits(weights + cache_bytes(config.text, shape, itemsize), limit, f"{batch} prompts in flight", key)
-        vision = getattr(config, "vision", None)
         rows = recipe.train.batch_size // recipe.train.gradient_accumulation_steps
-        if vision is not None:
-            images = rows * vision.image_size**2 * 3 * 4
+        if image is not None:
+            images = rows * sum(map(math.prod, image.shapes.values())) * 4
             _fits(weights + images, limit, f"{rows} rows of a step", "train.batch_size")
 
 

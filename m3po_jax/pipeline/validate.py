@@ -186,7 +186,7 @@ def _asked(preflight: Preflight) -> MakeChecks:
 
     def checks(root: Path) -> list[Check]:
         own = dataclasses.replace(preflight.processor, image_root=root)
-        return [own.encode_prompt, own.pixel_values]
+        return [own.encode_prompt, own.images]
 
     return checks
 
@@ -209,4 +209,4 @@ def _claims(preflight: Preflight) -> MakeChecks:
         if prompt.metadata.get("objects"):  # rows without are left out
             claims_of(prompt)
 
-    return lambda root: [dataclasses.replace(processor, image_root=root).pixel_values, objects]
+    return lambda root: [dataclasses.replace(processor, image_root=root).images, objects]

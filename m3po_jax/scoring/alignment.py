@@ -26,7 +26,7 @@ from m3po_jax.hosts.rows import own_rows
 from m3po_jax.hosts.sharding import shard_batch, to_host, use_mesh
 from m3po_jax.scoring.claims import Claim, object_vocabulary, polarity, split_claims
 from m3po_jax.scoring.reasons import ABSTAINED, NO_IMAGE, NO_REFERENCE
-from m3po_jax.scoring.shown_images import shared_pixels
+from m3po_jax.scoring.shown_images import shared_images
 
 Scores = list[np.ndarray]
 AGGREGATES = ("mean", "min", "soft_f1")
@@ -265,7 +265,7 @@ class Similarity(Backend):
         of_rows = np.resize(own_rows(self.batch_size, self.mesh), count)
         ends = np.cumsum(counts)
         needed = [bool(of_rows[end - n : end].any()) for end, n in zip(ends, counts, strict=True)]
-        pixels = shared_pixels(self.processor, prompts, needed)
+        pixels = shared_images(self.processor, prompts, needed)
         flat = np.concatenate(pixels)
         padded = np.concatenate([flat, np.repeat(flat[-1:], count - total, axis=0)])
         parts = [

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from m3po_jax.data.collation import TreeRow, collate_tree
+from m3po_jax.data.model_images import joined
 from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.data.templates import IMAGE_PLACEHOLDER
 from m3po_jax.errors import UserError
@@ -19,7 +20,7 @@ from m3po_jax.models.processor import Processor
 from m3po_jax.scoring.alignment import Backend, Scores, check_aggregate, check_template, pool_scores
 from m3po_jax.scoring.claims import Claim, object_vocabulary, split_claims
 from m3po_jax.scoring.reasons import NO_IMAGE
-from m3po_jax.scoring.shown_images import shared_pixels
+from m3po_jax.scoring.shown_images import shared_images
 
 STATEMENT_QUESTION = "{claim} Is this statement about the image correct? Answer yes or no."
 OBJECT_QUESTION = "Is there {article} {claim} in the image? Answer yes or no."
@@ -133,10 +134,10 @@ def _ask_batch(
 ) -> Float[np.ndarray, "rows width choices"]:
     """One batch; what stands in unused branches means nothing."""
     rows = []
-    shown = shared_pixels(processor, [question.prompt for question in block], scorer.own_rows)
-    for index, (question, pixels) in enumerate(zip(block, shown, strict=True)):
+    shown = shared_images(processor, [question.prompt for question in block], scorer.own_rows)
+    for index, (question, images) in enumerate(zip(block, shown, strict=True)):
         branches = [*question.branches, *[np.zeros(0, np.int32)] * (width - len(question.branches))]
-        rows.append(TreeRow(question.prefix, pixels, tuple(branches), (math.nan,) * width, index))
+        rows.append(TreeRow(question.prefix, joined(images), tuple(branches), (math.nan,) * width, index))
     tree = collate_tree(rows)
     batch = tree.prompts([question.prompt.id for question in block])
     return scorer.choice_probabilities(batch, choices, tree.branch_ids, tree.branch_mask).astype(np.float64)

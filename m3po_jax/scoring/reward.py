@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,29 +14,30 @@ from flax import nnx
 from jaxtyping import Bool, Float, Float32, Int
 
 from m3po_jax.data.collation import PromptBatch, TreeRow, collate_tree
+from m3po_jax.data.model_images import joined
 from m3po_jax.data.schema import Prompt
 from m3po_jax.inference.scorer import Scorer, branch_inputs
 from m3po_jax.models.forward import branch_hidden
 from m3po_jax.models.heads import answer_rewards
 from m3po_jax.models.processor import Processor
 from m3po_jax.scoring.alignment import Backend, Scores
-from m3po_jax.scoring.shown_images import shared_pixels
+from m3po_jax.scoring.shown_images import shared_images
 
 
 @partial(jax.jit, static_argnums=(0, 3))
 def rewards_program(
-    graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], images: int
+    graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, Any], blank_tokens: int
 ) -> Float[jax.Array, "b k"]:
     model = nnx.merge(graph, state)
-    return answer_rewards(model, *branch_inputs(model, arrays, images))
+    return answer_rewards(model, *branch_inputs(model, arrays, blank_tokens))
 
 
 @partial(jax.jit, static_argnums=(0, 3))
 def values_program(
-    graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, jax.Array], images: int
+    graph: nnx.GraphDef, state: nnx.State, arrays: dict[str, Any], blank_tokens: int
 ) -> Float[jax.Array, "b k t"]:
     model = nnx.merge(graph, state)
-    values = model.scalar_head(branch_hidden(model, *branch_inputs(model, arrays, images)))
+    values = model.scalar_head(branch_hidden(model, *branch_inputs(model, arrays, blank_tokens)))
     return jnp.where(arrays["branch_mask"], values, 0.0)
 
 
@@ -89,11 +91,11 @@ class Reward(Backend):
         size = self.scorer.batch_size
         for start in range(0, len(prompts), size):
             block = list(zip(prompts[start : start + size], answers[start : start + size], strict=True))
-            shown = shared_pixels(self.processor, [prompt for prompt, _ in block], self.scorer.own_rows)
+            shown = shared_images(self.processor, [prompt for prompt, _ in block], self.scorer.own_rows)
             rows = [
                 TreeRow(
                     np.asarray(self.processor.encode_prompt(prompt), np.int32),
-                    shown[index] if prompt.images else None,
+                    joined(shown[index]),
                     tuple(np.asarray(ids, np.int32) for ids in pool) + (np.zeros(0, np.int32),) * (most - len(pool)),
                     (math.nan,) * most,
                     index,

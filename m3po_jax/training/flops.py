@@ -16,8 +16,10 @@ import jax
 import numpy as np
 from flax import nnx
 
+from m3po_jax.models.forward import PROJECTOR, VISION_TOWER
 from m3po_jax.models.layers import Linear, LoRAParam
 from m3po_jax.models.quantization import Quantized, kernel_shape
+from m3po_jax.models.registry import family_of_model
 
 # Dense bfloat16 peak in FLOP/s of one jax device, by `device_kind`; makers' data sheets, without sparsity.
 # Chips with two devices each (TPU v2, v3, 7x) and unknown ones are left out: no figure beats a wrong one.
@@ -52,7 +54,7 @@ class StepCost:
         attention: Multiply-adds per (query, key) pair of a decoder layer.
         windows: The window of every decoder layer, see `LayerKind`.
         vision_attention: The same in the tower.
-        positions, image_tokens: An image's positions in the tower, and its tokens in the prompt.
+        positions, image_tokens: A typical image's positions in the tower, and its tokens in the prompt.
     """
 
     decoder: float
@@ -77,7 +79,7 @@ class StepCost:
         prefixes: np.ndarray,
         answers: np.ndarray,
         *,
-        images: int,
+        image_tokens: int,
         cached_images: bool,
         reference: bool,
     ) -> float:
@@ -86,10 +88,12 @@ class StepCost:
         Args:
             prefixes: [b] prompt tokens of each row, image tokens included.
             answers: [b, k] answer tokens.
-            images: Images of the batch; their tokens are in the prefix already.
+            image_tokens: Those of the batch's images, which are in the prefixes already; as many images are
+                counted as typical ones have so many tokens.
             cached_images: The tower does not run.
             reference: The reference runs the same rows too, without gradient.
         """
+        images = image_tokens / self.image_tokens if image_tokens else 0.0
         p, a = prefixes.astype(float), answers.astype(float)
         tokens, predicted = p.sum() + a.sum(), a.sum()
         pairs = 0.0  # of a query and a key that it sees, all layers
@@ -101,7 +105,7 @@ class StepCost:
         before = (p - 1).sum()
         text = tokens * self.decoder + pairs * self.attention + predicted * self.head
         text -= before * self.idle + seen_pairs(p - 1, self.windows[-1]).sum() * self.idle_attention
-        projected = images * self.image_tokens * self.projector
+        projected = image_tokens * self.projector
         forward = vision + projected + text
         # Gradients of activations cost one more forward each, from the loss down to the lowest part that learns.
         vision_learns, projector_learns = self.vision_learns > 0, self.projector_learns > 0
@@ -113,7 +117,7 @@ class StepCost:
             - before * self.idle_learns
             + predicted * self.head_learns
             + seen * self.vision_learns
-            + images * self.image_tokens * self.projector_learns
+            + image_tokens * self.projector_learns
         )
         return 2.0 * (forward * (2 if reference else 1) - (vision if reference else 0.0) + backward + weights)
 
@@ -132,11 +136,12 @@ def step_cost(model: Any, trainable: set[str]) -> StepCost | None:
     Args:
         trainable: Dotted names of the leaves that learn.
     """
-    if not all(hasattr(model, part) for part in ("decoder", "vision_tower", "projector")):
+    images = family_of_model(model).images
+    if images is None:
         return None
     sums = {f"{part}{kind}": 0.0 for part in ("decoder", "head", "vision", "projector") for kind in ("", "_learns")}
     only_adapters, idle, idle_learns = True, 0.0, 0.0  # of the last decoder layer, all of whose layers are alike
-    names = {"decoder": "decoder", "vision_tower": "vision", "projector": "projector"}
+    names = {"decoder": "decoder", VISION_TOWER: "vision", PROJECTOR: "projector"}
     for path, linear in nnx.iter_modules(model):
         if not isinstance(linear, Linear):
             continue
@@ -156,13 +161,9 @@ def step_cost(model: Any, trainable: set[str]) -> StepCost | None:
             if part == "decoder" and str(path[-1]) not in ("k_proj", "v_proj"):
                 idle += size if active else 0.0
                 idle_learns += size if learns else 0.0
-    text, vision = model.config.text, model.config.vision
-    tower = vision.encoder
-    used = max(layer if layer >= 0 else tower.num_layers + 1 + layer for layer in model.config.vision_feature_layers)
-    # Layers above the one that is read do not run.
-    share = used / tower.num_layers
-    sums["vision"] *= share
-    sums["vision_learns"] *= share
+    text, tower = model.config.text, images.tower_cost(model.config)
+    sums["vision"] *= tower.share
+    sums["vision_learns"] *= tower.share
     if sums["head"] == 0.0:  # tied to the embedding
         sums["head"] = float(text.vocab_size * text.hidden_size)
     a_layer = 2.0 * text.num_heads * text.head_dim
@@ -170,9 +171,9 @@ def step_cost(model: Any, trainable: set[str]) -> StepCost | None:
         **sums,
         attention=a_layer,
         windows=tuple(text.kind(layer).window for layer in range(text.num_layers)),
-        vision_attention=2.0 * used * tower.hidden_size,
-        positions=vision.num_patches + (vision.kind == "clip"),
-        image_tokens=model.config.tokens_per_image,
+        vision_attention=tower.attention,
+        positions=tower.positions,
+        image_tokens=images.typical(model.config).tokens,
         idle=idle / text.num_layers if only_adapters else 0.0,
         idle_learns=idle_learns / text.num_layers if only_adapters else 0.0,
         idle_attention=a_layer if only_adapters else 0.0,

@@ -17,6 +17,8 @@ import optax
 from m3po_jax.config import TrainConfig
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.errors import UserError
+from m3po_jax.models.image_family import ImageFamily
+from m3po_jax.models.registry import family_of_model
 from m3po_jax.objectives.objective import Objective
 from m3po_jax.reading import check_values
 
@@ -26,12 +28,17 @@ COLLAPSE_WINDOW = 5
 
 def sum_tolerance(model: Any) -> float:
     """Nats by which an answer's log-prob sum may differ between two programs; coarse below float32."""
-    return 0.02 if getattr(getattr(model, "decoder", None), "dtype", None) == jnp.float32 else 1.0
+    return 0.02 if _is_exact(model) else 1.0
 
 
 def token_tolerance(model: Any) -> float:
     """Nats per token by which a recorded answer may differ from the same model's own pass over it."""
-    return 1e-3 if getattr(getattr(model, "decoder", None), "dtype", None) == jnp.float32 else 5e-2
+    return 1e-3 if _is_exact(model) else 5e-2
+
+
+def _is_exact(model: Any) -> bool:
+    """Whether a language model computes in float32; a dual encoder has no log-probs to compare."""
+    return family_of_model(model).has_decoder and model.decoder.dtype == jnp.float32
 
 
 def check_settings(config: TrainConfig) -> None:
@@ -49,27 +56,22 @@ def check_settings(config: TrainConfig) -> None:
         )
 
 
-def check_image_tokens(batch: Any, ids: Sequence[str], image_token_id: int, tokens_per_image: int) -> None:
-    """Every image of a row has its place in the prompt, and every place an image.
+def check_image_tokens(batch: Any, ids: Sequence[str], images: ImageFamily, config: Any) -> None:
+    """Every feature of a row's images has its image token in the prompt, and every image token a feature.
 
     Args:
-        batch: A batch with `prefix_ids` [b, p] and images (or features) [b, m, …], or without images.
+        batch: A batch on the host with `prefix_ids` [b, p] and `images`.
+        images, config: Of the model.
 
     Raises:
         UserError: names the row; a wrong count would silently shift images into each other's places.
     """
-    features = getattr(batch, "features", None)
-    images = batch.pixel_values if features is None else features
-    most = 0 if images is None else images.shape[1]
-    counts = np.sum((batch.prefix_ids == image_token_id) & batch.prefix_mask, axis=1)
-    wrong = (counts % tokens_per_image != 0) | (counts > most * tokens_per_image)
-    # Images are padded to the most that a row of the batch has, so some row must use them all.
-    if not wrong.any() and counts.max(initial=0) != most * tokens_per_image:
-        wrong = counts == counts.max()
-    if wrong.any():
-        row = int(np.argmax(wrong))
+    placed = np.sum((batch.prefix_ids == config.image_token_id) & batch.prefix_mask, axis=1)
+    given = np.zeros_like(placed) if batch.images is None else images.count_features(config, batch.images)
+    if (placed != given).any():
+        row = int(np.argmax(placed != given))
         raise UserError(
-            f"{counts[row]} image tokens in the prompt, {tokens_per_image} for each of up to {most} images expected",
+            f"{placed[row]} image tokens in the prompt, and its images have {given[row]} features",
             where=f"row {ids[int(batch.row_index[row])]!r}",
             remedy="the processor does not belong to this model: take both from one directory",
         )

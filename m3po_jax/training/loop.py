@@ -291,7 +291,7 @@ class _Steps:
         due = at.done % config.log_steps == 0 or last_step
         if due or stage.measures(at.done):
             self.journal.metrics(at.done, logged)
-        flops = batch_flops(stage.cost, step.batch, images=stage.images, reference=stage.base is not None)
+        flops = batch_flops(stage.cost, step.batch, reference=stage.base is not None)
         rows = stage.batches.batch_size
         took = self.timer.lap(rows=rows, tokens=step.tokens, flops=flops, compiled=step.compiled)
         if due:

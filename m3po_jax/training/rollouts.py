@@ -243,8 +243,8 @@ class RolloutSource:
     def _row(self, place: int, answers: tuple[np.ndarray, ...]) -> collation.TreeRow:
         prompt = self.prompts[place]
         prefix = np.asarray(self.processor.encode_prompt(prompt), np.int32)
-        pixels = np.asarray(self.processor.pixel_values(prompt), np.float32) if prompt.images else None
-        return collation.TreeRow(prefix, pixels, answers, (math.nan,) * len(answers), place)
+        images = row_inputs.seen_images(self.processor, prompt, None)
+        return collation.TreeRow(prefix, images, answers, (math.nan,) * len(answers), place)
 
     def mini_batch(self, rollout: Rollout, number: int, step: int) -> RolloutBatch:
         """The batch of optimizer step `step` on rollout `number`; every pass has an order of its own."""
@@ -262,7 +262,7 @@ class RolloutSource:
             x = x[rows][..., :width]
             return np.pad(x, ((0, 0), (0, 0), (0, width - x.shape[-1]))).astype(np.float32)
 
-        names = ("prefix_ids", "prefix_mask", "pixel_values", "branch_ids", "branch_mask", "reference", "row_index")
+        names = ("prefix_ids", "prefix_mask", "images", "branch_ids", "branch_mask", "reference", "row_index")
         return RolloutBatch(
             **{name: getattr(tree, name) for name in names},
             old_log_probs=tokens(np.where(rollout.mask, rollout.log_probs, 0.0)),

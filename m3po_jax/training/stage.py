@@ -17,6 +17,8 @@ from jax.sharding import Mesh
 from m3po_jax.config import TrainConfig
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.hosts.sharding import shard_batch, to_host
+from m3po_jax.models.image_family import ImageFamily
+from m3po_jax.models.registry import family_of_model
 from m3po_jax.objectives.objective import Objective
 from m3po_jax.objectives.registry import check_objective
 from m3po_jax.training import guards as checks
@@ -65,7 +67,8 @@ class Stage:
         agrees: The reference computes what the starting policy computes; None: there is no reference.
         tokens: What NLL sums of a batch are divided by; None: its own answer tokens.
         cost: Of a token, where the model's is known.
-        images: (image token id, tokens per image) of a vision-language model.
+        images: Of a model that reads images, and
+        model_config: its configuration.
         batches_taken: The iterator over `batches`, at the position of the last step.
     """
 
@@ -82,7 +85,8 @@ class Stage:
     agrees: bool | None
     tokens: float | None
     cost: StepCost | None
-    images: tuple[int, int] | None
+    images: ImageFamily | None
+    model_config: Any
     harm_steps: int
     harm_metrics: Callable[..., dict[str, jax.Array]]
     guards: checks.Guards
@@ -98,8 +102,8 @@ class Stage:
 
     def next_batch(self) -> Any:
         batch = next(self.batches_taken)
-        if self.images is not None and hasattr(batch, "prefix_ids"):
-            checks.check_image_tokens(batch, self.batches.ids, *self.images)
+        if self.images is not None:
+            checks.check_image_tokens(batch, self.batches.ids, self.images, self.model_config)
         return batch
 
     def dispatch(self, state: TrainState, batch: Any, step: int) -> tuple[TrainState, StepOutput]:
@@ -190,7 +194,8 @@ def prepare(
         agrees=None if compares is None else compares.agrees,
         tokens=None if per_row is None else per_row * batches.batch_size,
         cost=step_cost(model, set(start)),
-        images=_image_tokens(model),
+        images=family_of_model(model).images,
+        model_config=model.config,  # type: ignore[attr-defined]
         harm_steps=config.harm_metrics_steps if objective.uses_reference else 0,
         harm_metrics=make_harm_metrics(partition, config.gradient_accumulation_steps, objective.shared_fields, mesh),
         guards=guards,
@@ -232,13 +237,6 @@ def _reference(
         return _Reference(None, agrees)
     # Adapters that do nothing are switched off rather than computed.
     return _Reference(dict(leaves) if active else partition.base_weights(leaves), agrees)
-
-
-def _image_tokens(model: Any) -> tuple[int, int] | None:
-    """(image token id, tokens per image) of a vision-language model."""
-    settings = getattr(model, "config", None)
-    found = getattr(settings, "image_token_id", None), getattr(settings, "tokens_per_image", None)
-    return None if found[0] is None or found[1] is None else (int(found[0]), int(found[1]))
 
 
 def without_free_settings(config: TrainConfig) -> TrainConfig:

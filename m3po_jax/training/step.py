@@ -26,6 +26,7 @@ from m3po_jax.data.contrastive import ContrastiveBatch
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.hosts.sharding import AXES, Axes, describe, sharding_for, state_shardings, use_mesh
 from m3po_jax.models import lora
+from m3po_jax.models.forward import PROJECTOR, VISION_TOWER
 from m3po_jax.models.heads import HEAD
 from m3po_jax.models.layers import LoRAParam
 from m3po_jax.objectives.objective import LossContext, LossOutput, Objective
@@ -90,11 +91,11 @@ def trainable_filter(config: TrainConfig) -> Callable[[Any, Any], bool]:
             return False
         if objective.whole_model or issubclass(value.type, LoRAParam) or path[0] == HEAD:
             return True
-        if path[0] == "vision_tower":
+        if path[0] == VISION_TOWER:
             return config.train_vision
         if config.lora.lora_rank == 0:
             return path[0] not in config.freeze and not any(layer in path for layer in objective.unread)
-        return path[0] == "projector" and config.lora.train_projector
+        return path[0] == PROJECTOR and config.lora.train_projector
 
     return trains
 

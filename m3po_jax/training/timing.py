@@ -8,32 +8,25 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from m3po_jax.data.model_images import FEATURES, TOKENS
 from m3po_jax.training.flops import StepCost, peak_flops
 
 
 def batch_tokens(batch: Any) -> int:
     """Tokens of a batch that are not padding: prompts once, and every answer."""
-    masks = [getattr(batch, name, None) for name in ("prefix_mask", "branch_mask", "text_mask")]
-    return int(sum(int(np.sum(mask)) for mask in masks if mask is not None))
+    return sum(int(np.sum(mask)) for mask in batch.masks)
 
 
-def batch_flops(
-    cost: StepCost | None, batch: Any, *, images: tuple[int, int] | None, reference: bool
-) -> float | None:
-    """Analytic FLOPs of a step on `batch`; None where the model's cost is unknown.
-
-    Args:
-        images: (image token id, tokens per image), which tell the images of a batch from padding.
-    """
-    if cost is None or images is None or not hasattr(batch, "branch_mask"):
+def batch_flops(cost: StepCost | None, batch: Any, *, reference: bool) -> float | None:
+    """Analytic FLOPs of a step on `batch`; None where the model's cost is unknown."""
+    if cost is None:
         return None
-    image_token_id, tokens_per_image = images
-    placed = np.sum((batch.prefix_ids == image_token_id) & batch.prefix_mask)
+    images = batch.images or {}
     return cost.flops(
         np.sum(batch.prefix_mask, axis=-1),
         np.sum(batch.branch_mask, axis=-1),
-        images=int(placed) // tokens_per_image,
-        cached_images=getattr(batch, "features", None) is not None,
+        image_tokens=int(np.sum(images.get(TOKENS, 0))),
+        cached_images=FEATURES in images,
         reference=reference,
     )
 

@@ -6,11 +6,13 @@ import json
 import math
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_inputs import SquareImages
 
 from m3po_jax.data.batches import pair_batches, prompt_batches, sft_batches
 from m3po_jax.data.contrastive import contrastive_batches
@@ -20,10 +22,11 @@ from m3po_jax.data.schema import PAIR, Image, Prompt, message
 from m3po_jax.errors import UserError
 
 
-class Letters:
+class Letters(SquareImages):
     """Letters as ids; an image path is the seed of its pixels; ``broken`` does not decode."""
 
     eos_token_ids = (2, 3)
+    image_shape, tokens_per_image = (4, 4, 3), 1
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         return [1] + [99] * len(prompt.images) + [3 + ord(letter) for letter in prompt.instruction]
@@ -50,9 +53,16 @@ def pairs(count: int) -> list[dict[str, Any]]:
     ]
 
 
+class Pictures(Letters):
+    """As a dual encoder's processor gives images."""
+
+    def images(self, prompt: Prompt) -> np.ndarray:
+        return self.pixel_values(prompt)
+
+
 def equal(left: Any, right: Any) -> None:
-    for name, a, b in zip(left._fields, left, right, strict=True):
-        np.testing.assert_array_equal(a, b, err_msg=name)
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
 @given(st.integers(1, 20_000))
@@ -112,7 +122,7 @@ def test_pairs_hold_their_tokens() -> None:
     for place, i in enumerate(batch.row_index):
         prefix = batch.prefix_ids[place][batch.prefix_mask[place]]
         np.testing.assert_array_equal(prefix, Letters().encode_prompt(pair_prompt(rows[i])))
-        assert (batch.pixel_values[place] == i).all()
+        assert (batch.images["pixels"][place] == i).all()
         expected = [[7, 8, 2], [9, 2]] if i == 1 else [[100] * (i % 5) + [2], [101] * (i % 3) + [2]]
         for branch in range(2):
             answer = batch.branch_ids[place, branch][batch.branch_mask[place, branch]]
@@ -155,8 +165,9 @@ def test_several_turns_and_images() -> None:
 def test_ragged_image_counts_are_padded_at_the_end() -> None:
     prompts = [Prompt("a", (Image(path="5"),), "x"), Prompt("b", (Image(path="6"), Image(path="7")), "x")]
     batch = next(iter(prompt_batches([*prompts, Prompt("c", (), "x")], Letters(), batch_size=3)))
-    assert batch.pixel_values.shape == (3, 2, 4, 4, 3)
-    np.testing.assert_array_equal(batch.pixel_values[..., 0, 0, 0], [[5, 0], [6, 7], [0, 0]])
+    assert batch.images["pixels"].shape == (3, 2, 4, 4, 3)
+    np.testing.assert_array_equal(batch.images["pixels"][..., 0, 0, 0], [[5, 0], [6, 7], [0, 0]])
+    np.testing.assert_array_equal(batch.images["tokens"], [[1, 0], [1, 1], [0, 0]])
 
 
 def test_prompts_come_in_order_once() -> None:
@@ -164,7 +175,7 @@ def test_prompts_come_in_order_once() -> None:
     batches = list(prompt_batches(prompts, Letters(), batch_size=2))
     assert [batch.ids for batch in batches] == [["p0", "p1"], ["p2", "p3"], ["p4"]]
     assert [batch.mask.sum(1).tolist() for batch in batches] == [[2, 3], [4, 5], [6]]  # Letters adds a start
-    assert all(batch.pixel_values is None for batch in batches)
+    assert all(batch.images is None for batch in batches)
 
 
 def test_sft_has_one_branch() -> None:
@@ -188,7 +199,7 @@ def test_contrastive_labels(objects: list[set[str]]) -> None:
     vocabulary = set().union(*objects)
     for limit in (256, 7):
         source = contrastive_batches(
-            prompts, Letters(), encode_texts=encode_texts, batch_size=2, seed=0, claim_template="a {claim}",
+            prompts, Pictures(), encode_texts=encode_texts, batch_size=2, seed=0, claim_template="a {claim}",
             max_texts=limit,
         )  # fmt: skip
         batch = next(iter(source))
@@ -203,33 +214,33 @@ def test_contrastive_labels(objects: list[set[str]]) -> None:
 
 def claims(metadata: dict[str, Any], images: int = 1) -> Any:
     prompt = Prompt("cat-3", (Image(path="1"),) * images, "x", metadata=metadata)
-    return contrastive_batches([prompt], Letters(), encode_texts=encode_texts, batch_size=1, seed=0)
+    return contrastive_batches([prompt], Pictures(), encode_texts=encode_texts, batch_size=1, seed=0)
 
 
 @pytest.mark.parametrize(
     ("make", "message_part"),
     [
-        (lambda: pair_batches([], Letters(), batch_size=2, seed=0), "no row to train on"),
-        (lambda: pair_batches(pairs(2), Letters(), batch_size=0, seed=0), "batch_size"),
-        (lambda: pair_batches(pairs(2), Letters(), batch_size=2, seed=0, length_window=0), "train.length_window"),
-        (lambda: pair_batches(pairs(2), Letters(), batch_size=2, seed=0, max_shapes=0), "train.max_shapes"),
+        (lambda: pair_batches([], Pictures(), batch_size=2, seed=0), "no row to train on"),
+        (lambda: pair_batches(pairs(2), Pictures(), batch_size=0, seed=0), "batch_size"),
+        (lambda: pair_batches(pairs(2), Pictures(), batch_size=2, seed=0, length_window=0), "train.length_window"),
+        (lambda: pair_batches(pairs(2), Pictures(), batch_size=2, seed=0, max_shapes=0), "train.max_shapes"),
         (
-            lambda: pair_batches(pairs(9), Letters(), batch_size=2, seed=0, max_answer_tokens=3),
+            lambda: pair_batches(pairs(9), Pictures(), batch_size=2, seed=0, max_answer_tokens=3),
             r"pairs:4 \(id 'row-3'\): the answer has 4 tokens",
         ),
         (
             lambda: pair_batches(
                 [pairs(1)[0] | {"chosen_token_ids": [5, 2], "reference_chosen_logprobs": [-1.0]}],
-                Letters(), batch_size=1, seed=0,
+                Pictures(), batch_size=1, seed=0,
             ),
             "row-0.*1 reference log-probs for 2 tokens",
         ),
         (
-            lambda: pair_batches([pairs(1)[0] | {"chosen_token_ids": []}], Letters(), batch_size=1, seed=0),
+            lambda: pair_batches([pairs(1)[0] | {"chosen_token_ids": []}], Pictures(), batch_size=1, seed=0),
             "no tokens",
         ),
         (
-            lambda: sft_batches([Prompt("p", (), "x")], Letters(), batch_size=1, seed=0),
+            lambda: sft_batches([Prompt("p", (), "x")], Pictures(), batch_size=1, seed=0),
             "id 'p'.*no reference answer",
         ),
         (lambda: claims({}), "cat-3.*metadata.objects"),
@@ -245,7 +256,7 @@ def test_bad_rows_are_refused_before_anything_runs(make: Any, message_part: str)
 def test_a_bad_image_names_its_row() -> None:
     rows = [row | {"images": [{"bytes": None, "path": "broken"}]} for row in pairs(1)]
     with pytest.raises(UserError, match=r"pairs:1 \(id 'row-0'\): cannot read the image"):
-        next(iter(pair_batches(rows, Letters(), batch_size=1, seed=0)))
+        next(iter(pair_batches(rows, Pictures(), batch_size=1, seed=0)))
 
 
 def test_answers_without_an_end_are_counted() -> None:
@@ -255,8 +266,8 @@ def test_answers_without_an_end_are_counted() -> None:
         rows, ([5, 2], [5, 6], [5, 7], [5, 3]), ([5], [5, 2], [5, 2], [5, 2]), strict=True
     ):
         row |= {"chosen_token_ids": chosen, "rejected_token_ids": rejected}
-    assert pair_batches(rows, Letters(), batch_size=2, seed=0).cut_answers == 2
-    assert pair_batches(pairs(4), Letters(), batch_size=2, seed=0).cut_answers == 0
+    assert pair_batches(rows, Pictures(), batch_size=2, seed=0).cut_answers == 2
+    assert pair_batches(pairs(4), Pictures(), batch_size=2, seed=0).cut_answers == 0
     prompts = [pair_prompt(row) for row in rows]
     answers = [row["chosen_token_ids"] for row in rows]
-    assert sft_batches(prompts, Letters(), batch_size=2, seed=0, answer_ids=answers).cut_answers == 2
+    assert sft_batches(prompts, Pictures(), batch_size=2, seed=0, answer_ids=answers).cut_answers == 2

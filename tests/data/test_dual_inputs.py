@@ -85,7 +85,7 @@ def test_images_are_fitted_as_the_model_was_trained(tmp_path, siglip, fit, as_fi
     write(tmp_path, siglip=siglip)
     processor = DualEncoderProcessor.from_pretrained(tmp_path, max_positions=8, image_root=tmp_path, image_fit=fit)
     image = picture(tmp_path)
-    found = processor.pixel_values(Prompt("p", (image, image), "x"))
+    found = processor.images(Prompt("p", (image, image), "x"))
     with PILImage.open(tmp_path / "picture.png") as opened:
         expected = {
             name: ImageProcessor.from_pretrained(tmp_path)(opened, name) for name in ("crop", "stretch", "pad")
@@ -99,7 +99,7 @@ def test_images_are_fitted_as_the_model_was_trained(tmp_path, siglip, fit, as_fi
 
 def test_no_images(tmp_path):
     processor = DualEncoderProcessor.from_pretrained(write(tmp_path), max_positions=8)
-    assert processor.pixel_values(Prompt("p", (), "x")).shape == (0, 8, 8, 3)
+    assert processor.images(Prompt("p", (), "x")).shape == (0, 8, 8, 3)
 
 
 def test_errors_name_the_row(tmp_path):
@@ -113,12 +113,12 @@ def test_errors_name_the_row(tmp_path):
         (Image(path="missing.png"), "missing"),
     ):
         with pytest.raises(UserError, match=rf"^rows:3.*{reason}"):
-            processor.pixel_values(Prompt("p", (image,), "x", where="rows:3"))
-    assert processor.pixel_values(Prompt("p", (thin,), "x")).shape == (1, 8, 8, 3)
+            processor.images(Prompt("p", (image,), "x", where="rows:3"))
+    assert processor.images(Prompt("p", (thin,), "x")).shape == (1, 8, 8, 3)
     PILImage.new("RGB", (1, 60_000)).save(tmp_path / "thinnest.png")
     wide = DualEncoderProcessor.from_pretrained(tmp_path, max_positions=8, image_root=tmp_path, image_fit="pad")
     with pytest.raises(UserError, match=r"^id 'p': .*too thin"):
-        wide.pixel_values(Prompt("p", (Image(path="thinnest.png"),), "x"))
+        wide.images(Prompt("p", (Image(path="thinnest.png"),), "x"))
 
 
 def test_bad_directories(tmp_path):

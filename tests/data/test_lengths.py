@@ -139,7 +139,7 @@ class Counted:
     def encode_answer(self, text: str) -> np.ndarray:
         return np.full(int(text), 6)
 
-    def pixel_values(self, prompt: Prompt) -> np.ndarray:
+    def images(self, prompt: Prompt) -> tuple[()]:
         raise AssertionError("there are no images")
 
     def image_keys(self, prompt: Prompt) -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 
 from m3po_jax.config import MeshConfig
 from m3po_jax.data.collation import PromptBatch
+from m3po_jax.data.model_images import joined, stacked
 from m3po_jax.data.padding import pad_prompts
 from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.hosts.sharding import make_mesh
@@ -41,7 +42,7 @@ def setting():
 
 def batch_of(processor, prompts) -> PromptBatch:
     ids, mask = pad_prompts([processor.encode_prompt(p) for p in prompts], processor.pad_token_id)
-    return PromptBatch([p.id for p in prompts], ids, mask, np.stack([processor.pixel_values(p) for p in prompts]))
+    return PromptBatch([p.id for p in prompts], ids, mask, stacked([joined(processor.images(p)) for p in prompts]))
 
 
 def generator(model, processor, mesh, **sampling) -> Generator:
@@ -55,7 +56,7 @@ def test_greedy_answers_are_transformers_own(setting):
     ours = generator(model, processor, mesh, temperature=0.0)(batch_of(processor, prompts))
     for row, prompt in enumerate(prompts):
         ids = torch.from_numpy(processor.encode_prompt(prompt)[None]).long()
-        pixels = torch.from_numpy(processor.pixel_values(prompt)).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(joined(processor.images(prompt))["pixels"]).permute(0, 3, 1, 2)
         with torch.no_grad():
             made = theirs.generate(
                 input_ids=ids,
@@ -77,7 +78,7 @@ def test_sampled_log_probs_are_transformers_own(setting):
     worst = 0.0
     for row, prompt in enumerate(prompts):
         prefix = processor.encode_prompt(prompt)
-        pixels = torch.from_numpy(processor.pixel_values(prompt)).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(joined(processor.images(prompt))["pixels"]).permute(0, 3, 1, 2)
         for k in range(3):
             answer = made.token_ids[row, k, : made.lengths[row, k]]
             ids = torch.from_numpy(np.concatenate([prefix, answer])[None]).long()

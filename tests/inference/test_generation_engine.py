@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_llava import EOS, PAD, make_generator, next_logits, prompts, take, teacher_forced, tiny_model
+from tiny_llava import EOS, PAD, images_of, make_generator, next_logits, prompts, take, teacher_forced, tiny_model
 
 from m3po_jax.errors import UserError
 from m3po_jax.inference.lanes import capacities
@@ -55,7 +55,7 @@ def test_greedy_equals_the_plain_forward_pass(model):
     for row in range(3):
         tokens = batch.token_ids[row][batch.mask[row]].tolist()
         for step in range(out.lengths[row, 0]):
-            tokens.append(int(next_logits(model, tokens, batch.pixel_values[row : row + 1]).argmax()))
+            tokens.append(int(next_logits(model, tokens, images_of(batch, row)).argmax()))
             assert tokens[-1] == out.token_ids[row, 0, step]
 
 
@@ -145,7 +145,7 @@ def test_contrastive_decoding_equals_two_plain_passes(model):
     np.testing.assert_allclose(out.log_probs, teacher_forced(model, batch, out), atol=1e-4)
     plain_differs = False
     for row in range(3):
-        tokens, pixels = batch.token_ids[row][batch.mask[row]].tolist(), batch.pixel_values[row : row + 1]
+        tokens, pixels = batch.token_ids[row][batch.mask[row]].tolist(), images_of(batch, row)
         for step in range(out.lengths[row, 0]):
             seen, blank = next_logits(model, tokens, pixels), next_logits(model, tokens, 0 * pixels)
             p = np.exp(seen - np.logaddexp.reduce(seen))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tiny_llava import EOS, PAD, make_generator, next_logits, prompts, take, teacher_forced, tiny_model
+from tiny_llava import EOS, PAD, images_of, make_generator, next_logits, prompts, take, teacher_forced, tiny_model
 from transformers import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
@@ -85,7 +85,7 @@ def test_a_pool_equals_transformers_token_by_token(model, with_prompt):
             processors, warpers = huggingface(setting, len(prompt), with_prompt)
             tokens = list(prompt)
             for step in range(out.lengths[row, k]):
-                raw = next_logits(model, tokens, batch.pixel_values[row : row + 1]).astype(np.float32)
+                raw = next_logits(model, tokens, images_of(batch, row)).astype(np.float32)
                 raw[EOS] += 2.0
                 scores = processors(torch.tensor([tokens]), torch.tensor(raw[None]))
                 if setting["temperature"] == 0.0:

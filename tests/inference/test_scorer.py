@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 sys.path.append(str(Path(__file__).parents[1] / "inference"))
-from tiny_llava import make_generator, one_device, prompts, tiny_model
+from model_inputs import after_tower
+from tiny_llava import images_of, make_generator, one_device, prompts, tiny_model
 
 from m3po_jax.data.padding import answer_bucket, pad_answers
 from m3po_jax.errors import UserError
 from m3po_jax.inference import scorer as engine
 from m3po_jax.inference.scorer import Scorer
 from m3po_jax.models import lora
-from m3po_jax.models.forward import encode_images
-from m3po_jax.models.llava.model import reference_forward
+from m3po_jax.models.forward import encode_images, reference_forward
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +52,13 @@ def answers(batch, count=5, width=6, seed=0):
 
 
 @partial(jax.jit, static_argnums=0)
-def forward(graph, state, tokens, pixels):
+def forward(graph, state, tokens, images):
     """Logits at every position of a full causal pass, [32, vocabulary]."""
     model = nnx.merge(graph, state)
-    return reference_forward(model, tokens, jnp.ones_like(tokens, bool), encode_images(model, pixels))[0]
+    return reference_forward(model, tokens, jnp.ones_like(tokens, bool), encode_images(model, images))[0]
 
 
-def plain_log_probs(model, batch, ids, mask, pixels):
+def plain_log_probs(model, batch, ids, mask):
     """Every answer in a pass of its own, without sharing; the padding lies after it, where nothing looks."""
     out = np.zeros(ids.shape, np.float32)
     for b, k in np.ndindex(ids.shape[:2]):
@@ -67,7 +67,7 @@ def plain_log_probs(model, batch, ids, mask, pixels):
             continue
         tokens = np.zeros((1, 32), np.int32)
         tokens[0, : len(prompt) + len(answer)] = np.concatenate([prompt, answer])
-        logits = np.float64(forward(*nnx.split(model), tokens, pixels[b : b + 1]))
+        logits = np.float64(forward(*nnx.split(model), tokens, images_of(batch, b)))
         rows = logits[len(prompt) - 1 : len(prompt) + len(answer) - 1]
         out[b, k, : len(answer)] = rows[np.arange(len(answer)), answer] - np.logaddexp.reduce(rows, axis=-1)
     return out
@@ -80,7 +80,7 @@ def test_scores_equal_one_plain_pass_an_answer(model, scorer):
     assert ours.shape == ids.shape and (ours[~mask] == 0).all() and (ours[mask] < 0).all()
     some = np.zeros_like(mask)
     some[0, 4], some[1, 0], some[2, 2] = mask[0, 4], mask[1, 0], mask[2, 2]
-    expected = plain_log_probs(model, batch, ids, some, batch.pixel_values)
+    expected = plain_log_probs(model, batch, ids, some)
     np.testing.assert_allclose(ours[some], expected[some], atol=1e-4)
 
 
@@ -89,7 +89,7 @@ def test_blank_images_give_the_language_prior(scorer):
     ids, mask = answers(batch)
     prior = scorer.log_probs(batch, ids, mask, blank_images=True)
     blank = prompts((3, 9, 6))
-    blank.pixel_values = np.zeros_like(batch.pixel_values)
+    blank.images["pixels"] = np.zeros_like(batch.images["pixels"])
     np.testing.assert_allclose(prior, scorer.log_probs(blank, ids, mask), atol=1e-5)
     assert np.abs(prior - scorer.log_probs(batch, ids, mask))[mask].max() > 1e-2
 
@@ -98,16 +98,15 @@ def test_features_stand_for_the_images(model, scorer):
     """Given features are what the tower would make of the pixels; a blanked pass needs neither."""
     batch = prompts((3, 9, 6), images=2)
     ids, mask = answers(batch)
-    features = np.asarray(jax.jit(lambda pixels: encode_images(model, pixels))(batch.pixel_values))
-    given = replace(batch, pixel_values=None, features=features)
+    given = replace(batch, images=after_tower(model, batch.images))
     expected, tokens = scorer.log_probs(batch, ids, mask), [7, 50]
     np.testing.assert_allclose(scorer.log_probs(given, ids, mask), expected, atol=1e-5)
     np.testing.assert_allclose(
         scorer.choice_probabilities(given, tokens), scorer.choice_probabilities(batch, tokens), atol=1e-5
     )
-    other = replace(given, features=np.roll(features, 1, axis=0))
+    other = replace(given, images=jax.tree.map(lambda x: np.roll(x, 1, axis=0), given.images))
     assert np.abs(scorer.log_probs(other, ids, mask) - expected)[mask].max() > 1e-2
-    none = replace(batch, pixel_values=None)
+    none = replace(batch, images=None)
     for reference in (False, True):
         prior = scorer.log_probs(batch, ids, mask, blank_images=True, reference=reference)
         for seen in (given, none):
@@ -207,6 +206,6 @@ def test_scorers_share_their_programs_whatever_their_weights(model, compiled):
 
 def test_scores_that_are_not_finite_name_the_prompt(scorer):
     batch = prompts((3, 9, 6))
-    batch.pixel_values[2, 0, 0, 0, 0] = np.nan
+    batch.images["pixels"][2, 0, 0, 0, 0] = np.nan
     with pytest.raises(UserError, match=r"prompt prompt-6-2: .*not finite"):
         scorer.log_probs(batch, *answers(batch))

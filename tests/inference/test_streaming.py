@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from model_inputs import after_tower
 from tiny_llava import make_generator, prompts, take, teacher_forced, tiny_model
 
 from m3po_jax.errors import UserError
@@ -65,8 +66,7 @@ def test_a_cache_in_a_tpus_order_changes_nothing(model, many, whole, monkeypatch
 
 
 def test_features_stand_for_images(model, many, whole):
-    features = jax.jit(model.image_features)(many.pixel_values[:, 0])
-    encoded = dataclasses.replace(many, pixel_values=None, features=np.asarray(features)[:, None])
+    encoded = dataclasses.replace(many, images=after_tower(model, many.images))
     out = make_generator(model, batch_size=4, stop_bias=2.0, max_new_tokens=30)(encoded)
     np.testing.assert_array_equal(out.token_ids, whole.token_ids)
 
@@ -74,8 +74,7 @@ def test_features_stand_for_images(model, many, whole):
 def test_features_stand_for_images_beside_a_blank_one(model, many):
     """Contrastive decoding encodes the blank image itself, so the features of the others are enough."""
     batch = take(many, [0, 1, 4])
-    features = jax.jit(model.image_features)(batch.pixel_values[:, 0])
-    encoded = dataclasses.replace(batch, pixel_values=None, features=np.asarray(features)[:, None])
+    encoded = dataclasses.replace(batch, images=after_tower(model, batch.images))
     options = {"temperature": 0.0, "num_candidates": 1, "stop_bias": 2.0, "max_new_tokens": 30}
     generator = make_generator(model, contrast_alpha=1.0, **options)
     pixels, out = generator(batch), generator(encoded)
@@ -119,7 +118,7 @@ def test_a_source_may_wait_for_answers(model, many, whole):
 def test_finished_answers_come_before_the_report_of_a_broken_prompt(model):
     """One prompt's features are NaN: those before it in line are yielded, and the prompt is named."""
     batch = prompts((3, 9, 6, 1))
-    batch.pixel_values[3] = np.nan
+    batch.images["pixels"][3] = np.nan
     generator = make_generator(model, batch_size=1, num_candidates=1, max_new_tokens=4)
     made = []
     with pytest.raises(UserError, match=r"prompt prompt-1-3: .*not finite"):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from model_inputs import shown
 
 from m3po_jax.config import LoRAConfig, MeshConfig
 from m3po_jax.data.collation import PromptBatch
@@ -16,10 +17,10 @@ from m3po_jax.inference.settings import SamplingConfig
 from m3po_jax.models import lora
 from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.models.encoder import EncoderConfig
-from m3po_jax.models.forward import branch_log_probs, encode_images
+from m3po_jax.models.forward import branch_log_probs, encode_images, reference_forward
 from m3po_jax.models.layers import Linear
 from m3po_jax.models.llava.config import LlavaConfig
-from m3po_jax.models.llava.model import build, reference_forward
+from m3po_jax.models.llava.model import build
 from m3po_jax.models.vit import ViTConfig
 
 IMAGE, PAD, EOS, VOCAB = 120, 121, 2, 128
@@ -62,12 +63,17 @@ def prompts(lengths=(3, 9, 6), images=1, seed=0):
     rows = [[1] + [IMAGE] * (9 * images) + rng.integers(3, 100, n).tolist() for n in lengths]
     token_ids, mask = pad_prompts(rows, PAD)
     pixels = rng.normal(size=(len(rows), images, 12, 12, 3)).astype(np.float32) if images else None
-    return PromptBatch([f"prompt-{n}-{i}" for i, n in enumerate(lengths)], token_ids, mask, pixels)
+    return PromptBatch([f"prompt-{n}-{i}" for i, n in enumerate(lengths)], token_ids, mask, shown(pixels, 9))
 
 
 def take(batch, rows):
-    pixels = None if batch.pixel_values is None else batch.pixel_values[rows]
-    return PromptBatch([batch.ids[r] for r in rows], batch.token_ids[rows], batch.mask[rows], pixels)
+    images = jax.tree.map(lambda x: x[rows], batch.images)
+    return PromptBatch([batch.ids[r] for r in rows], batch.token_ids[rows], batch.mask[rows], images)
+
+
+def images_of(batch, place):
+    """The images of one row of a batch."""
+    return take(batch, [place]).images
 
 
 def make_generator(model, mesh=None, batch_size=3, tokenizer_size=None, **sampling):
@@ -84,29 +90,29 @@ def make_generator(model, mesh=None, batch_size=3, tokenizer_size=None, **sampli
 
 
 @partial(jax.jit, static_argnums=0)
-def score(graph, state, prompt, pixels, answers):
+def score(graph, state, prompt, images, answers):
     model = nnx.merge(graph, state)
-    return branch_log_probs(model, *prompt, encode_images(model, pixels), *answers)
+    return branch_log_probs(model, *prompt, encode_images(model, images), *answers)
 
 
 def teacher_forced(model, batch, out):
     """Log-probabilities of all answers [B, K, T] in one pass over given tokens; 0 after an answer's end."""
     mask = np.arange(out.token_ids.shape[-1]) < out.lengths[..., None]
     prompt, answers = (batch.token_ids, batch.mask), (out.token_ids, mask)
-    return np.asarray(score(*nnx.split(model), prompt, batch.pixel_values, answers))
+    return np.asarray(score(*nnx.split(model), prompt, batch.images, answers))
 
 
 @partial(jax.jit, static_argnums=0)
-def forward(graph, state, tokens, count, pixels):
+def forward(graph, state, tokens, count, images):
     """Logits after the first `count` of the padded tokens [1, 32]: a full causal pass without a cache."""
     model = nnx.merge(graph, state)
     mask = jnp.arange(tokens.shape[1])[None] < count
-    return reference_forward(model, tokens, mask, encode_images(model, pixels))[0, count - 1]
+    return reference_forward(model, tokens, mask, encode_images(model, images))[0, count - 1]
 
 
-def next_logits(model, tokens, pixels):
+def next_logits(model, tokens, images):
     """Logits [V] of the token after `tokens`, float64, with −inf where nothing is ever drawn."""
     padded = np.pad(np.int32([tokens]), ((0, 0), (0, 32 - len(tokens))))
-    logits = np.float64(forward(*nnx.split(model), padded, len(tokens), pixels))
+    logits = np.float64(forward(*nnx.split(model), padded, len(tokens), images))
     logits[[IMAGE, PAD]] = -np.inf
     return logits

@@ -11,7 +11,7 @@ from flax import nnx
 
 from m3po_jax.config import MeshConfig
 from m3po_jax.hosts.sharding import make_mesh, use_mesh
-from m3po_jax.models.llava.model import reference_forward
+from m3po_jax.models.forward import reference_forward
 from m3po_jax.models.quantization import Quantized
 from m3po_jax.models.registry import load_model
 

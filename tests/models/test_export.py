@@ -24,13 +24,13 @@ from hf_models import (
     torch_and_transformers,
     write,
 )
+from model_inputs import encoded
 
 from m3po_jax.config import LoRAConfig
 from m3po_jax.errors import UserError
 from m3po_jax.models import lora
 from m3po_jax.models.export import export_adapter, export_model, load_adapter, read_adapter, vllm_hint
-from m3po_jax.models.forward import encode_images
-from m3po_jax.models.llava.model import reference_forward
+from m3po_jax.models.forward import reference_forward
 from m3po_jax.models.registry import Loaded, load_model
 from m3po_jax.models.safetensors_io import DTYPES, PendingTensor, open_directory, read_header, write_directory
 
@@ -41,7 +41,7 @@ RANK = LoRAConfig(lora_rank=4, lora_alpha=6.0)
 
 def our_logits(model: nnx.Module) -> np.ndarray:
     def forward(model: Any, pixels: Any) -> Any:
-        return reference_forward(model, jnp.asarray(ROWS), jnp.ones(ROWS.shape), encode_images(model, pixels))
+        return reference_forward(model, jnp.asarray(ROWS), jnp.ones(ROWS.shape), encoded(model, pixels))
 
     return np.asarray(nnx.jit(forward)(model, jnp.asarray(PIXELS.transpose(0, 2, 3, 1))[:, None]))
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from hf_models import IMAGE, images, llava, saved, torch_and_transformers
+from model_inputs import encoded
 
 from m3po_jax.config import LoRAConfig
 from m3po_jax.models import attention, lora
 from m3po_jax.models import decoder as decoders
 from m3po_jax.models.decoder_config import DecoderConfig
-from m3po_jax.models.forward import branch_log_probs, encode_images
+from m3po_jax.models.forward import branch_log_probs
 from m3po_jax.models.layers import REMAT_POLICIES
 
 TEXT = [1, *[IMAGE] * 4, 7, 8, 9]
@@ -34,7 +35,7 @@ def batch() -> tuple[jax.Array, ...]:
 
 def value(model: Any, pixels: jax.Array, **options: Any) -> jax.Array:
     ids, mask, branches, branch_mask = batch()
-    features = encode_images(model, pixels)
+    features = encoded(model, pixels)
     log_probs = branch_log_probs(model, ids, mask, features, branches, branch_mask, **options)
     return jnp.sum(jnp.asarray(WEIGHTS) * log_probs.sum(-1))
 

@@ -15,12 +15,13 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_inputs import encoded
 
 from m3po_jax.errors import UserError
 from m3po_jax.models.attention import Bidirectional, Causal
 from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.models.encoder import EncoderConfig
-from m3po_jax.models.forward import branch_log_probs, encode_images
+from m3po_jax.models.forward import branch_log_probs
 from m3po_jax.models.kernels.choice import check_attention, decode_kernel, fits, self_attention, with_attention
 from m3po_jax.models.kernels.fused_gpu import fused_attention
 from m3po_jax.models.kernels.grouped_decode import block_shape
@@ -178,7 +179,7 @@ def answers_loss(config):
     def run(state, pixels):
         def loss(state, pixels):
             model = nnx.merge(graph, state)
-            features = encode_images(model, pixels)
+            features = encoded(model, pixels)
             log_probs = branch_log_probs(model, prompt, mask, features, answers, answer_mask, remat="full")
             return log_probs.sum(), log_probs
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from hf_models import IMAGE, PATCHES, images, llava, saved, torch_and_transformers
+from model_inputs import encoded
 
-from m3po_jax.models.forward import branch_log_probs, encode_images
-from m3po_jax.models.llava.model import reference_forward
+from m3po_jax.models.forward import branch_log_probs, reference_forward
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -81,10 +81,10 @@ def test_features_logits_and_log_probs_equal_transformers(name: str, tmp_path: A
 
     @nnx.jit
     def ours(model: nnx.Module, ids: jax.Array, mask: jax.Array, pixels: jax.Array) -> tuple[jax.Array, ...]:
-        features = encode_images(model, pixels)
+        features = encoded(model, pixels)
         logits = reference_forward(model, ids, mask, features)
         branches = (jnp.asarray(ANSWERS), jnp.asarray(ANSWER_MASK))
-        return features, logits, branch_log_probs(model, ids, mask, features, *branches)
+        return features.features, logits, branch_log_probs(model, ids, mask, features, *branches)
 
     with torch.no_grad():
         layer = variant.get("vision_feature_layer", -2)
@@ -100,7 +100,7 @@ def test_features_logits_and_log_probs_equal_transformers(name: str, tmp_path: A
         features, logits, log_probs = map(
             np.asarray, ours(loaded.model, jnp.asarray(ids), jnp.asarray(valid), pixel_rows(pixels))
         )
-        found = np.stack([features[0, 0], features[0, 1], features[2, 0]])
+        found = np.stack([features[0, :per_image], features[0, per_image:], features[2, :per_image]])
         worst["features"] = np.abs(found - tower).max()
         expected = oracle(model, ids, mask, pixels)
         assert np.abs(expected).max() > 0.1, "the oracle's logits must carry a signal"
@@ -139,6 +139,6 @@ def test_image_order_matters(tmp_path: Any) -> None:
     loaded = saved(llava(), tmp_path)
     ids, mask = map(jnp.asarray, rows(PATCHES, "right"))
     pixels = pixel_rows(images(3))
-    forward = nnx.jit(lambda model, x: reference_forward(model, ids, mask, encode_images(model, x)))
+    forward = nnx.jit(lambda model, x: reference_forward(model, ids, mask, encoded(model, x)))
     difference = forward(loaded.model, pixels) - forward(loaded.model, pixels[:, ::-1])
     assert float(jnp.abs(difference).max()) > 1e-2

@@ -12,6 +12,7 @@ from PIL import Image as PILImage
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from m3po_jax.data import schema
+from m3po_jax.data.model_images import joined
 from m3po_jax.data.templates import get_template, to_text
 from m3po_jax.errors import UserError
 from m3po_jax.models.processor import Processor
@@ -249,22 +250,26 @@ def test_rows_without_image_or_instruction(folder):
         processor.encode_prompt(prompt(" "))
 
 
+def pixels_of(processor, row):
+    return joined(processor.images(row))["pixels"]
+
+
 def test_pixel_values(processor, tmp_path):
     PILImage.new("RGB", (60, 20), (10, 20, 30)).save(tmp_path / "a.png")
     row = schema.Prompt("x", (schema.Image(bytes=(tmp_path / "a.png").read_bytes()),) * 2, "q", where="f:1")
-    pixels = processor.pixel_values(row)
+    pixels = pixels_of(processor, row)
     assert pixels.shape == (2, 28, 28, 3) and pixels.dtype == np.float32
     np.testing.assert_array_equal(
-        pixels[0], processor.image_processor(PILImage.open(tmp_path / "a.png"), processor.image_fit)
+        pixels[0], processor.image_reader.read(PILImage.open(tmp_path / "a.png"))["pixels"][0]
     )
-    assert processor.pixel_values(prompt(images=0)).shape == (0, 28, 28, 3)
+    assert processor.images(prompt(images=0)) == ()
     with pytest.raises(UserError, match=r"^a\.jsonl:4 \(id 'x'\): cannot decode"):
-        processor.pixel_values(prompt())
+        processor.images(prompt())
     PILImage.new("RGB", (101, 100)).save(tmp_path / "b.png")
     big = schema.Prompt("x", (schema.Image(path=str(tmp_path / "b.png")),), "q", where="f:2")
     from_root = Processor(**(vars(processor) | {"image_root": tmp_path}))
     with pytest.raises(UserError, match=r"^f:2: the image has 101 x 100 pixels, more than"):
-        from_root.pixel_values(big)
+        from_root.images(big)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +284,8 @@ def test_pixel_values(processor, tmp_path):
 def test_number_of_image_tokens(tmp_path, vision, strategy, tokens):
     folder = write_model(tmp_path / "m", word_level(), vision_config=vision, vision_feature_select_strategy=strategy)
     pixels(folder, vision["image_size"])
-    assert Processor.from_pretrained(folder, "plain", "pad").tokens_per_image == tokens
+    processor = Processor.from_pretrained(folder, "plain", "pad")
+    assert [plan.tokens for plan in processor.image_plans(prompt())] == [tokens]
 
 
 @pytest.mark.parametrize(
@@ -352,4 +358,4 @@ def test_hf_template_equals_the_transformers_processor(folder, images):
     processor = Processor.from_pretrained(folder, "hf", "crop")
     row = schema.Prompt("x", tuple(encoded), "What is this?")
     assert processor.encode_prompt(row).tolist() == [BOS, *want["input_ids"][0].tolist()]
-    np.testing.assert_allclose(processor.pixel_values(row), want["pixel_values"].transpose(0, 2, 3, 1), atol=1e-6)
+    np.testing.assert_allclose(pixels_of(processor, row), want["pixel_values"].transpose(0, 2, 3, 1), atol=1e-6)

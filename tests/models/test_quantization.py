@@ -16,12 +16,13 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_inputs import encoded
 
 from m3po_jax.config import LoRAConfig, Recipe, TrainConfig
 from m3po_jax.errors import UserError
 from m3po_jax.models import lora
 from m3po_jax.models.export import export_adapter, export_model, load_adapter
-from m3po_jax.models.llava.model import reference_forward
+from m3po_jax.models.forward import reference_forward
 from m3po_jax.models.quantization import BLOCK, NF4, Codes, Quantized, dequantize, product, quantize
 from m3po_jax.models.registry import Loaded, load_model
 from m3po_jax.pipeline.models import check_trainable
@@ -113,7 +114,7 @@ def inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @nnx.jit
 def logits(model: Any, ids: jax.Array, mask: jax.Array, pixels: jax.Array) -> jax.Array:
-    features = model.image_features(pixels)[:, None]
+    features = encoded(model, pixels[:, None])
     return reference_forward(model, ids, mask, features)
 
 
@@ -209,7 +210,7 @@ def test_only_adapters_train_and_scale_zero_is_the_reference(kind: str, director
     def gradients(trainable: Any, frozen: Any) -> Any:
         def loss(trainable: Any) -> jax.Array:
             model = partition.merge(trainable, frozen)
-            features = model.image_features(pixels.transpose(0, 2, 3, 1))[:, None]
+            features = encoded(model, pixels.transpose(0, 2, 3, 1)[:, None])
             return jnp.sum(jnp.sin(reference_forward(model, ids, mask, features)))
 
         return jax.grad(loss)(trainable)

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from hf_models import load_float32, write
 
-from m3po_jax.models.llava.model import reference_forward
+from m3po_jax.models.forward import reference_forward
 
 pytestmark = pytest.mark.slow
 

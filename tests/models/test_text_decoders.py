@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from hf_models import IMAGE, PATCHES, causal_lm, images, llava, saved, torch_and_transformers
+from model_inputs import encoded
 
 from m3po_jax.config import LoRAConfig, MeshConfig
 from m3po_jax.data.collation import PromptBatch
@@ -23,9 +24,8 @@ from m3po_jax.models import lora
 from m3po_jax.models.decoder_config import LayerKind
 from m3po_jax.models.export.adapter import export_adapter
 from m3po_jax.models.export.model import export_model
-from m3po_jax.models.forward import branch_log_probs, encode_images
+from m3po_jax.models.forward import branch_log_probs, reference_forward
 from m3po_jax.models.kernels.choice import with_attention
-from m3po_jax.models.llava.model import reference_forward
 from m3po_jax.models.registry import Loaded
 
 # The decoder, and its fields beside the usual sizes. Windows are shorter than the prompts below, answers cross them.
@@ -231,7 +231,7 @@ def test_llava_takes_the_decoder(case: str, tmp_path: Path) -> None:
     ids, pixels = np.array([[1, *[IMAGE] * PATCHES, 7, 8, 11, 12, 13]]), images(1)
 
     def forward(model: Any) -> jax.Array:
-        features = encode_images(model, jnp.asarray(pixels.transpose(0, 2, 3, 1))[None])
+        features = encoded(model, jnp.asarray(pixels.transpose(0, 2, 3, 1))[None])
         return reference_forward(model, jnp.asarray(ids), jnp.ones(ids.shape, bool), features)
 
     with torch.no_grad():

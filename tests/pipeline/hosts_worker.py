@@ -38,12 +38,12 @@ from m3po_jax.workspace.shards import ShardFolder
 reads: list[str] = []
 
 
-def counted(real: Callable[[Any, Prompt], np.ndarray]) -> Callable[[Any, Prompt], np.ndarray]:
-    def pixel_values(self: Any, prompt: Prompt) -> np.ndarray:
+def counted(real: Callable[[Any, Prompt], Any]) -> Callable[[Any, Prompt], Any]:
+    def images(self: Any, prompt: Prompt) -> Any:
         reads.append(prompt.id)
         return real(self, prompt)
 
-    return pixel_values
+    return images
 
 
 class OneIsDamaged(TinyProcessor):
@@ -79,7 +79,7 @@ def main(folder: Path) -> None:
     initialize_distributed()
     assert jax.device_count() == 4 and jax.process_count() == 2
     check_own_rows()
-    Processor.pixel_values = counted(Processor.pixel_values)  # type: ignore[method-assign]
+    Processor.images = counted(Processor.images)  # type: ignore[method-assign]
     recipe = load_recipe(folder / "mini.yaml")
     source = read_prompts(recipe.data)
     prompts = [prompt for prompt in source if prompt.metadata["kind"] == "caption"]

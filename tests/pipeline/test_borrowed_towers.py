@@ -18,10 +18,10 @@ from mini_run import write_data, write_recipe
 from safetensors.numpy import load_file, save_file
 
 from m3po_jax.cli import main
+from m3po_jax.data.model_images import joined, stacked
 from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.errors import UserError
-from m3po_jax.models.forward import encode_images
-from m3po_jax.models.llava.model import reference_forward
+from m3po_jax.models.forward import encode_images, reference_forward
 from m3po_jax.models.processor import Processor
 from m3po_jax.models.registry import describe, describe_policy, load_model
 from m3po_jax.pipeline.models import make_processor
@@ -114,8 +114,8 @@ def write_tower(folder: Path, *, image_size: int = 64, patch_size: int = 16) -> 
 def logits(directory: Path, processor: Processor, prompt: Prompt, **settings: Any) -> np.ndarray:
     """Of a prompt with an image, by our model in float32: tokens x vocabulary."""
     model = load_model(directory, dtype="float32", param_dtype="float32", **settings).model
-    ids, pixels = processor.encode_prompt(prompt)[None], processor.pixel_values(prompt)
-    features = encode_images(model, jnp.asarray(pixels[None]))
+    ids, images = processor.encode_prompt(prompt)[None], stacked([joined(processor.images(prompt))])
+    features = encode_images(model, images)
     return np.asarray(reference_forward(model, jnp.asarray(ids), jnp.ones(ids.shape, bool), features))[0]
 
 
@@ -151,7 +151,7 @@ def test_a_release_equals_the_same_weights_in_the_hugging_face_layout(
     ours = logits(release, processor, prompt, vision_tower=tower)
     ids = processor.encode_prompt(prompt)
     ids = np.where(ids == processor.image_token_id, 3, ids)
-    theirs = transformers_logits(SHIPPED, ids, processor.pixel_values(prompt))
+    theirs = transformers_logits(SHIPPED, ids, joined(processor.images(prompt))["pixels"])
     np.testing.assert_allclose(ours[:, :ROWS], theirs, atol=2e-4)
     assert ours.shape[1] == (ROWS if image_named else 256)
 
@@ -244,7 +244,7 @@ def test_an_image_is_as_many_tokens_as_its_tower_has_features(
     processor = make_processor(recipe, description, image_root=tmp_path / "data")
     assert description.config.tokens_per_image == features
     assert processor.encode_prompt(prompt).tolist().count(processor.image_token_id) == features
-    assert processor.pixel_values(prompt).shape == (1, image_size, image_size, 3)
+    assert joined(processor.images(prompt))["pixels"].shape == (1, image_size, image_size, 3)
     assert np.isfinite(logits(model, processor, prompt, vision_tower=tower)).all()
 
 
@@ -282,9 +282,9 @@ def test_every_stage_and_an_export_that_stands_alone(tmp_path: Path, layout: str
     prompt = Prompt("a", (Image(path="000.png"),), "describe the image")
     processor = Processor.from_pretrained(exported, "plain", "stretch", image_root=tmp_path / "data")
     borrowing = Processor.from_pretrained(model, "plain", "stretch", vision_tower=tower, image_root=tmp_path / "data")
-    ids, pixels = processor.encode_prompt(prompt), processor.pixel_values(prompt)
+    ids, pixels = processor.encode_prompt(prompt), joined(processor.images(prompt))["pixels"]
     np.testing.assert_array_equal(ids, borrowing.encode_prompt(prompt))
-    np.testing.assert_array_equal(pixels, borrowing.pixel_values(prompt))
+    np.testing.assert_array_equal(pixels, joined(borrowing.images(prompt))["pixels"])
     np.testing.assert_allclose(
         logits(exported, processor, prompt), transformers_logits(exported, ids, pixels), atol=2e-4
     )

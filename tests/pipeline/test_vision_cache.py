@@ -99,8 +99,8 @@ def test_a_second_run_computes_nothing_but_what_is_damaged(
     def read(*_: object) -> None:
         raise AssertionError("an image was read")
 
-    monkeypatch.setattr(Processor, "pixel_values", read)
-    features.pixels = read
+    monkeypatch.setattr(Processor, "images", read)
+    features.images = read
     blank = blank_log_probs(scorer, own, groups, second.policy.processor)
     for row, other in zip(
         reference_log_probs(scorer, second.policy.processor, pairs, features), expected, strict=True

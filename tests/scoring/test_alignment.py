@@ -39,7 +39,7 @@ def oracle(encoder, row, texts):
     assert ids.shape[1] == TEXT_LENGTH
     inputs = {
         "input_ids": torch.tensor(ids.astype(np.int64)),
-        "pixel_values": torch.tensor(processor.pixel_values(row).transpose(0, 3, 1, 2)),
+        "pixel_values": torch.tensor(processor.images(row).transpose(0, 3, 1, 2)),
     }
     if kind == "clip":
         inputs["attention_mask"] = torch.tensor(mask.astype(np.int64))

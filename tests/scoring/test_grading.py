@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny_judges import QUICKSTART, llava, one_device, prompt, tiny_policy, torch_and_transformers, word_level
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+from m3po_jax.data.model_images import joined
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
 from m3po_jax.inference.scorer import Scorer
@@ -51,7 +52,7 @@ def oracle(theirs, policy, row: Prompt, text: str) -> tuple[float, float]:
     torch, _ = torch_and_transformers()
     asked = Prompt(row.id, row.images, text)
     ids = policy.processor.encode_prompt(asked)
-    pixels = policy.processor.pixel_values(asked).transpose(0, 3, 1, 2)
+    pixels = joined(policy.processor.images(asked))["pixels"].transpose(0, 3, 1, 2)
     with torch.no_grad():
         logits = theirs(input_ids=torch.tensor(ids[None].astype(np.int64)), pixel_values=torch.tensor(pixels)).logits[
             0, -1

@@ -7,13 +7,14 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from model_inputs import encoded
 from tiny_judges import one_device, prompt, tiny_policy, word_level
 
+from m3po_jax.data.model_images import joined
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
 from m3po_jax.inference.scorer import Scorer
-from m3po_jax.models.forward import encode_images
-from m3po_jax.models.llava.model import reference_forward
+from m3po_jax.models.forward import reference_forward
 from m3po_jax.models.processor import PlainText
 from m3po_jax.scoring import judge
 from m3po_jax.scoring.claims import Claim
@@ -41,7 +42,7 @@ def plain(policy):
 
     @jax.jit
     def forward(tokens, mask, pixels):
-        return reference_forward(policy.model, tokens, mask, encode_images(policy.model, pixels))
+        return reference_forward(policy.model, tokens, mask, encoded(policy.model, pixels))
 
     def score(row: Prompt, question: str) -> float:
         asked = Prompt(row.id, row.images, question)
@@ -49,7 +50,8 @@ def plain(policy):
         tokens = np.zeros((1, 96), np.int32)
         tokens[0, : len(ids)] = ids
         mask = np.arange(96)[None] < len(ids)
-        logits = np.float64(forward(tokens, mask, policy.processor.pixel_values(asked)[None])[0, len(ids) - 1])
+        pixels = joined(policy.processor.images(asked))["pixels"][None]
+        logits = np.float64(forward(tokens, mask, pixels)[0, len(ids) - 1])
         p = np.exp(logits - np.logaddexp.reduce(logits))
         return float(np.clip((1 + p[yes].sum() - p[no].sum()) / 2, 0, 1))
 

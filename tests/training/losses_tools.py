@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 from m3po_jax.config import TrainConfig
 from m3po_jax.data.collation import TreeBatch
 from m3po_jax.hosts.sharding import shard_batch
-from m3po_jax.models.forward import encode_images
-from m3po_jax.models.llava.model import reference_forward
+from m3po_jax.models.forward import encode_images, reference_forward
 from m3po_jax.objectives.objective import LossContext
 from m3po_jax.objectives.registry import objective_of
 from m3po_jax.training.step import make_step, place_frozen, split_model
@@ -45,10 +44,10 @@ def recorded(batch: TreeBatch, seed: int = 0) -> TreeBatch:
 
 
 @jax.jit
-def _plain_logits(graph: Any, state: Any, tokens: jax.Array, pixels: jax.Array) -> jax.Array:
+def _plain_logits(graph: Any, state: Any, tokens: jax.Array, images: Any) -> jax.Array:
     model = nnx.merge(graph, state)
     mask = jnp.ones(tokens.shape, bool)
-    return reference_forward(model, tokens, mask, encode_images(model, pixels))
+    return reference_forward(model, tokens, mask, encode_images(model, images))
 
 
 def plain_sums(model: Any, batch: TreeBatch) -> jax.Array:
@@ -66,7 +65,7 @@ def plain_sums(model: Any, batch: TreeBatch) -> jax.Array:
     graph, state = nnx.split(model)
     sums = []
     for branch in range(branches):
-        logits = _plain_logits(graph, state, tokens[:, branch], batch.pixel_values)
+        logits = _plain_logits(graph, state, tokens[:, branch], batch.images)
         log_probs = jax.nn.log_softmax(logits[:, :-1])
         scores = jnp.take_along_axis(log_probs, tokens[:, branch, 1:, None], axis=-1)[..., 0]
         place = np.arange(1, tokens.shape[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from training_tools import TinyProcessor, base_config, pair_rows, tiny_model, ti
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.batches import pair_batches
 from m3po_jax.data.feature_cache import FeatureCache, PromptFeatures
+from m3po_jax.data.model_images import ProcessedImage, joined, stacked
 from m3po_jax.errors import UserError
 from m3po_jax.objectives.registry import check_objective
 from m3po_jax.training.loop import train
@@ -26,16 +28,19 @@ from m3po_jax.workspace.metrics_log import read_metrics
 def features_of(model: Any, folder: Path) -> tuple[PromptFeatures, list[int]]:
     """The model's features in a cache, and the sizes of the batches that were encoded."""
     processor, encoded = TinyProcessor(), []
-    program = jax.jit(model.image_features)
+    program = jax.jit(model.encode_images)
 
-    def encode(pixels: np.ndarray) -> np.ndarray:
-        encoded.append(len(pixels))
-        return np.concatenate([np.asarray(program(image[None])) for image in pixels])
+    def encode(images: Sequence[ProcessedImage]) -> list[np.ndarray]:
+        encoded.append(len(images))
+        return [np.asarray(program(stacked([joined([image])])))[0] for image in images]
 
-    blank = np.asarray(program(np.zeros((1, 8, 8, 3), np.float32)))
-    cache = FeatureCache(folder, "tower", shape=blank.shape[1:], dtype=blank.dtype)
+    cache = FeatureCache(folder, "tower", width=16, dtype=np.float32)
     made = PromptFeatures(
-        cache, image_keys=processor.image_keys, pixels=processor.pixel_values, encode=encode, blank=blank
+        cache,
+        image_keys=processor.image_keys,
+        plans=processor.image_plans,
+        images=processor.images,
+        encode=encode,
     )
     return made, encoded
 
@@ -75,7 +80,7 @@ def test_training_on_cached_features(tmp_path: Path, one_device: Mesh) -> None:
     assert "rewards/accuracies_blank" in lines["cached"][1]
     before = sum(encoded)
     batch = next(iter(pairs(config, features)))
-    assert batch.pixel_values is None and batch.features.shape[1:] == (2, 4, 16)
+    assert batch.images.keys() == {"tokens", "features"} and batch.images["features"].shape[1:] == (8, 16)
     assert sum(encoded) == before
 
 

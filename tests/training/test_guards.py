@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from training_tools import IMAGE_ID, TinyProcessor, base_config, pair_rows, tiny_model, tiny_pairs
+from model_inputs import shown
+from training_tools import CONFIG, IMAGE_ID, TinyProcessor, base_config, pair_rows, tiny_model, tiny_pairs
 
 from m3po_jax.data.batches import pair_batches
 from m3po_jax.errors import UserError
 from m3po_jax.models.heads import attach_head
+from m3po_jax.models.llava.images import LLAVA_IMAGES
 from m3po_jax.objectives import LOSSES, preference_loss
 from m3po_jax.objectives.preference import Preference
 from m3po_jax.objectives.registry import OBJECTIVES, objective_of
@@ -90,20 +92,24 @@ def test_image_tokens_are_counted() -> None:
     config = base_config()
     batch = next(iter(tiny_pairs(config)))
     ids = [f"row-{i}" for i in range(7)]
-    check_image_tokens(batch, ids, IMAGE_ID, 4)
+    of_model = LLAVA_IMAGES, CONFIG
+    check_image_tokens(batch, ids, *of_model)
     short = batch._replace(prefix_ids=batch.prefix_ids.copy())
     short.prefix_ids[2, 1] = 5
     with pytest.raises(UserError, match=f"row 'row-{batch.row_index[2]}': 3 image tokens"):
-        check_image_tokens(short, ids, IMAGE_ID, 4)
-    with pytest.raises(UserError, match="4 image tokens"):  # images that no row has a place for
-        check_image_tokens(batch._replace(pixel_values=np.zeros((4, 2, 8, 8, 3), np.float32)), ids, IMAGE_ID, 4)
-    with pytest.raises(UserError, match="up to 0 images"):
-        check_image_tokens(batch._replace(pixel_values=None), ids, IMAGE_ID, 4)
+        check_image_tokens(short, ids, *of_model)
+    with pytest.raises(UserError, match="4 image tokens in the prompt, and its images have 8 features"):
+        check_image_tokens(batch._replace(images=shown(np.zeros((4, 2, 8, 8, 3), np.float32), 4)), ids, *of_model)
+    with pytest.raises(UserError, match="4 image tokens in the prompt, and its images have 0 features"):
+        check_image_tokens(batch._replace(images=None), ids, *of_model)
+    larger = replace(CONFIG, vision=replace(CONFIG.vision, patch_size=2))
+    with pytest.raises(UserError, match="4 image tokens in the prompt, and its images have 16 features"):
+        check_image_tokens(batch, ids, LLAVA_IMAGES, larger)  # a processor of another model
     # Cached features take the images' place, and padding may hold any id.
-    cached = batch._replace(pixel_values=None, features=np.zeros((4, 1, 4, 16), np.float32))
-    check_image_tokens(cached, ids, IMAGE_ID, 4)
+    cached = batch._replace(images=shown(np.zeros((4, 1, 4, 16), np.float32), 4))
+    check_image_tokens(cached, ids, *of_model)
     padded = batch._replace(prefix_ids=np.where(batch.prefix_mask, batch.prefix_ids, IMAGE_ID))
-    check_image_tokens(padded, ids, IMAGE_ID, 4)
+    check_image_tokens(padded, ids, *of_model)
 
 
 def test_recorded_sums_are_compared_per_token() -> None:

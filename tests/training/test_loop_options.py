@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh
+from model_inputs import shown
 from training_tools import CONFIG, TinyProcessor, base_config, tiny_model, tiny_pairs
 
 from m3po_jax.config import LoRAConfig
@@ -273,7 +274,7 @@ def test_analytic_flops_against_the_compiler(case: str, one_device: Mesh) -> Non
     batch = TreeBatch(
         prefix_ids=prefix,
         prefix_mask=np.ones((2, 24), bool),
-        pixel_values=np.zeros((2, 1, 32, 32, 3), np.float32),
+        images=shown(np.zeros((2, 1, 32, 32, 3), np.float32), 16),
         branch_ids=np.full((2, branches, 16), 9, np.int32),
         branch_mask=np.ones((2, branches, 16), bool),
         reference=np.zeros((2, branches), np.float32),
@@ -283,7 +284,7 @@ def test_analytic_flops_against_the_compiler(case: str, one_device: Mesh) -> Non
     assert cost is not None
     reference = case == "reference"
     ours = cost.flops(
-        np.array([24, 24]), np.full((2, branches), 16), images=2, cached_images=False, reference=reference
+        np.array([24, 24]), np.full((2, branches), 16), image_tokens=32, cached_images=False, reference=reference
     )
     step = make_step(partition, trainable, config, total_steps=1, mesh=one_device, compute_reference=reference)
     state = jax.eval_shape(step.init, trainable)
@@ -292,7 +293,7 @@ def test_analytic_flops_against_the_compiler(case: str, one_device: Mesh) -> Non
     # Below the only layer, adapters need no gradient of the activations; a deep model has one such layer of many.
     assert 0.8 * theirs < ours < (1.15 if rank else 1.02) * theirs, (ours, theirs)
     without = cost.flops(
-        np.array([24, 24]), np.full((2, branches), 16), images=2, cached_images=True, reference=reference
+        np.array([24, 24]), np.full((2, branches), 16), image_tokens=32, cached_images=True, reference=reference
     )
     assert without < ours
 

@@ -33,8 +33,12 @@ def active_and_base(config: Any) -> tuple[Any, Any]:
 
 
 def corrupted(batch: TreeBatch, corruption: str) -> TreeBatch:
-    pixels = batch.pixel_values
-    return batch._replace(pixel_values=np.zeros_like(pixels) if corruption == "blank" else np.roll(pixels, 1, 0))
+    pixels = batch.images["pixels"]
+    return with_pixels(batch, np.zeros_like(pixels) if corruption == "blank" else np.roll(pixels, 1, 0))
+
+
+def with_pixels(batch: TreeBatch, pixels: np.ndarray) -> TreeBatch:
+    return batch._replace(images=batch.images | {"pixels": pixels})
 
 
 def log_sigmoid(x: Any) -> np.ndarray:
@@ -166,7 +170,7 @@ def test_text_only_accuracies_are_those_of_other_images() -> None:
         np.testing.assert_allclose(found[f"rewards/accuracies_{corruption}"], np.mean(ratios[:, 0] > ratios[:, 1]))
     one_row = jax.tree.map(lambda x: x[:1], batch)
     assert set(text_only_accuracies(model, one_row, reference_model=base)) == {"rewards/accuracies_blank"}
-    assert text_only_accuracies(model, batch._replace(pixel_values=None), reference_model=base) == {}
+    assert text_only_accuracies(model, batch._replace(images=None), reference_model=base) == {}
 
 
 def test_text_only_accuracies_under_accumulation(one_device: Mesh) -> None:
@@ -178,8 +182,8 @@ def test_text_only_accuracies_under_accumulation(one_device: Mesh) -> None:
     measure = make_harm_metrics(partition, 2, objective_of(config).shared_fields, one_device)
     found = measure(active, frozen, None, batch)
     model, base = partition.merge(active, frozen), partition.merge(trainable, frozen)
-    for corruption, pixels in (("blank", batch.pixel_values * 0), ("swap", batch.pixel_values[[2, 3, 0, 1]])):
-        bad = batch._replace(pixel_values=pixels)
+    for corruption, pixels in (("blank", batch.images["pixels"] * 0), ("swap", batch.images["pixels"][[2, 3, 0, 1]])):
+        bad = with_pixels(batch, pixels)
         ratios = plain_sums(model, bad) - plain_sums(base, bad)
         np.testing.assert_allclose(found[f"rewards/accuracies_{corruption}"], np.mean(ratios[:, 0] > ratios[:, 1]))
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from losses_tools import one_step
+from model_inputs import encoded
 from training_tools import TinyProcessor, base_config, pair_rows, tiny_model
 
 from m3po_jax.data.batches import pair_batches
 from m3po_jax.data.collation import PromptBatch
 from m3po_jax.data.schema import Image, Prompt, message
 from m3po_jax.errors import UserError
-from m3po_jax.models.forward import encode_images
 from m3po_jax.models.heads import HEAD, answer_rewards, attach_head, detach_head
 from m3po_jax.models.layers import LoRAParam
 from m3po_jax.objectives.registry import check_objective
@@ -80,7 +80,7 @@ def test_unseen_pairs_are_ranked(trained: TrainResult, one_device: Any) -> None:
     scorer = HeadScorer(trained.model, one_device, batch_size=4)
     rows = [Prompt(str(i), (), "?") for i in range(8)]
 
-    prompts = PromptBatch([row.id for row in rows], batch.prefix_ids, batch.prefix_mask, batch.pixel_values)
+    prompts = PromptBatch([row.id for row in rows], batch.prefix_ids, batch.prefix_mask, batch.images)
     rewards = scorer.rewards(prompts, batch.branch_ids, batch.branch_mask)
     assert rewards.shape == (8, 2) and (rewards[:, 0] > rewards[:, 1]).mean() > 0.75
 
@@ -97,7 +97,7 @@ def test_backend_squashes_and_agrees_with_the_training_pass(trained: TrainResult
     @jax.jit
     def plain(state: Any, ids: Any, pixels: Any, answer: Any) -> Any:
         model = nnx.merge(graph, state)
-        everything = jnp.ones(ids.shape, bool), encode_images(model, pixels)
+        everything = jnp.ones(ids.shape, bool), encoded(model, pixels)
         return answer_rewards(model, ids, *everything, answer, jnp.ones(answer.shape, bool))[0, 0]
 
     processor = TinyProcessor()

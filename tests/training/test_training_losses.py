@@ -89,7 +89,7 @@ def trl_mean_logits(policy: Any, batch: Any) -> dict[str, list[float]]:
         ids = torch.tensor(np.concatenate([prefix, answer]))[None].long()
         labels = ids.clone()
         labels[:, : len(prefix)] = -100
-        pixels = torch.tensor(batch.pixel_values[row]).permute(0, 3, 1, 2)
+        pixels = torch.tensor(batch.images["pixels"][row]).permute(0, 3, 1, 2)
         inputs = {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
         out = policy(**inputs, labels=labels, fused_lm_head=True)
         found["logits/rejected" if branch else "logits/chosen"] += out.mean_logits[out.label_mask].tolist()
@@ -138,7 +138,7 @@ def test_whole_step_equals_torch(tmp_path: Path) -> None:
         hits.clear()
         for row in range(3):
             prefix = batch.prefix_ids[row][batch.prefix_mask[row]]
-            pixels = torch.tensor(batch.pixel_values[row]).permute(0, 3, 1, 2)
+            pixels = torch.tensor(batch.images["pixels"][row]).permute(0, 3, 1, 2)
             for branch in range(2):
                 answer = batch.branch_ids[row, branch][batch.branch_mask[row, branch]]
                 ids = torch.tensor(np.concatenate([prefix, answer]))[None].long()
@@ -328,5 +328,5 @@ def test_text_only_pairs() -> None:
     config = base_config(reference="recorded", batch_size=2)
     pairs = pair_batches(pair_rows(2, images=0), TinyProcessor(), batch_size=2, seed=0)
     batch = recorded(next(iter(pairs)))
-    assert batch.pixel_values is None
+    assert batch.images is None
     assert np.isfinite(compiled_loss(tiny_model(config), batch, config).loss)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from model_inputs import SquareImages
 
 from m3po_jax.config import LoRAConfig, TrainConfig
 from m3po_jax.data.batch_source import BatchSource
@@ -30,10 +31,10 @@ CONFIG = LlavaConfig(
 )
 
 
-class TinyProcessor:
+class TinyProcessor(SquareImages):
     """Letters as ids; an image path is the seed of its pixels."""
 
-    image_shape = (8, 8, 3)
+    image_shape, tokens_per_image = (8, 8, 3), TOKENS_PER_IMAGE
     eos_token_ids = (EOS_ID,)
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:

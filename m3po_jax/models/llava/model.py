@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from m3po_jax.data.model_images import Images
 from m3po_jax.models.decoder import Decoder
+from m3po_jax.models.forward import Positions, place_features, text_positions
 from m3po_jax.models.layers import ACTIVATIONS, Linear
 from m3po_jax.models.llava.config import LlavaConfig
 from m3po_jax.models.vit import VisionTransformer
+
+# The name of an image's pixels.
+PIXELS = "pixels"
 
 
 class Projector(nnx.Module):
@@ -30,7 +34,7 @@ class Projector(nnx.Module):
 
 
 class Llava(nnx.Module):
-    """Images and token ids in, decoder inputs out; the decoder itself is `self.decoder`."""
+    """A `VisionLanguageModel`; an image's one float array is its ``pixels`` [1, h, w, 3]."""
 
     def __init__(self, config: LlavaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -39,46 +43,35 @@ class Llava(nnx.Module):
         self.projector = Projector(config, **kinds)
         self.decoder = Decoder(config.text, **kinds)
 
-    def image_features(
-        self, pixel_values: Float[Array, "images h w 3"], *, remat: str = "none"
-    ) -> Float[Array, "images tokens v"]:
-        """What the frozen tower sees, before the projector: this is what a feature cache may keep."""
-        features = self.vision_tower.features(pixel_values, self.config.vision_feature_layers, remat=remat)
+    def _features(self, pixels: Float[Array, "images h w 3"], remat: str = "none") -> Float[Array, "images n v"]:
+        features = self.vision_tower.features(pixels, self.config.vision_feature_layers, remat=remat)
         return features if self.config.keep_class_token else features[:, 1:]
 
-    def embed_prompts(
-        self,
-        token_ids: Int[Array, "b s"],
-        features: Float[Array, "b m n v"] | None,
-    ) -> Float[Array, "b s d"]:
-        """Token embeddings with the row's projected image tokens put in place of its image ids, in order.
+    def encode_images(self, images: Images, *, remat: str = "none") -> Float[Array, "b f v"]:
+        """The tower's features, before the projector."""
+        pixels = images[PIXELS]
+        features = self._features(pixels.reshape(-1, *pixels.shape[2:]), remat)
+        return features.reshape(pixels.shape[0], -1, features.shape[-1])
 
-        `features` holds each row's m images (rows with fewer are padded at the end); None for text-only batches.
-        """
+    def blank_features(self, layout: Images, tokens: int) -> Float[Array, "1 f v"]:
+        """All images are alike: one is encoded."""
+        side = self.config.vision.image_size
+        one = self._features(jnp.zeros((1, side, side, 3)))
+        return jnp.tile(one, (1, tokens // one.shape[1], 1))
+
+    def embed_prompts(
+        self, token_ids: Int[Array, "b s"], features: Float[Array, "b f v"] | None
+    ) -> Float[Array, "b s d"]:
+        """Token embeddings with the row's projected features put in place of its image ids, in order."""
         is_image = token_ids == self.config.image_token_id
         x = self.decoder.embed_tokens(jnp.where(is_image, 0, token_ids))
-        if features is None:
-            return x
-        b, m, n, v = features.shape
-        projected = self.projector(features.reshape(b, m * n, v)).astype(x.dtype)
-        order = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, m * n - 1)
-        return jnp.where(is_image[..., None], jnp.take_along_axis(projected, order[..., None], axis=1), x)
+        return x if features is None else place_features(x, is_image, self.projector(features).astype(x.dtype))
+
+    def prompt_positions(self, token_ids: Int[Array, "b s"], mask: Bool[Array, "b s"], layout: Images) -> Positions:
+        """One by one, images' tokens too."""
+        return text_positions(mask)
 
 
 def build(config: LlavaConfig, *, dtype: Any, param_dtype: Any, seed: int = 0) -> Llava:
     """A randomly initialised model; under `nnx.eval_shape` the abstract tree that loading and sharding use."""
     return Llava(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(seed))
-
-
-def reference_forward(
-    model: Llava,
-    token_ids: Int[Array, "b s"],
-    mask: jax.Array,
-    features: Float[Array, "b m n v"] | None,
-) -> Float[Array, "b s vocab"]:
-    """Plain causal logits at every position, for tests and small tools; positions count unpadded tokens."""
-    from m3po_jax.models.attention import Causal, prefix_positions
-
-    real = mask.astype(bool)
-    hidden = model.decoder(model.embed_prompts(token_ids, features), prefix_positions(real), Causal(real))
-    return model.decoder.logits(hidden)

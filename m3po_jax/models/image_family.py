@@ -1,0 +1,53 @@
+"""What a family says of images beside its model: how they are read, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from m3po_jax.data.images import ImageFit
+from m3po_jax.data.model_images import ImagePlan, ImageReader, Images
+
+
+@dataclass(frozen=True)
+class TowerCost:
+    """What the linear layers of a vision tower do not say about its arithmetic.
+
+    Attributes:
+        share: Of the weights of its linear layers, those that run (layers above the one that is read do not).
+        attention: Multiply-adds per (query, key) pair, of all layers that run.
+        positions: Of a typical image.
+    """
+
+    share: float
+    attention: float
+    positions: int
+
+
+@dataclass(frozen=True)
+class ImageFamily:
+    """Functions of a configuration.
+
+    Attributes:
+        token_key: The field of ``config.json`` that names the image token, for messages.
+        reader: ``(config, folders, fit) -> reader``: from the settings of an image processor in the first of the
+            folders that has one; `fit` is the recipe's `model.image_fit`. Raises UserError.
+        typical: What an image of usual size (the largest, where that is given) becomes: for estimates and plans.
+        tower_cost: See `TowerCost`.
+        feature_width: Of what `VisionLanguageModel.encode_images` gives.
+        count_features: ``(config, images of a batch on the host) -> [b]``: the features that each row's images have.
+        feature_settings: What that depends on beside the tower's weights.
+    """
+
+    token_key: str
+    reader: Callable[[Any, Sequence[Path], ImageFit], ImageReader]
+    typical: Callable[[Any], ImagePlan]
+    tower_cost: Callable[[Any], TowerCost]
+    feature_width: Callable[[Any], int]
+    count_features: Callable[[Any, Images], Int[np.ndarray, " b"]]
+    feature_settings: Callable[[Any], tuple[Any, ...]]
