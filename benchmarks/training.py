@@ -181,7 +181,7 @@ class Ours:
         import jax
 
         from m3po_jax.config import LoRAConfig, MeshConfig, TrainConfig
-        from m3po_jax.data.collation import PromptBatch, TreeRow, collate_tree
+        from m3po_jax.data.collation import PromptBatch, PromptRow, collate_tree
         from m3po_jax.data.lengths import rounded
         from m3po_jax.hosts.sharding import make_mesh
         from m3po_jax.inference.scorer import Scorer
@@ -204,7 +204,14 @@ class Ours:
         self.reference = scorer.log_probs(batch, both, mask, reference=True).sum(-1)
         recorded = np.full_like(self.reference, np.nan) if compute_reference else self.reference
         rows = [
-            TreeRow(ids[i], {name: x[i] for name, x in images.items()}, tuple(both[i]), tuple(recorded[i]), i)
+            PromptRow(
+                names[i],
+                ids[i],
+                {name: x[i] for name, x in images.items()},
+                tuple(both[i]),
+                reference=tuple(recorded[i].tolist()),
+                place=i,
+            )
             for i in range(shapes.prompts)
         ]
         # Widths as `data.lengths.plan_shapes` gives them to rows that are all of this length.

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from m3po_jax.data.model_images import ImagePlan, Images, ProcessedImage
-from m3po_jax.data.schema import Prompt
+from m3po_jax.data.schema import Prompt, PromptTokens
 from m3po_jax.models.forward import EncodedImages, encode_images
 
 
@@ -34,6 +34,13 @@ class SquareImages:
 
     image_shape: tuple[int, int, int]
     tokens_per_image: int
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        raise NotImplementedError
+
+    def tokenise(self, prompt: Prompt) -> PromptTokens:
+        """Nobody reads its ids: `encode_prompt` makes them anew."""
+        return PromptTokens(np.zeros(0, np.int32), "")
 
     def pixel_values(self, prompt: Prompt) -> np.ndarray:
         raise NotImplementedError

@@ -21,7 +21,7 @@ from m3po_jax.hosts.rows import Shares
 from m3po_jax.hosts.sharding import make_mesh, use_mesh
 from m3po_jax.inference.settings import sampling_config
 from m3po_jax.models.layers import LoRAParam
-from m3po_jax.pipeline.generate import Tally, candidate_pools, requests
+from m3po_jax.pipeline.generate import Tally, candidate_pools, prompt_rows
 from m3po_jax.pipeline.models import attach_adapter, load_policy, make_generator
 from m3po_jax.pipeline.select import pair_with_prompt
 from m3po_jax.pipeline.train import train_on_pairs
@@ -61,21 +61,20 @@ def test_one_row(recipe: Recipe, tmp_path: Path) -> None:
     with use_mesh(mesh):
         policy = load_policy(recipe, mesh, image_root=tmp_path)
         processor = policy.processor
-        (request,) = requests([prompt], processor, Shares(mesh))
+        (asked,) = prompt_rows([prompt], processor, Shares(mesh))
         ids = processor.encode_prompt(prompt)
-        np.testing.assert_array_equal(request.token_ids, ids)
+        np.testing.assert_array_equal(asked.token_ids, ids)
         (image,) = processor.images(prompt)
         assert image.tokens == np.sum(ids == processor.image_token_id)
-        np.testing.assert_array_equal(request.images["pixels"], image.arrays["pixels"])
+        np.testing.assert_array_equal(asked.images["pixels"], image.arrays["pixels"])
 
         generator = make_generator(
             processor, policy.model, mesh, sampling=sampling_config(recipe.generate, 0), batch_size=1
         )
-        (made,) = generator.stream(iter([request]), 1)
+        (made,) = generator.stream(iter([asked]), 1)
         ((_, rows),) = candidate_pools([prompt], generator, processor, recipe.generate, Tally())
     for k, row in enumerate(rows):
-        length = int(made.lengths[k])
-        assert row["token_ids"] == made.token_ids[k, :length].tolist()
+        assert row["token_ids"] == made.answers[k].tolist()
         assert row["text"] == processor.decode(row["token_ids"])
     tables.write_table(tmp_path / "candidates" / "shard.parquet", rows, CANDIDATE)
     stored = list(tables.read_rows(tmp_path / "candidates" / "shard.parquet"))
@@ -101,7 +100,7 @@ def test_one_row(recipe: Recipe, tmp_path: Path) -> None:
 
     batch = next(iter(pair_batches(pairs, processor, batch_size=1, seed=0)))
     np.testing.assert_array_equal(batch.prefix_ids[0][batch.prefix_mask[0]], ids)
-    np.testing.assert_array_equal(batch.images["pixels"][0], request.images["pixels"])
+    np.testing.assert_array_equal(batch.images["pixels"][0], asked.images["pixels"])
     for side, row in enumerate((best, worst)):
         assert batch.branch_ids[0, side][batch.branch_mask[0, side]].tolist() == row["token_ids"]
         np.testing.assert_allclose(

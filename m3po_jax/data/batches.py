@@ -6,6 +6,7 @@ others are padded up to `collation.LENGTHS`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -25,14 +26,15 @@ from m3po_jax.data.batch_source import (
     read_ahead,
     require_rows,
 )
-from m3po_jax.data.collation import PromptBatch, TreeBatch, TreeRow, collate_tree
+from m3po_jax.data.collation import PromptBatch, PromptRow, TreeBatch, collate_prompts, collate_tree
 from m3po_jax.data.feature_cache import PromptFeatures
 from m3po_jax.data.lengths import Lengths, Order, plan_shapes
 from m3po_jax.data.model_images import spoilt
-from m3po_jax.data.pair_rows import PairRows, TableRows, message_text, pair_prompt, place_of
-from m3po_jax.data.row_inputs import PromptProcessor, checked_answer, image_layout, prompt_ids, seen_images, where_of
+from m3po_jax.data.pair_rows import PairPrompts, PairRows, TableRows, message_text, place_of
+from m3po_jax.data.row_inputs import PromptProcessor, checked_answer, prompt_row, where_of
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.tables import content_hash
+from m3po_jax.data.tokenised import TokenisedPrompts
 from m3po_jax.errors import UserError
 from m3po_jax.hosts.rows import OwnRows
 from m3po_jax.reading import check_value
@@ -68,13 +70,16 @@ def pair_batches(
     """
     if isinstance(rows, pa.Table):
         rows = TableRows(rows)
+    if isinstance(rows, PairRows):
+        prompts = rows.prompts(processor.tokenise, where)
+    else:
+        prompts = TokenisedPrompts(PairPrompts(rows, where), processor.tokenise)
     require_rows(len(rows), batch_size)
-    ids, places, answers, references = [], [], [], []
+    ids, answers, references = [], [], []
     texts = rows.without_images() if isinstance(rows, PairRows) else rows
     for number, row in enumerate(texts):
         place = place_of(row, number, where)
         ids.append(row["id"])
-        places.append(place)
         pair, sums = [], []
         for side in ("chosen", "rejected"):
             tokens = row.get(f"{side}_token_ids")
@@ -86,24 +91,27 @@ def pair_batches(
         answers.append(tuple(pair))
         references.append(tuple(sums))
 
-    def prompt_of(index: int) -> Prompt:
-        return pair_prompt(rows[index], places[index])
-
-    def load(index: int, needed: bool) -> TreeRow:
-        prompt = prompt_of(index)
-        images = seen_images(processor, prompt, features, needed=needed)
-        return TreeRow(prompt_ids(processor, prompt), images, answers[index], references[index], index)
+    def load(index: int, needed: bool) -> PromptRow:
+        return prompt_row(
+            processor,
+            prompts[index],
+            features,
+            needed=needed,
+            answers=answers[index],
+            reference=references[index],
+            place=index,
+        )
 
     def key(index: int) -> str:
-        prompt = prompt_of(index)
-        prefix = prompt_ids(processor, prompt)
+        prompt = prompts[index]
+        prefix = np.asarray(processor.encode_prompt(prompt), np.int32)
         images = processor.image_keys(prompt) if prompt.images else []
         return content_hash(prefix.tobytes(), images, *(answer.tobytes() for answer in answers[index]))
 
     return BatchSource(
         **_tree_source(
             answers,
-            lambda index: prompt_ids(processor, prompt_of(index)),
+            lambda index: len(processor.encode_prompt(prompts[index])),
             load,
             batch_size=batch_size,
             seed=seed,
@@ -165,15 +173,16 @@ def sft_batches(
         instructions.append(prompt.instruction)
         answers.append(checked_answer(tokens, max_answer_tokens, where_of(prompt)))
 
-    def load(index: int, needed: bool) -> TreeRow:
-        prompt = prompts[index]
-        images = seen_images(processor, prompt, features, needed=needed)
-        return TreeRow(prompt_ids(processor, prompt), images, (answers[index],), (math.nan,), index)
+    tokenised = TokenisedPrompts(prompts, processor.tokenise)
+
+    def load(index: int, needed: bool) -> PromptRow:
+        answer = (answers[index],)
+        return prompt_row(processor, tokenised[index], features, needed=needed, answers=answer, place=index)
 
     return BatchSource(
         **_tree_source(
             [(answer,) for answer in answers],
-            lambda index: prompt_ids(processor, prompts[index]),
+            lambda index: len(processor.encode_prompt(tokenised[index])),
             load,
             batch_size=batch_size,
             seed=seed,
@@ -205,22 +214,18 @@ def prompt_batches(
     """
     require_rows(len(prompts), batch_size)
 
-    def load(index: int) -> tuple[str, TreeRow]:
-        prompt = prompts[index]
+    def load(index: int) -> PromptRow:
         here = needed is None or bool(needed[index % batch_size])
-        shown = seen_images(processor, prompt, features, needed=here) if images else image_layout(processor, prompt)
-        return prompt.id, TreeRow(prompt_ids(processor, prompt), shown, (), (), index)
+        return prompt_row(processor, prompts[index], features, needed=here, pixels=images)
 
-    def collate(rows: Sequence[tuple[str, TreeRow]]) -> PromptBatch:
-        return collate_tree([row for _, row in rows]).prompts([name for name, _ in rows])
-
-    return read_ahead(grain.MapDataset.range(len(prompts)).map(load).batch(batch_size, batch_fn=collate))
+    rows = grain.MapDataset.range(len(prompts)).map(load)
+    return read_ahead(rows.batch(batch_size, batch_fn=collate_prompts))
 
 
 def _tree_source(
     answers: Sequence[Sequence[np.ndarray]],
-    prefix_of: Callable[[int], np.ndarray],
-    load: Callable[[int, bool], TreeRow],
+    prefix_length: Callable[[int], int],
+    load: Callable[[int, bool], PromptRow],
     *,
     batch_size: int,
     seed: int,
@@ -232,7 +237,7 @@ def _tree_source(
     check_value(TrainConfig, "length_window", length_window, "train")
     check_value(TrainConfig, "max_shapes", max_shapes, "train")
     lengths = Lengths(
-        np.array([len(prefix_of(row)) for row in range(len(answers))]),
+        np.array([prefix_length(row) for row in range(len(answers))]),
         np.array([max(map(len, row)) for row in answers]),
         len(answers[0]),
     )
@@ -255,8 +260,8 @@ def _without_end(answers: Sequence[np.ndarray], processor: PromptProcessor) -> i
     return sum(int(answer[-1]) not in processor.eos_token_ids for answer in answers)
 
 
-def _spoilt(row: TreeRow) -> TreeRow:
-    return row._replace(images=spoilt(row.images))
+def _spoilt(row: PromptRow) -> PromptRow:
+    return dataclasses.replace(row, images=spoilt(row.images))
 
 
 def _reference_sum(logprobs: Sequence[float] | None, answer: np.ndarray, where: str) -> float:

@@ -7,20 +7,17 @@ files have images as base64 in their rows.
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 
 from m3po_jax.data.schema import Image, StoredImage
-from m3po_jax.errors import UserError
+from m3po_jax.data.spool import Place, Spool
 
 
 class ImageSpool:
-    """Byte strings in a temporary file without a name, each distinct one once; it is gone when the process ends."""
+    """Encoded images in a spool, each distinct one once."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(prefix="m3po-images-")  # noqa: SIM115 - as long as its readers
-        self._places: dict[str, tuple[int, int]] = {}
-        self._end = 0
+        self._spool = Spool("the images that rows hold")
+        self._places: dict[str, Place] = {}
 
     def add(self, data: bytes) -> str:
         """Stores `data` and returns its SHA-256.
@@ -30,23 +27,12 @@ class ImageSpool:
         """
         key = hashlib.sha256(data).hexdigest()
         if key not in self._places:
-            try:
-                self._file.write(data)
-                self._file.flush()
-            except OSError as error:
-                raise UserError(
-                    f"no room for a copy of the images that rows hold ({error.strerror})",
-                    where=tempfile.gettempdir(),
-                    remedy="set TMPDIR to a folder with as much space as the images take",
-                ) from None
-            self._places[key] = (self._end, len(data))
-            self._end += len(data)
+            self._places[key] = self._spool.add(data)
         return key
 
     def get(self, key: str) -> bytes:
         """The bytes whose SHA-256 is `key`; from any thread."""
-        start, size = self._places[key]
-        return os.pread(self._file.fileno(), size, start)
+        return self._spool.get(self._places[key])
 
 
 class SpooledImages:

@@ -7,13 +7,14 @@ and `rejected` as messages whose content is a list of image and text parts.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from m3po_jax.data.schema import IMAGE_PART, Image, Prompt
+from m3po_jax.data.schema import IMAGE_PART, Image, Prompt, PromptTokens
 from m3po_jax.data.templates import IMAGE_PLACEHOLDER
+from m3po_jax.data.tokenised import TokenisedPrompts
 from m3po_jax.errors import UserError
 
 _LINE = f"{IMAGE_PLACEHOLDER}\n"  # an image in front of what the user says
@@ -21,6 +22,18 @@ _LINE = f"{IMAGE_PLACEHOLDER}\n"  # an image in front of what the user says
 
 class PairRows(Sequence[dict[str, Any]]):
     """Pairs in the normal form, read one by one; a row may have `where`, its place in the user's file."""
+
+    _prompts: TokenisedPrompts | None = None
+
+    def prompts(self, tokenise: Callable[[Prompt], PromptTokens], where: str) -> TokenisedPrompts:
+        """The prompts of all rows with their token ids, which are made once for all trainings that ask.
+
+        Args:
+            where: The pairs' file, for messages.
+        """
+        if self._prompts is None:
+            self._prompts = TokenisedPrompts(PairPrompts(self, where), tokenise)
+        return self._prompts
 
     @abstractmethod
     def without_images(self) -> Iterator[dict[str, Any]]:
@@ -62,10 +75,14 @@ class TableRows(PairRows):
 
 
 class PairPrompts(Sequence[Prompt]):
-    """The prompts of pairs, each made with its images when it is asked for."""
+    """The prompts of pairs, each made with its images when it is asked for.
 
-    def __init__(self, pairs: PairRows):
-        self.pairs = pairs
+    Args:
+        where: The pairs' file, for messages.
+    """
+
+    def __init__(self, pairs: Sequence[Mapping[str, Any]], where: str = "pairs"):
+        self.pairs, self.where = pairs, where
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -74,7 +91,7 @@ class PairPrompts(Sequence[Prompt]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row, number = self.pairs[index], range(len(self))[index]
-        return pair_prompt(row, place_of(row, number))
+        return pair_prompt(row, place_of(row, number, self.where))
 
 
 def place_of(row: Mapping[str, Any], number: int, source: str = "pairs") -> str:
@@ -123,6 +140,7 @@ def pair_prompt(row: Mapping[str, Any], where: str = "") -> Prompt:
         instruction=texts[-1],
         metadata=({"history": history} if history else {}) | ({"system": system} if system else {}),
         where=where,
+        tokens=PromptTokens.of_row(row),
     )
 
 

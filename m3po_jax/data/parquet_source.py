@@ -23,28 +23,23 @@ _SHELL = {"bytes": b"-"}  # stands for an image while the texts of its row are c
 _KEPT_BYTES = 1 << 27
 
 
-class ParquetImages:
-    """The image column of parquet files.
+class ParquetColumn:
+    """One column of parquet files, of which rows are read when they are asked for.
 
     A few row groups are kept, because shuffled access would otherwise read a whole group for each row.
     """
 
-    def __init__(self, files: Sequence[Path], column: str, exif: str):
-        self.files, self.column, self.exif = list(files), column, exif
+    def __init__(self, files: Sequence[Path], column: str):
+        self.files, self.column = list(files), column
         self._groups: OrderedDict[tuple[int, int], pa.ChunkedArray] = OrderedDict()
         self._lock = threading.Lock()
 
-    def images(self, place: Place) -> Sequence[schema.Image]:
-        """The images of a row.
+    def value(self, place: Place) -> Any:
+        """What the column holds for a row.
 
         Raises:
             UserError: the file is damaged or unpacks to too much.
         """
-        file, group, row = place
-        return parse_images(self.value(place), f"{self.files[file]}:row group {group}, row {row}", exif=self.exif)
-
-    def value(self, place: Place) -> Any:
-        """What the image column holds for a row."""
         file, group, row = place
         return self._group(file, group)[row].as_py()
 
@@ -60,7 +55,7 @@ class ParquetImages:
         return column
 
     def read(self, file: int, group: int) -> pa.ChunkedArray:
-        """The image column of one row group."""
+        """The column of one row group."""
         path = self.files[file]
         with tables.open_parquet(path) as opened, tables.damaged(path):
             parts = list(parquet_bounds.batches(opened, group, [self.column], str(path), rows=64))
@@ -68,10 +63,30 @@ class ParquetImages:
         return pa.chunked_array([part.column(0) for part in parts], types)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"files": self.files, "column": self.column, "exif": self.exif}
+        return {"files": self.files, "column": self.column}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+
+class ParquetImages(ParquetColumn):
+    """The image column of parquet files."""
+
+    def __init__(self, files: Sequence[Path], column: str, exif: str):
+        super().__init__(files, column)
+        self.exif = exif
+
+    def images(self, place: Place) -> Sequence[schema.Image]:
+        """The images of a row.
+
+        Raises:
+            UserError: as `value`.
+        """
+        file, group, row = place
+        return parse_images(self.value(place), f"{self.files[file]}:row group {group}, row {row}", exif=self.exif)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "exif": self.exif}
 
 
 class ParquetSource(PromptList):

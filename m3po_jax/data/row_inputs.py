@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from m3po_jax.data.collation import PromptRow
 from m3po_jax.data.feature_cache import PromptFeatures
-from m3po_jax.data.model_images import ImagePlan, Images, ProcessedImage, joined
-from m3po_jax.data.schema import Prompt
+from m3po_jax.data.model_images import ImagePlan, ProcessedImage, joined
+from m3po_jax.data.schema import Prompt, PromptTokens
 from m3po_jax.errors import UserError
 
 Shown_co = TypeVar("Shown_co", covariant=True)
@@ -29,6 +30,8 @@ class PromptProcessor(ImageSource[tuple[ProcessedImage, ...]], Protocol):
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...
+
+    def tokenise(self, prompt: Prompt) -> PromptTokens: ...
 
     def encode_prompt(self, prompt: Prompt) -> Sequence[int] | np.ndarray: ...
 
@@ -53,24 +56,39 @@ def images_of(processor: ImageSource[Shown_co], prompt: Prompt) -> Shown_co:
         ) from error
 
 
-def seen_images(
-    processor: PromptProcessor, prompt: Prompt, features: PromptFeatures | None, *, needed: bool = True
-) -> Images:
-    """The arrays of a prompt's images, of pixels or of cached features; zeros where they are not needed."""
-    if not prompt.images:
-        return {}
+def prompt_row(
+    processor: PromptProcessor,
+    prompt: Prompt,
+    features: PromptFeatures | None = None,
+    *,
+    needed: bool = True,
+    pixels: bool = True,
+    shown: Sequence[ProcessedImage] | None = None,
+    **more: Any,
+) -> PromptRow:
+    """A prompt as models take it.
+
+    Args:
+        features: Cached features of the vision tower, which then stand for the images.
+        needed: False: zeros stand for pixels and features, which another host needs.
+        pixels: False: no image is read, for who blanks them; how they lie is there.
+        shown: Its images, where they are read already.
+        more: Further fields of the row.
+    """
+    token_ids = np.asarray(processor.encode_prompt(prompt), np.int32)
+    if shown is None:
+        shown = _shown(processor, prompt, features, needed, pixels) if prompt.images else ()
+    return PromptRow(prompt.id, token_ids, joined(shown), **more)
+
+
+def _shown(
+    processor: PromptProcessor, prompt: Prompt, features: PromptFeatures | None, needed: bool, pixels: bool
+) -> Sequence[ProcessedImage]:
+    if not pixels:
+        return [plan.filled() for plan in processor.image_plans(prompt)]
     if features is not None:
-        return joined(features(prompt) if needed else features.absent(prompt))
-    return joined(images_of(processor, prompt) if needed else processor.absent_images(prompt))
-
-
-def image_layout(processor: PromptProcessor, prompt: Prompt) -> Images:
-    """The integer arrays of a prompt's images, which blank ones have too; no pixel is read."""
-    return joined([plan.filled() for plan in processor.image_plans(prompt)]) if prompt.images else {}
-
-
-def prompt_ids(processor: PromptProcessor, prompt: Prompt) -> np.ndarray:
-    return np.asarray(processor.encode_prompt(prompt), np.int32)
+        return features(prompt) if needed else features.absent(prompt)
+    return images_of(processor, prompt) if needed else processor.absent_images(prompt)
 
 
 def checked_answer(ids: Sequence[int] | np.ndarray, limit: int, where: str) -> np.ndarray:

@@ -8,11 +8,13 @@ feature (a struct of encoded `bytes` and `path`), so that TRL and `datasets` ope
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import pyarrow as pa
+from jaxtyping import Int32
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -26,6 +28,10 @@ PROMPT = pa.schema(
     ]
 )
 
+# Its token ids, with one image token for each image, and a hash of what they were made from (`PromptTokens`). Rows of
+# earlier versions have none; null: the prompt is tokenised where it is needed.
+PROMPT_TOKENS = pa.struct([("ids", pa.list_(pa.int32())), ("made_from", pa.string())])
+
 CANDIDATE = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -35,6 +41,7 @@ CANDIDATE = pa.schema(
         pa.field("token_logprobs", pa.list_(pa.float32())),  # raw, temperature 1, EOS included
         pa.field("finish_reason", pa.string()),  # stop (EOS) | length | stop_string
         pa.field("sampling", pa.string()),  # JSON object of the sampling settings
+        pa.field("prompt_tokens", PROMPT_TOKENS),
     ]
 )
 
@@ -74,6 +81,7 @@ PAIR = pa.schema(
         pa.field("chosen_confidence", pa.float64()),
         pa.field("rejected_confidence", pa.float64()),
         pa.field("value", pa.float64()),
+        pa.field("prompt_tokens", PROMPT_TOKENS),
     ]
 )
 
@@ -157,6 +165,29 @@ class StoredImage(Image):
         return StoredImage, (self._store, self._place, self._number)  # type: ignore[attr-defined]
 
 
+class PromptTokens(NamedTuple):
+    """The token ids of a prompt, before its images take their places in them.
+
+    Attributes:
+        ids: With one image token for each image.
+        made_from: A hash of what the prompt says, and of the tokenizer and template that made ids of it. They are
+            used where it is what these would be now, and made anew elsewhere.
+    """
+
+    ids: Int32[np.ndarray, " n"]
+    made_from: str
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> PromptTokens | None:
+        """Of a row of candidates or pairs; None where it has none."""
+        value = row.get("prompt_tokens")
+        return None if value is None else cls(np.asarray(value["ids"], np.int32), value["made_from"])
+
+    def value(self) -> dict[str, Any]:
+        """As rows have it."""
+        return {"ids": self.ids.tolist(), "made_from": self.made_from}
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One image (or several, or none) and an instruction.
@@ -168,6 +199,7 @@ class Prompt:
         reference: A reference answer, where the data has one (SFT, evaluation).
         metadata: Anything else, JSON-serialisable (object annotations, category, split).
         where: File and row, for error messages; not stored.
+        tokens: Its token ids, where they are made already.
     """
 
     id: str
@@ -176,6 +208,7 @@ class Prompt:
     reference: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)
+    tokens: PromptTokens | None = field(default=None, compare=False, repr=False)
 
 
 def prompt_to_row(prompt: Prompt) -> dict[str, Any]:

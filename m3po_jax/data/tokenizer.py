@@ -7,9 +7,11 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,6 +47,12 @@ class PlainText:
     def __reduce__(self) -> tuple[type[PlainText], tuple[str, frozenset[int], int | None]]:
         # The tokenizer's own pickling loses `encode_special_tokens`.
         return PlainText, self._arguments
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of all that ids of texts depend on."""
+        serialized, forbidden, unknown = self._arguments
+        return content_hash(serialized, sorted(forbidden), unknown)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone, without BOS.

@@ -8,6 +8,7 @@ done, when the host should bring more prompts, or when the answers' cache is ful
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,17 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Bool
+from jaxtyping import Bool, Float32, Int32
 
-from m3po_jax.data.collation import PromptBatch
-from m3po_jax.data.padding import bucket
+from m3po_jax.data.collation import PromptBatch, PromptRow, rows_of
+from m3po_jax.data.padding import bucket, pad_ragged
 from m3po_jax.errors import UserError
 from m3po_jax.hosts.sharding import replicate, use_mesh
 from m3po_jax.inference import sampling as draw
 from m3po_jax.inference.fused import FusedLayer
 from m3po_jax.inference.memory import CacheShape, explain_exhaustion
 from m3po_jax.inference.programs import Weights, fuse_layers, programs_for
-from m3po_jax.inference.prompts import Candidates, Generated, Request, requests_of
 from m3po_jax.inference.settings import SamplingConfig
 from m3po_jax.inference.state import Sizes
 from m3po_jax.inference.stream import Program, Stream
@@ -33,6 +33,26 @@ from m3po_jax.models.decoder import Decoder
 from m3po_jax.models.forward import VisionLanguageModel
 
 PREFILL_TOKENS = 512  # prompts are prefilled one at a time from this length on; it fills a matrix unit
+
+
+@dataclasses.dataclass
+class Generated:
+    """The answers to a batch; slots after an answer's end hold the padding id and log-probability 0.
+
+    Attributes:
+        log_probs: log π(token) in nats at temperature 1 without truncation, the end token included.
+        lengths: tokens, the end token included.
+        finished: true where the end token was drawn; false where `max_new_tokens` cut the answer.
+        slot_steps: tokens that the device could have drawn in the time: steps × lanes. The sum of `lengths`
+            over this is the occupancy.
+    """
+
+    ids: list[str]
+    token_ids: Int32[np.ndarray, "b k t"]
+    log_probs: Float32[np.ndarray, "b k t"]
+    lengths: Int32[np.ndarray, "b k"]
+    finished: Bool[np.ndarray, "b k"]
+    slot_steps: int
 
 
 class Generator:
@@ -134,32 +154,41 @@ class Generator:
             UserError: a prompt's logits are not finite (broken weights or an overflow); names the prompt. Or the
                 programs do not fit into the device's memory; names the number to lower.
         """
-        requests, before = requests_of(batch, wanted, attempt), self.slot_steps
-        places = {id(request): place for place, request in enumerate(requests)}
-        made = sorted(self.stream(requests, len(requests)), key=lambda done: places[id(done.request)])
-        token_ids, log_probs, lengths, finished = (
-            np.stack([getattr(done, name) for done in made])
-            for name in ("token_ids", "log_probs", "lengths", "finished")
-        )
+        rows, before = rows_of(batch), self.slot_steps
+        if wanted is not None:
+            chosen = [tuple(np.flatnonzero(of_row).tolist()) for of_row in wanted]
+            rows = [dataclasses.replace(row, wanted=of_row) for row, of_row in zip(rows, chosen, strict=True)]
+        rows = [dataclasses.replace(row, attempt=attempt) for row in rows]
+        made = sorted(self.stream(rows, len(rows)), key=lambda row: row.place)
+        shape = (len(rows), self.sampling.num_candidates, self.sampling.max_new_tokens)
+        token_ids, mask = pad_ragged([row.answers for row in made], shape, self.pad_token_id)
+        log_probs = np.zeros(shape, np.float32)
+        log_probs[mask] = np.concatenate([of_one for row in made for of_one in row.log_probs])
+        finished = np.array([[self.ended(answer) for answer in row.answers] for row in made])
+        lengths = mask.sum(axis=-1, dtype=np.int32)
         return Generated(list(batch.ids), token_ids, log_probs, lengths, finished, self.slot_steps - before)
 
-    def stream(self, requests: Iterable[Request | None], count: int | None = None) -> Iterator[Candidates]:
-        """Answers to requests as they get ready, in no fixed order; requests are drawn when there is room.
+    def ended(self, answer: Int32[np.ndarray, " t"]) -> bool:
+        """Whether the end token was drawn; else `max_new_tokens` cut the answer."""
+        return len(answer) > 0 and int(answer[-1]) in self.eos_token_ids
+
+    def stream(self, prompts: Iterable[PromptRow | None], count: int | None = None) -> Iterator[PromptRow]:
+        """The prompts with their answers as they get ready, in no fixed order; they are drawn when there is room.
 
         Args:
-            requests: None in it says that there is nothing now: it is asked again after the next answer.
-            count: how many requests will come, where that is known: a few need less memory.
+            prompts: None in it says that there is nothing now: it is asked again after the next answer.
+            count: how many prompts will come, where that is known: a few need less memory.
 
         Raises:
-            UserError: as `__call__`; what is complete is yielded before. An error that `requests` raises comes
-                after the answers to all requests before it.
+            UserError: as `__call__`; what is complete is yielded before. An error that `prompts` raises comes after
+                the answers to all prompts before it.
         """
-        return iter(Stream(self, requests, count))
+        return iter(Stream(self, prompts, count))
 
     def programs(self, batch: PromptBatch) -> list[Program]:
         """The programs that the batch needs if no answer ends before `max_new_tokens`; nothing is computed."""
         with use_mesh(self.mesh):
-            return Stream(self, requests_of(batch), len(batch.ids)).programs()
+            return Stream(self, rows_of(batch), len(batch.ids)).programs()
 
     def sizes(self, count: int | None, prefix: int) -> Sizes:
         """The state that serves `count` prompts (None: many) of `prefix` tokens."""

@@ -163,7 +163,6 @@ class Programs:
             clear(board.token_ids, self.pad_token_id),
             clear(board.log_probs, 0.0),
             clear(board.lengths, 0),
-            clear(board.finished, False),
             board.broken,
         )
 
@@ -257,7 +256,6 @@ class Programs:
                 rows(jnp.where(here, grid(token)[..., None], board.token_ids)),
                 rows(jnp.where(here, grid(log_prob)[..., None], board.log_probs)),
                 rows(jnp.where(drawn, age + 1, board.lengths)),
-                rows(board.finished | (drawn & grid(stop))),
                 rows(board.broken | jnp.any(drawn & grid(bad), axis=2)),
             )
             lanes = Lanes(

@@ -68,7 +68,6 @@ class Board(NamedTuple):
     token_ids: Int[Array, "a n k t"]
     log_probs: Float[Array, "a n k t"]
     lengths: Int[Array, "a n k"]
-    finished: Bool[Array, "a n k"]
     broken: Bool[Array, "a n"]  # NaN logits
 
 
@@ -148,7 +147,6 @@ class Layout:
             integers((a, n, k, sizes.tokens)),
             jnp.zeros((a, n, k, sizes.tokens), jnp.float32),
             integers((a, n, k)),
-            zeros((a, n, k)),
             zeros((a, n)),
         )
         place, age, start, token = (integers((a, lanes)) for _ in range(4))

@@ -6,6 +6,7 @@ the host prepares those. All processes of a run go through the same steps, since
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -16,13 +17,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from m3po_jax.data.collation import PromptRow
 from m3po_jax.data.model_images import stacked
-from m3po_jax.data.padding import prompt_bucket
+from m3po_jax.data.padding import pad_ragged, prompt_bucket
 from m3po_jax.errors import UserError
 from m3po_jax.hosts.rows import shard_hosts
 from m3po_jax.hosts.sharding import replicate, shard_batch, to_host, use_mesh
 from m3po_jax.inference.lanes import capacities
-from m3po_jax.inference.prompts import Candidates, Request
 from m3po_jax.inference.sampling import candidate_keys
 from m3po_jax.inference.settings import SamplingConfig
 from m3po_jax.inference.state import Board, Cache, Lanes, Layout, Prompts, Report, Sizes
@@ -71,14 +72,14 @@ class Program(NamedTuple):
 
 
 class Stream:
-    """One pass over requests; iterate over it once."""
+    """One pass over prompts; iterate over it once."""
 
-    def __init__(self, engine: Engine, requests: Iterable[Request | None], count: int | None = None):
-        self.engine, self.source = engine, iter(requests)
+    def __init__(self, engine: Engine, prompts: Iterable[PromptRow | None], count: int | None = None):
+        self.engine, self.source = engine, iter(prompts)
         self.count = count
         self.hosts = shard_hosts(engine.mesh)  # of each shard
-        self.queue: deque[Request] = deque()  # drawn from the source, not yet on the device
-        self.held: dict[tuple[int, int], Request] = {}  # by (shard, slot)
+        self.queue: deque[PromptRow] = deque()  # drawn from the source, not yet on the device
+        self.held: dict[tuple[int, int], PromptRow] = {}  # by (shard, slot)
         self.exhausted = False
         self.failure: BaseException | None = None  # of the source, raised when everything before it is answered
         self.arrivals = 0
@@ -88,7 +89,7 @@ class Stream:
         self.lanes: Lanes | None = None
         self.cache: Cache | None = None
 
-    def __iter__(self) -> Iterator[Candidates]:
+    def __iter__(self) -> Iterator[PromptRow]:
         self._draw(self.engine.batch_size)
         if self.queue:
             self._measure()
@@ -115,10 +116,10 @@ class Stream:
         if self.failure is not None:
             raise self.failure
         if not self.exhausted:
-            raise ValueError("the source of requests waits for answers, and none is due")
+            raise ValueError("the source of prompts waits for answers, and none is due")
 
     def programs(self) -> list[Program]:
-        """What the requests need if every answer is as long as allowed."""
+        """What the prompts need if every answer is as long as allowed."""
         engine = self.engine
         self._draw(engine.batch_size)
         self._measure()
@@ -142,23 +143,23 @@ class Stream:
         return found
 
     def _draw(self, most: int = 0) -> None:
-        """Requests from the source: `most`, or those that fit, and those of the next two calls of prefill."""
+        """Prompts from the source: `most`, or those that fit, and those of the next two calls of prefill."""
         while not self.exhausted and (len(self.queue) < most if most else self._lacking() > 0):
             try:
-                request = next(self.source)
+                prompt = next(self.source)
             except StopIteration:
                 self.exhausted = True
-            except Exception as error:  # whatever it is, it waits: requests drawn before it are answered first
+            except Exception as error:  # whatever it is, it waits: prompts drawn before it are answered first
                 self.exhausted, self.failure = True, error
             else:
-                if request is None:
+                if prompt is None:
                     return
-                self.queue.append(request)
+                self.queue.append(prompt)
 
     def _lacking(self) -> int:
-        """How many requests the queue needs, so that all shards find what they may take."""
+        """How many prompts the queue needs, so that all shards find what they may take."""
         held = Counter(self.hosts[shard] for shard, _ in self.held)
-        waiting = Counter(request.hosts for request in self.queue)
+        waiting = Counter(prompt.hosts for prompt in self.queue)
         # More than fit, or the device would be told that none is left and run until all answers have ended.
         most = self.sizes.slots + 2 * self.rows
         lacking = [max(n * most - held[of] - waiting[of], 0) for of, n in Counter(self.hosts).items()]
@@ -186,67 +187,66 @@ class Stream:
             )
 
     def _takes(self) -> bool:
-        """Whether a request of the queue fits into a shard that may have it."""
+        """Whether a prompt of the queue fits into a shard that may have it."""
         held = Counter(shard for shard, _ in self.held)
         roomy = (shard for shard in range(self.sizes.shards) if held[shard] < self.sizes.slots)
         return any(self._next(shard) is not None for shard in roomy)
 
     def _next(self, shard: int) -> int | None:
-        """Place in the queue of the first request that the shard may take; on one host the first of all."""
+        """Place in the queue of the first prompt that the shard may take; on one host the first of all."""
         allowed = (None, self.hosts[shard])
-        return next((place for place, request in enumerate(self.queue) if request.hosts in allowed), None)
+        return next((place for place, prompt in enumerate(self.queue) if prompt.hosts in allowed), None)
 
-    def _chosen(self) -> dict[int, tuple[int, Request]]:
-        """Rows of the program, and the slot and request that each gets; these leave the queue."""
+    def _chosen(self) -> dict[int, tuple[int, PromptRow]]:
+        """Rows of the program, and the slot and prompt that each gets; these leave the queue."""
         sizes = self.sizes
         free = [[n for n in range(sizes.slots) if (shard, n) not in self.held] for shard in range(sizes.shards)]
-        chosen: dict[int, tuple[int, Request]] = {}
+        chosen: dict[int, tuple[int, PromptRow]] = {}
         for row in range(self.rows):
             # The emptiest shard first, so that all have work when prompts run out.
             for shard in sorted(range(sizes.shards), key=lambda shard: -len(free[shard])):
                 place = self._next(shard) if free[shard] else None
                 if place is not None and _alike(self.queue[place], chosen.values()):
-                    slot, request = free[shard].pop(0), self.queue[place]
+                    slot, prompt = free[shard].pop(0), self.queue[place]
                     del self.queue[place]
-                    self.held[shard, slot] = request
-                    chosen[shard * self.rows + row] = (slot, request)
+                    self.held[shard, slot] = prompt
+                    chosen[shard * self.rows + row] = (slot, prompt)
         return chosen
 
     def _arrays(self) -> dict[str, jax.Array]:
-        """The next requests of the queue, padded, with the slots that they get."""
+        """The next prompts of the queue, padded, with the slots that they get."""
         sizes, engine, rows = self.sizes, self.engine, self.rows
         chosen = self._chosen()
         first = next(iter(chosen.values()))[1]
         filled = [chosen.get(row, (sizes.slots, first)) for row in range(sizes.shards * rows)]
-        requests = [request for _, request in filled]
-        width = prompt_bucket(max(map(len_of, requests)), engine.prefix_bucket)
-        token_ids = np.full((len(filled), width), engine.pad_token_id, np.int32)
+        prompts = [prompt for _, prompt in filled]
+        width = prompt_bucket(max(map(len_of, prompts)), engine.prefix_bucket)
+        token_ids, mask = pad_ragged([p.token_ids for p in prompts], (len(filled), width), engine.pad_token_id)
         wanted = np.zeros((len(filled), sizes.candidates), bool)
         arrival = np.zeros(len(filled), np.int32)
-        for row, request in enumerate(requests):
-            token_ids[row, : len_of(request)] = request.token_ids
-            wanted[row, slice(None) if request.wanted is None else list(request.wanted)] = True
+        for row, prompt in enumerate(prompts):
+            wanted[row, slice(None) if prompt.wanted is None else list(prompt.wanted)] = True
         for row in chosen:
             arrival[row] = self.arrivals
             self.arrivals += 1
-        keys = {r.id: candidate_keys(engine.sampling.seed, [r.id], sizes.candidates, r.attempt) for r in requests}
+        keys = {r.id: candidate_keys(engine.sampling.seed, [r.id], sizes.candidates, r.attempt) for r in prompts}
         arrays: dict[str, Any] = {
             "token_ids": token_ids,
-            "length": np.array([len_of(request) for request in requests], np.int32),
+            "length": mask.sum(axis=1, dtype=np.int32),
             "slot": np.array([slot for slot, _ in filled], np.int32).reshape(sizes.shards, rows),
-            "keys": np.concatenate([keys[request.id] for request in requests]),
+            "keys": np.concatenate([keys[prompt.id] for prompt in prompts]),
             "wanted": wanted,
             "arrival": arrival,
         }
         if first.images:
-            arrays["images"] = stacked([request.images for request in requests])
+            arrays["images"] = stacked([prompt.images for prompt in prompts])
         return shard_batch(arrays, engine.mesh)
 
     def _decode(self) -> Report:
         engine = self.engine
         if self.cache is None:
             self.cache = engine.layout.empty_cache(self.sizes, self.capacities[0])
-        shards, waiting = Counter(self.hosts), Counter(request.hosts for request in self.queue)
+        shards, waiting = Counter(self.hosts), Counter(prompt.hosts for prompt in self.queue)
         of = [waiting[hosts] / shards[hosts] + waiting[None] / len(self.hosts) for hosts in self.hosts]
         quota = np.array([min(self.rows, math.ceil(count)) for count in of], np.int32)
         self.board, self.lanes, self.cache, report = engine.decode(
@@ -262,20 +262,24 @@ class Stream:
         )
         return report
 
-    def _harvest(self, report: Report) -> list[Candidates]:
+    def _harvest(self, report: Report) -> list[PromptRow]:
         """Takes the answers of finished prompts off the device; broken ones are left."""
         over = [place for place in self.held if report.free[place] and not report.broken[place]]
         if not over:
             return []
         assert self.board is not None
-        names = ("token_ids", "log_probs", "lengths", "finished")
-        board = {name: to_host(getattr(self.board, name)) for name in names}
+        token_ids, log_probs, lengths = map(to_host, (self.board.token_ids, self.board.log_probs, self.board.lengths))
+
+        def of(table: np.ndarray, place: tuple[int, int]) -> tuple[np.ndarray, ...]:
+            return tuple(row[:length].copy() for row, length in zip(table[place], lengths[place], strict=True))
+
         return [
-            Candidates(self.held.pop(place), **{name: board[name][place].copy() for name in names}) for place in over
+            dataclasses.replace(self.held.pop(place), answers=of(token_ids, place), log_probs=of(log_probs, place))
+            for place in over
         ]
 
     def _check(self, report: Report) -> None:
-        broken = [request for place, request in self.held.items() if report.broken[place]]
+        broken = [prompt for place, prompt in self.held.items() if report.broken[place]]
         if broken:
             raise UserError(
                 "the model's logits are not finite",
@@ -284,11 +288,11 @@ class Stream:
             )
 
 
-def len_of(request: Request) -> int:
-    return len(request.token_ids)
+def len_of(prompt: PromptRow) -> int:
+    return len(prompt.token_ids)
 
 
-def _alike(request: Request, others: Iterable[tuple[int, Request]]) -> bool:
-    """Whether a request can share a program with the others: all have images of one kind, or none has."""
+def _alike(prompt: PromptRow, others: Iterable[tuple[int, PromptRow]]) -> bool:
+    """Whether a prompt can share a program with the others: all have images of one kind, or none has."""
     kind = lambda r: {name: x.shape[1:] for name, x in r.images.items()}  # noqa: E731
-    return all(kind(other) == kind(request) for _, other in others)
+    return all(kind(other) == kind(prompt) for _, other in others)

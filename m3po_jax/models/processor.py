@@ -7,7 +7,8 @@ tokens switched off, so that ``</s>`` or ``<image>`` written by a user or a mode
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,8 @@ from m3po_jax.data import schema
 from m3po_jax.data.chat_template import ChatTemplate, template_note
 from m3po_jax.data.images import IMAGE_FITS, decode, header_size, picture_hash, read_encoded
 from m3po_jax.data.model_images import ImagePlan, ImageReader, ProcessedImage
+from m3po_jax.data.pair_rows import prompt_messages
+from m3po_jax.data.tables import content_hash
 from m3po_jax.data.templates import (
     CHAT,
     IMAGE_PLACEHOLDER,
@@ -163,6 +166,37 @@ class Processor:
             where=prompt.where or None,
         )
 
+    @property
+    def _encoding(self) -> str:
+        """A hash of what a prompt's token ids depend on beside what the prompt says."""
+        # Where a model directory lies changes nothing.
+        names = [field.name for field in dataclasses.fields(self.template) if field.name != "folder"]
+        template = {name: repr(getattr(self.template, name)) for name in names}
+        return content_hash(template, self.text.identity, self.image_token_id, self.eos_token_id, self.bos_token_id)
+
+    def tokenise(self, prompt: schema.Prompt) -> schema.PromptTokens:
+        """The prompt's token ids before images are put in: those that it brings along, if this processor would make
+        the same of what it says now, else made here.
+
+        Raises:
+            UserError: as `encode_prompt`, but for what concerns its length.
+        """
+        _history(prompt)
+        made_from = content_hash(self._encoding, prompt_messages(prompt))[:16]
+        if prompt.tokens is not None and prompt.tokens.made_from == made_from:
+            return prompt.tokens
+        return schema.PromptTokens(np.array(self._ids(prompt), np.int32), made_from)
+
+    def _ids(self, prompt: schema.Prompt) -> list[int]:
+        pieces = self.render(prompt)
+        spelt = self.template.spelt(pieces) if isinstance(self.template, ChatTemplate) else None
+        if spelt is not None:
+            return self.text.encode_with_tokens(spelt)
+        ids = [] if self.bos_token_id is None else [self.bos_token_id]
+        for piece in pieces:
+            ids += self._ids_of(piece, _place(prompt))
+        return ids
+
     def encode_prompt(self, prompt: schema.Prompt) -> Int[np.ndarray, " tokens"]:
         """Ids of the prompt (int32): BOS, text, and for each image the image tokens that it takes.
 
@@ -171,20 +205,14 @@ class Processor:
                 than `max_prompt_tokens`.
         """
         where = _place(prompt)
-        pieces = self.render(prompt)
+        ids = self.tokenise(prompt).ids
         counts = [plan.tokens for plan in self.image_plans(prompt)]
-        images, expected = iter(counts), sum(counts)
-        spelt = self.template.spelt(pieces) if isinstance(self.template, ChatTemplate) else None
-        if spelt is not None:
-            ids = []
-            for token in self.text.encode_with_tokens(spelt):
-                ids += [token] * (next(images) if token == self.image_token_id else 1)
-        else:
-            ids = [] if self.bos_token_id is None else [self.bos_token_id]
-            for piece in pieces:
-                ids += self._ids_of(piece, images, where)
-        if ids.count(self.image_token_id) != expected:
-            raise AssertionError(f"{where}: {ids.count(self.image_token_id)} image tokens, expected {expected}")
+        places = np.flatnonzero(ids == self.image_token_id)
+        if len(places) != len(counts):
+            raise AssertionError(f"{where}: {len(places)} images in the tokens, expected {len(counts)}")
+        repeats = np.ones(len(ids), int)
+        repeats[places] = counts
+        ids, expected = np.repeat(ids, repeats), sum(counts)
         if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
             raise UserError(
                 f"the prompt has {len(ids)} tokens ({expected} of them for images), more than "
@@ -199,11 +227,11 @@ class Processor:
                 where=where,
                 remedy="shorten the instruction or drop the row",
             )
-        return np.array(ids, np.int32)
+        return ids
 
-    def _ids_of(self, piece: Piece, images: Iterator[int], where: str) -> list[int]:
+    def _ids_of(self, piece: Piece, where: str) -> list[int]:
         if piece is Marker.IMAGE:
-            return [self.image_token_id] * next(images)
+            return [self.image_token_id]
         if piece is Marker.EOS:
             return [self.eos_token_id]
         if isinstance(piece, Special):

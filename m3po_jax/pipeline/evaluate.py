@@ -22,7 +22,7 @@ from m3po_jax.hosts.signals import stoppable
 from m3po_jax.inference.generator import Generator
 from m3po_jax.models.processor import Processor
 from m3po_jax.pipeline.console import progress
-from m3po_jax.pipeline.generate import requests
+from m3po_jax.pipeline.generate import prompt_rows
 from m3po_jax.pipeline.models import read_rows
 from m3po_jax.reading import check_values
 from m3po_jax.workspace.evaluation import Evaluation
@@ -151,13 +151,13 @@ def evaluate(
     texts: dict[str, dict[str, Any]] = {}
     cut = 0
     shares = Shares(generator.mesh)
-    made = generator.stream(requests(benchmark.prompts, processor, shares), len(benchmark.prompts))
+    made = generator.stream(prompt_rows(benchmark.prompts, processor, shares), len(benchmark.prompts))
     shown = progress(made, f"{system}: {benchmark.name}", len(benchmark.prompts))
     for answer in stoppable(shown, f"evaluating {system} on {benchmark.name}"):
-        shares.answered(answer.request.hosts)
-        length, name = int(answer.lengths[0]), answer.request.id
-        texts[name] = {"id": name, "text": processor.decode(answer.token_ids[0, :length]), "tokens": length}
-        cut += not bool(answer.finished[0])
+        shares.answered(answer.hosts)
+        (ids,) = answer.answers
+        texts[answer.id] = {"id": answer.id, "text": processor.decode(ids), "tokens": len(ids)}
+        cut += not generator.ended(ids)
     return save_results(
         benchmark,
         [texts[prompt.id] for prompt in benchmark.prompts],

@@ -19,17 +19,16 @@ from jaxtyping import Bool
 
 from m3po_jax.config import GenerateConfig
 from m3po_jax.data import batches, row_inputs, tables
-from m3po_jax.data.collation import PromptBatch
+from m3po_jax.data.collation import PromptBatch, PromptRow
 from m3po_jax.data.feature_cache import PromptFeatures
 from m3po_jax.data.schema import CANDIDATE, Prompt
-from m3po_jax.data.sources import PromptSource
+from m3po_jax.data.tokenised import TokenisedPrompts
 from m3po_jax.errors import UserError
 from m3po_jax.hosts.agreement import agreed, barrier, first_failure, is_writer, together
 from m3po_jax.hosts.rows import Hosts, Shares
 from m3po_jax.hosts.signals import stoppable
 from m3po_jax.inference.answers import finish, repeats
 from m3po_jax.inference.generator import Generator
-from m3po_jax.inference.prompts import Candidates, Request
 from m3po_jax.inference.settings import SamplingConfig, sampling_record
 from m3po_jax.models.processor import Processor
 from m3po_jax.pipeline.caches import fill
@@ -81,7 +80,7 @@ def begin_shards(
 class _Chosen(Sequence[Prompt]):
     """Some prompts of a source, read when they are needed."""
 
-    prompts: PromptSource
+    prompts: Sequence[Prompt]
     indices: list[int]
 
     def __len__(self) -> int:
@@ -99,7 +98,7 @@ def prompt_batches(
     features: PromptFeatures | None = None,
     images: bool = True,
     needed: Bool[np.ndarray, " b"] | None = None,
-) -> Iterator[tuple[list[Prompt], PromptBatch]]:
+) -> Iterator[PromptBatch]:
     """Batches of prompts, in order, with the arrays that the engines take.
 
     Args:
@@ -113,17 +112,16 @@ def prompt_batches(
     source = batches.prompt_batches(
         prompts, processor, batch_size=batch_size, features=features, images=images, needed=needed
     )
-    for start in range(0, len(prompts), batch_size):
-        batch = together(lambda: next(source))
-        yield [prompts[place] for place in range(start, start + len(batch.ids))], batch
+    for _ in range(0, len(prompts), batch_size):
+        yield together(lambda: next(source))
 
 
-def requests(
+def prompt_rows(
     prompts: Sequence[Prompt], processor: Processor, shares: Shares, features: PromptFeatures | None = None
-) -> Iterator[Request]:
+) -> Iterator[PromptRow]:
     """What the engine takes, in order; threads read, decode and resize images ahead of it.
 
-    Every process gets all requests, with the images of those that `shares` deals to it.
+    Every process gets all prompts, with the images of those that `shares` deals to it.
 
     Args:
         features: Cached features of the vision tower, which then stand for the images.
@@ -134,16 +132,13 @@ def requests(
     hosts = jax.process_count()
     group = 1 if hosts == 1 else LOADED_AHEAD // 2 * hosts  # prompts about which processes agree at once
 
-    def load(index: int, owners: Hosts) -> Request:
-        prompt = prompts[index]
-        token_ids = np.asarray(processor.encode_prompt(prompt), np.int32)
+    def load(index: int, owners: Hosts) -> PromptRow:
         here = jax.process_index() in owners
-        images = row_inputs.seen_images(processor, prompt, features, needed=here)
-        return Request(prompt.id, token_ids, images, hosts=owners)
+        return row_inputs.prompt_row(processor, prompts[index], features, needed=here, place=index, hosts=owners)
 
     pool = ThreadPoolExecutor(4)
     numbers = iter(range(len(prompts)))
-    loading: deque[Future[Request]] = deque()
+    loading: deque[Future[PromptRow]] = deque()
 
     def load_ahead() -> None:
         for index in islice(numbers, LOADED_AHEAD * hosts - len(loading)):
@@ -152,7 +147,7 @@ def requests(
     try:
         load_ahead()
         while loading:
-            ready: list[Request] = []
+            ready: list[PromptRow] = []
             failure = None
             try:
                 for future in [loading.popleft() for _ in range(min(group, len(loading)))]:
@@ -160,9 +155,9 @@ def requests(
             except UserError as error:
                 failure = len(ready), error
             failure = first_failure(failure)
-            for request in ready if failure is None else ready[: failure[0]]:
+            for row in ready if failure is None else ready[: failure[0]]:
                 load_ahead()
-                yield request
+                yield row
             if failure is not None:
                 raise failure[1]
     finally:
@@ -170,17 +165,17 @@ def requests(
 
 
 def candidate_row(
-    prompt_id: str, made: Candidates, k: int, processor: Processor, stop: Sequence[str], sampling: str
+    answered: PromptRow, k: int, ended: bool, processor: Processor, stop: Sequence[str], sampling: str
 ) -> dict[str, Any]:
-    """The CANDIDATE row of candidate `k`."""
-    ids = made.token_ids[k, : int(made.lengths[k])]
-    answer = finish(ids, bool(made.finished[k]), processor.decode, stop)
+    """The CANDIDATE row of candidate `k`, without its prompt's tokens; `ended`: it has an end token."""
+    ids = answered.answers[k]
+    answer = finish(ids, ended, processor.decode, stop)
     return {
-        "id": prompt_id,
+        "id": answered.id,
         "candidate": k,
         "text": answer.text,
         "token_ids": ids[: answer.length].tolist(),
-        "token_logprobs": made.log_probs[k, : answer.length].tolist(),
+        "token_logprobs": answered.log_probs[k][: answer.length].tolist(),
         "finish_reason": answer.finish_reason,
         "sampling": sampling,
     }
@@ -192,14 +187,6 @@ class Tally:
 
     tokens: int = 0
     resampled: int = 0
-
-
-@dataclass
-class _Flight:
-    """A prompt whose candidates are not all final: its place, and its rows so far."""
-
-    index: int
-    rows: list[dict[str, Any]]
 
 
 def _agree(rows: Sequence[dict[str, Any]]) -> None:
@@ -231,15 +218,16 @@ def candidate_pools(
     Raises:
         UserError: a bad row or image; after the candidates of all prompts before it.
     """
+    prompts = TokenisedPrompts(prompts, processor.tokenise)
     k_all = range(generator.sampling.num_candidates)
     records = [sampling_record(config, generator.sampling, k) for k in k_all]
     random = [k for k in k_all if records[k]["temperature"] > 0]
-    flying: dict[str, _Flight] = {}
-    again: deque[Request] = deque()
+    flying: dict[int, list[dict[str, Any]]] = {}  # rows so far of prompts whose candidates are not all final
+    again: deque[PromptRow] = deque()
     shares = Shares(generator.mesh)
 
-    def source() -> Iterator[Request | None]:
-        fresh, failure = enumerate(requests(prompts, processor, shares, features)), None
+    def source() -> Iterator[PromptRow | None]:
+        fresh, failure = prompt_rows(prompts, processor, shares, features), None
         more = True
         while more or again or flying:
             if again:
@@ -248,41 +236,41 @@ def candidate_pools(
                 yield None  # a prompt that is at work may have duplicates
             else:
                 try:
-                    index, request = next(fresh)
+                    prompt = next(fresh)
                 except StopIteration:
                     more = False
                 except UserError as error:
                     more, failure = False, error
                 else:
-                    flying[request.id] = _Flight(index, [{}] * len(k_all))
-                    yield request
+                    flying[prompt.place] = [{}] * len(k_all)
+                    yield prompt
         if failure is not None:
             raise failure
 
     for made in generator.stream(source(), len(prompts)):
-        request = made.request
-        flight, attempt = flying[request.id], request.attempt
-        drawn = k_all if request.wanted is None else request.wanted
+        rows, attempt = flying[made.place], made.attempt
+        drawn = k_all if made.wanted is None else made.wanted
         mark = {} if attempt == 0 else {"attempt": attempt}
         for k in drawn:
             sampling = json.dumps(records[k] | mark)
-            flight.rows[k] = candidate_row(request.id, made, k, processor, config.stop, sampling)
-        found: list[int] = []
+            rows[k] = candidate_row(made, k, generator.ended(made.answers[k]), processor, config.stop, sampling)
+        repeated: list[int] = []
         if attempt < config.resample_duplicates:
-            found = repeats([row["text"] for row in flight.rows], drawn if attempt else random)
-        if found:
-            tally.resampled += len(found)
-            again.append(dataclasses.replace(request, wanted=tuple(found), attempt=attempt + 1))
+            repeated = repeats([row["text"] for row in rows], drawn if attempt else random)
+        if repeated:
+            tally.resampled += len(repeated)
+            again.append(dataclasses.replace(made, wanted=tuple(repeated), attempt=attempt + 1))
             continue
-        del flying[request.id]
-        shares.answered(request.hosts)
-        _agree(flight.rows)
-        tally.tokens += sum(len(row["token_ids"]) for row in flight.rows)
-        yield flight.index, flight.rows
+        del flying[made.place]
+        shares.answered(made.hosts)
+        _agree(rows)
+        tally.tokens += sum(len(row["token_ids"]) for row in rows)
+        tokens = processor.tokenise(prompts[made.place]).value()
+        yield made.place, [row | {"prompt_tokens": tokens} for row in rows]
 
 
 def generate(
-    prompts: PromptSource,
+    prompts: Sequence[Prompt],
     generator: Generator,
     processor: Processor,
     config: GenerateConfig,

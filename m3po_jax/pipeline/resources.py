@@ -13,6 +13,7 @@ from m3po_jax.config import Recipe
 from m3po_jax.data.preference_files import FilePairs, image_folder
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import PromptSource, fingerprint
+from m3po_jax.data.tokenised import TokenisedPrompts
 from m3po_jax.hosts.agreement import barrier
 from m3po_jax.hosts.sharding import make_mesh, use_mesh
 from m3po_jax.inference.generator import Generator
@@ -100,6 +101,11 @@ class Resources:
     @functools.cached_property
     def source(self) -> PromptSource:
         return read_rows(self.recipe.data, require_image=True)
+
+    @functools.cached_property
+    def tokenised(self) -> TokenisedPrompts:
+        """The data's prompts with their token ids, which are made once for all rounds and arms."""
+        return TokenisedPrompts(self.source, self.policy.processor.tokenise)
 
     @functools.cached_property
     def prompts(self) -> dict[str, Prompt]:
@@ -202,5 +208,5 @@ class Resources:
 
     def release(self) -> None:
         """Lets go of every model, so that another run may load its own; finished stages can still be read."""
-        for name in ("policy", "start_model", "evaluator"):
+        for name in ("policy", "start_model", "evaluator", "tokenised"):
             self.__dict__.pop(name, None)

@@ -77,10 +77,8 @@ def reference_log_probs(
         fill(features, prompts)
     answers = [[np.asarray(row[f"{side}_token_ids"], np.int32) for side in SIDES] for row in pairs.without_images()]
     made: list[dict[str, Any]] = []
-    for chosen, batch in prompt_batches(
-        prompts, processor, scorer.batch_size, features=features, needed=scorer.own_rows
-    ):
-        own = answers[len(made) : len(made) + len(chosen)]
+    for batch in prompt_batches(prompts, processor, scorer.batch_size, features=features, needed=scorer.own_rows):
+        own = answers[len(made) : len(made) + len(batch.ids)]
         found = scorer.log_probs(batch, *pad_answers(own))
         for b, pair in enumerate(own):
             made.append(

@@ -135,7 +135,7 @@ class Run(Resources):
         generator = self.generator(self.model_before(cell), sampling, config.batch_size)
         features = vision_features(recipe, self.policy, self.policy.processor, self.mesh)
         details = generate(
-            self.source,
+            self.tokenised,
             generator,
             self.policy.processor,
             config,

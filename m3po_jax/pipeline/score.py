@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ import pyarrow as pa
 from m3po_jax.config import ScoreConfig, SelectConfig
 from m3po_jax.data import tables
 from m3po_jax.data.padding import pad_answers
-from m3po_jax.data.schema import SCORE_FIXED, Prompt
+from m3po_jax.data.schema import SCORE_FIXED, Prompt, PromptTokens
 from m3po_jax.errors import Interrupted, UserError
 from m3po_jax.hosts.agreement import agreed, barrier, is_writer
 from m3po_jax.hosts.signals import stoppable
@@ -49,8 +50,8 @@ def blank_log_probs(
 ) -> list[list[np.ndarray]]:
     """Log-probs of each candidate's tokens with the image blanked: what the language prior says."""
     found: list[list[np.ndarray]] = []
-    for rows, batch in prompt_batches(prompts, processor, scorer.batch_size, images=False):
-        own = groups[len(found) : len(found) + len(rows)]
+    for batch in prompt_batches(prompts, processor, scorer.batch_size, images=False):
+        own = groups[len(found) : len(found) + len(batch.ids)]
         answers = [[np.asarray(row["token_ids"], np.int32) for row in group] for group in own]
         log_probs = scorer.log_probs(batch, *pad_answers(answers), blank_images=True)
         found += [[log_probs[b, k, : len(t)] for k, t in enumerate(group)] for b, group in enumerate(answers)]
@@ -144,7 +145,14 @@ def judge_candidates(
             where=where,
             remedy="the data changed; run `m3po generate` again",
         )
-    return judge_pools(backend, [prompts[key] for key, _ in groups], [[row["text"] for row in g] for _, g in groups])
+    return judge_pools(backend, asked_prompts(groups, prompts), [[row["text"] for row in g] for _, g in groups])
+
+
+def asked_prompts(
+    groups: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], prompts: Mapping[str, Prompt]
+) -> list[Prompt]:
+    """The prompts of pools, with the token ids that their candidates were drawn for."""
+    return [dataclasses.replace(prompts[key], tokens=PromptTokens.of_row(rows[0])) for key, rows in groups]
 
 
 def rows_of_pools(
@@ -166,7 +174,7 @@ def rows_of_pools(
     blank: list[list[np.ndarray]] | None = None
     if NEED_BLANK_IMAGE.intersection(config.confidence):
         assert scorer is not None
-        blank = blank_log_probs(scorer, [prompts[key] for key, _ in groups], [rows for _, rows in groups], processor)
+        blank = blank_log_probs(scorer, asked_prompts(groups, prompts), [rows for _, rows in groups], processor)
     scored: list[dict[str, Any]] = []
     for i, (key, rows) in enumerate(groups):
         mas = {"mas": judged.scores[i], f"mas_{name}": judged.scores[i]}

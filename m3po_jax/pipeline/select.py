@@ -35,8 +35,11 @@ def joined_rows(
     by_key = {(row["id"], row["candidate"]): row for row in tables.read_rows(scores.folder)}
     if not by_key:
         raise UserError("no scores", where=str(scores.folder), remedy="run `m3po score` first")
+    prompt_tokens: tuple[str, Any] = ("", None)
     for row in tables.read_rows(candidates.folder):
         key = (row["id"], row["candidate"])
+        if row["id"] != prompt_tokens[0]:
+            prompt_tokens = row["id"], row.get("prompt_tokens")
         if key not in by_key:
             raise UserError(
                 f"no score for candidate {key[1]} of {key[0]!r}",
@@ -48,7 +51,9 @@ def joined_rows(
                 f"a candidate of a prompt that the data does not have ({row['id']!r})", where=str(candidates.folder)
             )
         prompt = prompts[row["id"]]
-        yield row | by_key[key] | {"instruction": prompt.instruction, "metadata": prompt.metadata}
+        # A selection holds all candidates: those of a prompt share one list of its tokens.
+        shared = {"prompt_tokens": prompt_tokens[1], "instruction": prompt.instruction, "metadata": prompt.metadata}
+        yield row | by_key[key] | shared
 
 
 def select(

@@ -10,6 +10,7 @@ from typing import Any
 
 from m3po_jax.config import EvaluateConfig, Recipe
 from m3po_jax.data import tables
+from m3po_jax.data.tokenised import TokenisedPrompts
 from m3po_jax.errors import UserError
 from m3po_jax.hosts.agreement import barrier, from_writer, is_writer
 from m3po_jax.inference.generator import Generator
@@ -98,6 +99,7 @@ class SystemEvaluator:
         self.recipe, self.directory, self.processor = recipe, directory, processor
         self._make_generator = make_generator
         self._generators: dict[SamplingConfig, Generator] = {}
+        self._tokenised: dict[str, Benchmark] = {}
 
     def evaluate(self, system: System, benchmarks: Sequence[Benchmark]) -> None:
         """Answers and scores what is missing of `benchmarks`, and notes it in the manifest.
@@ -122,7 +124,7 @@ class SystemEvaluator:
                 if generator is None:
                     generator = self._loaded(system)
                 results = evaluate(
-                    benchmark,
+                    self._asked(benchmark),
                     generator,
                     self.processor,
                     config,
@@ -161,6 +163,13 @@ class SystemEvaluator:
             **settings("decoding", system.sampling),
             **{key: value for key, value in rule.items() if ".data." not in key},
         }
+
+    def _asked(self, benchmark: Benchmark) -> Benchmark:
+        """The benchmark with questions that are tokenised once for all systems."""
+        if benchmark.name not in self._tokenised:
+            prompts = TokenisedPrompts(benchmark.prompts, self.processor.tokenise)
+            self._tokenised[benchmark.name] = dataclasses.replace(benchmark, prompts=prompts)
+        return self._tokenised[benchmark.name]
 
     def _loaded(self, system: System) -> Generator:
         """The decoding's generator, holding the system's weights."""

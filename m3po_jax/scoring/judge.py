@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
-from m3po_jax.data.collation import TreeRow, collate_tree
+from m3po_jax.data.collation import PromptRow, collate_tree
 from m3po_jax.data.model_images import joined
 from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.data.templates import IMAGE_PLACEHOLDER
@@ -137,9 +136,9 @@ def _ask_batch(
     shown = shared_images(processor, [question.prompt for question in block], scorer.own_rows)
     for index, (question, images) in enumerate(zip(block, shown, strict=True)):
         branches = [*question.branches, *[np.zeros(0, np.int32)] * (width - len(question.branches))]
-        rows.append(TreeRow(question.prefix, joined(images), tuple(branches), (math.nan,) * width, index))
+        rows.append(PromptRow(question.prompt.id, question.prefix, joined(images), tuple(branches), place=index))
     tree = collate_tree(rows)
-    batch = tree.prompts([question.prompt.id for question in block])
+    batch = tree.prompts([row.id for row in rows])
     return scorer.choice_probabilities(batch, choices, tree.branch_ids, tree.branch_mask).astype(np.float64)
 
 

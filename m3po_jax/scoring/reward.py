@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,8 +12,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Float32, Int
 
-from m3po_jax.data.collation import PromptBatch, TreeRow, collate_tree
-from m3po_jax.data.model_images import joined
+from m3po_jax.data.collation import PromptBatch, collate_tree
+from m3po_jax.data.row_inputs import prompt_row
 from m3po_jax.data.schema import Prompt
 from m3po_jax.inference.scorer import Scorer, branch_inputs
 from m3po_jax.models.forward import branch_hidden
@@ -39,6 +38,9 @@ def values_program(
     model = nnx.merge(graph, state)
     values = model.scalar_head(branch_hidden(model, *branch_inputs(model, arrays, blank_tokens)))
     return jnp.where(arrays["branch_mask"], values, 0.0)
+
+
+_NO_ANSWER = np.zeros(0, np.int32)  # fills up pools
 
 
 class HeadScorer(Scorer):
@@ -93,17 +95,17 @@ class Reward(Backend):
             block = list(zip(prompts[start : start + size], answers[start : start + size], strict=True))
             shown = shared_images(self.processor, [prompt for prompt, _ in block], self.scorer.own_rows)
             rows = [
-                TreeRow(
-                    np.asarray(self.processor.encode_prompt(prompt), np.int32),
-                    joined(shown[index]),
-                    tuple(np.asarray(ids, np.int32) for ids in pool) + (np.zeros(0, np.int32),) * (most - len(pool)),
-                    (math.nan,) * most,
-                    index,
+                prompt_row(
+                    self.processor,
+                    prompt,
+                    shown=shown[index],
+                    answers=(*(np.asarray(ids, np.int32) for ids in pool), *[_NO_ANSWER] * (most - len(pool))),
+                    place=index,
                 )
                 for index, (prompt, pool) in enumerate(block)
             ]
             tree = collate_tree(rows)
-            batch = tree.prompts([prompt.id for prompt, _ in block])
+            batch = tree.prompts([row.id for row in rows])
             rewards = self.scorer.rewards(batch, tree.branch_ids, tree.branch_mask)
             found += [rewards[i, : len(pool)].astype(np.float64) for i, (_, pool) in enumerate(block)]
         return found

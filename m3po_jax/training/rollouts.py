@@ -22,9 +22,10 @@ from m3po_jax.config import RLConfig
 from m3po_jax.data import collation, row_inputs, tables
 from m3po_jax.data.collation import PromptBatch
 from m3po_jax.data.schema import Prompt
+from m3po_jax.data.tokenised import TokenisedPrompts
 from m3po_jax.errors import UserError
 from m3po_jax.hosts.agreement import is_writer
-from m3po_jax.inference.prompts import Generated
+from m3po_jax.inference.generator import Generated
 from m3po_jax.inference.scorer import Scorer
 from m3po_jax.objectives import policy_gradient as pg
 from m3po_jax.objectives.rlhf import RolloutBatch, algorithm_of
@@ -142,6 +143,7 @@ class RolloutSource:
             raise UserError("there is no prompt to roll out", where="reward.split", remedy="lower it, or add prompts")
         if algorithm_of(self.rl).learns_values != (self.values is not None):
             raise ValueError("a value scorer belongs to ppo, and ppo to a value scorer")
+        self._tokenised = TokenisedPrompts(self.prompts, self.processor.tokenise)
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -240,11 +242,8 @@ class RolloutSource:
             "mask": mask,
         }
 
-    def _row(self, place: int, answers: tuple[np.ndarray, ...]) -> collation.TreeRow:
-        prompt = self.prompts[place]
-        prefix = np.asarray(self.processor.encode_prompt(prompt), np.int32)
-        images = row_inputs.seen_images(self.processor, prompt, None)
-        return collation.TreeRow(prefix, images, answers, (math.nan,) * len(answers), place)
+    def _row(self, place: int, answers: tuple[np.ndarray, ...]) -> collation.PromptRow:
+        return row_inputs.prompt_row(self.processor, self._tokenised[place], answers=answers, place=place)
 
     def mini_batch(self, rollout: Rollout, number: int, step: int) -> RolloutBatch:
         """The batch of optimizer step `step` on rollout `number`; every pass has an order of its own."""

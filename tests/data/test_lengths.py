@@ -17,7 +17,7 @@ from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.batches import pair_batches, sft_batches
 from m3po_jax.data.collation import TreeBatch
 from m3po_jax.data.lengths import Lengths, Order, cheapest, padding_share, partition, plan_shapes, rounded
-from m3po_jax.data.schema import Prompt
+from m3po_jax.data.schema import Prompt, PromptTokens
 from m3po_jax.recipes import load_recipe
 
 # What the recipes train with.
@@ -132,6 +132,9 @@ class Counted:
     """Prompts and answers of given lengths; a prompt's instruction is its length."""
 
     eos_token_ids = (6,)
+
+    def tokenise(self, prompt: Prompt) -> PromptTokens:
+        return PromptTokens(np.zeros(0, np.int32), "")
 
     def encode_prompt(self, prompt: Prompt) -> np.ndarray:
         return np.full(int(prompt.instruction), 5)

@@ -154,7 +154,7 @@ def test_pairs_of_a_run_hold_no_bytes(tmp_path, monkeypatch):
         assert reachable_bytes(held) < 1000
     for index in np.random.default_rng(0).permutation(40):
         assert {name: pairs[int(index)][name] for name in wanted[0]} == wanted[index]
-    kept = pairs._store._groups.values()
+    kept = pairs._columns["images"]._groups.values()
     assert len(kept) > 1 and sum(group.nbytes for group in kept) <= 200_000 + 80_000
     assert [row["id"] for row in mixed] == mixed.ids() == ["r33", "r2", "r30"]
     assert [row["id"] for row in mixed.without_images()] == mixed.ids() and "images" not in next(

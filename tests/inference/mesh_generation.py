@@ -9,10 +9,10 @@ from flax import nnx
 from tiny_llava import make_generator, one_device, prompts, take, tiny_model
 
 from m3po_jax.config import MeshConfig
+from m3po_jax.data.collation import rows_of
 from m3po_jax.hosts import rows
 from m3po_jax.hosts.sharding import make_mesh, state_shardings
 from m3po_jax.inference import stream
-from m3po_jax.inference.prompts import requests_of
 from m3po_jax.inference.scorer import Scorer
 from m3po_jax.models.decoder_config import LayerKind
 
@@ -28,17 +28,16 @@ def streamed(generator, batch, processes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "shard_hosts", owners)
         patch.setattr(stream, "shard_hosts", owners)
-        patch.setattr(stream, "_here", lambda request: True)
         shares = rows.Shares(generator.mesh)
         dealt = (
-            dataclasses.replace(request, hosts=shares.deal(), wanted=(0,) if place % 2 else None)
-            for place, request in enumerate(requests_of(batch))
+            dataclasses.replace(row, hosts=shares.deal(), wanted=(0,) if place % 2 else None)
+            for place, row in enumerate(rows_of(batch))
         )
         before, answers, tokens = generator.slot_steps, {}, 0
         for made in generator.stream(dealt, len(batch.ids)):
-            shares.answered(made.request.hosts)
-            answers[made.request.id] = made.token_ids.tolist()
-            tokens += int(made.lengths.sum())
+            shares.answered(made.hosts)
+            answers[made.id] = [answer.tolist() for answer in made.answers]
+            tokens += sum(map(len, made.answers))
     return answers, tokens / (generator.slot_steps - before)
 
 

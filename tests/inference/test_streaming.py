@@ -9,9 +9,9 @@ from flax import nnx
 from model_inputs import after_tower
 from tiny_llava import make_generator, prompts, take, teacher_forced, tiny_model
 
+from m3po_jax.data.collation import rows_of
 from m3po_jax.errors import UserError
 from m3po_jax.inference import programs
-from m3po_jax.inference.prompts import requests_of
 from m3po_jax.inference.state import Layout
 
 
@@ -85,19 +85,19 @@ def test_features_stand_for_images_beside_a_blank_one(model, many):
 
 def test_an_error_of_the_source_comes_after_the_answers_before_it(model, many, whole):
     def source():
-        yield from requests_of(many)[:5]
+        yield from rows_of(many)[:5]
         raise UserError("a damaged image", where="row 6")
 
     made = []
     with pytest.raises(UserError, match="row 6: a damaged image"):
         for answer in make_generator(model, stop_bias=2.0, max_new_tokens=30).stream(source()):
-            made.append(answer.request.id)
+            made.append(answer.id)
     assert sorted(made) == sorted(whole.ids[:5])
 
 
 def test_a_source_may_wait_for_answers(model, many, whole):
     """Every answer brings one more request, as duplicates do."""
-    waiting, answered = requests_of(many), []
+    waiting, answered = rows_of(many), []
 
     def source():
         given = 0
@@ -109,7 +109,7 @@ def test_a_source_may_wait_for_answers(model, many, whole):
                 yield None
 
     for answer in make_generator(model, stop_bias=2.0, max_new_tokens=30).stream(source()):
-        answered.append(answer.request.id)
+        answered.append(answer.id)
     assert answered == whole.ids
     with pytest.raises(ValueError, match="waits for answers"):
         list(make_generator(model).stream(iter([None])))
@@ -122,8 +122,8 @@ def test_finished_answers_come_before_the_report_of_a_broken_prompt(model):
     generator = make_generator(model, batch_size=1, num_candidates=1, max_new_tokens=4)
     made = []
     with pytest.raises(UserError, match=r"prompt prompt-1-3: .*not finite"):
-        for answer in generator.stream(requests_of(batch)):
-            made.append(answer.request.id)
+        for answer in generator.stream(rows_of(batch)):
+            made.append(answer.id)
     assert made and "prompt-1-3" not in made
 
 
