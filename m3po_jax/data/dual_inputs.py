@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from m3po_jax.data.images import IMAGE_FITS, ImageProcessor, decode
-from m3po_jax.data.schema import Prompt
+from m3po_jax.data.kept_images import KeptImages
+from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.data.tokenizer import load_tokenizer
 from m3po_jax.errors import UserError, nearest
 
@@ -23,6 +24,7 @@ class DualEncoderProcessor:
     Attributes:
         max_positions: Length of every text; longer texts are cut before their end token, as CLIP does.
         image_fit: ``crop``, ``stretch`` or ``pad`` (keeps the whole image); empty: as the model was trained.
+        kept: Images that were read last.
     """
 
     tokenizer: Any
@@ -33,6 +35,7 @@ class DualEncoderProcessor:
     image_root: Path = Path(".")
     max_image_pixels: int = 50_000_000
     image_fit: str = ""
+    kept: KeptImages = field(default_factory=KeptImages, compare=False, repr=False)
 
     @classmethod
     def from_pretrained(
@@ -131,10 +134,14 @@ class DualEncoderProcessor:
         pixels = np.zeros(
             (len(prompt.images), self.image_processor.height, self.image_processor.width, 3), np.float32
         )
-        for index, image in enumerate(prompt.images):
+
+        def read(image: Image) -> dict[str, np.ndarray]:
             decoded = decode(image, root=self.image_root, max_pixels=self.max_image_pixels, where=where)
             try:
-                pixels[index] = self.image_processor(decoded, self.image_fit or None)  # type: ignore[arg-type]
+                return {"pixels": self.image_processor(decoded, self.image_fit or None)}  # type: ignore[arg-type]
             except UserError as error:
                 raise UserError(error.what, where=where, remedy=error.remedy) from None
+
+        for index, image in enumerate(prompt.images):
+            pixels[index] = self.kept.get(image, self.image_root, self.max_image_pixels, read)["pixels"]
         return pixels

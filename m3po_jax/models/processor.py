@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from jaxtyping import Int
 from m3po_jax.data import schema
 from m3po_jax.data.chat_template import ChatTemplate, template_note
 from m3po_jax.data.images import IMAGE_FITS, decode, header_size, picture_hash, read_encoded
+from m3po_jax.data.kept_images import KeptImages
 from m3po_jax.data.model_images import ImagePlan, ImageReader, ProcessedImage
 from m3po_jax.data.pair_rows import prompt_messages
 from m3po_jax.data.tables import content_hash
@@ -59,6 +60,7 @@ class Processor:
         eos_token_ids: Any of them ends an answer that is generated; `eos_token_id` is the first.
         max_positions: Of the model; a prompt that takes them all is refused. None: unknown.
         notes: What a user should know of the directory's files, a line each.
+        kept: Images that were read last.
     """
 
     template: Template | ChatTemplate
@@ -75,6 +77,7 @@ class Processor:
     eos_token_ids: tuple[int, ...] = ()
     max_positions: int | None = None
     notes: tuple[str, ...] = ()
+    kept: KeptImages = field(default_factory=KeptImages, compare=False, repr=False)
 
     @classmethod
     def from_pretrained(
@@ -276,12 +279,16 @@ class Processor:
         """
         where = _place(prompt)
         done = []
-        for image, plan in zip(prompt.images, self.image_plans(prompt), strict=True):
+
+        def read(image: schema.Image) -> dict[str, np.ndarray]:
             decoded = decode(image, root=self.image_root, max_pixels=self.max_image_pixels, where=where)
             try:
-                arrays = self.image_reader.read(decoded)
+                return self.image_reader.read(decoded)
             except UserError as error:
                 raise UserError(error.what, where=where, remedy=error.remedy) from None
+
+        for image, plan in zip(prompt.images, self.image_plans(prompt), strict=True):
+            arrays = self.kept.get(image, self.image_root, self.max_image_pixels, read)
             if {name: x.shape for name, x in arrays.items()} != plan.shapes:
                 raise UserError(
                     "the image's header and its pixels say different sizes",
