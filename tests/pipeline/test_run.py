@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,16 +15,83 @@ import pytest
 from mini_run import m3po, rows, same_run, write_data, write_recipe
 
 from m3po_jax.cli import main
-from m3po_jax.data import tables
+from m3po_jax.data import dual_inputs, tables
+from m3po_jax.data.schema import Image, Prompt
+from m3po_jax.models import processor as processors
+from m3po_jax.models.processor import Processor
+from m3po_jax.pipeline.run import Run
+
+
+class Counts:
+    """What an undisturbed run does to its prompts and images, by stage."""
+
+    def __init__(self) -> None:
+        self.stage = ""
+        self.tokenised: list[tuple[str, str]] = []  # stage, prompt
+        self.decoded: list[tuple[str, str]] = []  # stage, image; the judge's processor reads them for itself
+
+    def watch(self, patch: pytest.MonkeyPatch) -> None:
+        for name in ("generate", "score", "select", "train", "evaluate"):
+            self._watch_stage(patch, name)
+        self._watch_stage(patch, "evaluate", "evaluate_base")
+        render = Processor.render
+
+        def rendered(processor: Processor, prompt: Prompt) -> Any:
+            self.tokenised.append((self.stage, prompt.id))
+            return render(processor, prompt)
+
+        patch.setattr(Processor, "render", rendered)
+        for module in (processors, dual_inputs):
+            patch.setattr(module, "decode", self._decoding(module.decode))
+
+    def _decoding(self, decode: Any) -> Any:
+        def decoded(image: Image, **options: Any) -> Any:
+            self.decoded.append((self.stage, image.path or ""))
+            return decode(image, **options)
+
+        return decoded
+
+    def _watch_stage(self, patch: pytest.MonkeyPatch, name: str, method: str = "") -> None:
+        whole = getattr(Run, method or f"{name}_stage")
+
+        def stage(run: Run, *given: Any, **options: Any) -> Any:
+            before, self.stage = self.stage, name
+            try:
+                return whole(run, *given, **options)
+            finally:
+                self.stage = before
+
+        patch.setattr(Run, whole.__name__, stage)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of an undisturbed run."""
+def counted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Counts]:
+    """The run directory of an undisturbed run, and what it did to its prompts and images."""
     folder = tmp_path_factory.mktemp("run")
     recipe = write_recipe(folder, write_data(folder / "data"))
-    assert main(["run", "--config", str(recipe)]) == 0
-    return folder / "runs" / "mini"
+    counts = Counts()
+    with pytest.MonkeyPatch.context() as patch:
+        counts.watch(patch)
+        assert main(["run", "--config", str(recipe)]) == 0
+    return folder / "runs" / "mini", counts
+
+
+@pytest.fixture(scope="module")
+def finished(counted: tuple[Path, Counts]) -> Path:
+    return counted[0]
+
+
+def test_a_prompt_is_tokenised_once_and_an_image_decoded_once_a_stage(counted: tuple[Path, Counts]):
+    """Sixteen prompts about twelve images, two arms, five systems on two benchmarks with these prompts."""
+    _, counts = counted
+    tokenised = Counter(counts.tokenised)
+    assert Counter(stage for stage, _ in tokenised) == {"generate": 16, "evaluate": 16}  # prompts, and questions
+    assert set(tokenised.values()) == {1}
+    decoded = Counter(counts.decoded)
+    assert set(decoded.values()) == {1}
+    of_stage = Counter(stage for stage, _ in decoded)
+    assert of_stage["generate"] == of_stage["score"] == 12 and of_stage["select"] == 0
+    assert 0 < of_stage["train"] <= 12 and of_stage["evaluate"] == 0  # they are those of the prompts, and kept
 
 
 def test_every_stage_leaves_what_the_design_promises(finished: Path):
