@@ -32,7 +32,7 @@ from m3po_jax.pipeline.select import pair_with_prompt
 from m3po_jax.pipeline.train import train_on_pairs
 from m3po_jax.quickstart.scenes import scene
 from m3po_jax.scoring.alignment import Backend, Scores
-from m3po_jax.selection import select_pools
+from m3po_jax.selection import Pool, Selection, select_pools
 from m3po_jax.selection_rows import select_rows
 
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
@@ -117,21 +117,19 @@ def test_one_row(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     tables.write_table(tmp_path / "scores" / "shard.parquet", scores, score_schema(recipe.score, ByLength()))
     scores = list(tables.read_rows(tmp_path / "scores" / "shard.parquet"))
     for row, score in zip(stored, scores, strict=True):
-        assert (row["id"], row["candidate"], len(row["text"]) / 1000) == (
-            score["id"],
-            score["candidate"],
-            score["mas"],
-        )
+        assert (row["id"], row["candidate"]) == (score["id"], score["candidate"])
+        assert score["mas"] == len(row["text"]) / 1000
         assert score["confidence"] == pytest.approx(np.mean(row["token_logprobs"]))
 
     texts = {"instruction": prompt.instruction, "metadata": {}}
     scored = [row | score | texts for row, score in zip(stored, scores, strict=True)]
     selected: list[Any] = []
-    monkeypatch.setattr(
-        selection_rows,
-        "select_pools",
-        lambda *given: selected.extend([given[0], select_pools(*given)]) or selected[1],
-    )
+
+    def watched(given: Sequence[Pool], *settings: Any) -> Selection:
+        selected.extend([given, select_pools(given, *settings)])
+        return selected[1]
+
+    monkeypatch.setattr(selection_rows, "select_pools", watched)
     (pair,), drops, _ = select_rows(scored, recipe.select)
     assert drops == []
     ((pool,), selection) = selected

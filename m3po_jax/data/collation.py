@@ -115,7 +115,7 @@ def collate_tree(rows: Sequence[PromptRow], shapes: Sequence[Shape] = ()) -> Tre
         images=stacked([row.images for row in rows]),
         branch_ids=branch_ids,
         branch_mask=branch_mask,
-        reference=np.array([row.reference or (np.nan,) * branches for row in rows], np.float32).reshape(-1, branches),
+        reference=np.array([row.reference or (np.nan,) * branches for row in rows], np.float32),
         row_index=np.array([row.place for row in rows], np.int32),
     )
 

@@ -8,6 +8,7 @@ checkpoint falls between a rollout's steps, the rollout itself is kept beside it
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -143,7 +144,11 @@ class RolloutSource:
             raise UserError("there is no prompt to roll out", where="reward.split", remedy="lower it, or add prompts")
         if algorithm_of(self.rl).learns_values != (self.values is not None):
             raise ValueError("a value scorer belongs to ppo, and ppo to a value scorer")
-        self._tokenised = TokenisedPrompts(self.prompts, self.processor.tokenise)
+
+    @functools.cached_property
+    def tokenised(self) -> TokenisedPrompts:
+        """The prompts with their token ids, which are made once for all rollouts."""
+        return TokenisedPrompts(self.prompts, self.processor.tokenise)
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -243,7 +248,7 @@ class RolloutSource:
         }
 
     def _row(self, place: int, answers: tuple[np.ndarray, ...]) -> collation.PromptRow:
-        return row_inputs.prompt_row(self.processor, self._tokenised[place], answers=answers, place=place)
+        return row_inputs.prompt_row(self.processor, self.tokenised[place], answers=answers, place=place)
 
     def mini_batch(self, rollout: Rollout, number: int, step: int) -> RolloutBatch:
         """The batch of optimizer step `step` on rollout `number`; every pass has an order of its own."""

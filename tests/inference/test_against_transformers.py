@@ -56,7 +56,7 @@ def test_greedy_answers_are_transformers_own(setting):
     ours = generator(model, processor, mesh, temperature=0.0)(batch_of(processor, prompts))
     for row, prompt in enumerate(prompts):
         ids = torch.from_numpy(processor.encode_prompt(prompt)[None]).long()
-        pixels = torch.from_numpy(joined(processor.images(prompt))["pixels"]).permute(0, 3, 1, 2)
+        pixels = torch.tensor(joined(processor.images(prompt))["pixels"]).permute(0, 3, 1, 2)
         with torch.no_grad():
             made = theirs.generate(
                 input_ids=ids,
@@ -78,7 +78,7 @@ def test_sampled_log_probs_are_transformers_own(setting):
     worst = 0.0
     for row, prompt in enumerate(prompts):
         prefix = processor.encode_prompt(prompt)
-        pixels = torch.from_numpy(joined(processor.images(prompt))["pixels"]).permute(0, 3, 1, 2)
+        pixels = torch.tensor(joined(processor.images(prompt))["pixels"]).permute(0, 3, 1, 2)
         for k in range(3):
             answer = made.token_ids[row, k, : made.lengths[row, k]]
             ids = torch.from_numpy(np.concatenate([prefix, answer])[None]).long()
