@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,6 +13,14 @@ from m3po_jax.data.schema import Prompt, PromptTokens
 from m3po_jax.data.spool import Spool
 
 _HASH_BYTES = 16  # of `PromptTokens.made_from`
+
+
+class Prompts(Protocol):
+    """Prompts that are read one by one: a sequence, or a `sources.PromptSource`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Prompt: ...
 
 
 class TokenisedPrompts(Sequence[Prompt]):
@@ -23,7 +31,7 @@ class TokenisedPrompts(Sequence[Prompt]):
         tokenise: `models.processor.Processor.tokenise`; gives ids that a prompt brings along back as they are.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], tokenise: Callable[[Prompt], PromptTokens]):
+    def __init__(self, prompts: Prompts, tokenise: Callable[[Prompt], PromptTokens]):
         self.prompts, self.tokenise = prompts, tokenise
         self._places = np.full((len(prompts), 2), -1, np.int64)  # in the spool; −1: not there
         self._spool: Spool | None = None
