@@ -15,10 +15,12 @@ from mini_run import ROOT, free_port, m3po, rows, same_run, write_data, write_re
 pytestmark = pytest.mark.slow
 
 
-# Imported by Python as it starts: writes down the rows whose images the process decodes.
+# Imported by Python as it starts: writes down the rows whose images the process decodes. None is kept in memory, as
+# one process alone would find all of them there, and each of two processes half.
 READ_LOG = """
 import os
-from m3po_jax.data import images
+from m3po_jax.data import images, kept_images
+kept_images.KeptImages.__init__.__defaults__ = (0,)
 decode = images.decode
 def logged(*given, where, **more):
     with open(f"{os.environ['READ_LOG']}-{os.environ.get('M3PO_PROCESS_ID', 'alone')}", "a") as log:
