@@ -33,6 +33,10 @@ from m3po_jax.models.llava.images import LLAVA_IMAGES
 from m3po_jax.models.llava.processor_files import write_processor_files
 from m3po_jax.models.quantization import check_quantization
 from m3po_jax.models.quantized_base import quantize_base
+from m3po_jax.models.qwen2_5_vl import config as qwen25_vl_config
+from m3po_jax.models.qwen2_5_vl import model as qwen25_vl
+from m3po_jax.models.qwen2_5_vl import weights as qwen25_vl_weights
+from m3po_jax.models.qwen2_5_vl.images import QWEN25_VL_IMAGES
 from m3po_jax.models.safetensors_io import (
     StoredTensor,
     has_weights,
@@ -87,6 +91,8 @@ class Family:
         images: Set where its models answer about images.
         projector: What `train_projector` trains, as transformers names the module: first the canonical name,
             then those of other versions.
+        module_root: The part of a canonical module name, by its place, that tells the decoder's layers from the
+            tower's in every version of transformers.
         tower: Set where the vision tower can come from elsewhere.
         normalize: ``(config.json, where) -> config.json`` in the layout that `sections` describes.
         has_decoder: A configuration's `text` is a `DecoderConfig`.
@@ -104,6 +110,7 @@ class Family:
     lora_scope: str = "decoder"
     images: ImageFamily | None = None
     projector: tuple[str, ...] = ()
+    module_root: int = 0
     tower: Tower | None = None
     normalize: Callable[[dict[str, Any], str], dict[str, Any]] = lambda raw, where: raw
     has_decoder: bool = True
@@ -134,6 +141,23 @@ FAMILIES = (
             write_files=write_processor_files,
             stored_rows=llava_weights.stored_rows,
         ),
+    ),
+    Family(
+        name="qwen2_5_vl",
+        task="image-text-to-text",
+        model_types=("qwen2_5_vl",),
+        model_class=qwen25_vl.Qwen25VL,
+        sections=qwen25_vl_config.sections_of(
+            qwen25_vl_config.TOP_FIELDS, qwen25_vl_config.TEXT_FIELDS, qwen25_vl_config.TOWER_FIELDS
+        ),
+        read_config=qwen25_vl_config.qwen25_vl_config,
+        build=qwen25_vl.build,
+        tensor_map=qwen25_vl_weights.tensor_map,
+        canonical_name=qwen25_vl_weights.canonical_name,
+        images=QWEN25_VL_IMAGES,
+        projector=("visual.merger", "model.visual.merger"),
+        module_root=1,
+        normalize=qwen25_vl_config.normalized,
     ),
     Family(
         name="causal_lm",

@@ -36,7 +36,8 @@ class Source:
         pad_rows: Its rows are the vocabulary's, of which an original release stores fewer than the model has; the
             others get the rows' mean, as Hugging Face's resizing centres them.
         copies: Names under which some writers store it once more, or instead (tied embeddings).
-        shape: The stored shape where it is not implied (a scalar that we keep as a vector).
+        shape: The stored shape where it is not implied (a scalar that we keep as a vector; ``linear``: a convolution
+            whose window is ours in one axis).
     """
 
     name: str | None
@@ -66,7 +67,7 @@ class Source:
     def to_stored(self, value: np.ndarray) -> np.ndarray:
         """Our value in stored orientation (one part of it, where the stored tensor holds several)."""
         if self.shape is not None:
-            return value.reshape(self.shape)
+            return (value.T if self.kind == "linear" else value).reshape(self.shape)
         if self.kind == "linear":
             return value.T
         if self.kind == "conv":
@@ -77,7 +78,8 @@ class Source:
     def read(self, tensor: StoredTensor, index: tuple[slice, ...], shape: Shape) -> np.ndarray:
         """The slice `index` of the parameter of `shape`, read from nothing more than it needs."""
         if self.shape is not None:
-            return tensor.read().reshape(shape)[index]
+            x = tensor.read()
+            return (x.reshape(shape[::-1]).T if self.kind == "linear" else x.reshape(shape))[index]
         rows = self.stored_shape(shape)[0]
         axis = 1 if self.kind in ("linear", "conv") else 0
         start, stop, _ = index[axis].indices(shape[axis])

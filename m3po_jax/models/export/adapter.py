@@ -101,12 +101,12 @@ def export_adapter(
     kind, out_dir = export_dtype(dtype) or DTYPES["F32"], Path(out_dir)
     family = family_of_model(model)
     tensors: list[PendingTensor] = []
-    adapted: dict[str, set[str]] = {}  # first part of the module names -> their last parts
+    adapted: dict[str, set[str]] = {}  # the part of a model in its module names -> their last parts
     for linear, leaf in _adapted(model, family):
         _check_adapter(linear, lora_config)
         for index in [None] if leaf.layers is None else range(leaf.layers):
             name = _module_name(leaf, index)
-            adapted.setdefault(name.split(".")[0], set()).add(name.split(".")[-1])
+            adapted.setdefault(name.split(".")[family.module_root], set()).add(name.split(".")[-1])
         tensors += _factors(linear, leaf, family, kind)
     if not tensors:
         raise UserError("the model has no adapter", where="export", remedy="export with --format huggingface")
