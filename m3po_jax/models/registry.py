@@ -36,7 +36,10 @@ from m3po_jax.models.quantized_base import quantize_base
 from m3po_jax.models.qwen2_5_vl import config as qwen25_vl_config
 from m3po_jax.models.qwen2_5_vl import model as qwen25_vl
 from m3po_jax.models.qwen2_5_vl import weights as qwen25_vl_weights
-from m3po_jax.models.qwen2_5_vl.images import QWEN25_VL_IMAGES
+from m3po_jax.models.qwen2_5_vl.images import QWEN3_VL_IMAGES, QWEN25_VL_IMAGES
+from m3po_jax.models.qwen3_vl import config as qwen3_vl_config
+from m3po_jax.models.qwen3_vl import model as qwen3_vl
+from m3po_jax.models.qwen3_vl import weights as qwen3_vl_weights
 from m3po_jax.models.safetensors_io import (
     StoredTensor,
     has_weights,
@@ -158,6 +161,22 @@ FAMILIES = (
         projector=("visual.merger", "model.visual.merger"),
         module_root=1,
         normalize=qwen25_vl_config.normalized,
+    ),
+    Family(
+        name="qwen3_vl",
+        task="image-text-to-text",
+        model_types=("qwen3_vl",),
+        model_class=qwen3_vl.Qwen3VL,
+        sections=qwen25_vl_config.sections_of(
+            qwen3_vl_config.TOP_FIELDS, qwen3_vl_config.TEXT_FIELDS, qwen3_vl_config.TOWER_FIELDS
+        ),
+        read_config=qwen3_vl_config.qwen3_vl_config,
+        build=qwen3_vl.build,
+        tensor_map=qwen3_vl_weights.tensor_map,
+        canonical_name=qwen3_vl_weights.canonical_name,
+        images=QWEN3_VL_IMAGES,
+        projector=("model.visual.merger",),
+        module_root=2,
     ),
     Family(
         name="causal_lm",

@@ -85,7 +85,7 @@ class Qwen25VLConfig:
     image_token_id: int
 
 
-def _layer_numbers(value: Any) -> str | None:
+def layer_numbers(value: Any) -> str | None:
     """Layers of the tower, from 0."""
     whole_number = whole(0, MOST_LAYERS)
     valid = isinstance(value, list) and not any(whole_number(one) for one in value)
@@ -136,7 +136,7 @@ TOWER_FIELDS = Fields(
     read={
         **TOWER_READ,
         "window_size": whole(1, LARGEST_IMAGE),
-        "fullatt_block_indexes": _layer_numbers,
+        "fullatt_block_indexes": layer_numbers,
         "in_chans": only(3),  # the published files' own names
         "spatial_patch_size": whole(1, LARGEST_IMAGE),
     },

@@ -191,4 +191,5 @@ def patch_images(feature_width: Callable[[Any], int]) -> ImageFamily:
     )
 
 
+QWEN3_VL_IMAGES = patch_images(lambda config: config.feature_width)
 QWEN25_VL_IMAGES = patch_images(lambda config: config.vision.feature_width)

@@ -37,16 +37,17 @@ class Merger(nnx.Module):
         return self.linear_2(jax.nn.gelu(self.linear_1(x), approximate=False))
 
 
-class Qwen25VL(nnx.Module):
-    """A `VisionLanguageModel`; an image's one float array is its ``patches`` [n, 3·p·p], in units of an image token,
-    and its ``grid`` [1, 2] says how many patches high and wide it is. A feature is a unit's patches after the tower,
-    side by side."""
+class PatchModel(nnx.Module):
+    """What the models of this line share. An image's one float array is its ``patches`` [n, 3·p·p], in units of an
+    image token, and its ``grid`` [1, 2] says how many patches high and wide it is."""
 
-    def __init__(self, config: Qwen25VLConfig, *, rngs: nnx.Rngs, **kinds: Any):
-        self.config = config
-        self.vision_tower = VisionTower(config.vision, rngs=rngs, **kinds)
-        self.projector = Merger(config.vision, config.text.hidden_size, rngs=rngs, **kinds)
-        self.decoder = Decoder(config.text, rngs=rngs, **kinds)
+    config: Any
+    vision_tower: Any
+    decoder: Decoder
+
+    def project(self, features: Float[Array, "b f v"]) -> Float[Array, "b f d"]:
+        """What takes the places of image tokens."""
+        raise NotImplementedError
 
     def encode_images(self, images: Images, *, remat: str = "none") -> Float[Array, "b f v"]:
         """Of all patches of the batch, those of one image among themselves."""
@@ -63,12 +64,26 @@ class Qwen25VL(nnx.Module):
         """Token embeddings with the row's merged features put in place of its image ids, in order."""
         is_image = token_ids == self.config.image_token_id
         x = self.decoder.embed_tokens(jnp.where(is_image, 0, token_ids))
-        return x if features is None else place_features(x, is_image, self.projector(features).astype(x.dtype))
+        return x if features is None else place_features(x, is_image, self.project(features).astype(x.dtype))
 
     def prompt_positions(self, token_ids: Int[Array, "b s"], mask: Bool[Array, "b s"], layout: Images) -> Positions:
         """Time, height and width, see `grid_positions`."""
         is_image = token_ids == self.config.image_token_id
         return grid_positions(is_image, mask, layout.get(GRID), self.config.vision.merge)
+
+
+class Qwen25VL(PatchModel):
+    """A `VisionLanguageModel`; a feature is a unit's patches after the tower, side by side."""
+
+    def __init__(self, config: Qwen25VLConfig, *, rngs: nnx.Rngs, **kinds: Any):
+        self.config = config
+        self.vision_tower = VisionTower(config.vision, rngs=rngs, **kinds)
+        self.projector = Merger(config.vision, config.text.hidden_size, rngs=rngs, **kinds)
+        self.decoder = Decoder(config.text, rngs=rngs, **kinds)
+
+    def project(self, features: Float[Array, "b f v"]) -> Float[Array, "b f d"]:
+        """By the merger."""
+        return self.projector(features)
 
 
 def build(config: Qwen25VLConfig, *, dtype: Any, param_dtype: Any, seed: int = 0) -> Qwen25VL:

@@ -21,25 +21,29 @@ def canonical_name(name: str) -> str | None:
     return name
 
 
-def patch_embedding(config: TowerConfig, path: Path, name: str, *, bias: bool) -> dict[Path, Source]:
-    """A convolution over frames, rows and columns."""
+def tower(config: TowerConfig, prefix: str, mlp: tuple[str, ...]) -> dict[Path, Source]:
+    """Patch embedding and layers of a tower named under `prefix`, without biases of norms and of the embedding.
+
+    Args:
+        mlp: The linear layers of its MLPs.
+    """
     size = (config.hidden_size, 3, config.frames, config.patch_size, config.patch_size)
-    tensors = {(*path, "kernel"): Source(f"{name}.weight", "linear", shape=size)}
-    return tensors | ({(*path, "bias"): Source(f"{name}.bias")} if bias else {})
+    tensors = {
+        ("vision_tower", "patch_embed", "proj", "kernel"): Source(f"{prefix}.patch_embed.proj.weight", "flat", shape=size)
+    }
+    blocks, layer = ("vision_tower", "blocks"), f"{prefix}.blocks.{{}}"
+    for norm in ("norm1", "norm2"):
+        tensors[(*blocks, norm, "scale")] = Source(f"{layer}.{norm}.weight")
+    for part, names in (("attn", ("qkv", "proj")), ("mlp", mlp)):
+        for name in names:
+            tensors |= tensor_names.linear((*blocks, part, name), f"{layer}.{part}.{name}", bias=True)
+    return tensors
 
 
 def tensor_map(config: Qwen25VLConfig) -> dict[Path, Source]:
     """The canonical stored tensor of every parameter."""
     tensors = tensor_names.decoder(config.text, ("decoder",), "model", "lm_head")
-    blocks, layer = ("vision_tower", "blocks"), "visual.blocks.{}"
-    for norm in ("norm1", "norm2"):
-        tensors[(*blocks, norm, "scale")] = Source(f"{layer}.{norm}.weight")
-    for part, names in (("attn", ("qkv", "proj")), ("mlp", ("gate_proj", "up_proj", "down_proj"))):
-        for name in names:
-            tensors |= tensor_names.linear((*blocks, part, name), f"{layer}.{part}.{name}", bias=True)
-    tensors |= patch_embedding(
-        config.vision, ("vision_tower", "patch_embed", "proj"), "visual.patch_embed.proj", bias=False
-    )
+    tensors |= tower(config.vision, "visual", ("gate_proj", "up_proj", "down_proj"))
     tensors[("projector", "ln_q", "scale")] = Source("visual.merger.ln_q.weight")
     for ours, theirs in (("linear_1", "mlp.0"), ("linear_2", "mlp.2")):
         tensors |= tensor_names.linear(("projector", ours), f"visual.merger.{theirs}", bias=True)
