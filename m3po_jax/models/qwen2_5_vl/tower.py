@@ -1,6 +1,6 @@
 """The tower of Qwen2.5-VL: patches of images of any size, windows in most layers, full attention in a few.
 
-Shape suffixes: B rows, N patches of a row, U image tokens of a row (N / m²), D the tower's width, H heads, K head width.
+Shape suffixes: B rows, N patches of a row, U image tokens of a row (N / m²), E the tower's width, H heads.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class PatchEmbedding(nnx.Module):
         self.proj = Linear(inputs, config.hidden_size, axes=("patch", "embed"), use_bias=use_bias, **kinds)
         self.frames = config.frames
 
-    def __call__(self, patches: Float[Array, "b n p"]) -> Float[Array, "b n d"]:
+    def __call__(self, patches: Float[Array, "b n p"]) -> Float[Array, "b n e"]:
         """Patches of one frame, (channel, row, column), which is repeated."""
         of_channel = patches.reshape(*patches.shape[:2], 3, 1, -1)
         repeated = jnp.broadcast_to(of_channel, (*of_channel.shape[:3], self.frames, of_channel.shape[-1]))
@@ -46,8 +46,8 @@ class TowerAttention(nnx.Module):
         self.proj = Linear(d, d, axes=("heads", "embed"), use_bias=True, **kinds)
         self.num_heads = config.num_heads
 
-    def __call__(self, x: Float[Array, "b n d"], rotary: Rotary, attend: Any) -> Float[Array, "b n d"]:
-        """`attend` takes turned queries and keys, and values [B, N, H, K]."""
+    def __call__(self, x: Float[Array, "b n e"], rotary: Rotary, attend: Any) -> Float[Array, "b n e"]:
+        """`attend` takes turned queries and keys, and values [B, N, H, D]."""
         q, k, v = (y.reshape(*x.shape[:2], self.num_heads, -1) for y in jnp.split(self.qkv(x), 3, axis=-1))
         return self.proj(attend(apply_rotary(q, rotary), apply_rotary(k, rotary), v).reshape(x.shape))
 
@@ -62,7 +62,7 @@ class GatedMLP(nnx.Module):
         self.down_proj = Linear(f, d, axes=("mlp", "embed"), use_bias=True, **kinds)
         self.activation = config.activation
 
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    def __call__(self, x: Float[Array, "b n e"]) -> Float[Array, "b n e"]:
         """Each patch on its own."""
         return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
 
@@ -76,7 +76,7 @@ class TowerLayer(nnx.Module):
         self.norm2 = norm(config.hidden_size, eps=NORM_EPS, **kinds)
         self.mlp = mlp(config, rngs=rngs, **kinds)
 
-    def __call__(self, x: Float[Array, "b n d"], rotary: Rotary, attend: Any) -> Float[Array, "b n d"]:
+    def __call__(self, x: Float[Array, "b n e"], rotary: Rotary, attend: Any) -> Float[Array, "b n e"]:
         """See `TowerAttention` for `attend`."""
         x = constrain(x + self.attn(self.norm1(x), rotary, attend), "batch", None, None)
         return constrain(x + self.mlp(self.norm2(x)), "batch", None, None)
@@ -138,5 +138,5 @@ class VisionTower(nnx.Module):
         x, _ = scan_layers(self.blocks, apply, x, full, remat=remat)
         return jnp.take_along_axis(self._by_unit(x), windows.place[..., None], axis=1)
 
-    def _by_unit(self, x: Float[Array, "b n d"]) -> Float[Array, "b u w"]:
+    def _by_unit(self, x: Float[Array, "b n e"]) -> Float[Array, "b u w"]:
         return x.reshape(x.shape[0], -1, self.config.feature_width)

@@ -29,7 +29,7 @@ class PlainMLP(nnx.Module):
         self.linear_fc2 = Linear(f, d, axes=("mlp", "embed"), use_bias=True, **kinds)
         self.activation = config.activation
 
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    def __call__(self, x: Float[Array, "b n e"]) -> Float[Array, "b n e"]:
         """Each patch on its own."""
         return self.linear_fc2(ACTIVATIONS[self.activation](self.linear_fc1(x)))
 
