@@ -92,8 +92,9 @@ class Family:
         canonical_name: A stored tensor's name in that layout, from any published one; None: skip it.
         lora_scope: First part of the paths of layers that may be adapted.
         images: Set where its models answer about images.
-        projector: What `train_projector` trains, as transformers names the module: first the canonical name,
-            then those of other versions.
+        projector: What `train_projector` trains, by its canonical module name.
+        other_names: (canonical beginning of module names, that of another version of transformers): PEFT looks up
+            those of the version that runs.
         module_root: The part of a canonical module name, by its place, that tells the decoder's layers from the
             tower's in every version of transformers.
         tower: Set where the vision tower can come from elsewhere.
@@ -112,7 +113,8 @@ class Family:
     canonical_name: Callable[[str], str | None]
     lora_scope: str = "decoder"
     images: ImageFamily | None = None
-    projector: tuple[str, ...] = ()
+    projector: str = ""
+    other_names: tuple[tuple[str, str], ...] = ()
     module_root: int = 0
     tower: Tower | None = None
     normalize: Callable[[dict[str, Any], str], dict[str, Any]] = lambda raw, where: raw
@@ -135,7 +137,8 @@ FAMILIES = (
         tensor_map=llava_weights.tensor_map,
         canonical_name=llava_weights.canonical_name,
         images=LLAVA_IMAGES,
-        projector=("multi_modal_projector", "model.multi_modal_projector"),
+        projector="multi_modal_projector",
+        other_names=(("multi_modal_projector", "model.multi_modal_projector"),),
         tower=Tower(
             default=llava_weights.default_tower,
             configure=llava_weights.with_tower,
@@ -158,7 +161,8 @@ FAMILIES = (
         tensor_map=qwen25_vl_weights.tensor_map,
         canonical_name=qwen25_vl_weights.canonical_name,
         images=QWEN25_VL_IMAGES,
-        projector=("visual.merger", "model.visual.merger"),
+        projector="visual.merger",
+        other_names=(("visual", "model.visual"), ("model.layers", "model.language_model.layers")),
         module_root=1,
         normalize=qwen25_vl_config.normalized,
     ),
@@ -175,7 +179,7 @@ FAMILIES = (
         tensor_map=qwen3_vl_weights.tensor_map,
         canonical_name=qwen3_vl_weights.canonical_name,
         images=QWEN3_VL_IMAGES,
-        projector=("model.visual.merger",),
+        projector="model.visual.merger",
         module_root=2,
     ),
     Family(

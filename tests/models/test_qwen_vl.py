@@ -200,3 +200,125 @@ def test_answers_are_transformers_own(pair: Pair) -> None:
             drawn = sampled.token_ids[row, k, : sampled.lengths[row, k]]
             wanted = their_log_probs(pair, pair.theirs, row, ids[0], drawn)
             np.testing.assert_allclose(sampled.log_probs[row, k, : len(drawn)], wanted, rtol=0, atol=1e-4)
+
+
+RANK = LoRAConfig(lora_rank=2, lora_alpha=4.0, target_modules=["q_proj", "v_proj", "down_proj"])
+
+
+def test_adapters_and_exports_are_pefts_own(pair: Pair, tmp_path: Path) -> None:
+    """An adapter of ours says in PEFT what it says here, alone and merged, and comes back bit by bit."""
+    torch, _ = torch_and_transformers()
+    peft = pytest.importorskip("peft")
+    model = nnx.merge(*nnx.split(pair.loaded.model))
+    lora.attach(model, RANK, scope="decoder", rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    for linear in lora.adapters(model).values():
+        linear.lora_b[...] = jnp.asarray(rng.normal(size=linear.lora_b.shape) * 0.1, jnp.float32)
+    export_adapter(model, str(pair.loaded.directory), tmp_path / "adapter", RANK)
+    out = export_model(model, pair.loaded, tmp_path / "merged", dtype="float32")
+    base = type(pair.theirs).from_pretrained(pair.loaded.directory, dtype=torch.float32)
+    wrapped = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    adapted = {name.split(".lora_")[0] for name, _ in wrapped.named_parameters() if "lora_" in name}
+    assert len(adapted) == 9 and not any("visual" in name for name in adapted)
+    merged = type(pair.theirs).from_pretrained(out, dtype=torch.float32).eval()
+    batch = inputs(pair, (0, 3))
+    forward = nnx.jit(lambda model, *x: reference_forward(model, *x[:2], encode_images(model, x[2])))
+    ours, plain = (
+        np.asarray(forward(one, batch.token_ids, batch.mask, batch.images)) for one in (model, pair.loaded.model)
+    )
+    assert np.abs(ours - plain)[batch.mask].max() > 0.05
+    for peer in (wrapped, merged):
+        theirs = their_logits(pair, peer, batch.token_ids, batch.mask, (0, 3))
+        np.testing.assert_allclose(ours[batch.mask], theirs[batch.mask], rtol=0, atol=1e-4)
+    again = nnx.merge(*nnx.split(pair.loaded.model))
+    load_adapter(again, tmp_path / "adapter")
+    for path, linear in lora.adapters(model).items():
+        np.testing.assert_array_equal(lora.adapters(again)[path].lora_b[...], linear.lora_b[...])
+    exported = load_float32(out)
+    assert exported.config == pair.loaded.config
+    copy = export_model(exported.model, exported, tmp_path / "copy")
+    assert (copy / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_blank_images_are_encoded_zeros(pair: Pair) -> None:
+    batch = inputs(pair)
+    tokens = int(batch.images["tokens"].sum(axis=1).max())
+
+    @nnx.jit
+    def both(model: Any, images: Any) -> Any:
+        zeros = images | {"patches": jnp.zeros_like(images["patches"])}
+        return blank_images(model, images, 4, tokens).features, encode_images(model, zeros).features
+
+    blank, zeros = both(pair.loaded.model, batch.images)
+    for row, count in enumerate(batch.images["tokens"].sum(axis=1)):
+        np.testing.assert_allclose(blank[row, :count], zeros[row, :count], rtol=0, atol=1e-5)
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tied_full": (
+        "qwen2_5_vl",
+        {"tie_word_embeddings": True, "vision": {"fullatt_block_indexes": [0, 1, 2], "hidden_act": "gelu"}},
+    ),
+    "windows_alone": ("qwen2_5_vl", {"vision": {"fullatt_block_indexes": [], "window_size": 24}}),
+    "sliding": (
+        "qwen2_5_vl",
+        {"text": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "rms_norm_eps": 1e-2}},
+    ),
+    "no_deepstack": (
+        "qwen3_vl",
+        {"tie_word_embeddings": True, "vision": {"deepstack_visual_indexes": [], "num_position_embeddings": 4}},
+    ),
+    "deep_everywhere": (
+        "qwen3_vl",
+        {
+            "text": {"attention_bias": True, "num_key_value_heads": 1},
+            "vision": {"deepstack_visual_indexes": [0, 1, 2], "hidden_act": "gelu"},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_switches_are_transformers_own(name: str, tmp_path: Path) -> None:
+    """Log-probs behind the last layer that computes every token, and before it."""
+    kind, fields = VARIANTS[name]
+    theirs, loaded = hf_qwen.saved(kind, tmp_path, seed=len(name), **fields)
+    pair = Pair(kind, theirs, loaded, Processor.from_pretrained(tmp_path, "chat", "pad"))
+    batch = inputs(pair, (0, 3))
+    branches = (jnp.asarray(ANSWERS[[0, 3]]), jnp.asarray(ANSWER_MASK[[0, 3]]))
+
+    @nnx.jit
+    def ours(model: Any, ids: jax.Array, mask: jax.Array, images: Any) -> tuple[jax.Array, jax.Array]:
+        inputs = (ids, mask, encode_images(model, images), *branches)
+        return branch_log_probs(model, *inputs), branch_log_probs(model, *inputs, base_learns=True)
+
+    for found in ours(loaded.model, batch.token_ids, batch.mask, batch.images):
+        for place, row in enumerate((0, 3)):
+            answer = ANSWERS[row, 0][ANSWER_MASK[row, 0]]
+            wanted = their_log_probs(pair, theirs, row, pair.processor.encode_prompt(PROMPTS[row]), answer)
+            np.testing.assert_allclose(found[place, 0, : len(answer)], wanted, rtol=0, atol=1e-4)
+
+
+def test_flat_files_and_new_names_are_the_same_model(tmp_path: Path) -> None:
+    """The published layout has the decoder's fields at the top, and names without ``language_model``."""
+    from safetensors.numpy import load_file, save_file
+
+    _, loaded = hf_qwen.saved("qwen2_5_vl", tmp_path / "new")
+    raw = json.loads((tmp_path / "new" / "config.json").read_text())
+    text = raw.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}
+    tower = raw["vision_config"] | {"model_type": "qwen2_5_vl", "in_chans": 3, "spatial_patch_size": 4}
+    old = {**text, **raw, "vision_config": tower}
+    tensors = load_file(tmp_path / "new" / "model.safetensors")
+    renamed = {
+        f"model.{name}" if name.startswith("visual.") else name.replace("model.", "model.language_model.", 1): x
+        for name, x in tensors.items()
+    }
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text(json.dumps(old))
+    save_file(renamed, tmp_path / "old" / "model.safetensors")
+    again = load_float32(tmp_path / "old")
+    assert again.config == loaded.config and not again.description.notes
+    for ours, other in zip(*(jax.tree.leaves(nnx.state(one.model)) for one in (again, loaded)), strict=True):
+        np.testing.assert_array_equal(ours, other)
