@@ -18,7 +18,10 @@ from m3po_jax.models.registry import Loaded
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
-CORPUS = ("system user assistant What is in the image? You are a helpful assistant. Describe both, and then", "a red bus")
+CORPUS = (
+    "system user assistant What is in the image? You are a helpful assistant. Describe both, and then",
+    "a red bus",
+)
 # The published one, without its videos and tools.
 TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"

@@ -79,7 +79,9 @@ def test_positions_are_transformers_own(grids, words, left):
     np.testing.assert_array_equal(np.moveaxis(np.asarray(found.of_prompt), -1, 0)[:, mask], wanted[:, mask])
     np.testing.assert_array_equal(found.following, delta[:, 0].numpy() + mask.sum(axis=1))
     text = grid_positions(row > 1, mask, None, MERGE)
-    np.testing.assert_array_equal(text.of_prompt[1], np.broadcast_to(np.maximum(np.cumsum(mask[1]) - 1, 0)[:, None], (TOKENS, 3)))
+    np.testing.assert_array_equal(
+        text.of_prompt[1], np.broadcast_to(np.maximum(np.cumsum(mask[1]) - 1, 0)[:, None], (TOKENS, 3))
+    )
 
 
 @jax.jit

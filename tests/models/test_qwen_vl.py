@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,6 @@ from m3po_jax.config import LoRAConfig, MeshConfig
 from m3po_jax.data.collation import PromptBatch
 from m3po_jax.data.model_images import joined, stacked
 from m3po_jax.data.padding import pad_prompts
-from m3po_jax.errors import UserError
 from m3po_jax.hosts.sharding import make_mesh
 from m3po_jax.inference.generator import Generator
 from m3po_jax.inference.settings import SamplingConfig
@@ -35,7 +33,9 @@ PROMPTS = (
     prompt("two", "<image>\nWhat is in the image?<image> Describe both, and then", (60, 12), (37, 29)),
     prompt("text", "a red bus"),
     prompt("large", "What is in the image?", (120, 90)),
-    prompt("later", "What <image>is in it?", (9, 70), history=[["a red bus", "is helpful."]], system="You are a bus."),
+    prompt(
+        "later", "What <image>is in it?", (9, 70), history=[["a red bus", "is helpful."]], system="You are a bus."
+    ),
 )
 ANSWERS = np.random.default_rng(3).integers(10, 250, (len(PROMPTS), 2, 6))
 ANSWER_MASK = np.arange(6) < np.array([[6, 4], [2, 6], [5, 1], [3, 6]])[..., None]
@@ -104,7 +104,9 @@ def test_images_and_ids_are_transformers_own(pair: Pair) -> None:
         made = theirs([picture(*size)], return_tensors="np")
         plan, arrays = reader.plan(lambda size=size: size), reader.read(picture(*size))
         assert [1, *plan.layout["grid"][0].tolist()] == made["image_grid_thw"][0].tolist()
-        assert plan.shapes == {name: x.shape for name, x in arrays.items()} and 4 * plan.tokens == len(arrays["patches"])
+        assert plan.shapes == {name: x.shape for name, x in arrays.items()} and 4 * plan.tokens == len(
+            arrays["patches"]
+        )
         twice = np.repeat(arrays["patches"].reshape(-1, 3, 1, 16), 2, axis=2).reshape(made["pixel_values"].shape)
         np.testing.assert_allclose(twice, made["pixel_values"], rtol=0, atol=1e-6)
     whole = hf_qwen.processor(pair.kind)
@@ -112,12 +114,17 @@ def test_images_and_ids_are_transformers_own(pair: Pair) -> None:
         [("user", "i", "tWhat is in the image?", "i", "t Describe both, and then")],
         [("user", "ta red bus")],
         [("user", "i", "tWhat is in the image?")],
-        [("system", "tYou are a bus."), ("user", "ta red bus"), ("assistant", "tis helpful."), ("user", "tWhat ", "i")],
+        [
+            ("system", "tYou are a bus."),
+            ("user", "ta red bus"),
+            ("assistant", "tis helpful."),
+            ("user", "tWhat ", "i"),
+        ],
     ]
     messages[3][3] = ("user", "tWhat ", "i", "tis in it?")
     pictures = [[picture(60, 12), picture(37, 29)], None, [picture(120, 90)], [picture(9, 70)]]
     for one, turns, shown in zip(PROMPTS, messages, pictures, strict=True):
-        parts = lambda turn: [  # noqa: E731
+        parts = lambda turn: [
             {"type": "image"} if part == "i" else {"type": "text", "text": part[1:]} for part in turn[1:]
         ]
         chat = [{"role": turn[0], "content": parts(turn)} for turn in turns]

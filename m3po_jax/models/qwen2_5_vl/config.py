@@ -17,7 +17,6 @@ from m3po_jax.models.config_fields import (
     Fields,
     flag,
     only,
-    real,
     rope,
     section,
     shown,
@@ -103,7 +102,9 @@ def mrope(*switches: str) -> Check:
         if sections is not None and not valid:
             return "with an mrope_section of three whole numbers"
         rest = {key: x for key, x in value.items() if key not in ("mrope_section", *switches)}
-        return rope({key: "default" if x == "mrope" and key in ("type", "rope_type") else x for key, x in rest.items()})
+        return rope(
+            {key: "default" if x == "mrope" and key in ("type", "rope_type") else x for key, x in rest.items()}
+        )
 
     return check
 
@@ -263,7 +264,8 @@ def qwen25_vl_config(raw: dict[str, Any], where: str) -> Qwen25VLConfig:
     windowed = any(layer not in full for layer in range(vision["depth"]))
     if windowed and window < 1:
         raise UserError(
-            f"vision_config.window_size {vision['window_size']} is less than the square of an image token", where=where
+            f"vision_config.window_size {vision['window_size']} is less than the square of an image token",
+            where=where,
         )
     tower = tower_config(
         vision, spec.hidden_size, where, window=window if windowed else 0, full_layers=full if windowed else ()

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from m3po_jax.models.decoder_layer import Rotary
 from m3po_jax.models.forward import Positions, text_positions

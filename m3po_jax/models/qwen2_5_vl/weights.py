@@ -29,7 +29,9 @@ def tower(config: TowerConfig, prefix: str, mlp: tuple[str, ...]) -> dict[Path, 
     """
     size = (config.hidden_size, 3, config.frames, config.patch_size, config.patch_size)
     tensors = {
-        ("vision_tower", "patch_embed", "proj", "kernel"): Source(f"{prefix}.patch_embed.proj.weight", "flat", shape=size)
+        ("vision_tower", "patch_embed", "proj", "kernel"): Source(
+            f"{prefix}.patch_embed.proj.weight", "flat", shape=size
+        )
     }
     blocks, layer = ("vision_tower", "blocks"), f"{prefix}.blocks.{{}}"
     for norm in ("norm1", "norm2"):

@@ -34,9 +34,7 @@ class Qwen3VL(PatchModel):
     ) -> Float[Array, "l b s d"]:
         """Zeros everywhere but at image tokens."""
         is_image = token_ids == self.config.image_token_id
-        deep = jnp.split(
-            features[..., self.config.vision.feature_width :], self.config.text.injected_layers, axis=-1
-        )
+        deep = jnp.split(features[..., self.config.vision.feature_width :], self.config.text.injected_layers, axis=-1)
         zeros = jnp.zeros((*token_ids.shape, deep[0].shape[-1]), features.dtype)
         return jnp.stack([place_features(zeros, is_image, y) for y in deep])
 
