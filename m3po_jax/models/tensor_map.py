@@ -31,8 +31,8 @@ class Source:
         name: Its canonical name; ``{}`` stands for the layer of a stacked parameter. None: it is not stored
             and always equals `value`.
         kind: ``same``; ``linear``: stored (out, in), ours (in, out); ``conv``: stored (out, 3, p, p), ours
-            (p·p·3, out) in (row, column, channel) order, see `vit.patchify`; ``flat``: a convolution stored as `shape`,
-            ours (in, out) with the window's axes and channels in one, in the order of the stored tensor.
+            (p·p·3, out) in (row, column, channel) order, see `vit.patchify`; ``flat``: a convolution stored as
+            `shape`, ours (in, out) with channels and the window's axes in one, in the order of the stored tensor.
         part: (i, n) where the stored tensor holds n parameters side by side along its first axis.
         pad_rows: Its rows are the vocabulary's, of which an original release stores fewer than the model has; the
             others get the rows' mean, as Hugging Face's resizing centres them.

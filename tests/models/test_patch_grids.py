@@ -1,4 +1,4 @@
-"""Units, windows and positions of images of any size, computed in programs, against transformers' loops on the host."""
+"""Units, windows and positions of images of any size, computed in programs, against transformers' loops."""
 
 from __future__ import annotations
 

@@ -97,6 +97,11 @@ def their_log_probs(pair: Pair, model: Any, row: int, prefix: np.ndarray, answer
     return torch.tensor(logits).log_softmax(-1).numpy()[np.arange(len(answer)), answer]
 
 
+def parts_of(turn: tuple[str, ...]) -> list[dict[str, str]]:
+    """Of a role, then images (``i``) and texts (``t…``)."""
+    return [{"type": "image"} if part == "i" else {"type": "text", "text": part[1:]} for part in turn[1:]]
+
+
 def test_images_and_ids_are_transformers_own(pair: Pair) -> None:
     torch_and_transformers()
     theirs, reader = hf_qwen.image_processor(pair.kind), pair.processor.image_reader
@@ -104,9 +109,8 @@ def test_images_and_ids_are_transformers_own(pair: Pair) -> None:
         made = theirs([picture(*size)], return_tensors="np")
         plan, arrays = reader.plan(lambda size=size: size), reader.read(picture(*size))
         assert [1, *plan.layout["grid"][0].tolist()] == made["image_grid_thw"][0].tolist()
-        assert plan.shapes == {name: x.shape for name, x in arrays.items()} and 4 * plan.tokens == len(
-            arrays["patches"]
-        )
+        assert plan.shapes == {name: x.shape for name, x in arrays.items()}
+        assert 4 * plan.tokens == len(arrays["patches"])
         twice = np.repeat(arrays["patches"].reshape(-1, 3, 1, 16), 2, axis=2).reshape(made["pixel_values"].shape)
         np.testing.assert_allclose(twice, made["pixel_values"], rtol=0, atol=1e-6)
     whole = hf_qwen.processor(pair.kind)
@@ -118,16 +122,12 @@ def test_images_and_ids_are_transformers_own(pair: Pair) -> None:
             ("system", "tYou are a bus."),
             ("user", "ta red bus"),
             ("assistant", "tis helpful."),
-            ("user", "tWhat ", "i"),
+            ("user", "tWhat ", "i", "tis in it?"),
         ],
     ]
-    messages[3][3] = ("user", "tWhat ", "i", "tis in it?")
     pictures = [[picture(60, 12), picture(37, 29)], None, [picture(120, 90)], [picture(9, 70)]]
     for one, turns, shown in zip(PROMPTS, messages, pictures, strict=True):
-        parts = lambda turn: [
-            {"type": "image"} if part == "i" else {"type": "text", "text": part[1:]} for part in turn[1:]
-        ]
-        chat = [{"role": turn[0], "content": parts(turn)} for turn in turns]
+        chat = [{"role": turn[0], "content": parts_of(turn)} for turn in turns]
         text = whole.apply_chat_template(chat, add_generation_prompt=True)
         assert pair.processor.encode_prompt(one).tolist() == whole(text=[text], images=shown)["input_ids"][0]
 

@@ -102,9 +102,8 @@ def mrope(*switches: str) -> Check:
         if sections is not None and not valid:
             return "with an mrope_section of three whole numbers"
         rest = {key: x for key, x in value.items() if key not in ("mrope_section", *switches)}
-        return rope(
-            {key: "default" if x == "mrope" and key in ("type", "rope_type") else x for key, x in rest.items()}
-        )
+        kinds = {key: "default" for key in ("type", "rope_type") if rest.get(key) == "mrope"}
+        return rope({**rest, **kinds})
 
     return check
 

@@ -1,4 +1,4 @@
-"""Images of Qwen2.5-VL and its successors: scaled so that whole patches fit, within limits of the number of pixels."""
+"""Images of Qwen2.5-VL and its successors: scaled so that whole patches fit, within limits of their pixels."""
 
 from __future__ import annotations
 

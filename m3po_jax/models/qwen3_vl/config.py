@@ -129,8 +129,8 @@ def qwen3_vl_config(raw: dict[str, Any], where: str) -> Qwen3VLConfig:
     deep, side = tuple(vision["deepstack_visual_indexes"]), math.isqrt(vision["num_position_embeddings"])
     if list(deep) != sorted({layer for layer in deep if layer < vision["depth"]}) or len(deep) > spec.num_layers:
         raise UserError(
-            f"vision_config.deepstack_visual_indexes is {shown(list(deep))}, and must be layers of the tower in their "
-            "order, no more than the decoder has",
+            f"vision_config.deepstack_visual_indexes is {shown(list(deep))}, and must be layers of the tower in "
+            "their order, no more than the decoder has",
             where=where,
         )
     tower = tower_config(vision, spec.hidden_size, where)

@@ -67,7 +67,7 @@ class VisionTower(nnx.Module):
     def __call__(
         self, patches: Float[Array, "b n p"], grid: Int[Array, "b m 2"], *, remat: str = "none"
     ) -> Float[Array, "b u v"]:
-        """Of each image token: its patches after the last layer, side by side, then what is merged of earlier ones."""
+        """Of each image token: its patches after the last layer, side by side, then what is made of earlier ones."""
         c = self.config
         units = units_of(grid, patches.shape[1] // c.unit, c.merge)
         rows, columns = patch_places(units, c.merge)
