@@ -14,6 +14,8 @@ from m3po_jax.data.images import ImageFit
 from m3po_jax.data.model_images import ImagePlan, ImageReader, Images
 from m3po_jax.errors import UserError
 
+TYPICAL_SIZE = (640, 480)  # width and height of most of COCO's images
+
 
 @dataclass(frozen=True)
 class ImageSettings:
@@ -61,7 +63,7 @@ class ImageFamily:
         token_key: The field of ``config.json`` that names the image token, for messages.
         reader: ``(config, folders, settings) -> reader``: from the settings of an image processor in the first of
             the folders that has one. Raises UserError.
-        typical: What an image of usual size (the largest, where that is given) becomes: for estimates and plans.
+        typical: What an image of `TYPICAL_SIZE` becomes under the family's usual settings: for estimates and plans.
         tower_cost: See `TowerCost`.
         feature_width: Of what `VisionLanguageModel.encode_images` gives.
         count_features: ``(config, images of a batch on the host) -> [b]``: the features that each row's images have.

@@ -23,6 +23,7 @@ from m3po_jax.models import lora
 from m3po_jax.models.dual_encoder import DualEncoderConfig
 from m3po_jax.models.hub import pinned
 from m3po_jax.models.identity import directory_identity
+from m3po_jax.models.image_family import TYPICAL_SIZE
 from m3po_jax.models.processor import Processor
 from m3po_jax.models.quantization import check_quantization
 from m3po_jax.models.registry import Description, Loaded, load_model
@@ -115,8 +116,7 @@ def make_processor(recipe: Recipe, description: Description, *, image_root: str 
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
     )
-    assert description.family.images is not None
-    text, image = description.config.text, description.family.images.typical(description.config).tokens
+    text, image = description.config.text, processor.image_reader.plan(lambda: TYPICAL_SIZE).tokens
     longest = max(recipe.generate.max_new_tokens, recipe.evaluate.max_new_tokens)
     if image + longest > text.max_positions:
         raise UserError(

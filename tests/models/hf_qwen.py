@@ -20,7 +20,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 CORPUS = (
     "system user assistant What is in the image? You are a helpful assistant. Describe both, and then",
-    "a red bus",
+    *("a red bus", "yes Yes no No yes Yes no No"),
 )
 # The published one, without its videos and tools.
 TEMPLATE = (
@@ -44,7 +44,7 @@ def tokenizer() -> Tokenizer:
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     made.train_from_iterator(
-        CORPUS * 9, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+        CORPUS * 9, trainers.BpeTrainer(vocab_size=312, initial_alphabet=alphabet, show_progress=False)
     )
     made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*SPECIAL, IMAGE, VIDEO)])
     return made

@@ -18,13 +18,12 @@ from m3po_jax.data.model_images import ImagePlan, Images, Size
 from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import UserError
 from m3po_jax.models.config_fields import shown
-from m3po_jax.models.image_family import ImageFamily, ImageSettings, TowerCost
+from m3po_jax.models.image_family import TYPICAL_SIZE, ImageFamily, ImageSettings, TowerCost
 from m3po_jax.models.qwen2_5_vl.config import TowerConfig
 from m3po_jax.models.qwen2_5_vl.model import GRID, PATCHES
 
 MOST_ELONGATED = 200  # long side over short side, beyond which transformers refuses too
 MOST_PIXELS = 2**26  # of a scaled image; published processors stop at 2^24
-_TYPICAL = (640, 480)  # most of COCO's
 _CLASSES = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
 _MIN_PIXELS, _MAX_PIXELS = 56 * 56, 28 * 28 * 1280  # of that class, where a file states none
 
@@ -161,7 +160,7 @@ def reader_of(tower: TowerConfig, folders: Sequence[Path], settings: ImageSettin
 
 def _typical(tower: TowerConfig) -> ImagePlan:
     limits = {"min_pixels": _MIN_PIXELS, "max_pixels": _MAX_PIXELS}
-    size = scaled_size(*_TYPICAL, factor=tower.patch_size * tower.merge, **limits)
+    size = scaled_size(*TYPICAL_SIZE, factor=tower.patch_size * tower.merge, **limits)
     return planned(*size, tower.patch_size, tower.merge)
 
 
