@@ -34,6 +34,7 @@ class SquareImages:
 
     image_shape: tuple[int, int, int]
     tokens_per_image: int
+    image_buckets = None
 
     def pixel_values(self, prompt: Prompt) -> np.ndarray:
         raise NotImplementedError

@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from m3po_jax.data.feature_cache import PromptFeatures
+from m3po_jax.data.image_buckets import ImageBuckets
 from m3po_jax.data.model_images import ImagePlan, Images, ProcessedImage, joined
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
@@ -26,6 +27,10 @@ class ImageSource(Protocol[Shown_co]):
 
 class PromptProcessor(ImageSource[tuple[ProcessedImage, ...]], Protocol):
     """What the other pipelines need of `models.processor.Processor`."""
+
+    @property
+    def image_buckets(self) -> ImageBuckets | None:
+        """Sizes that rows of images are filled up to; None: images are all of one size."""
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...
@@ -60,13 +65,16 @@ def seen_images(
     if not prompt.images:
         return {}
     if features is not None:
-        return joined(features(prompt) if needed else features.absent(prompt))
-    return joined(images_of(processor, prompt) if needed else processor.absent_images(prompt))
+        shown = features(prompt) if needed else features.absent(prompt)
+    else:
+        shown = images_of(processor, prompt) if needed else processor.absent_images(prompt)
+    return joined(shown, processor.image_buckets)
 
 
 def image_layout(processor: PromptProcessor, prompt: Prompt) -> Images:
     """The integer arrays of a prompt's images, which blank ones have too; no pixel is read."""
-    return joined([plan.filled() for plan in processor.image_plans(prompt)]) if prompt.images else {}
+    plans = processor.image_plans(prompt) if prompt.images else []
+    return joined([plan.filled() for plan in plans], processor.image_buckets)
 
 
 def prompt_ids(processor: PromptProcessor, prompt: Prompt) -> np.ndarray:

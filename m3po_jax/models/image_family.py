@@ -67,6 +67,7 @@ class ImageFamily:
         tower_cost: See `TowerCost`.
         feature_width: Of what `VisionLanguageModel.encode_images` gives.
         count_features: ``(config, images of a batch on the host) -> [b]``: the features that each row's images have.
+        several_sizes: Images take several numbers of tokens, and each token a whole number of a float array.
         feature_settings: What that depends on beside the tower's weights.
     """
 
@@ -77,3 +78,4 @@ class ImageFamily:
     feature_width: Callable[[Any], int]
     count_features: Callable[[Any, Images], Int[np.ndarray, " b"]]
     feature_settings: Callable[[Any], tuple[Any, ...]]
+    several_sizes: bool = False

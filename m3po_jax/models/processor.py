@@ -7,6 +7,8 @@ tokens switched off, so that ``</s>`` or ``<image>`` written by a user or a mode
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +20,7 @@ from jaxtyping import Int
 
 from m3po_jax.data import schema
 from m3po_jax.data.chat_template import ChatTemplate, template_note
+from m3po_jax.data.image_buckets import ImageBuckets, choose_buckets
 from m3po_jax.data.images import IMAGE_FITS, decode, header_size, picture_hash, read_encoded
 from m3po_jax.data.model_images import ImagePlan, ImageReader, ProcessedImage
 from m3po_jax.data.templates import (
@@ -36,6 +39,8 @@ from m3po_jax.models.image_family import ImageSettings
 
 if TYPE_CHECKING:
     from m3po_jax.models.registry import Description
+
+_ROWS_LOOKED_AT = 4096
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Processor:
         require_image: Refuse prompts without an image.
         eos_token_ids: Any of them ends an answer that is generated; `eos_token_id` is the first.
         max_positions: Of the model; a prompt that takes them all is refused. None: unknown.
+        image_buckets: Sizes that rows of images are filled up to, see `with_buckets`; None: images are of one size.
         notes: What a user should know of the directory's files, a line each.
     """
 
@@ -72,6 +78,7 @@ class Processor:
     require_image: bool = False
     eos_token_ids: tuple[int, ...] = ()
     max_positions: int | None = None
+    image_buckets: ImageBuckets | None = None
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -152,6 +159,7 @@ class Processor:
             require_image=require_image,
             eos_token_ids=end_ids,
             max_positions=config.text.max_positions,
+            image_buckets=ImageBuckets() if family.several_sizes else None,
             notes=tuple(note for note in notes if note),
         )
 
@@ -238,9 +246,26 @@ class Processor:
         """What the sizes of the prompt's images say; no pixel is read.
 
         Raises:
-            UserError: naming the row, for a header that has to be read and cannot.
+            UserError: naming the row, for a header that cannot be read, and an image that cannot be fitted.
         """
-        return [self.image_reader.plan(partial(self._size, image, _place(prompt))) for image in prompt.images]
+        where = _place(prompt)
+        try:
+            return [self.image_reader.plan(partial(self._size, image, where)) for image in prompt.images]
+        except UserError as error:
+            raise UserError(error.what, where=error.where or where, remedy=error.remedy) from None
+
+    def with_buckets(self, prompts: Sequence[schema.Prompt], most: int) -> Processor:
+        """The processor with at most so many sizes of rows of images, chosen for prompts like these.
+
+        No more than `_ROWS_LOOKED_AT` of them are looked at, evenly among all, and of their images the headers alone.
+        """
+        if self.image_buckets is None:
+            return self
+        counts: list[list[int]] = []
+        for row in range(0, len(prompts), max(1, -(-len(prompts) // _ROWS_LOOKED_AT))):
+            with contextlib.suppress(UserError):  # whoever uses the row says what is wrong with it
+                counts.append([plan.tokens for plan in self.image_plans(prompts[row])])
+        return dataclasses.replace(self, image_buckets=choose_buckets(counts, most))
 
     def _size(self, image: schema.Image, where: str) -> tuple[int, int]:
         return header_size(image, root=self.image_root, max_pixels=self.max_image_pixels, where=where)

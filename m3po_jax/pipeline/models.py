@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,10 @@ class Policy:
     @property
     def model(self) -> Any:
         return self.loaded.model
+
+    def padding_for(self, prompts: Sequence[Prompt], most: int) -> Policy:
+        """The policy with sizes of images chosen for these prompts, see `Processor.with_buckets`."""
+        return dataclasses.replace(self, processor=self.processor.with_buckets(prompts, most))
 
 
 def model_identity(model: Loaded | Description) -> str:

@@ -137,7 +137,8 @@ def _ask_batch(
     shown = shared_images(processor, [question.prompt for question in block], scorer.own_rows)
     for index, (question, images) in enumerate(zip(block, shown, strict=True)):
         branches = [*question.branches, *[np.zeros(0, np.int32)] * (width - len(question.branches))]
-        rows.append(TreeRow(question.prefix, joined(images), tuple(branches), (math.nan,) * width, index))
+        joint = joined(images, processor.image_buckets)
+        rows.append(TreeRow(question.prefix, joint, tuple(branches), (math.nan,) * width, index))
     tree = collate_tree(rows)
     batch = tree.prompts([question.prompt.id for question in block])
     return scorer.choice_probabilities(batch, choices, tree.branch_ids, tree.branch_mask).astype(np.float64)

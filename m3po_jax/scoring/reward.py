@@ -95,7 +95,7 @@ class Reward(Backend):
             rows = [
                 TreeRow(
                     np.asarray(self.processor.encode_prompt(prompt), np.int32),
-                    joined(shown[index]),
+                    joined(shown[index], self.processor.image_buckets),
                     tuple(np.asarray(ids, np.int32) for ids in pool) + (np.zeros(0, np.int32),) * (most - len(pool)),
                     (math.nan,) * most,
                     index,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from m3po_jax.config import LoRAConfig, MeshConfig
 from m3po_jax.data.collation import PromptBatch
 from m3po_jax.data.model_images import joined, stacked
 from m3po_jax.data.padding import pad_prompts
+from m3po_jax.errors import UserError
 from m3po_jax.hosts.sharding import make_mesh
 from m3po_jax.inference.generator import Generator
 from m3po_jax.inference.settings import SamplingConfig
@@ -329,3 +331,37 @@ def test_flat_files_and_new_names_are_the_same_model(tmp_path: Path) -> None:
     assert again.config == loaded.config and not again.description.notes
     for ours, other in zip(*(jax.tree.leaves(nnx.state(one.model)) for one in (again, loaded)), strict=True):
         np.testing.assert_array_equal(ours, other)
+
+
+def test_what_cannot_be_read_is_one_line(pair: Pair, tmp_path: Path) -> None:
+    """Images, processor files and limits; an image's row is named before a pixel is read."""
+    long = dataclasses.replace(prompt("long", "What is in the image?", (201, 1)), where="rows.jsonl:3 (id 'long')")
+    for read in (pair.processor.encode_prompt, pair.processor.images):
+        with pytest.raises(UserError, match=r"rows.jsonl:3 .*201 x 1 pixels\) is more than 200 times as long"):
+            read(long)
+    folder = pair.loaded.directory
+    limited = Processor.from_pretrained(folder, "chat", "pad", min_pixels=64, max_pixels=256)
+    assert (
+        limited.image_plans(PROMPTS[2])[0].tokens == 2
+        and limited.image_reader.key() != pair.processor.image_reader.key()
+    )
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    for changes, message in (
+        ({"image_processor_type": "CLIPImageProcessor"}, "image_processor_type is 'CLIPImageProcessor'"),
+        ({"patch_size": 14}, "patch_size is 14, config.json says 4"),
+        ({"merge_size": 1}, "merge_size is 1, config.json says 2"),
+        ({"do_resize": False}, "do_resize and do_convert_rgb must be true"),
+        ({"max_pixels": "many"}, "max_pixels is 'many'"),
+        ({"min_pixels": 9000}, "min_pixels 9000 is more than max_pixels"),
+        ({"image_std": [1]}, "malformed image processor settings"),
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps({**settings, **changes}))
+        with pytest.raises(UserError, match=message) as caught:
+            Processor.from_pretrained(tmp_path, "chat", "pad")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"model\.max_pixels: max_pixels is 0"):
+        Processor.from_pretrained(folder, "chat", "pad", max_pixels=0)
+    with pytest.raises(UserError, match=r"model\.max_pixels: images of a llava model are all of one size"):
+        Processor.from_pretrained("builtin:quickstart-base", "plain", "pad", max_pixels=100)

@@ -187,6 +187,7 @@ def patch_images(feature_width: Callable[[Any], int]) -> ImageFamily:
         feature_width=feature_width,
         count_features=_count_features,
         feature_settings=lambda config: (config.vision,),
+        several_sizes=True,
     )
 
 
