@@ -147,12 +147,11 @@ def embedded_prompts(
 ) -> PromptInputs:
     """What the decoder reads of prompts."""
     features, layout = (None, {}) if images is None else images
-    injects = features is not None and model.config.text.injected_layers > 0
-    return PromptInputs(
-        model.embed_prompts(token_ids, features),
-        model.prompt_positions(token_ids, mask, layout),
-        model.injected_states(token_ids, features) if injects else None,
-    )
+    injected = None
+    if features is not None and model.config.text.injected_layers:
+        injected = model.injected_states(token_ids, features)
+    x, positions = model.embed_prompts(token_ids, features), model.prompt_positions(token_ids, mask, layout)
+    return PromptInputs(x, positions, injected)
 
 
 def branch_hidden(

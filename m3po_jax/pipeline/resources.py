@@ -148,7 +148,7 @@ class Resources:
         if policy.processor.image_buckets is None:
             return policy
         path = pairs_instead_of_prompts(self.recipe)
-        rows = PairPrompts(self._read_pairs(path)) if path else self.source
+        rows: Any = PairPrompts(self._read_pairs(path)) if path else self.source
         return policy.padding_for(rows, self.recipe.data.image_buckets)
 
     @functools.cached_property

@@ -187,7 +187,8 @@ def normalized(raw: dict[str, Any], where: str) -> dict[str, Any]:
         return raw
     text = {key: raw[key] for key in raw if key in TEXT_FIELDS and key not in _OF_THE_WHOLE}
     rest = {key: value for key, value in raw.items() if key not in text}
-    ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in raw}
+    named = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids: dict[str, Any] = {key: raw[key] for key in named if key in raw}
     return {**rest, **ids, "text_config": {"model_type": "qwen2_5_vl_text", **text}}
 
 

@@ -117,7 +117,7 @@ class VisionTower(nnx.Module):
             return jnp.take_along_axis(of_unit, at, axis=1).reshape(y.shape)
 
         x, image = in_windows(x), in_windows(image)
-        rotary = axial_rotary(*map(in_windows, places), c.head_dim, c.rope_theta)
+        rotary = axial_rotary(in_windows(places[0]), in_windows(places[1]), c.head_dim, c.rope_theta)
         window = jnp.repeat(windows.window, c.unit, axis=1)
         longest = c.window**2 * c.unit
         full = jnp.array([layer in c.full_layers for layer in range(c.num_layers)])

@@ -28,11 +28,8 @@ def tower(config: TowerConfig, prefix: str, mlp: tuple[str, ...]) -> dict[Path, 
         mlp: The linear layers of its MLPs.
     """
     size = (config.hidden_size, 3, config.frames, config.patch_size, config.patch_size)
-    tensors = {
-        ("vision_tower", "patch_embed", "proj", "kernel"): Source(
-            f"{prefix}.patch_embed.proj.weight", "flat", shape=size
-        )
-    }
+    patches = Source(f"{prefix}.patch_embed.proj.weight", "flat", shape=size)
+    tensors: dict[Path, Source] = {("vision_tower", "patch_embed", "proj", "kernel"): patches}
     blocks, layer = ("vision_tower", "blocks"), f"{prefix}.blocks.{{}}"
     for norm in ("norm1", "norm2"):
         tensors[(*blocks, norm, "scale")] = Source(f"{layer}.{norm}.weight")

@@ -5,6 +5,7 @@ Shape suffixes: as in `qwen2_5_vl/tower.py`; L layers whose states go to the dec
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -105,8 +106,9 @@ class VisionTower(nnx.Module):
             share = at - jnp.floor(at)
             return (low, 1.0 - share), (jnp.minimum(low + 1, side - 1), share)
 
-        return sum(
+        corners = [
             self.pos_embed(row * side + column) * (of_row * of_column)[..., None]
             for row, of_row in taps(rows, height)
             for column, of_column in taps(columns, width)
-        )
+        ]
+        return functools.reduce(jnp.add, corners)
