@@ -95,6 +95,14 @@ def test_mock_keeps_the_settings_of_the_method(path):
     assert mesh_sizes(small, 1) == {"data": 1, "fsdp": 1, "tensor": 1}
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_recipe_takes_the_model_that_it_is_named_after(path):
+    recipe = load_recipe(path)
+    letters = re.sub(r"[^a-z0-9]", "", recipe.model.path.rpartition("/")[2].lower())
+    name = next(name for name in MODELS if path.stem.startswith(name))
+    assert letters.startswith(name.replace("_", "")) and recipe.score.model != recipe.model.path
+
+
 def test_names_do_not_collide():
     names = [load_recipe(path).name for path in FILES]
     assert len(set(names)) == len(names)
