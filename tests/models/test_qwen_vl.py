@@ -211,7 +211,7 @@ def test_answers_are_transformers_own(pair: Pair) -> None:
             np.testing.assert_allclose(sampled.log_probs[row, k, : len(drawn)], wanted, rtol=0, atol=1e-4)
 
 
-RANK = LoRAConfig(lora_rank=2, lora_alpha=4.0, target_modules=["q_proj", "v_proj", "down_proj"])
+RANK = LoRAConfig(lora_rank=2, lora_alpha=4.0, target_modules=["q_proj", "v_proj", "down_proj"], train_projector=True)
 
 
 def test_adapters_and_exports_are_pefts_own(pair: Pair, tmp_path: Path) -> None:
@@ -223,7 +223,9 @@ def test_adapters_and_exports_are_pefts_own(pair: Pair, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for linear in lora.adapters(model).values():
         linear.lora_b[...] = jnp.asarray(rng.normal(size=linear.lora_b.shape) * 0.1, jnp.float32)
-    export_adapter(model, str(pair.loaded.directory), tmp_path / "adapter", RANK)
+    for _, value in nnx.to_flat_state(nnx.state(model.projector)):
+        value[...] = value[...] + jnp.asarray(rng.normal(size=value.shape) * 0.02, jnp.float32)
+    export_adapter(model, str(pair.loaded.directory), tmp_path / "adapter", RANK, base=pair.loaded)
     out = export_model(model, pair.loaded, tmp_path / "merged", dtype="float32")
     base = type(pair.theirs).from_pretrained(pair.loaded.directory, dtype=torch.float32)
     wrapped = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
@@ -243,6 +245,8 @@ def test_adapters_and_exports_are_pefts_own(pair: Pair, tmp_path: Path) -> None:
     load_adapter(again, tmp_path / "adapter")
     for path, linear in lora.adapters(model).items():
         np.testing.assert_array_equal(lora.adapters(again)[path].lora_b[...], linear.lora_b[...])
+    for learned, read in zip(*(jax.tree.leaves(nnx.state(one.projector)) for one in (model, again)), strict=True):
+        np.testing.assert_array_equal(learned, read)
     exported = load_float32(out)
     assert exported.config == pair.loaded.config
     copy = export_model(exported.model, exported, tmp_path / "copy")
