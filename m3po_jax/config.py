@@ -69,6 +69,10 @@ class ModelConfig:
     # chat: the model directory's own template; see data/templates.py
     template: Annotated[str, OneOf("data.templates:TEMPLATES", "chat")] = "vicuna_v1"
     image_fit: Annotated[str, OneOf("data.images:IMAGE_FITS")] = "pad"  # see data/images.py
+    # smaller images are scaled up to so many, where a model's images have several sizes; null: the directory's own
+    min_pixels: Count | None = None
+    # larger images are scaled down to so many, where a model's images have several sizes; null: the directory's own
+    max_pixels: Count | None = None
     # what the backward pass recomputes
     remat: Annotated[str, OneOf("models.layers:REMAT_POLICIES"), OPERATIONAL] = "full"
     # pallas: TPU kernels; cudnn: NVIDIA GPUs, 16-bit types
@@ -88,6 +92,8 @@ class DataConfig:
     image_root: File = ""  # relative image paths stay inside it; default: the data file's folder
     limit: Count | None = None
     max_image_pixels: Annotated[Count, OPERATIONAL] = 50_000_000  # a larger image is refused before it is decoded
+    # most sizes that rows of images are padded to, where a model's images have several; chosen for the data
+    image_buckets: Annotated[int, Range(1, 64), OPERATIONAL] = 6
     # an image's EXIF orientation; LLaVA's own code ignores it
     exif: Annotated[str, OneOf("data.schema:EXIF")] = "apply"
     instruction: str = ""  # of rows that have none, such as the images of a folder

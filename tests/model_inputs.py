@@ -34,6 +34,7 @@ class SquareImages:
 
     image_shape: tuple[int, int, int]
     tokens_per_image: int
+    image_buckets = None
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         raise NotImplementedError

@@ -1,11 +1,11 @@
 """What a model sees of images, whatever its family: a few named arrays an image, packed alike for all families.
 
 An image becomes arrays whose first axis counts the family's own units (images, tiles, patches); those of one image
-are joined end to end along it with those of the row's other images, and rows are filled up with zeros. *Float* arrays
-are read from pixels, normalised, so that zero is the mean colour; *integer* arrays (the *layout*) say how an image
-lies, and follow from its size alone. Two names are everybody's: ``tokens``, how many image tokens each image takes in
-the prompt (0 for what fills up), and ``features``, what the vision tower makes of images, one for each image token,
-which stands in for all other float arrays.
+are joined end to end along it with those of the row's other images, and rows are filled up with zeros, to sizes of
+`image_buckets` where images differ. *Float* arrays are read from pixels, normalised, so that zero is the mean colour;
+*integer* arrays (the *layout*) say how an image lies, and follow from its size alone. Two names are everybody's:
+``tokens``, how many image tokens each image takes in the prompt (0 for what fills up), and ``features``, what the
+vision tower makes of images, one for each image token, which stands in for all other float arrays.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image as PILImage
+
+from m3po_jax.data.image_buckets import ImageBuckets
 
 # Of a batch: arrays with a leading axis for rows, NumPy's on the host and JAX's in a program.
 Images = dict[str, Any]
@@ -59,7 +61,11 @@ class ImageReader(Protocol):
     """How a family reads images; picklable, for loader processes."""
 
     def plan(self, size: Size) -> ImagePlan:
-        """What is known before pixels are read; a family whose images all take the same does not call `size`."""
+        """What is known before pixels are read; a family whose images all take the same does not call `size`.
+
+        Raises:
+            UserError: an image that cannot be fitted.
+        """
 
     def read(self, image: PILImage.Image) -> dict[str, np.ndarray]:
         """The float arrays of an image, of the shapes that its plan says, float32.
@@ -77,15 +83,29 @@ def layout_of(images: Mapping[str, Any] | None) -> Images:
     return {name: x for name, x in (images or {}).items() if np.issubdtype(x.dtype, np.integer)}
 
 
-def joined(images: Sequence[ProcessedImage]) -> Images:
-    """The arrays of one row: those of its images end to end; {} without images."""
+def joined(images: Sequence[ProcessedImage], buckets: ImageBuckets | None = None) -> Images:
+    """The arrays of one row: those of its images end to end; {} without images.
+
+    Args:
+        buckets: Sizes that the row is filled up to; None: it is not.
+    """
     if not images:
         return {}
-    counts = {TOKENS: np.array([image.tokens for image in images], np.int32)}
-    names = images[0].arrays
-    if len(images) == 1:
-        return counts | names
-    return counts | {name: np.concatenate([image.arrays[name] for image in images]) for name in names}
+    counts = np.array([image.tokens for image in images], np.int32)
+    row = {TOKENS: counts}
+    for name, first in images[0].arrays.items():
+        row[name] = first if len(images) == 1 else np.concatenate([image.arrays[name] for image in images])
+    if buckets is None:
+        return row
+    tokens = int(counts.sum())
+    return {name: _filled_up(x, buckets.length(len(x), tokens, len(images))) for name, x in row.items()}
+
+
+def _filled_up(x: np.ndarray, length: int) -> np.ndarray:
+    """An array with zeros behind it."""
+    if len(x) == length:
+        return x
+    return np.concatenate([x, np.zeros((length - len(x), *x.shape[1:]), x.dtype)])
 
 
 def stacked(rows: Sequence[Mapping[str, np.ndarray]]) -> Images | None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from m3po_jax.data.collation import PromptRow
 from m3po_jax.data.feature_cache import PromptFeatures
+from m3po_jax.data.image_buckets import ImageBuckets
 from m3po_jax.data.model_images import ImagePlan, ProcessedImage, joined
 from m3po_jax.data.schema import Prompt, PromptTokens
 from m3po_jax.errors import UserError
@@ -27,6 +28,10 @@ class ImageSource(Protocol[Shown_co]):
 
 class PromptProcessor(ImageSource[tuple[ProcessedImage, ...]], Protocol):
     """What the other pipelines need of `models.processor.Processor`."""
+
+    @property
+    def image_buckets(self) -> ImageBuckets | None:
+        """Sizes that rows of images are filled up to; None: images are all of one size."""
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...
@@ -78,7 +83,7 @@ def prompt_row(
     token_ids = np.asarray(processor.encode_prompt(prompt), np.int32)
     if shown is None:
         shown = _shown(processor, prompt, features, needed, pixels) if prompt.images else ()
-    return PromptRow(prompt.id, token_ids, joined(shown), **more)
+    return PromptRow(prompt.id, token_ids, joined(shown, processor.image_buckets), **more)
 
 
 def _shown(

@@ -33,6 +33,7 @@ def prefill(
     positions: Int[Array, "b p *axes"],
     mask: Bool[Array, "b p"],
     keep: Callable[[int, KV], None],
+    injected: Float[Array, "l b p e"] | None = None,
 ) -> Float[Array, "b e"]:
     """The last unpadded token's state before the final norm.
 
@@ -40,6 +41,7 @@ def prefill(
 
     Args:
         keep: called with each layer's number and its keys and values [B, G, P, D].
+        injected: what is added to the states after each of the first layers.
     """
     rotary = rotary_of_kinds(config, positions)
     layout = Causal(mask, config.attention)
@@ -64,6 +66,8 @@ def prefill(
 
         pick = layout.last.pick if final else lambda y: y
         x = decoder_layer(config, layer, x, rotary[config.kind_numbers[index]], attend, pin=pin, pick=pick)
+        if injected is not None and index < len(injected):
+            x = x + pick(injected[index]).astype(x.dtype)
     return x[:, 0]
 
 

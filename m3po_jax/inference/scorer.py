@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Float32, Int
 
 from m3po_jax.data.collation import PromptBatch
+from m3po_jax.data.image_buckets import ImageBuckets
 from m3po_jax.data.model_images import layout_of
 from m3po_jax.data.padding import answer_bucket, bucket, pad_rows
 from m3po_jax.errors import UserError
@@ -243,6 +244,6 @@ class Scorer:
         return choices_program, (self.graph, self.state, inputs, 0)
 
     def _image_tokens(self, batch: PromptBatch) -> int:
-        """The most image tokens that a prompt has."""
+        """The most image tokens that a prompt has, or a little more: every number is a program of its own."""
         tokens = (batch.token_ids == self.model_config.image_token_id) & batch.mask.astype(bool)
-        return int(tokens.sum(axis=1).max(initial=0))
+        return ImageBuckets().holding(int(tokens.sum(axis=1).max(initial=0)))

@@ -33,6 +33,8 @@ class DecoderConfig:
         rotary_axes: Where positions have several axes (text, height, width), the axis that each of the `head_dim`/2
             frequencies turns by: Qwen2-VL's sections of them, or Qwen3-VL's interleaved ones. Tokens with one
             position turn by it everywhere.
+        injected_layers: So many first layers after each of which features of images are added to the states of their
+            tokens; see `forward.VisionLanguageModel.injected_states`.
         layer_pattern: The kinds of the layers, from the first on, repeated as often as there are layers.
         attention: The kernels that attention runs on, see `models/kernels`.
     """
@@ -51,6 +53,7 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     max_positions: int = 4096
     rotary_axes: tuple[int, ...] = ()
+    injected_layers: int = 0
     layer_pattern: tuple[LayerKind, ...] = (LayerKind(),)
     attention: str = "xla"
 

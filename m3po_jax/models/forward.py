@@ -46,6 +46,19 @@ class EncodedImages(NamedTuple):
     layout: Images
 
 
+class PromptInputs(NamedTuple):
+    """What the decoder reads of prompts.
+
+    Attributes:
+        x: Its inputs.
+        injected: What is added to the states after each of the first layers; None: nothing.
+    """
+
+    x: Float[Array, "b s d"]
+    positions: Positions
+    injected: Float[Array, "l b s d"] | None
+
+
 class VisionLanguageConfig(Protocol):
     """What shared code reads of a configuration; a dataclass, whose fields called `attention` name kernels."""
 
@@ -82,6 +95,12 @@ class VisionLanguageModel(Protocol):
         self, token_ids: Int[Array, "b s"], features: Float[Array, "b f v"] | None
     ) -> Float[Array, "b s d"]:
         """Decoder inputs: token embeddings, with features in the places of image tokens, in order."""
+
+    def injected_states(
+        self, token_ids: Int[Array, "b s"], features: Float[Array, "b f v"]
+    ) -> Float[Array, "l b s d"]:
+        """What is added to prompts' states after each of the first `DecoderConfig.injected_layers` layers; not asked
+        for where there are none."""
 
     def prompt_positions(self, token_ids: Int[Array, "b s"], mask: Bool[Array, "b s"], layout: Images) -> Positions:
         """How rotary positions run through prompts; `text_positions` where images change nothing about it."""
@@ -125,10 +144,14 @@ def embedded_prompts(
     token_ids: Int[Array, "b s"],
     mask: Bool[Array, "b s"],
     images: EncodedImages | None,
-) -> tuple[Float[Array, "b s d"], Positions]:
-    """What the decoder reads of prompts: inputs and positions."""
+) -> PromptInputs:
+    """What the decoder reads of prompts."""
     features, layout = (None, {}) if images is None else images
-    return model.embed_prompts(token_ids, features), model.prompt_positions(token_ids, mask, layout)
+    injected = None
+    if features is not None and model.config.text.injected_layers:
+        injected = model.injected_states(token_ids, features)
+    x, positions = model.embed_prompts(token_ids, features), model.prompt_positions(token_ids, mask, layout)
+    return PromptInputs(x, positions, injected)
 
 
 def branch_hidden(
@@ -150,7 +173,7 @@ def branch_hidden(
     """
     b, k, t = branch_ids.shape
     t -= 1
-    prefix, places = embedded_prompts(model, prefix_ids, prefix_mask, images)
+    prefix, places, injected = embedded_prompts(model, prefix_ids, prefix_mask, images)
     branches = model.decoder.embed_tokens(branch_ids[:, :, :t].reshape(b, k * t)).astype(prefix.dtype)
     following = places.following[:, None, None] + jnp.arange(t)[None, None, :]
     following = jnp.broadcast_to(following, (b, k, t)).reshape(b, k * t)
@@ -158,8 +181,9 @@ def branch_hidden(
     following = jnp.broadcast_to(following.reshape(b, k * t, *(1,) * len(axes)), (b, k * t, *axes))
     positions = jnp.concatenate([places.of_prompt, following], axis=1)
     tree = Tree(prefix_mask, branch_mask[:, :, :t], model.decoder.config.attention)
+    x = jnp.concatenate([prefix, branches], axis=1)
     hidden = model.decoder.needed_states(
-        jnp.concatenate([prefix, branches], axis=1), positions, tree, tree.last, remat=remat, base_learns=base_learns
+        x, positions, tree, tree.last, injected, remat=remat, base_learns=base_learns
     )
     first = jnp.broadcast_to(hidden[:, None, :1], (b, k, 1, hidden.shape[-1]))
     return jnp.concatenate([first, hidden[:, 1:].reshape(b, k, t, hidden.shape[-1])], axis=2)
@@ -210,5 +234,5 @@ def reference_forward(
 ) -> Float[Array, "b s vocab"]:
     """Plain causal logits at every position, for tests and small tools."""
     real = mask.astype(bool)
-    x, positions = embedded_prompts(model, token_ids, real, images)
-    return model.decoder.logits(model.decoder(x, positions.of_prompt, Causal(real)))
+    x, positions, injected = embedded_prompts(model, token_ids, real, images)
+    return model.decoder.logits(model.decoder(x, positions.of_prompt, Causal(real), injected))

@@ -12,6 +12,32 @@ from jaxtyping import Int
 
 from m3po_jax.data.images import ImageFit
 from m3po_jax.data.model_images import ImagePlan, ImageReader, Images
+from m3po_jax.errors import UserError
+
+TYPICAL_SIZE = (640, 480)  # width and height of most of COCO's images
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """What a recipe says of how images are read.
+
+    Attributes:
+        fit: How families whose images are squares fit them (`model.image_fit`).
+        min_pixels, max_pixels: Of a scaled image, where a family's images have several sizes; None: the model
+            directory's own.
+    """
+
+    fit: ImageFit = "pad"
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    def check_square(self, family: str) -> None:
+        """UserError where limits are given to a family whose images are all of one size."""
+        for name in ("min_pixels", "max_pixels"):
+            if getattr(self, name) is not None:
+                raise UserError(
+                    f"images of a {family} model are all of one size", where=f"model.{name}", remedy="remove it"
+                )
 
 
 @dataclass(frozen=True)
@@ -35,19 +61,21 @@ class ImageFamily:
 
     Attributes:
         token_key: The field of ``config.json`` that names the image token, for messages.
-        reader: ``(config, folders, fit) -> reader``: from the settings of an image processor in the first of the
-            folders that has one; `fit` is the recipe's `model.image_fit`. Raises UserError.
-        typical: What an image of usual size (the largest, where that is given) becomes: for estimates and plans.
+        reader: ``(config, folders, settings) -> reader``: from the settings of an image processor in the first of
+            the folders that has one. Raises UserError.
+        typical: What an image of `TYPICAL_SIZE` becomes under the family's usual settings: for estimates and plans.
         tower_cost: See `TowerCost`.
         feature_width: Of what `VisionLanguageModel.encode_images` gives.
         count_features: ``(config, images of a batch on the host) -> [b]``: the features that each row's images have.
+        several_sizes: Images take several numbers of tokens, and each token a whole number of a float array.
         feature_settings: What that depends on beside the tower's weights.
     """
 
     token_key: str
-    reader: Callable[[Any, Sequence[Path], ImageFit], ImageReader]
+    reader: Callable[[Any, Sequence[Path], ImageSettings], ImageReader]
     typical: Callable[[Any], ImagePlan]
     tower_cost: Callable[[Any], TowerCost]
     feature_width: Callable[[Any], int]
     count_features: Callable[[Any, Images], Int[np.ndarray, " b"]]
     feature_settings: Callable[[Any], tuple[Any, ...]]
+    several_sizes: bool = False

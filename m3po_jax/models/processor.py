@@ -7,6 +7,7 @@ tokens switched off, so that ``</s>`` or ``<image>`` written by a user or a mode
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from jaxtyping import Int
 
 from m3po_jax.data import schema
 from m3po_jax.data.chat_template import ChatTemplate, template_note
+from m3po_jax.data.image_buckets import ImageBuckets, choose_buckets
 from m3po_jax.data.images import IMAGE_FITS, decode, header_size, picture_hash, read_encoded
 from m3po_jax.data.kept_images import KeptImages
 from m3po_jax.data.model_images import ImagePlan, ImageReader, ProcessedImage
@@ -36,9 +38,12 @@ from m3po_jax.data.templates import (
 )
 from m3po_jax.data.tokenizer import PlainText, TokenizerFiles, end_tokens, load_tokenizer
 from m3po_jax.errors import UserError, nearest
+from m3po_jax.models.image_family import ImageSettings
 
 if TYPE_CHECKING:
     from m3po_jax.models.registry import Description
+
+_ROWS_LOOKED_AT = 4096
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Processor:
         require_image: Refuse prompts without an image.
         eos_token_ids: Any of them ends an answer that is generated; `eos_token_id` is the first.
         max_positions: Of the model; a prompt that takes them all is refused. None: unknown.
+        image_buckets: Sizes that rows of images are filled up to, see `with_buckets`; None: images are of one size.
         notes: What a user should know of the directory's files, a line each.
         kept: Images that were read last.
     """
@@ -76,6 +82,7 @@ class Processor:
     require_image: bool = False
     eos_token_ids: tuple[int, ...] = ()
     max_positions: int | None = None
+    image_buckets: ImageBuckets | None = None
     notes: tuple[str, ...] = ()
     kept: KeptImages = field(default_factory=KeptImages, compare=False, repr=False)
 
@@ -91,6 +98,8 @@ class Processor:
         max_image_pixels: int = 50_000_000,
         max_prompt_tokens: int | None = None,
         require_image: bool = False,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> Processor:
         """Reads tokenizer, image processor and templates of a model; sizes follow its configuration.
 
@@ -98,6 +107,7 @@ class Processor:
             model: Its directory, or what `registry.describe` says of it.
             template: A name of `templates.TEMPLATES`, or ``chat`` for the directory's own.
             vision_tower: A directory whose tower, and image processor, replace the model's own.
+            min_pixels, max_pixels: See `image_family.ImageSettings`.
 
         Raises:
             UserError: a file is missing or malformed, or the files contradict each other.
@@ -120,6 +130,7 @@ class Processor:
                 where=where,
                 remedy=f"take a model of one of these families: {answering}",
             )
+        settings = ImageSettings(image_fit, min_pixels, max_pixels)  # type: ignore[arg-type]
         files = load_tokenizer(folder)
         tokenizer, rows = files.tokenizer, config.text.vocab_size
         image_token_id = config.image_token_id
@@ -142,7 +153,7 @@ class Processor:
         return cls(
             template=chosen,
             text=PlainText(files.serialized, frozenset(forbidden), unknown),
-            image_reader=family.reader(config, [*filter(None, [model.tower]), folder], image_fit),
+            image_reader=family.reader(config, [*filter(None, [model.tower]), folder], settings),
             image_token_id=image_token_id,
             eos_token_id=end_ids[0],
             pad_token_id=pad,
@@ -153,6 +164,7 @@ class Processor:
             require_image=require_image,
             eos_token_ids=end_ids,
             max_positions=config.text.max_positions,
+            image_buckets=ImageBuckets() if family.several_sizes else None,
             notes=tuple(note for note in notes if note),
         )
 
@@ -264,9 +276,26 @@ class Processor:
         """What the sizes of the prompt's images say; no pixel is read.
 
         Raises:
-            UserError: naming the row, for a header that has to be read and cannot.
+            UserError: naming the row, for a header that cannot be read, and an image that cannot be fitted.
         """
-        return [self.image_reader.plan(partial(self._size, image, _place(prompt))) for image in prompt.images]
+        where = _place(prompt)
+        try:
+            return [self.image_reader.plan(partial(self._size, image, where)) for image in prompt.images]
+        except UserError as error:
+            raise UserError(error.what, where=error.where or where, remedy=error.remedy) from None
+
+    def with_buckets(self, prompts: Sequence[schema.Prompt], most: int) -> Processor:
+        """The processor with at most so many sizes of rows of images, chosen for prompts like these.
+
+        No more than `_ROWS_LOOKED_AT` of them are looked at, evenly among all, and of their images the headers alone.
+        """
+        if self.image_buckets is None:
+            return self
+        counts: list[list[int]] = []
+        for row in range(0, len(prompts), max(1, -(-len(prompts) // _ROWS_LOOKED_AT))):
+            with contextlib.suppress(UserError):  # whoever uses the row says what is wrong with it
+                counts.append([plan.tokens for plan in self.image_plans(prompts[row])])
+        return dataclasses.replace(self, image_buckets=choose_buckets(counts, most))
 
     def _size(self, image: schema.Image, where: str) -> tuple[int, int]:
         return header_size(image, root=self.image_root, max_pixels=self.max_image_pixels, where=where)

@@ -81,7 +81,7 @@ def vision_features(recipe: Recipe, policy: Policy, processor: Processor, mesh: 
         done: list[np.ndarray] = []
         for start in range(0, len(images), at_once):
             part = images[start : start + at_once]
-            rows = stacked([joined([image]) for image in part])
+            rows = stacked([joined([image], processor.image_buckets) for image in part])
             padded = jax.tree.map(lambda x: pad_rows(x, at_once), rows)
             with use_mesh(mesh):
                 features = to_host(image_features(graph, state, shard_batch(padded, mesh)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from m3po_jax.config import BenchmarkConfig, DataConfig, MeshConfig, Recipe, ScoreConfig
+from m3po_jax.config import BenchmarkConfig, DataConfig, MeshConfig, ModelConfig, Recipe, ScoreConfig
+from m3po_jax.data.templates import CHAT
 from m3po_jax.objectives.objective import Learner
 from m3po_jax.objectives.registry import objective_of
 
@@ -43,7 +44,11 @@ def shrink(recipe: Recipe) -> Recipe:
             dtype="float32",
             param_dtype="float32",
             attention="xla",
+            # The quickstart's models have no template of their own, and images of one size.
+            template=ModelConfig.template if recipe.model.template == CHAT else recipe.model.template,
             image_fit="stretch",
+            min_pixels=None,
+            max_pixels=None,
         ),
         data=_rows("prompts"),
         generate=replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from m3po_jax.models import lora
 from m3po_jax.models.dual_encoder import DualEncoderConfig
 from m3po_jax.models.hub import pinned
 from m3po_jax.models.identity import directory_identity
+from m3po_jax.models.image_family import TYPICAL_SIZE
 from m3po_jax.models.processor import Processor
 from m3po_jax.models.quantization import check_quantization
 from m3po_jax.models.registry import Description, Loaded, load_model
@@ -44,6 +46,10 @@ class Policy:
     @property
     def model(self) -> Any:
         return self.loaded.model
+
+    def padding_for(self, prompts: Sequence[Prompt], most: int) -> Policy:
+        """The policy with sizes of images chosen for these prompts, see `Processor.with_buckets`."""
+        return dataclasses.replace(self, processor=self.processor.with_buckets(prompts, most))
 
 
 def model_identity(model: Loaded | Description) -> str:
@@ -83,6 +89,7 @@ def load_policy(recipe: Recipe, mesh: Mesh, *, image_root: str | Path = ".") -> 
 def policy_identity(recipe: Recipe, model: Loaded | Description) -> str:
     """A hash of a recipe's model: its files (the directory's own template among them), and how it is prompted."""
     config = recipe.model
+    limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
     is_rounded = jnp.dtype(config.param_dtype).itemsize < jnp.dtype(config.dtype).itemsize
     return content_hash(
         model_identity(model),
@@ -93,6 +100,7 @@ def policy_identity(recipe: Recipe, model: Loaded | Description) -> str:
         config.dtype,
         *([config.quantization] if config.quantization != "none" else []),
         *([config.param_dtype] if is_rounded else []),
+        *(f"{name} {limit}" for name, limit in limits.items() if limit is not None),
     )[:16]
 
 
@@ -110,9 +118,10 @@ def make_processor(recipe: Recipe, description: Description, *, image_root: str 
         image_root=image_root,
         max_image_pixels=recipe.data.max_image_pixels,
         max_prompt_tokens=config.max_prompt_tokens,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
     )
-    assert description.family.images is not None
-    text, image = description.config.text, description.family.images.typical(description.config).tokens
+    text, image = description.config.text, processor.image_reader.plan(lambda: TYPICAL_SIZE).tokens
     longest = max(recipe.generate.max_new_tokens, recipe.evaluate.max_new_tokens)
     if image + longest > text.max_positions:
         raise UserError(

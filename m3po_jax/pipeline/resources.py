@@ -10,6 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from m3po_jax.config import Recipe
+from m3po_jax.data.pair_rows import PairPrompts
 from m3po_jax.data.preference_files import FilePairs, image_folder
 from m3po_jax.data.schema import Prompt
 from m3po_jax.data.sources import PromptSource, fingerprint
@@ -50,6 +51,7 @@ class Resources:
         self.directory = RunDirectory.of(recipe)
         self.mesh: Mesh = make_mesh(recipe.mesh)
         self._pair_files: dict[str, FilePairs] = {}
+        self._checked_pairs: set[str] = set()
         self._arm_recipes: dict[str | None, Recipe] = {}
 
     def arm_recipe(self, arm: str | None) -> Recipe:
@@ -118,10 +120,15 @@ class Resources:
 
     def pair_file(self, path: str) -> FilePairs:
         """The pairs of `train.pairs` or `reward.pairs`, with tokens that the policy knows."""
-        if path not in self._pair_files:
-            pairs = read_pair_file(path, self.recipe)
+        pairs = self._read_pairs(path)
+        if path not in self._checked_pairs:
             check_recorded_tokens(pairs, self.policy.processor)
-            self._pair_files[path] = pairs
+            self._checked_pairs.add(path)
+        return pairs
+
+    def _read_pairs(self, path: str) -> FilePairs:
+        if path not in self._pair_files:
+            self._pair_files[path] = read_pair_file(path, self.recipe)
         return self._pair_files[path]
 
     @functools.cached_property
@@ -143,7 +150,12 @@ class Resources:
     @functools.cached_property
     def policy(self) -> Policy:
         with use_mesh(self.mesh):
-            return load_policy(self.recipe, self.mesh, image_root=self.image_root)
+            policy = load_policy(self.recipe, self.mesh, image_root=self.image_root)
+        if policy.processor.image_buckets is None:
+            return policy
+        path = pairs_instead_of_prompts(self.recipe)
+        rows: Any = PairPrompts(self._read_pairs(path)) if path else self.source
+        return policy.padding_for(rows, self.recipe.data.image_buckets)
 
     @functools.cached_property
     def start_model(self) -> Any:

@@ -85,6 +85,8 @@ def _row_batches(
     recipe: Recipe, policy: Policy | None, processor: Any, rows: Sequence[Prompt], *, seed: int, mesh: Mesh
 ) -> BatchSource[Any]:
     """Batches of rows of `train.data`; `policy`: whose tower's features may be cached."""
+    if policy is not None:
+        processor = processor.with_buckets(rows, recipe.data.image_buckets)
     features = None if policy is None else vision_features(recipe, policy, processor, mesh)
     if features is not None:
         fill(features, rows)

@@ -136,7 +136,8 @@ def _ask_batch(
     shown = shared_images(processor, [question.prompt for question in block], scorer.own_rows)
     for index, (question, images) in enumerate(zip(block, shown, strict=True)):
         branches = [*question.branches, *[np.zeros(0, np.int32)] * (width - len(question.branches))]
-        rows.append(PromptRow(question.prompt.id, question.prefix, joined(images), tuple(branches), place=index))
+        joint = joined(images, processor.image_buckets)
+        rows.append(PromptRow(question.prompt.id, question.prefix, joint, tuple(branches), place=index))
     tree = collate_tree(rows)
     batch = tree.prompts([row.id for row in rows])
     return scorer.choice_probabilities(batch, choices, tree.branch_ids, tree.branch_mask).astype(np.float64)

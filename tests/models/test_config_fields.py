@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from hf_models import dual_encoder, llava, load_float32, torch_and_transformers
+from hf_qwen import qwen
 
 from m3po_jax.errors import UserError
 from m3po_jax.models.config_fields import CHANGES_THE_COMPUTATION, COMMON, DECODING, Fields
@@ -26,7 +27,24 @@ ENCODER_TEXT = {
     **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "max_position_embeddings": 12},
 }
+_PATCHES = {
+    **{"depth": 3, "hidden_size": 24, "intermediate_size": 40, "num_heads": 3, "patch_size": 4},
+    **{"spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 32},
+}
 CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {
+        **{"model_type": "qwen2_5_vl", "image_token_id": 60},
+        "text_config": {
+            **{**TEXT, "num_hidden_layers": 3, "rope_parameters": {"mrope_section": [2, 1, 1]}},
+            **{"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        },
+        "vision_config": {**_PATCHES, "window_size": 16, "fullatt_block_indexes": [1]},
+    },
+    "qwen3_vl": {
+        **{"model_type": "qwen3_vl", "image_token_id": 60},
+        "text_config": {**TEXT, "head_dim": 8, "rope_parameters": {"mrope_section": [2, 1, 1]}},
+        "vision_config": {**_PATCHES, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 2]},
+    },
     "llama": {"model_type": "llama", **TEXT},
     "mistral": {"model_type": "mistral", **TEXT, "sliding_window": 8},
     "qwen2": {
@@ -97,18 +115,44 @@ OTHER = {
     **{"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
     **{"projection_dim": 21, "projection_size": 22, "m3po_pooling": "patches"},
 }
+# Those of towers whose layers are counted by `depth`, and of decoders whose positions have three axes.
+_MROPE = {"rope_type": "default", "rope_theta": 5.0, "mrope_section": [2, 1, 1]}
+OTHER_PATCHES = {
+    **{"depth": 4, "num_heads": 2, "spatial_merge_size": 1, "temporal_patch_size": 1, "window_size": 24},
+    **{"fullatt_block_indexes": [0], "num_position_embeddings": 25, "deepstack_visual_indexes": [1]},
+    **{"rope_parameters": {"rope_type": "axial", "rope_theta": 5.0}, "patch_size": 2, "hidden_size": 48},
+}
+OTHER_OF = {
+    ("qwen2_5_vl", "text_config"): {
+        "rope_parameters": _MROPE,
+        "rope_scaling": _MROPE,
+        "num_attention_heads": None,
+        "head_dim": None,
+    },
+    ("qwen3_vl", "text_config"): {"rope_parameters": _MROPE, "rope_scaling": _MROPE, "head_dim": None},
+    ("qwen2_5_vl", "vision_config"): OTHER_PATCHES,
+    ("qwen3_vl", "vision_config"): OTHER_PATCHES,
+    ("qwen2_5_vl", ""): {"image_token_id": 61},
+    ("qwen3_vl", ""): {"image_token_id": 61},
+}
 # Sections, ids that the tokenizer's reader compares, and fields of which one value alone is implemented.
 NO_OTHER = {
     *("text_config", "vision_config", "pad_token_id", "bos_token_id", "eos_token_id", "image_token_id"),
-    *("num_channels", "vision_use_head"),
+    *("num_channels", "vision_use_head", "in_channels", "in_chans"),
+    # They have to be what other fields say.
+    *("out_hidden_size", "spatial_patch_size"),
 }
 
 
 @pytest.mark.parametrize(("kind", "section", "fields"), sections(), ids=lambda x: x if isinstance(x, str) else "")
 def test_what_is_called_read_is_read(kind: str, section: str, fields: Fields, tmp_path: Path) -> None:
     plain = describe(write(tmp_path / "plain", CONFIGS[kind])).config
-    for name in fields.read.keys() - NO_OTHER:
-        changed = describe(write(tmp_path / name, with_field(kind, section, **{name: OTHER[name]}))).config
+    others = {**OTHER, **OTHER_OF.get((kind, section), {})}
+    width = {"hidden_size"} if (kind, section) in OTHER_OF and section == "text_config" else set()  # the tower's too
+    for name in fields.read.keys() - NO_OTHER - width:
+        if others[name] is None or (kind == "qwen3_vl" and name == "use_sliding_window"):
+            continue  # the sections of its positions would not fit
+        changed = describe(write(tmp_path / name, with_field(kind, section, **{name: others[name]}))).config
         assert changed != plain, name
 
 
@@ -158,6 +202,16 @@ QUANTISED = ("bitsandbytes", "awq", "gptq", "fp8", "compressed-tensors", "torcha
         ("llava", "vision_config", "image_size", [28, 56]),
         ("llava", "vision_config", "hidden_act", "swish"),
         ("siglip", "vision_config", "vision_use_head", False),
+        ("qwen2_5_vl", "vision_config", "fullatt_block_indexes", [1.5]),
+        ("qwen2_5_vl", "vision_config", "in_channels", 1),
+        ("qwen2_5_vl", "vision_config", "rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
+        ("qwen2_5_vl", "text_config", "rope_scaling", {"type": "mrope", "mrope_section": [2, 2]}),
+        ("qwen2_5_vl", "text_config", "rope_scaling", {"type": "yarn", "factor": 2.0, "mrope_section": [2, 1, 1]}),
+        ("qwen2_5_vl", "text_config", "attention_bias", True),
+        ("qwen3_vl", "text_config", "rope_scaling", {"mrope_interleaved": False, "mrope_section": [2, 1, 1]}),
+        ("qwen3_vl", "text_config", "use_sliding_window", True),
+        ("qwen3_vl", "text_config", "num_experts", 8),
+        ("qwen3_vl", "vision_config", "hidden_act", "swish"),
         ("clip", "text_config", "eos_token_id", [62, 63]),
         ("clip", "", "is_encoder_decoder", True),
     ],
@@ -247,6 +301,13 @@ def test_hostile_sizes_are_one_line(name: str, value: Any, tmp_path: Path) -> No
         ("clip", "", {"projection_dim": -3}, "projection_dim is -3"),
         ("clip", "", {"m3po_pooling": "mean"}, "m3po_pooling 'mean' is unknown"),
         ("siglip", "text_config", {"num_attention_heads": 5}, "hidden_size 32 is not a multiple"),
+        ("qwen2_5_vl", "vision_config", {"num_heads": 4}, "does not make 4 heads of a multiple of 4"),
+        ("qwen2_5_vl", "vision_config", {"window_size": 7}, "window_size 7 is less than the square"),
+        ("qwen2_5_vl", "vision_config", {"spatial_patch_size": 2}, "two patch sizes"),
+        ("qwen2_5_vl", "text_config", {"num_attention_heads": 8}, r"mrope_section \[2, 1, 1\] does not add up"),
+        ("qwen3_vl", "vision_config", {"out_hidden_size": 24}, "out_hidden_size is 24, and the decoder is 32 wide"),
+        ("qwen3_vl", "vision_config", {"deepstack_visual_indexes": [2, 0]}, "must be layers of the tower in their"),
+        ("qwen3_vl", "vision_config", {"deepstack_visual_indexes": [3]}, "must be layers of the tower in their"),
     ],
 )
 def test_hostile_values_are_one_line(
@@ -278,7 +339,10 @@ def test_absent_fields_take_transformers_defaults(kind: str, tmp_path: Path) -> 
     _, transformers = torch_and_transformers()
     config_class = next(fields.config_class for name, section, fields in sections() if (name, section) == (kind, ""))
     plain: list[dict[str, Any]] = [{}]
-    if "text_config" in CONFIGS[kind]:
+    widths = {"qwen2_5_vl": 8192, "qwen3_vl": 4096}  # of the defaults; those of tower and decoder do not fit together
+    if kind in widths:
+        plain = [{"vision_config": {"out_hidden_size": widths[kind]}, "text_config": {"num_hidden_layers": 29}}]
+    elif "text_config" in CONFIGS[kind]:
         plain.append({"vision_config": {"image_size": 448}, "text_config": {"num_hidden_layers": 3}})
     for number, given in enumerate(plain):
         stated = getattr(transformers, config_class)(**given).to_dict()
@@ -301,5 +365,8 @@ def test_saved_files_of_transformers_give_no_notes(tmp_path: Path) -> None:
     for name, model in {"llava": llava(), "clip": dual_encoder("clip"), "siglip": dual_encoder("siglip")}.items():
         model.config.save_pretrained(tmp_path / name)
         assert describe(tmp_path / name).notes == ()
+    for kind in ("qwen2_5_vl", "qwen3_vl"):
+        qwen(kind).config.save_pretrained(tmp_path / kind)
+        assert describe(tmp_path / kind).notes == ()
     for folder in (Path(__file__).parents[2] / "m3po_jax/quickstart/checkpoints").iterdir():
         assert describe(folder).notes == ()
