@@ -136,7 +136,11 @@ class Processor:
         return cls(
             template=chosen,
             text=PlainText(files.serialized, frozenset(forbidden), unknown),
-            image_reader=family.reader(config, [*filter(None, [model.tower]), folder], image_fit),
+            image_reader=family.reader(
+                config,
+                [*filter(None, [model.tower]), folder],
+                image_fit,  # type: ignore[arg-type]  # checked above
+            ),
             image_token_id=image_token_id,
             eos_token_id=end_ids[0],
             pad_token_id=pad,
