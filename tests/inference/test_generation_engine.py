@@ -145,9 +145,10 @@ def test_contrastive_decoding_equals_two_plain_passes(model):
     np.testing.assert_allclose(out.log_probs, teacher_forced(model, batch, out), atol=1e-4)
     plain_differs = False
     for row in range(3):
-        tokens, pixels = batch.token_ids[row][batch.mask[row]].tolist(), images_of(batch, row)
+        tokens, images = batch.token_ids[row][batch.mask[row]].tolist(), images_of(batch, row)
+        mean_colour = {**images, "pixels": np.zeros_like(images["pixels"])}
         for step in range(out.lengths[row, 0]):
-            seen, blank = next_logits(model, tokens, pixels), next_logits(model, tokens, 0 * pixels)
+            seen, blank = next_logits(model, tokens, images), next_logits(model, tokens, mean_colour)
             p = np.exp(seen - np.logaddexp.reduce(seen))
             with np.errstate(invalid="ignore"):
                 combined = np.where(p >= beta * p.max(), (1 + alpha) * seen - alpha * blank, -np.inf)

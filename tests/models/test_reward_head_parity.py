@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf_models import IMAGE, images, llava, saved, torch_and_transformers
+from model_inputs import shown
 
 from m3po_jax.config import LoRAConfig, TrainConfig
 from m3po_jax.data.collation import TreeBatch
@@ -33,7 +34,7 @@ def batch(pixels: np.ndarray) -> TreeBatch:
     return TreeBatch(
         jnp.asarray(ids),
         jnp.arange(width) < np.array([len(row) for row in PROMPTS])[:, None],
-        jnp.asarray(ours),
+        jax.tree.map(jnp.asarray, shown(ours, 4)),
         jnp.asarray(answers),
         jnp.arange(3) < lengths[..., None],
         jnp.full((3, 2), jnp.nan),
