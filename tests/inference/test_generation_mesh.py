@@ -15,7 +15,7 @@ def test_eight_devices_equal_one():
         **os.environ,
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])]),
+        "PYTHONPATH": os.pathsep.join(map(str, [here, here.parent, here.parents[1]])),
     }
     done = subprocess.run(
         [sys.executable, str(here / "mesh_generation.py")],

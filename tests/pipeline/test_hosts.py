@@ -88,7 +88,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list
     (data.parent / "broken.png").write_bytes(b"no image")
     write_recipe(folder, data)
     variables = environment(devices=2)
-    variables["PYTHONPATH"] += f":{ROOT / 'tests/pipeline'}:{ROOT / 'tests/training'}"
+    variables["PYTHONPATH"] += f":{ROOT / 'tests/pipeline'}:{ROOT / 'tests/training'}:{ROOT / 'tests'}"
     variables |= {"M3PO_COORDINATOR": f"127.0.0.1:{free_port()}", "M3PO_NUM_PROCESSES": "2"}
     processes = [
         subprocess.Popen(

@@ -33,7 +33,7 @@ def start(folder: Path, programs: Path, *arguments: object, **environment: str) 
             **os.environ,
             "JAX_COMPILATION_CACHE_DIR": str(programs),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "PYTHONPATH": str(root),
+            "PYTHONPATH": f"{root}:{root / 'tests'}",
             **environment,
         },
         stdout=subprocess.PIPE,

@@ -19,7 +19,7 @@ def test_meshes_agree(tmp_path: Path) -> None:
         **os.environ,
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(root),
+        "PYTHONPATH": f"{root}:{root / 'tests'}",
     }
     worker = Path(__file__).with_name("mesh_worker.py")
     finished = subprocess.run(
