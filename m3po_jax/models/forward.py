@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from m3po_jax.data.model_images import FEATURES, Images, layout_of
-from m3po_jax.models.attention import Causal, Tree, prefix_positions
+from m3po_jax.models.attention import Causal, Spans, Tree, prefix_positions
 from m3po_jax.models.decoder import Decoder, TokenScores
 from m3po_jax.models.decoder_config import DecoderConfig
 
@@ -28,10 +28,12 @@ class Positions(NamedTuple):
     Attributes:
         of_prompt: One number a token, or one for each of several axes, see `DecoderConfig.rotary_axes`.
         following: Of the first token after the prompt, the same on every axis; it goes on from there one by one.
+        spans: Of images whose tokens see each other, see `DecoderConfig.image_span`; shared code fills them in.
     """
 
     of_prompt: Int[Array, "b s *axes"]
     following: Int[Array, " b"]
+    spans: Spans | None = None
 
 
 class EncodedImages(NamedTuple):
@@ -128,7 +130,11 @@ def embedded_prompts(
 ) -> tuple[Float[Array, "b s d"], Positions]:
     """What the decoder reads of prompts: inputs and positions."""
     features, layout = (None, {}) if images is None else images
-    return model.embed_prompts(token_ids, features), model.prompt_positions(token_ids, mask, layout)
+    positions, longest = model.prompt_positions(token_ids, mask, layout), model.config.text.image_span
+    if longest and images is not None:
+        is_image = (token_ids == model.config.image_token_id) & mask
+        positions = positions._replace(spans=Spans.of_runs(is_image, longest))
+    return model.embed_prompts(token_ids, features), positions
 
 
 def branch_hidden(
@@ -157,7 +163,7 @@ def branch_hidden(
     axes = places.of_prompt.shape[2:]
     following = jnp.broadcast_to(following.reshape(b, k * t, *(1,) * len(axes)), (b, k * t, *axes))
     positions = jnp.concatenate([places.of_prompt, following], axis=1)
-    tree = Tree(prefix_mask, branch_mask[:, :, :t], model.decoder.config.attention)
+    tree = Tree(prefix_mask, branch_mask[:, :, :t], model.decoder.config.attention, places.spans)
     hidden = model.decoder.needed_states(
         jnp.concatenate([prefix, branches], axis=1), positions, tree, tree.last, remat=remat, base_learns=base_learns
     )
@@ -211,4 +217,4 @@ def reference_forward(
     """Plain causal logits at every position, for tests and small tools."""
     real = mask.astype(bool)
     x, positions = embedded_prompts(model, token_ids, real, images)
-    return model.decoder.logits(model.decoder(x, positions.of_prompt, Causal(real)))
+    return model.decoder.logits(model.decoder(x, positions.of_prompt, Causal(real, spans=positions.spans)))
