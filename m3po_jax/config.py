@@ -69,6 +69,9 @@ class ModelConfig:
     # chat: the model directory's own template; see data/templates.py
     template: Annotated[str, OneOf("data.templates:TEMPLATES", "chat")] = "vicuna_v1"
     image_fit: Annotated[str, OneOf("data.images:IMAGE_FITS")] = "pad"  # see data/images.py
+    # of a scaled image, where a model's images have several sizes; null: the model directory's own
+    min_pixels: Count | None = None
+    max_pixels: Count | None = None
     # what the backward pass recomputes
     remat: Annotated[str, OneOf("models.layers:REMAT_POLICIES"), OPERATIONAL] = "full"
     # pallas: TPU kernels; cudnn: NVIDIA GPUs, 16-bit types

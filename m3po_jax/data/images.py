@@ -264,6 +264,57 @@ def has_image_processor(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _SETTINGS)
 
 
+def image_settings(folder: Path, *keys: str) -> tuple[dict[str, Any], str]:
+    """The settings of a directory's image processor that state one of `keys`, and the file that they stand in.
+
+    Raises:
+        UserError: there are none, or the file is malformed.
+    """
+    for name in _SETTINGS:
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            loaded = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"not valid JSON: {error}", where=str(path)) from None
+        loaded = loaded.get("image_processor", loaded) if isinstance(loaded, dict) else {}
+        if any(key in loaded for key in keys):
+            return loaded, str(path)
+    raise UserError(
+        "no image processor settings (preprocessor_config.json)",
+        where=str(folder),
+        remedy="copy the file from the model's repository",
+    )
+
+
+@dataclass(frozen=True)
+class Colours:
+    """What becomes of 0..255 values: (value · factor − mean) / std, per channel."""
+
+    factor: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], mean: Any = _CLIP_MEAN, std: Any = _CLIP_STD) -> Colours:
+        """From the fields of a `transformers` image processor; `mean` and `std` are its class's own."""
+        normalize = config.get("do_normalize", True)
+        return cls(
+            float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0,
+            _triple(config.get("image_mean", mean) if normalize else 0.0),
+            _triple(config.get("image_std", std) if normalize else 1.0),
+        )
+
+    def normalized(self, image: PILImage.Image) -> Float[np.ndarray, "h w 3"]:
+        """Of an RGB image, float32."""
+        # Every value is one of 256: a table per channel is exact and faster than arithmetic on the pixels.
+        values = (np.arange(256, dtype=np.float64) * self.factor).astype(np.float32)
+        table = (values[:, None] - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        pixels = np.asarray(image)
+        return np.stack([table[pixels[..., channel], channel] for channel in range(3)], axis=-1)
+
+
 @dataclass(frozen=True)
 class ImageProcessor:
     """The pixel pipeline: fit to a rectangle, rescale, normalise.
@@ -273,9 +324,7 @@ class ImageProcessor:
         width: Columns of the result.
         shortest_edge: Length to which `crop` and `pad` bring the short side before they cut the centre.
         resample: Pillow's filter number (3 is bicubic).
-        rescale_factor: Factor on 0..255 values.
-        mean: Of the rescaled values, per channel; `int(255 * mean)` is the colour that `pad` adds.
-        std: Of the rescaled values, per channel.
+        colours: From 0..255 to what the model reads; `int(255 * mean)` is the colour that `pad` adds.
         native_fit: What the model's own `transformers` processor does; used where no fit is named.
     """
 
@@ -283,9 +332,7 @@ class ImageProcessor:
     width: int
     shortest_edge: int
     resample: int
-    rescale_factor: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    colours: Colours
     native_fit: ImageFit
 
     @classmethod
@@ -295,26 +342,7 @@ class ImageProcessor:
         Raises:
             UserError: no such file, malformed, or a processor that is not a plain resize (tiling, say).
         """
-        folder = Path(model_dir)
-        config, where = None, str(folder)
-        for name in _SETTINGS:
-            path = folder / name
-            if not path.is_file():
-                continue
-            try:
-                loaded = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"not valid JSON: {error}", where=str(path)) from None
-            loaded = loaded.get("image_processor", loaded) if isinstance(loaded, dict) else {}
-            if "size" in loaded:
-                config, where = loaded, str(path)
-                break
-        if config is None:
-            raise UserError(
-                "no image processor settings (preprocessor_config.json)",
-                where=where,
-                remedy="copy the file from the model's repository",
-            )
+        config, where = image_settings(Path(model_dir), "size")
         try:
             return cls.from_config(config, where=where)
         except (TypeError, ValueError) as error:
@@ -352,16 +380,13 @@ class ImageProcessor:
             (height, width), native = resized, "stretch"
         if config.get("do_pad") and kind.startswith("Llava"):
             native = "pad"
-        normalize = config.get("do_normalize", True)
-        mean, std = (0.5, 0.5) if siglip else (_CLIP_MEAN, _CLIP_STD)
+        of_class = (0.5, 0.5) if siglip else (_CLIP_MEAN, _CLIP_STD)
         return cls(
             height=height,
             width=width,
             shortest_edge=shortest,
             resample=int(config.get("resample", 3)),
-            rescale_factor=float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0,
-            mean=_triple(config.get("image_mean", mean) if normalize else 0.0),
-            std=_triple(config.get("image_std", std) if normalize else 1.0),
+            colours=Colours.from_config(config, *of_class),
             native_fit=native,
         )
 
@@ -380,20 +405,16 @@ class ImageProcessor:
         fit = fit or self.native_fit
         if fit not in IMAGE_FITS:
             raise UserError(f"unknown image_fit {fit!r}{nearest(fit, IMAGE_FITS)}")
-        image = image if image.mode == "RGB" and "transparency" not in image.info else to_rgb(image)
+        image = as_rgb(image)
         if fit == "pad":
             image = self._pad_to_square(image)
         image = self._resize(image, self.height, self.width) if fit == "stretch" else self._crop(image)
-        # Every value is one of 256: a table per channel is exact and faster than arithmetic on the pixels.
-        values = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
-        table = (values[:, None] - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
-        pixels = np.asarray(image)
-        return np.stack([table[pixels[..., channel], channel] for channel in range(3)], axis=-1)
+        return self.colours.normalized(image)
 
     @property
     def background(self) -> tuple[int, int, int]:
         """The mean colour, cut to whole numbers as LLaVA does: (122, 116, 104) for CLIP."""
-        red, green, blue = (int(255 * mean) for mean in self.mean)
+        red, green, blue = (int(255 * mean) for mean in self.colours.mean)
         return red, green, blue
 
     def _pad_to_square(self, image: PILImage.Image) -> PILImage.Image:
@@ -426,6 +447,11 @@ class ImageProcessor:
     def _resize(self, image: PILImage.Image, height: int, width: int) -> PILImage.Image:
         _check_intermediate(height, width, image)
         return image.resize((width, height), resample=PILImage.Resampling(self.resample))
+
+
+def as_rgb(image: PILImage.Image) -> PILImage.Image:
+    """The image without palette or transparency."""
+    return image if image.mode == "RGB" and "transparency" not in image.info else to_rgb(image)
 
 
 def _check_intermediate(height: int, width: int, image: PILImage.Image) -> None:

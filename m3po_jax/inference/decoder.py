@@ -32,16 +32,19 @@ def prefill(
     x: Float[Array, "b p e"],
     positions: Int[Array, "b p *axes"],
     mask: Bool[Array, "b p"],
-    spans: Spans | None,
     keep: Callable[[int, KV], None],
+    *,
+    injected: Float[Array, "l b p e"] | None = None,
+    spans: Spans | None = None,
 ) -> Float[Array, "b e"]:
     """The last unpadded token's state before the final norm.
 
     Only that one state is needed, so the last layer computes attention and MLP for it alone.
 
     Args:
-        spans: of the prompts' images, see `models.forward.Positions`.
         keep: called with each layer's number and its keys and values [B, G, P, D].
+        injected: what is added to the states after each of the first layers.
+        spans: of the prompts' images, see `models.forward.PromptInputs`.
     """
     rotary = rotary_of_kinds(config, positions)
     layout = Causal(mask, config.attention, spans)
@@ -66,6 +69,8 @@ def prefill(
 
         pick = layout.last.pick if final else lambda y: y
         x = decoder_layer(config, layer, x, rotary[config.kind_numbers[index]], attend, pin=pin, pick=pick)
+        if injected is not None and index < len(injected):
+            x = x + pick(injected[index]).astype(x.dtype)
     return x[:, 0]
 
 

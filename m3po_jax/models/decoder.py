@@ -60,6 +60,11 @@ def _pin(x: jax.Array) -> jax.Array:
     return constrain(x, "batch", None, None)
 
 
+def _with_injected(x: Float[Array, "b s e"], more: Float[Array, "b p e"]) -> Float[Array, "b s e"]:
+    """The first P tokens' states with `more` added."""
+    return jnp.concatenate([x[:, : more.shape[1]] + more.astype(x.dtype), x[:, more.shape[1] :]], axis=1)
+
+
 class DecoderAttention(nnx.Module):
     """The four projections of a layer's attention, and the norms of queries and keys where there are some."""
 
@@ -152,6 +157,7 @@ class Decoder(nnx.Module):
         x: Float[Array, "b s e"],
         tables: tuple[Rotary, ...],
         layout: DecoderLayout,
+        injected: Float[Array, "l b p e"] | None,
         *,
         remat: str,
         count: int | None = None,
@@ -162,27 +168,39 @@ class Decoder(nnx.Module):
         one_table = all(table is tables[0] for table in tables)
         stacked = None if one_table else jax.tree.map(lambda *leaves: jnp.stack(leaves), *tables)
         numbers = None if len(c.kinds) == 1 else jnp.asarray(c.kind_numbers[:count], jnp.int32)
+        places = None if injected is None else jnp.arange(c.num_layers if count is None else count)
 
-        def apply(layer: DecoderLayer, x: jax.Array, number: Any) -> tuple[jax.Array, None]:
+        def apply(layer: DecoderLayer, x: jax.Array, of_layer: Any) -> tuple[jax.Array, None]:
+            number, place = of_layer
             rotary = tables[0] if stacked is None else jax.tree.map(lambda leaf: leaf[number], stacked)
             branches = [functools.partial(layout, window=w, soft_cap=c.attention_soft_cap) for w in windows]
             attend: Any = branches[0]
             if len(set(windows)) > 1:
                 attend = functools.partial(jax.lax.switch, number, branches)
-            return decoder_layer(c, layer, x, rotary, attend, pin=_pin), None
+            x = decoder_layer(c, layer, x, rotary, attend, pin=_pin)
+            if injected is not None:
+                more = injected[jnp.minimum(place, len(injected) - 1)]
+                x = _with_injected(x, jnp.where(place < len(injected), more, jnp.zeros((), more.dtype)))
+            return x, None
 
-        return scan_layers(self.layers, apply, _pin(x), numbers, remat=remat, count=count)[0]
+        return scan_layers(self.layers, apply, _pin(x), (numbers, places), remat=remat, count=count)[0]
 
     def __call__(
         self,
         x: Float[Array, "b s e"],
         positions: Int[Array, "b s *axes"],
         layout: DecoderLayout,
+        injected: Float[Array, "l b p e"] | None = None,
         *,
         remat: str = "none",
     ) -> Float[Array, "b s e"]:
-        """Hidden states after the final norm."""
-        return self.norm(self._scan(x, rotary_of_kinds(self.config, positions), layout, remat=remat))
+        """Hidden states after the final norm.
+
+        Args:
+            injected: What is added to the states of the first P tokens after each of the first L layers (DeepStack,
+                Meng et al., arXiv:2406.04334).
+        """
+        return self.norm(self._scan(x, rotary_of_kinds(self.config, positions), layout, injected, remat=remat))
 
     def needed_states(
         self,
@@ -190,6 +208,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "b s *axes"],
         layout: DecoderLayout,
         last: LastLayout,
+        injected: Float[Array, "l b p e"] | None = None,
         *,
         remat: str = "none",
         base_learns: bool = False,
@@ -198,19 +217,23 @@ class Decoder(nnx.Module):
 
         Args:
             layout: Of all layers but the last.
+            injected: See `__call__`.
             base_learns: The stacked base weights have gradients. The last layer is then scanned with the others and
                 computes every token: set apart, it would cost a copy of the weights or of their gradients.
         """
         if base_learns:
-            return last.pick(self(x, positions, layout, remat=remat))
+            return last.pick(self(x, positions, layout, injected, remat=remat))
         c, tables = self.config, rotary_of_kinds(self.config, positions)
         final = c.num_layers - 1
-        x = self._scan(x, tables, layout, remat=remat, count=final)
+        x = self._scan(x, tables, layout, injected, remat=remat, count=final)
 
         def end(layer: nnx.State, x: jax.Array) -> jax.Array:
             attend = functools.partial(last, window=c.kind(final).window, soft_cap=c.attention_soft_cap)
             rotary = tables[c.kind_numbers[final]]
-            return decoder_layer(c, nnx.merge(graph, layer), x, rotary, attend, pin=_pin, pick=last.pick)
+            y = decoder_layer(c, nnx.merge(graph, layer), x, rotary, attend, pin=_pin, pick=last.pick)
+            if injected is not None and final < len(injected):
+                y = y + last.pick(_with_injected(jnp.zeros_like(x), injected[final]))
+            return y
 
         graph, layer = nnx.split(layer_at(self.layers, final))
         return self.norm(jax.checkpoint(end, policy=REMAT_POLICIES[remat])(layer, x))

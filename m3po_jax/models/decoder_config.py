@@ -51,6 +51,8 @@ class DecoderConfig:
             position turn by it everywhere.
         image_span: Most tokens that follow each other in an image; they see each other whatever their order. 0: an
             image's tokens, too, see none after themselves.
+        injected_layers: So many first layers after each of which features of images are added to the states of their
+            tokens; see `forward.VisionLanguageModel.injected_states`.
         layer_pattern: The kinds of the layers, from the first on, repeated as often as there are layers.
         attention: The kernels that attention runs on, see `models/kernels`.
     """
@@ -76,6 +78,7 @@ class DecoderConfig:
     max_positions: int = 4096
     rotary_axes: tuple[int, ...] = ()
     image_span: int = 0
+    injected_layers: int = 0
     layer_pattern: tuple[LayerKind, ...] = (LayerKind(),)
     attention: str = "xla"
 

@@ -28,12 +28,10 @@ class Positions(NamedTuple):
     Attributes:
         of_prompt: One number a token, or one for each of several axes, see `DecoderConfig.rotary_axes`.
         following: Of the first token after the prompt, the same on every axis; it goes on from there one by one.
-        spans: Of images whose tokens see each other, see `DecoderConfig.image_span`; shared code fills them in.
     """
 
     of_prompt: Int[Array, "b s *axes"]
     following: Int[Array, " b"]
-    spans: Spans | None = None
 
 
 class EncodedImages(NamedTuple):
@@ -46,6 +44,21 @@ class EncodedImages(NamedTuple):
 
     features: Float[Array, "b f v"]
     layout: Images
+
+
+class PromptInputs(NamedTuple):
+    """What the decoder reads of prompts.
+
+    Attributes:
+        x: Its inputs.
+        injected: What is added to the states after each of the first layers; None: nothing.
+        spans: The images whose tokens see each other, see `DecoderConfig.image_span`; None: no image's do.
+    """
+
+    x: Float[Array, "b s d"]
+    positions: Positions
+    injected: Float[Array, "l b s d"] | None
+    spans: Spans | None
 
 
 class VisionLanguageConfig(Protocol):
@@ -84,6 +97,12 @@ class VisionLanguageModel(Protocol):
         self, token_ids: Int[Array, "b s"], features: Float[Array, "b f v"] | None
     ) -> Float[Array, "b s d"]:
         """Decoder inputs: token embeddings, with features in the places of image tokens, in order."""
+
+    def injected_states(
+        self, token_ids: Int[Array, "b s"], features: Float[Array, "b f v"]
+    ) -> Float[Array, "l b s d"]:
+        """What is added to prompts' states after each of the first `DecoderConfig.injected_layers` layers; not asked
+        for where there are none."""
 
     def prompt_positions(self, token_ids: Int[Array, "b s"], mask: Bool[Array, "b s"], layout: Images) -> Positions:
         """How rotary positions run through prompts; `text_positions` where images change nothing about it."""
@@ -127,14 +146,19 @@ def embedded_prompts(
     token_ids: Int[Array, "b s"],
     mask: Bool[Array, "b s"],
     images: EncodedImages | None,
-) -> tuple[Float[Array, "b s d"], Positions]:
-    """What the decoder reads of prompts: inputs and positions."""
+) -> PromptInputs:
+    """What the decoder reads of prompts."""
     features, layout = (None, {}) if images is None else images
-    positions, longest = model.prompt_positions(token_ids, mask, layout), model.config.text.image_span
-    if longest and images is not None:
-        is_image = (token_ids == model.config.image_token_id) & mask
-        positions = positions._replace(spans=Spans.of_runs(is_image, longest))
-    return model.embed_prompts(token_ids, features), positions
+    text = model.config.text
+    injects, spans = features is not None and text.injected_layers > 0, None
+    if features is not None and text.image_span:
+        spans = Spans.of_runs((token_ids == model.config.image_token_id) & mask, text.image_span)
+    return PromptInputs(
+        model.embed_prompts(token_ids, features),
+        model.prompt_positions(token_ids, mask, layout),
+        model.injected_states(token_ids, features) if injects else None,
+        spans,
+    )
 
 
 def branch_hidden(
@@ -156,16 +180,17 @@ def branch_hidden(
     """
     b, k, t = branch_ids.shape
     t -= 1
-    prefix, places = embedded_prompts(model, prefix_ids, prefix_mask, images)
+    prefix, places, injected, spans = embedded_prompts(model, prefix_ids, prefix_mask, images)
     branches = model.decoder.embed_tokens(branch_ids[:, :, :t].reshape(b, k * t)).astype(prefix.dtype)
     following = places.following[:, None, None] + jnp.arange(t)[None, None, :]
     following = jnp.broadcast_to(following, (b, k, t)).reshape(b, k * t)
     axes = places.of_prompt.shape[2:]
     following = jnp.broadcast_to(following.reshape(b, k * t, *(1,) * len(axes)), (b, k * t, *axes))
     positions = jnp.concatenate([places.of_prompt, following], axis=1)
-    tree = Tree(prefix_mask, branch_mask[:, :, :t], model.decoder.config.attention, places.spans)
+    tree = Tree(prefix_mask, branch_mask[:, :, :t], model.decoder.config.attention, spans)
+    x = jnp.concatenate([prefix, branches], axis=1)
     hidden = model.decoder.needed_states(
-        jnp.concatenate([prefix, branches], axis=1), positions, tree, tree.last, remat=remat, base_learns=base_learns
+        x, positions, tree, tree.last, injected, remat=remat, base_learns=base_learns
     )
     first = jnp.broadcast_to(hidden[:, None, :1], (b, k, 1, hidden.shape[-1]))
     return jnp.concatenate([first, hidden[:, 1:].reshape(b, k, t, hidden.shape[-1])], axis=2)
@@ -216,5 +241,5 @@ def reference_forward(
 ) -> Float[Array, "b s vocab"]:
     """Plain causal logits at every position, for tests and small tools."""
     real = mask.astype(bool)
-    x, positions = embedded_prompts(model, token_ids, real, images)
-    return model.decoder.logits(model.decoder(x, positions.of_prompt, Causal(real, spans=positions.spans)))
+    x, positions, injected, spans = embedded_prompts(model, token_ids, real, images)
+    return model.decoder.logits(model.decoder(x, positions.of_prompt, Causal(real, spans=spans), injected))

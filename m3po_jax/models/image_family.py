@@ -12,6 +12,30 @@ from jaxtyping import Int
 
 from m3po_jax.data.images import ImageFit
 from m3po_jax.data.model_images import ImagePlan, ImageReader, Images
+from m3po_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """What a recipe says of how images are read.
+
+    Attributes:
+        fit: How families whose images are squares fit them (`model.image_fit`).
+        min_pixels, max_pixels: Of a scaled image, where a family's images have several sizes; None: the model
+            directory's own.
+    """
+
+    fit: ImageFit = "pad"
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    def check_square(self, family: str) -> None:
+        """UserError where limits are given to a family whose images are all of one size."""
+        for name in ("min_pixels", "max_pixels"):
+            if getattr(self, name) is not None:
+                raise UserError(
+                    f"images of a {family} model are all of one size", where=f"model.{name}", remedy="remove it"
+                )
 
 
 @dataclass(frozen=True)
@@ -35,8 +59,8 @@ class ImageFamily:
 
     Attributes:
         token_key: The field of ``config.json`` that names the image token, for messages.
-        reader: ``(config, folders, fit) -> reader``: from the settings of an image processor in the first of the
-            folders that has one; `fit` is the recipe's `model.image_fit`. Raises UserError.
+        reader: ``(config, folders, settings) -> reader``: from the settings of an image processor in the first of
+            the folders that has one. Raises UserError.
         typical: What an image of usual size (the largest, where that is given) becomes: for estimates and plans.
         tower_cost: See `TowerCost`.
         feature_width: Of what `VisionLanguageModel.encode_images` gives.
@@ -45,7 +69,7 @@ class ImageFamily:
     """
 
     token_key: str
-    reader: Callable[[Any, Sequence[Path], ImageFit], ImageReader]
+    reader: Callable[[Any, Sequence[Path], ImageSettings], ImageReader]
     typical: Callable[[Any], ImagePlan]
     tower_cost: Callable[[Any], TowerCost]
     feature_width: Callable[[Any], int]

@@ -32,6 +32,7 @@ from m3po_jax.data.templates import (
 )
 from m3po_jax.data.tokenizer import PlainText, TokenizerFiles, end_tokens, load_tokenizer
 from m3po_jax.errors import UserError, nearest
+from m3po_jax.models.image_family import ImageSettings
 
 if TYPE_CHECKING:
     from m3po_jax.models.registry import Description
@@ -85,6 +86,8 @@ class Processor:
         max_image_pixels: int = 50_000_000,
         max_prompt_tokens: int | None = None,
         require_image: bool = False,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> Processor:
         """Reads tokenizer, image processor and templates of a model; sizes follow its configuration.
 
@@ -92,6 +95,7 @@ class Processor:
             model: Its directory, or what `registry.describe` says of it.
             template: A name of `templates.TEMPLATES`, or ``chat`` for the directory's own.
             vision_tower: A directory whose tower, and image processor, replace the model's own.
+            min_pixels, max_pixels: See `image_family.ImageSettings`.
 
         Raises:
             UserError: a file is missing or malformed, or the files contradict each other.
@@ -114,6 +118,7 @@ class Processor:
                 where=where,
                 remedy=f"take a model of one of these families: {answering}",
             )
+        settings = ImageSettings(image_fit, min_pixels, max_pixels)  # type: ignore[arg-type]
         files = load_tokenizer(folder)
         tokenizer, rows = files.tokenizer, config.text.vocab_size
         image_token_id = config.image_token_id
@@ -136,7 +141,7 @@ class Processor:
         return cls(
             template=chosen,
             text=PlainText(files.serialized, frozenset(forbidden), unknown),
-            image_reader=family.reader(config, [*filter(None, [model.tower]), folder], image_fit),
+            image_reader=family.reader(config, [*filter(None, [model.tower]), folder], settings),
             image_token_id=image_token_id,
             eos_token_id=end_ids[0],
             pad_token_id=pad,

@@ -35,6 +35,13 @@ from m3po_jax.models.llava.images import LLAVA_IMAGES
 from m3po_jax.models.llava.processor_files import write_processor_files
 from m3po_jax.models.quantization import check_quantization
 from m3po_jax.models.quantized_base import quantize_base
+from m3po_jax.models.qwen2_5_vl import config as qwen25_vl_config
+from m3po_jax.models.qwen2_5_vl import model as qwen25_vl
+from m3po_jax.models.qwen2_5_vl import weights as qwen25_vl_weights
+from m3po_jax.models.qwen2_5_vl.images import QWEN3_VL_IMAGES, QWEN25_VL_IMAGES
+from m3po_jax.models.qwen3_vl import config as qwen3_vl_config
+from m3po_jax.models.qwen3_vl import model as qwen3_vl
+from m3po_jax.models.qwen3_vl import weights as qwen3_vl_weights
 from m3po_jax.models.safetensors_io import (
     StoredTensor,
     has_weights,
@@ -87,8 +94,11 @@ class Family:
         canonical_name: A stored tensor's name in that layout, from any published one; None: skip it.
         lora_scope: First part of the paths of layers that may be adapted.
         images: Set where its models answer about images.
-        projector: What `train_projector` trains, as transformers names the module: first the canonical name,
-            then those of other versions.
+        projector: What `train_projector` trains, by its canonical module name.
+        other_names: (canonical beginning of module names, that of another version of transformers): PEFT looks up
+            those of the version that runs.
+        module_root: The part of a canonical module name, by its place, that tells the decoder's layers from the
+            tower's in every version of transformers.
         tower: Set where the vision tower can come from elsewhere.
         normalize: ``(config.json, where) -> config.json`` in the layout that `sections` describes.
         has_decoder: A configuration's `text` is a `DecoderConfig`.
@@ -105,7 +115,9 @@ class Family:
     canonical_name: Callable[[str], str | None]
     lora_scope: str = "decoder"
     images: ImageFamily | None = None
-    projector: tuple[str, ...] = ()
+    projector: str = ""
+    other_names: tuple[tuple[str, str], ...] = ()
+    module_root: int = 0
     tower: Tower | None = None
     normalize: Callable[[dict[str, Any], str], dict[str, Any]] = lambda raw, where: raw
     has_decoder: bool = True
@@ -127,7 +139,8 @@ FAMILIES = (
         tensor_map=llava_weights.tensor_map,
         canonical_name=llava_weights.canonical_name,
         images=LLAVA_IMAGES,
-        projector=("multi_modal_projector", "model.multi_modal_projector"),
+        projector="multi_modal_projector",
+        other_names=(("multi_modal_projector", "model.multi_modal_projector"),),
         tower=Tower(
             default=llava_weights.default_tower,
             configure=llava_weights.with_tower,
@@ -136,6 +149,40 @@ FAMILIES = (
             write_files=write_processor_files,
             stored_rows=llava_weights.stored_rows,
         ),
+    ),
+    Family(
+        name="qwen2_5_vl",
+        task="image-text-to-text",
+        model_types=("qwen2_5_vl",),
+        model_class=qwen25_vl.Qwen25VL,
+        sections=qwen25_vl_config.sections_of(
+            qwen25_vl_config.TOP_FIELDS, qwen25_vl_config.TEXT_FIELDS, qwen25_vl_config.TOWER_FIELDS
+        ),
+        read_config=qwen25_vl_config.qwen25_vl_config,
+        build=qwen25_vl.build,
+        tensor_map=qwen25_vl_weights.tensor_map,
+        canonical_name=qwen25_vl_weights.canonical_name,
+        images=QWEN25_VL_IMAGES,
+        projector="visual.merger",
+        other_names=(("visual", "model.visual"), ("model.layers", "model.language_model.layers")),
+        module_root=1,
+        normalize=qwen25_vl_config.normalized,
+    ),
+    Family(
+        name="qwen3_vl",
+        task="image-text-to-text",
+        model_types=("qwen3_vl",),
+        model_class=qwen3_vl.Qwen3VL,
+        sections=qwen25_vl_config.sections_of(
+            qwen3_vl_config.TOP_FIELDS, qwen3_vl_config.TEXT_FIELDS, qwen3_vl_config.TOWER_FIELDS
+        ),
+        read_config=qwen3_vl_config.qwen3_vl_config,
+        build=qwen3_vl.build,
+        tensor_map=qwen3_vl_weights.tensor_map,
+        canonical_name=qwen3_vl_weights.canonical_name,
+        images=QWEN3_VL_IMAGES,
+        projector="model.visual.merger",
+        module_root=2,
     ),
     Family(
         name="causal_lm",

@@ -31,7 +31,8 @@ class Source:
         name: Its canonical name; ``{}`` stands for the layer of a stacked parameter. None: it is not stored
             and always equals `value`.
         kind: ``same``; ``linear``: stored (out, in), ours (in, out); ``conv``: stored (out, 3, p, p), ours
-            (p·p·3, out) in (row, column, channel) order, see `vit.patchify`.
+            (p·p·3, out) in (row, column, channel) order, see `vit.patchify`; ``flat``: a convolution stored as `shape`,
+            ours (in, out) with the window's axes and channels in one, in the order of the stored tensor.
         part: (i, n) where the stored tensor holds n parameters side by side along its first axis.
         pad_rows: Its rows are the vocabulary's, of which an original release stores fewer than the model has; the
             others get the rows' mean, as Hugging Face's resizing centres them.
@@ -66,7 +67,7 @@ class Source:
     def to_stored(self, value: np.ndarray) -> np.ndarray:
         """Our value in stored orientation (one part of it, where the stored tensor holds several)."""
         if self.shape is not None:
-            return value.reshape(self.shape)
+            return (value.T if self.kind == "flat" else value).reshape(self.shape)
         if self.kind == "linear":
             return value.T
         if self.kind == "conv":
@@ -77,7 +78,8 @@ class Source:
     def read(self, tensor: StoredTensor, index: tuple[slice, ...], shape: Shape) -> np.ndarray:
         """The slice `index` of the parameter of `shape`, read from nothing more than it needs."""
         if self.shape is not None:
-            return tensor.read().reshape(shape)[index]
+            x = tensor.read()
+            return (x.reshape(shape[::-1]).T if self.kind == "flat" else x.reshape(shape))[index]
         rows = self.stored_shape(shape)[0]
         axis = 1 if self.kind in ("linear", "conv") else 0
         start, stop, _ = index[axis].indices(shape[axis])

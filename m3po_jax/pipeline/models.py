@@ -83,6 +83,7 @@ def load_policy(recipe: Recipe, mesh: Mesh, *, image_root: str | Path = ".") -> 
 def policy_identity(recipe: Recipe, model: Loaded | Description) -> str:
     """A hash of a recipe's model: its files (the directory's own template among them), and how it is prompted."""
     config = recipe.model
+    limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
     is_rounded = jnp.dtype(config.param_dtype).itemsize < jnp.dtype(config.dtype).itemsize
     return content_hash(
         model_identity(model),
@@ -93,6 +94,7 @@ def policy_identity(recipe: Recipe, model: Loaded | Description) -> str:
         config.dtype,
         *([config.quantization] if config.quantization != "none" else []),
         *([config.param_dtype] if is_rounded else []),
+        *(f"{name} {limit}" for name, limit in limits.items() if limit is not None),
     )[:16]
 
 
@@ -110,6 +112,8 @@ def make_processor(recipe: Recipe, description: Description, *, image_root: str 
         image_root=image_root,
         max_image_pixels=recipe.data.max_image_pixels,
         max_prompt_tokens=config.max_prompt_tokens,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
     )
     assert description.family.images is not None
     text, image = description.config.text, description.family.images.typical(description.config).tokens

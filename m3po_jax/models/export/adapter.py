@@ -36,11 +36,9 @@ def _module_name(leaf: Parameter, index: int | None) -> str:
 
 
 def _names_of_module(name: str, family: Family) -> list[str]:
-    """A module's names in all versions of transformers: PEFT follows the decoder and the tower, not the projector."""
-    for root in family.projector[:1]:
-        if name.startswith(f"{root}."):
-            return [module + name.removeprefix(root) for module in family.projector]
-    return [name]
+    """A module's names in all versions of transformers, as far as PEFT does not follow them by itself."""
+    others = [other + name.removeprefix(own) for own, other in family.other_names if f"{name}.".startswith(f"{own}.")]
+    return [name, *others]
 
 
 def _check_adapter(linear: Linear, config: LoRAConfig) -> None:
@@ -101,28 +99,26 @@ def export_adapter(
     kind, out_dir = export_dtype(dtype) or DTYPES["F32"], Path(out_dir)
     family = family_of_model(model)
     tensors: list[PendingTensor] = []
-    adapted: dict[str, set[str]] = {}  # first part of the module names -> their last parts
+    adapted: dict[str, set[str]] = {}  # the part of a model in its module names -> their last parts
     for linear, leaf in _adapted(model, family):
         _check_adapter(linear, lora_config)
         for index in [None] if leaf.layers is None else range(leaf.layers):
             name = _module_name(leaf, index)
-            adapted.setdefault(name.split(".")[0], set()).add(name.split(".")[-1])
+            adapted.setdefault(name.split(".")[family.module_root], set()).add(name.split(".")[-1])
         tensors += _factors(linear, leaf, family, kind)
     if not tensors:
         raise UserError("the model has no adapter", where="export", remedy="export with --format huggingface")
     saved_modules = None
     if lora_config.train_projector and family.projector:
-        saved = family.projector[0]
+        saved = family.projector
         saved_modules = [saved]
         stored = loaded_tensors(base) if base is not None and base.pretrained else {}
         # PEFT looks these up under the running version's own module name, so every version's name is there.
         tensors += [
-            PendingTensor(
-                f"base_model.model.{module}{tensor.name.removeprefix(saved)}", tensor.shape, kind, tensor.value
-            )
+            PendingTensor(f"base_model.model.{name}", tensor.shape, kind, tensor.value)
             for tensor in pending_tensors(model, family, model.config, stored, kind)
             if tensor.name.startswith(f"{saved}.")
-            for module in family.projector
+            for name in _names_of_module(tensor.name, family)
         ]
     # A plain list would also wrap the vision tower's layers of the same names.
     targets = [rf".*{root}.*\.({'|'.join(sorted(names))})" for root, names in sorted(adapted.items())]

@@ -131,7 +131,7 @@ def load_adapter(model: Any, directory: str | Path) -> LoRAConfig:
             if tensor.shape != shape:
                 raise UserError(f"{key} has shape {list(tensor.shape)}, not {list(shape)}", where=str(file))
             factors.setdefault(leaf.path, {})[index, match["letter"]] = tensor.read().astype(np.float32).T
-        elif not match and name and family.projector and name.startswith(f"{family.projector[0]}."):
+        elif not match and name and family.projector and name.startswith(f"{family.projector}."):
             projector[name] = tensor
         else:
             raise UserError(f"{key} names no layer of this model", where=str(file), remedy="check the base model")

@@ -15,7 +15,7 @@ from m3po_jax.data.images import ImageFit, ImageProcessor, has_image_processor
 from m3po_jax.data.model_images import TOKENS, ImagePlan, Images, Size
 from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import UserError
-from m3po_jax.models.image_family import ImageFamily, TowerCost
+from m3po_jax.models.image_family import ImageFamily, ImageSettings, TowerCost
 from m3po_jax.models.llava.config import LlavaConfig
 from m3po_jax.models.llava.model import PIXELS
 
@@ -46,11 +46,12 @@ class LlavaImages:
         return content_hash(dataclasses.asdict(self.processor), self.fit)
 
 
-def _reader(config: LlavaConfig, folders: Sequence[Path], fit: ImageFit) -> LlavaImages:
+def _reader(config: LlavaConfig, folders: Sequence[Path], settings: ImageSettings) -> LlavaImages:
     """
     Raises:
-        UserError: no settings, or settings of another size than the configuration's.
+        UserError: no settings, settings of another size than the configuration's, or limits of sizes.
     """
+    settings.check_square("llava")
     side = config.vision.image_size
     folder = next((folder for folder in folders if has_image_processor(folder)), folders[0])
     processor = ImageProcessor.from_pretrained(folder)
@@ -60,7 +61,7 @@ def _reader(config: LlavaConfig, folders: Sequence[Path], fit: ImageFit) -> Llav
             where=str(folder),
             remedy="take both files from the same model",
         )
-    return LlavaImages(processor, fit, config.tokens_per_image)
+    return LlavaImages(processor, settings.fit, config.tokens_per_image)
 
 
 def _typical(config: LlavaConfig) -> ImagePlan:
