@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from m3po_jax.hosts.sharding import constrain
 from m3po_jax.inference.attention import own_attention, prefix_attention
 from m3po_jax.inference.fused import FusedLayer
-from m3po_jax.models.attention import Causal, DecoderLayout
+from m3po_jax.models.attention import Causal, DecoderLayout, Spans
 from m3po_jax.models.attention_parts import KV, Part, join, normalize
 from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.models.decoder_layer import decoder_layer, rotary_of_kinds
@@ -33,7 +33,9 @@ def prefill(
     positions: Int[Array, "b p *axes"],
     mask: Bool[Array, "b p"],
     keep: Callable[[int, KV], None],
+    *,
     injected: Float[Array, "l b p e"] | None = None,
+    spans: Spans | None = None,
 ) -> Float[Array, "b e"]:
     """The last unpadded token's state before the final norm.
 
@@ -42,9 +44,10 @@ def prefill(
     Args:
         keep: called with each layer's number and its keys and values [B, G, P, D].
         injected: what is added to the states after each of the first layers.
+        spans: of the prompts' images, see `models.forward.PromptInputs`.
     """
     rotary = rotary_of_kinds(config, positions)
-    layout = Causal(mask, config.attention)
+    layout = Causal(mask, config.attention, spans)
     pin = lambda y: constrain(y, "batch", None, None)  # noqa: E731
     x = pin(x)
     for index, layer in enumerate(layers):
@@ -62,7 +65,7 @@ def prefill(
         ) -> jax.Array:
             cached = [constrain(y.transpose(0, 2, 1, 3), "batch", "kv_heads", None, None) for y in (k, v)]
             keep(index, (cached[0], cached[1]))
-            return who(q, k, v, window)
+            return who(q, k, v, window, config.attention_soft_cap)
 
         pick = layout.last.pick if final else lambda y: y
         x = decoder_layer(config, layer, x, rotary[config.kind_numbers[index]], attend, pin=pin, pick=pick)
@@ -113,7 +116,7 @@ def decode_step(
         seen: slots that hold a lane's answer, `slot` included.
         back: how many tokens ago a slot was written; 0 for `slot`.
     """
-    rotary = rotary_of_kinds(config, positions)
+    rotary, cap = rotary_of_kinds(config, positions), config.attention_soft_cap
     put, updated = jax.lax.dynamic_update_slice_in_dim, []
     flat = lambda y: constrain(y.reshape(-1, *y.shape[2:]), "batch", "kv_heads", *(None,) * (y.ndim - 3))  # noqa: E731
     x = pin_stationary(x)
@@ -143,10 +146,10 @@ def decode_step(
                 oldest = to_grid(places.reshape(-1)) - (window - 1)  # [N, K]
                 first = jnp.repeat(oldest, grid.shape[3], axis=1)
                 visible = seen & (back < window)
-            on_prefix = prefix_attention(asked, shared, length, config.attention, first)
+            on_prefix = prefix_attention(asked, shared, length, config.attention, first, cap)
             to_lanes = lambda y: from_grid(y.reshape(*grid.shape[:4], -1).transpose(0, 2, 1, 3, 4))  # noqa: E731
             on_prefix = Part(*map(to_lanes, on_prefix))
-            attended = normalize(join(on_prefix, own_attention(by_group, own, visible)))
+            attended = normalize(join(on_prefix, own_attention(by_group, own, visible, cap)))
             return attended.astype(q.dtype).reshape(*q.shape[:2], -1)
 
         number = config.kind_numbers[index]

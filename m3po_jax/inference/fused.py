@@ -102,7 +102,6 @@ def fuse(decoder: Decoder) -> tuple[FusedLayer, ...]:
     """Every layer's weights, unstacked and fused; meant for `jax.jit` under the mesh of the model."""
     c, dtype = decoder.config, decoder.dtype
     graph, state = nnx.split(decoder.layers)
-    norms = ("input_norm", "post_attention_norm", *(("q_norm", "k_norm") if c.norms_of_heads else ()))
 
     def one(index: int) -> FusedLayer:
         layer = nnx.merge(graph, jax.tree.map(lambda x: x[index], state))
@@ -129,7 +128,7 @@ def fuse(decoder: Decoder) -> tuple[FusedLayer, ...]:
             _placed(attention.o_proj.weight, dtype, "heads", "embed"),
             _placed(gate_up, dtype, "embed", None, "mlp"),
             _placed(mlp.down_proj.weight, dtype, "mlp", "embed"),
-            {norm: layer.gain(norm) for norm in norms},
+            {norm: layer.gain(norm) for norm in c.norms},
             {name: linear.bias[...].astype(dtype) for name, linear in linears.items() if linear.bias is not None},
             {name: pair for name, linear in linears.items() if (pair := _adapter(linear)) is not None},
         )

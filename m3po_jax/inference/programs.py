@@ -139,8 +139,10 @@ class Programs:
 
             kv[index] = (write(kv[index][0], own[0]), write(kv[index][1], own[1]))
 
-        x, positions, injected = embedded_prompts(model, token_ids, mask, images)
-        hidden = prefill(model.config.text, weights.layers, x, positions.of_prompt, mask, keep, injected)
+        x, positions, injected, spans = embedded_prompts(model, token_ids, mask, images)
+        hidden = prefill(
+            model.config.text, weights.layers, x, positions.of_prompt, mask, keep, injected=injected, spans=spans
+        )
         seen = prompts.seen
         if seen is not None:
             fresh = jnp.zeros((a * f, seen.shape[-1]), bool)

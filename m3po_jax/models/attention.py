@@ -6,7 +6,8 @@ once for all of its *branches* (candidate answers). Prefill is `Causal` and `Cau
 in caches, is in `inference/attention.py`. What both are made of is `attention_parts.py`.
 
 A layer's *window* is how many tokens a token sees, itself included and counted backwards in places of the row, as
-transformers counts them; None: all before it.
+transformers counts them; None: all before it. A *span* is tokens that see each other forwards too: an image's, where
+a decoder is made so. A *soft cap* bounds the scores, see `layers.soft_capped`.
 
 Shape suffixes: B prompts, P prefix tokens, K branches of a prompt, T tokens of a branch, H query heads, G key/value
 heads, R = H / G, D head width.
@@ -48,43 +49,75 @@ def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(equation, x, y, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)
 
 
-def _scores(axes: str, q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    return scores(f"bgkrtd,{axes}->bgkrt{axes[-2]}", q, k, mask)
+class Spans(NamedTuple):
+    """Which tokens of a row see each other whatever their order.
+
+    Attributes:
+        numbers: Of the span that a token is in; −1: none.
+        longest: Tokens that no span has more than.
+    """
+
+    numbers: Int[Array, "b s"]
+    longest: int
+
+    @classmethod
+    def of_runs(cls, member: Bool[Array, "b s"], longest: int) -> Spans:
+        """Every run of members is a span."""
+        before = jnp.pad(member, ((0, 0), (1, 0)))[:, :-1]
+        return cls(jnp.where(member, jnp.cumsum(member & ~before, axis=1) - 1, -1), longest)
+
+    def pairs(self, queries: slice, keys: slice) -> Bool[Array, "b q k"]:
+        """Which queries and keys are of one span."""
+        q, k = self.numbers[:, queries, None], self.numbers[:, None, keys]
+        return (q == k) & (q >= 0)
 
 
-def _attend(axes: tuple[str, ...], q: jax.Array, parts: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+def _scores(axes: str, q: jax.Array, k: jax.Array, mask: jax.Array, soft_cap: float | None) -> jax.Array:
+    return scores(f"bgkrtd,{axes}->bgkrt{axes[-2]}", q, k, mask, soft_cap)
+
+
+def _attend(
+    axes: tuple[str, ...], soft_cap: float | None, q: jax.Array, parts: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
     """Output and log-sum-exp of the scores (float32) of one softmax over several sets of (k, v, mask)."""
     whole = functools.reduce(
         join,
         (
-            part(f"bgkrtd,{names}->bgkrt{names[-2]}", f"bgkrt{names[-2]},{names}->bgkrtd", q, (k, v), mask)
+            part(f"bgkrtd,{names}->bgkrt{names[-2]}", f"bgkrt{names[-2]},{names}->bgkrtd", q, (k, v), mask, soft_cap)
             for names, (k, v, mask) in zip(axes, parts, strict=True)
         ),
     )
     return normalize(whole).astype(q.dtype), whole.top + jnp.log(jnp.maximum(whole.total, 1e-30))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(axes: tuple[str, ...], q: jax.Array, parts: tuple[Any, ...]) -> jax.Array:
-    return _attend(axes, q, parts)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(axes: tuple[str, ...], soft_cap: float | None, q: jax.Array, parts: tuple[Any, ...]) -> jax.Array:
+    return _attend(axes, soft_cap, q, parts)[0]
 
 
-def _attention_forward(axes: tuple[str, ...], q: jax.Array, parts: tuple[Any, ...]) -> tuple[jax.Array, Any]:
+def _attention_forward(
+    axes: tuple[str, ...], soft_cap: float | None, q: jax.Array, parts: tuple[Any, ...]
+) -> tuple[jax.Array, Any]:
     # Under rematerialisation these two are kept, and the square of scores is made again.
-    out, lse = (checkpoint_name(x, KEPT) for x in _attend(axes, q, parts))
+    out, lse = (checkpoint_name(x, KEPT) for x in _attend(axes, soft_cap, q, parts))
     return out, (q, parts, out, lse)
 
 
-def _attention_backward(axes: tuple[str, ...], kept: Any, g: jax.Array) -> tuple[jax.Array, Any]:
+def _attention_backward(
+    axes: tuple[str, ...], soft_cap: float | None, kept: Any, g: jax.Array
+) -> tuple[jax.Array, Any]:
     """Dao et al., arXiv:2205.14135, algorithm 4: the weights from the scores and their log-sum-exp."""
     q, parts, out, lse = kept
     shared = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     dq, gradients = jnp.zeros(q.shape, jnp.float32), []
     for names, (k, v, mask) in zip(axes, parts, strict=True):
         scored = f"bgkrt{names[-2]}"
-        weights = jnp.exp(_scores(names, q, k, mask) - lse)
+        capped = _scores(names, q, k, mask, soft_cap)
+        weights = jnp.exp(capped - lse)
         dv = _product(f"{scored},bgkrtd->{names}", weights.astype(g.dtype), g)
         ds = weights * (_product(f"bgkrtd,{names}->{scored}", g, v) - shared) * q.shape[-1] ** -0.5
+        if soft_cap is not None:  # the slope of c · tanh(x / c)
+            ds = ds * (1.0 - jnp.square(jnp.where(mask, capped, 0.0) / soft_cap))
         ds = ds.astype(q.dtype)
         dq = dq + _product(f"{scored},{names}->bgkrtd", ds, k)
         dk = _product(f"{scored},bgkrtd->{names}", ds, q)
@@ -95,12 +128,12 @@ def _attention_backward(axes: tuple[str, ...], kept: Any, g: jax.Array) -> tuple
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def attend(q: Float[Array, "b g k r t d"], *keys: Keys) -> Float[Array, "b g k r t d"]:
+def attend(q: Float[Array, "b g k r t d"], *keys: Keys, soft_cap: float | None = None) -> Float[Array, "b g k r t d"]:
     """One softmax over all `keys` in float32, none of them copied together; zeros where nothing may be seen.
 
     The gradient keeps no square array: scores are computed again from queries and keys.
     """
-    return _attention(tuple(part.axes for part in keys), q, tuple(part[1:] for part in keys))
+    return _attention(tuple(part.axes for part in keys), soft_cap, q, tuple(part[1:] for part in keys))
 
 
 def _grouped(q: Float[Array, "... h d"], groups: int) -> jax.Array:
@@ -125,13 +158,14 @@ def dense_attention(
     k: Float[Array, "b t g d"],
     v: Float[Array, "b t g d"],
     mask: Bool[Array, "#b #s t"],
+    soft_cap: float | None = None,
 ) -> Float[Array, "b s h d"]:
     """Grouped-query attention with an explicit mask (true: may attend); softmax in float32.
 
     The mask may have size 1 where it does not depend on the row or the query.
     """
     keys = Keys("bgpd", _head_major(k), _head_major(v), mask[:, None, None, None])
-    return _ungrouped(attend(_grouped(q, k.shape[2]), keys))[:, 0]
+    return _ungrouped(attend(_grouped(q, k.shape[2]), keys, soft_cap=soft_cap))[:, 0]
 
 
 def causal_attention(
@@ -140,11 +174,13 @@ def causal_attention(
     v: Float[Array, "b s g d"],
     mask: Bool[Array, "b s"],
     window: int | None = None,
+    soft_cap: float | None = None,
+    spans: Spans | None = None,
 ) -> Float[Array, "b s h d"]:
     """Causal attention of padded rows, exact, a block of queries at a time.
 
-    A block multiplies no later keys, and of those before its window none but what fills a block. This is what the
-    kernels of `Causal` replace.
+    A block multiplies no later keys (those alone that a span may reach), and of those before its window none but what
+    fills a block. This is what the kernels of `Causal` replace.
     """
     s = q.shape[1]
     block = max(QUERY_BLOCK, -(-s // (MAX_BLOCKS * QUERY_BLOCK)) * QUERY_BLOCK)
@@ -153,12 +189,19 @@ def causal_attention(
     for start in range(0, s, block):
         stop = min(start + block, s)
         first = 0 if window is None else max(start + 1 - window, 0) // QUERY_BLOCK * QUERY_BLOCK
-        back = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
-        may = (back >= 0) if window is None else (back >= 0) & (back < window)
-        may = (may & mask[:, None, first:stop])[:, None, None, None]
-        keys = Keys("bgpd", k[:, :, first:stop], v[:, :, first:stop], may)
-        outs.append(attend(grouped[..., start:stop, :], keys))
+        end = stop if spans is None else min(stop + spans.longest - 1, s)
+        may = _sight(slice(start, stop), slice(first, end), window, spans)
+        may = (may & mask[:, None, first:end])[:, None, None, None]
+        keys = Keys("bgpd", k[:, :, first:end], v[:, :, first:end], may)
+        outs.append(attend(grouped[..., start:stop, :], keys, soft_cap=soft_cap))
     return _ungrouped(jnp.concatenate(outs, axis=4))[:, 0]
+
+
+def _sight(queries: slice, keys: slice, window: int | None, spans: Spans | None = None) -> Bool[Array, "#b q k"]:
+    """Which keys of a row queries see, by their places alone; padding is another matter."""
+    back = jnp.arange(queries.start, queries.stop)[:, None] - jnp.arange(keys.start, keys.stop)[None, :]
+    may = (back >= 0)[None] if spans is None else (back >= 0) | spans.pairs(queries, keys)
+    return may if window is None else may & (back < window)
 
 
 def branch_attention(
@@ -167,6 +210,7 @@ def branch_attention(
     prefix_mask_BTP: jax.Array,
     own: KV,
     own_mask_BKTN: jax.Array,
+    soft_cap: float | None = None,
 ) -> Float[Array, "b k t h d"]:
     """Branch tokens attend to their prompt's prefix, read once for all K branches, and to their own branch.
 
@@ -176,7 +220,7 @@ def branch_attention(
     (pk, pv), (ok, ov) = prefix, own
     shared = Keys("bgpd", _head_major(pk), _head_major(pv), prefix_mask_BTP[:, None, None, None])
     branch = Keys("bgknd", _head_major(ok), _head_major(ov), own_mask_BKTN[:, None, :, None])
-    return _ungrouped(attend(_grouped(q_BKTHD, pk.shape[2]), shared, branch))
+    return _ungrouped(attend(_grouped(q_BKTHD, pk.shape[2]), shared, branch, soft_cap=soft_cap))
 
 
 class Layout(Protocol):
@@ -189,7 +233,9 @@ class Layout(Protocol):
 class DecoderLayout(Protocol):
     """Who attends to whom in a layer with a window."""
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None) -> jax.Array:
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None, soft_cap: float | None = None
+    ) -> jax.Array:
         """Queries [B, Q, H, D] against keys and values [B, S, G, D] of one layer: [B, Q, H, D]."""
 
 
@@ -205,12 +251,21 @@ class Causal(NamedTuple):
 
     mask_BS: Bool[Array, "b s"]
     attention: str = "xla"  # see `models/kernels`
+    spans: Spans | None = None
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None) -> jax.Array:
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None, soft_cap: float | None = None
+    ) -> jax.Array:
         """q [B, S, H, D], k and v [B, S, G, D] to [B, S, H, D]."""
-        if choice.fits(self.attention, q.shape[-1]):
-            return choice.self_attention(q, k, v, self.mask_BS, causal=True, window=window, kind=self.attention)
-        return causal_attention(q, k, v, self.mask_BS, window)
+        to_kernel = self.spans is None or choice.has_spans(self.attention)
+        if not (to_kernel and choice.fits(self.attention, q.shape[-1])):
+            return causal_attention(q, k, v, self.mask_BS, window, soft_cap, self.spans)
+        seen = None
+        if self.spans is not None:
+            everything = slice(0, q.shape[1])
+            seen = _sight(everything, everything, window, self.spans)
+        limits: dict[str, Any] = {"causal": True, "window": window, "soft_cap": soft_cap, "seen": seen}
+        return choice.self_attention(q, k, v, self.mask_BS, kind=self.attention, **limits)
 
     @property
     def last(self) -> CausalEnd:
@@ -219,7 +274,10 @@ class Causal(NamedTuple):
 
 
 class CausalEnd(NamedTuple):
-    """The last layer of a `Causal`: the query of the last unpadded token, keys and values of all."""
+    """The last layer of a `Causal`: the query of the last unpadded token, keys and values of all.
+
+    No span reaches beyond the last token.
+    """
 
     mask_BS: Bool[Array, "b s"]
 
@@ -227,9 +285,11 @@ class CausalEnd(NamedTuple):
         """The last unpadded token."""
         return last_valid(x, self.mask_BS)
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None) -> jax.Array:
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None, soft_cap: float | None = None
+    ) -> jax.Array:
         """q [B, 1, H, D], k and v [B, S, G, D] to [B, 1, H, D]."""
-        return dense_attention(q, k, v, _within(self.mask_BS, last_place(self.mask_BS)[:, None], window))
+        return dense_attention(q, k, v, _within(self.mask_BS, last_place(self.mask_BS)[:, None], window), soft_cap)
 
 
 class Bidirectional(NamedTuple):
@@ -264,27 +324,32 @@ class Tree(NamedTuple):
     prefix_mask_BP: Bool[Array, "b p"]
     branch_mask_BKT: Bool[Array, "b k t"]
     attention: str = "xla"  # of the prefix to itself; branches are short
+    spans: Spans | None = None  # of the prefix
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None) -> jax.Array:
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None, soft_cap: float | None = None
+    ) -> jax.Array:
         """q [B, P + K·T, H, D], k and v [B, P + K·T, G, D] to [B, P + K·T, H, D]."""
         p = self.prefix_mask_BP.shape[1]
-        prefix = Causal(self.prefix_mask_BP, self.attention)(q[:, :p], k[:, :p], v[:, :p], window)
-        return jnp.concatenate([prefix, self.branches(q[:, p:], k, v, window)], axis=1)
+        causal = Causal(self.prefix_mask_BP, self.attention, self.spans)
+        prefix = causal(q[:, :p], k[:, :p], v[:, :p], window, soft_cap)
+        return jnp.concatenate([prefix, self.branches(q[:, p:], k, v, window, soft_cap)], axis=1)
 
-    def branches(self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
+    def branches(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, soft_cap: float | None
+    ) -> jax.Array:
         """The branches' part, [B, K·T, H, D]; `k` and `v` are of the whole row."""
         b, p = self.prefix_mask_BP.shape
         _, branches, t = self.branch_mask_BKT.shape
         if branches * t == 0:
             return q
         split = lambda x: x.reshape(b, branches, t, *x.shape[2:])  # noqa: E731
-        back = jnp.arange(t)[:, None] - jnp.arange(t)[None, :]
-        may = (back >= 0) if window is None else (back >= 0) & (back < window)
-        own_mask = may & self.branch_mask_BKT[:, :, None, :]
+        own_mask = _sight(slice(0, t), slice(0, t), window) & self.branch_mask_BKT[:, :, None, :]
         # A branch goes on where its prefix ends, on whichever side that is padded.
         places = last_place(self.prefix_mask_BP)[:, None] + 1 + jnp.arange(t)
         prefix, own = (k[:, :p], v[:, :p]), (split(k[:, p:]), split(v[:, p:]))
-        out = branch_attention(split(q), prefix, _within(self.prefix_mask_BP, places, window), own, own_mask)
+        seen = _within(self.prefix_mask_BP, places, window)
+        out = branch_attention(split(q), prefix, seen, own, own_mask, soft_cap)
         return out.reshape(b, branches * t, *out.shape[3:])
 
     @property
@@ -306,12 +371,14 @@ class TreeEnd(NamedTuple):
         p = self.tree.prefix_mask_BP.shape[1]
         return jnp.concatenate([last_valid(x[:, :p], self.tree.prefix_mask_BP), x[:, p:]], axis=1)
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None) -> jax.Array:
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None, soft_cap: float | None = None
+    ) -> jax.Array:
         """q [B, 1 + K·T, H, D], k and v [B, P + K·T, G, D] to [B, 1 + K·T, H, D]."""
         mask = self.tree.prefix_mask_BP
         p = mask.shape[1]
-        end = CausalEnd(mask)(q[:, :1], k[:, :p], v[:, :p], window)
-        return jnp.concatenate([end, self.tree.branches(q[:, 1:], k, v, window)], axis=1)
+        end = CausalEnd(mask)(q[:, :1], k[:, :p], v[:, :p], window, soft_cap)
+        return jnp.concatenate([end, self.tree.branches(q[:, 1:], k, v, window, soft_cap)], axis=1)
 
 
 def last_place(mask: Bool[Array, "b p"]) -> Int[Array, " b"]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32
 
-from m3po_jax.models.layers import matmul_precision
+from m3po_jax.models.layers import matmul_precision, soft_capped
 
 KV = tuple[jax.Array, jax.Array]
 
@@ -34,16 +34,21 @@ class Part(NamedTuple):
     total: Float32[Array, "... m 1"]
 
 
-def scores(equation: str, q: jax.Array, k: jax.Array, mask: Bool[Array, ...]) -> jax.Array:
-    """q · k / √D in float32 by an einsum equation; −∞ where `mask` (true: may attend) is false."""
+def scores(
+    equation: str, q: jax.Array, k: jax.Array, mask: Bool[Array, ...], soft_cap: float | None = None
+) -> jax.Array:
+    """q · k / √D in float32 by an einsum equation, `soft_capped`; −∞ where `mask` (true: may attend) is false."""
     exact: dict[str, Any] = {"precision": matmul_precision(q.dtype), "preferred_element_type": jnp.float32}
-    return jnp.where(mask, q.shape[-1] ** -0.5 * jnp.einsum(equation, q, k, **exact), -jnp.inf)
+    products = q.shape[-1] ** -0.5 * jnp.einsum(equation, q, k, **exact)
+    return jnp.where(mask, soft_capped(products, soft_cap), -jnp.inf)
 
 
-def part(to_scores: str, to_values: str, q: jax.Array, kv: KV, mask: Bool[Array, ...]) -> Part:
+def part(
+    to_scores: str, to_values: str, q: jax.Array, kv: KV, mask: Bool[Array, ...], soft_cap: float | None = None
+) -> Part:
     """Attention of `q` to `kv` where `mask`, by the einsum equations for scores and values; float32 sums."""
     k, v = kv
-    s = scores(to_scores, q, k, mask)
+    s = scores(to_scores, q, k, mask, soft_cap)
     top = s.max(-1, keepdims=True)
     top = jnp.where(jnp.isneginf(top), 0.0, top)  # NaN goes through, so that it is noticed
     weights = jnp.exp(s - top)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from m3po_jax.errors import UserError
+from m3po_jax.models.rotary_scaling import SCALINGS, needed, scaling_kind
 
 # What a value has to be; gives the words for "must be ..." where it is not, and None where it is.
 Check = Callable[[Any], str | None]
@@ -44,10 +45,12 @@ def whole(low: int, high: int, *, null: bool = False) -> Check:
     return check
 
 
-def real(low: float, high: float, *, above: bool = False) -> Check:
-    """A finite number of a range, `low` itself excluded with `above`."""
+def real(low: float, high: float, *, above: bool = False, null: bool = False) -> Check:
+    """A finite number of a range, `low` itself excluded with `above`; `null` stands for none where it is allowed."""
 
     def check(value: Any) -> str | None:
+        if value is None and null:
+            return None
         valid = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= high
         if not valid or not math.isfinite(value) or value < low or (above and value == low):
             return f"a number {'above' if above else 'from'} {low:g} {'and up ' if above else ''}to {high:g}"
@@ -111,22 +114,48 @@ def side(low: int, high: int) -> Check:
     return check
 
 
+_ROTARY_NUMBERS: Mapping[str, Check] = {
+    "rope_theta": real(0, 1e12, above=True),
+    "factor": real(1, 1e6),
+    "original_max_position_embeddings": whole(1, 2**31),
+    **dict.fromkeys(("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), real(0, 1e6, above=True)),
+    **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), real(0, 1e6)),
+    "truncate": flag,
+}
+
+
 def rope(value: Any) -> str | None:
-    """Rotary positions without scaling: ``rope_parameters``, or the older ``rope_scaling``."""
+    """Rotary positions, scaled or not: ``rope_parameters``, or the older ``rope_scaling``."""
     if value is None:
         return None
     if not isinstance(value, dict):
         return "an object"
-    kind = value.get("rope_type", value.get("type", "default"))
-    if kind not in ("default", None):
-        return "rope_type 'default'"
+    kind = scaling_kind(value)
+    if kind not in ("default", *SCALINGS):
+        return f"rope_type default, {', '.join(SCALINGS)}"
     if value.get("partial_rotary_factor") not in (None, 1, 1.0):
         return "without partial_rotary_factor"
     if "mrope_section" in value or any(isinstance(part, dict) for part in value.values()):
         return "the same for all layers and dimensions"
-    if value.get("rope_theta") is not None and real(0, 1e12, above=True)(value["rope_theta"]):
-        return f"with a rope_theta that is {real(0, 1e12, above=True)(value['rope_theta'])}"
+    for name, check in _ROTARY_NUMBERS.items():
+        complaint = check(value[name]) if value.get(name) is not None else None
+        if complaint is not None:
+            return f"with a {name} that is {complaint}"
+    missing = next((name for name in needed(kind) if value.get(name) is None), None)
+    if missing is not None:
+        return f"with a {missing}"
+    if kind == "llama3" and value["high_freq_factor"] <= value["low_freq_factor"]:
+        return "with a high_freq_factor above the low_freq_factor"
     return None
+
+
+def rope_of_kinds(value: Any) -> str | None:
+    """``rope_parameters`` with such an object for each kind of layer."""
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not set(value) <= {"full_attention", "sliding_attention"}:
+        return "an object with full_attention and sliding_attention"
+    return next((complaint for part in value.values() if (complaint := rope(part)) is not None), None)
 
 
 @dataclass(frozen=True)

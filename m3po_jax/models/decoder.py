@@ -8,6 +8,7 @@ compiled once whatever the pattern is, and a window's attention multiplies no ke
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ from m3po_jax.models.layers import (
     layer_at,
     matmul_precision,
     scan_layers,
+    soft_capped,
     stack_layers,
 )
 
@@ -48,6 +50,10 @@ class TokenScores(NamedTuple):
     entropy: Float[Array, "b n"]
     is_top1: Bool[Array, "b n"]
     mean_logits: Float[Array, "b n"]
+
+
+def _norm(config: DecoderConfig, features: int, **kinds: Any) -> RMSNorm:
+    return RMSNorm(features, eps=config.rms_norm_eps, offset=config.norm_offset, **kinds)
 
 
 def _pin(x: jax.Array) -> jax.Array:
@@ -71,8 +77,9 @@ class DecoderAttention(nnx.Module):
         self.v_proj = Linear(d, keys, axes=("embed", "kv_heads"), use_bias="v_proj" in biases, **kinds)
         self.o_proj = Linear(queries, d, axes=("heads", "embed"), use_bias="o_proj" in biases, **kinds)
         if config.norms_of_heads:
-            norm = {"eps": config.rms_norm_eps, "dtype": dtype, "param_dtype": param_dtype}
-            self.q_norm, self.k_norm = RMSNorm(config.head_dim, **norm), RMSNorm(config.head_dim, **norm)
+            self.q_norm, self.k_norm = (
+                _norm(config, config.head_dim, dtype=dtype, param_dtype=param_dtype) for _ in range(2)
+            )
 
 
 class DecoderMLP(nnx.Module):
@@ -90,11 +97,13 @@ class DecoderLayer(nnx.Module):
     """The weights of a layer, a linear layer for each projection: the `LayerWeights` of training and scoring."""
 
     def __init__(self, config: DecoderConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
-        norm = {"eps": config.rms_norm_eps, "dtype": dtype, "param_dtype": param_dtype}
-        self.input_norm = RMSNorm(config.hidden_size, **norm)
+        norm = functools.partial(_norm, config, config.hidden_size, dtype=dtype, param_dtype=param_dtype)
+        self.input_norm = norm()
         self.attention = DecoderAttention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.post_attention_norm = RMSNorm(config.hidden_size, **norm)
+        self.post_attention_norm = norm()
         self.mlp = DecoderMLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        if config.norms_of_results:
+            self.attention_result_norm, self.mlp_result_norm = norm(), norm()
         self.head_dim = config.head_dim
 
     def gain(self, norm: str) -> Float[Array, " e_or_d"]:
@@ -128,10 +137,15 @@ class Decoder(nnx.Module):
         kinds = {"dtype": dtype, "param_dtype": param_dtype}
         self.config, self.dtype = config, dtype
         self.embed_tokens = Embedding(
-            config.vocab_size, config.hidden_size, axes=("vocab", "embed"), rngs=rngs, **kinds
+            config.vocab_size,
+            config.hidden_size,
+            axes=("vocab", "embed"),
+            rngs=rngs,
+            scale=config.embedding_scale,
+            **kinds,
         )
         self.layers = stack_layers(lambda r: DecoderLayer(config, rngs=r, **kinds), config.num_layers, rngs)
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **kinds)
+        self.norm = _norm(config, config.hidden_size, **kinds)
         self.lm_head = (
             None
             if config.tie_word_embeddings
@@ -159,10 +173,9 @@ class Decoder(nnx.Module):
         def apply(layer: DecoderLayer, x: jax.Array, of_layer: Any) -> tuple[jax.Array, None]:
             number, place = of_layer
             rotary = tables[0] if stacked is None else jax.tree.map(lambda leaf: leaf[number], stacked)
-            if len(set(windows)) == 1:
-                attend: Any = functools.partial(layout, window=windows[0])
-            else:
-                branches = [functools.partial(layout, window=window) for window in windows]
+            branches = [functools.partial(layout, window=w, soft_cap=c.attention_soft_cap) for w in windows]
+            attend: Any = branches[0]
+            if len(set(windows)) > 1:
                 attend = functools.partial(jax.lax.switch, number, branches)
             x = decoder_layer(c, layer, x, rotary, attend, pin=_pin)
             if injected is not None:
@@ -215,7 +228,7 @@ class Decoder(nnx.Module):
         x = self._scan(x, tables, layout, injected, remat=remat, count=final)
 
         def end(layer: nnx.State, x: jax.Array) -> jax.Array:
-            attend = functools.partial(last, window=c.kind(final).window)
+            attend = functools.partial(last, window=c.kind(final).window, soft_cap=c.attention_soft_cap)
             rotary = tables[c.kind_numbers[final]]
             y = decoder_layer(c, nnx.merge(graph, layer), x, rotary, attend, pin=_pin, pick=last.pick)
             if injected is not None and final < len(injected):
@@ -235,9 +248,6 @@ class Decoder(nnx.Module):
         mesh = jax.sharding.get_abstract_mesh()
         shards = 1 if mesh.empty else mesh.size
         chunks = -(-token_ids.size * vocabulary // (MAX_LOGITS * shards))
-        # The head is linear: one more column of it, the mean of all, says what no logits are needed for.
-        mean = self.logits(hidden, lambda w, axis: jnp.mean(w, axis=axis, keepdims=True))[..., 0]
-        mean = jax.lax.stop_gradient(mean)
         if chunks <= 1:
             logits = self.logits(hidden)
             chosen = jnp.take_along_axis(logits, token_ids[..., None], axis=-1)[..., 0]
@@ -245,13 +255,24 @@ class Decoder(nnx.Module):
             all_log_probs = jax.lax.stop_gradient(logits - total[..., None])
             entropy = -jnp.sum(jnp.exp(all_log_probs) * all_log_probs, axis=-1)
             is_top1 = jax.lax.stop_gradient(chosen) >= jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+            mean = self._mean_logits(hidden, lambda: jnp.mean(logits, axis=-1))
             return TokenScores(chosen - total, entropy, is_top1, mean)
-        return TokenScores(*self._chunked_scores(hidden, token_ids, chunks), mean)
+        log_probs, entropy, is_top1, summed = self._chunked_scores(hidden, token_ids, chunks)
+        return TokenScores(log_probs, entropy, is_top1, self._mean_logits(hidden, lambda: summed / vocabulary))
+
+    def _mean_logits(self, hidden: jax.Array, capped: Callable[[], jax.Array]) -> jax.Array:
+        """Of the whole vocabulary, without gradient; `capped` is what the logits that exist say of it.
+
+        A head without a cap is linear: one more column of it, the mean of all, says what no logits are needed for.
+        """
+        linear = lambda w, axis: jnp.mean(w, axis=axis, keepdims=True)  # noqa: E731
+        mean = self.logits(hidden, linear)[..., 0] if self.config.logits_soft_cap is None else capped()
+        return jax.lax.stop_gradient(mean)
 
     def _chunked_scores(
         self, hidden: jax.Array, token_ids: jax.Array, chunks: int
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """log π, entropy and whether no token is likelier, as in `TokenScores`."""
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """log π, entropy and whether no token is likelier, as in `TokenScores`, and the sum of the logits."""
         vocabulary = self.config.vocab_size
         mesh = jax.sharding.get_abstract_mesh()
         # A chunk takes its share of every device's part of the vocabulary, so that no weights travel.
@@ -262,7 +283,7 @@ class Decoder(nnx.Module):
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def chunk(carry: tuple[jax.Array, ...], index: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
-            top, total, chosen, weighted = carry
+            top, total, chosen, weighted, summed = carry
             start = jnp.minimum(index * width, rows - width)  # the last chunk overlaps the one before
 
             def columns(w: jax.Array, axis: int) -> jax.Array:
@@ -284,20 +305,24 @@ class Decoder(nnx.Module):
                 jax.lax.stop_gradient(weighted),
             )
             here = (ids == token_ids[..., None]) & new
-            return (highest, total, chosen + jnp.sum(jnp.where(here, logits, 0.0), axis=-1), weighted), None
+            chosen = chosen + jnp.sum(jnp.where(here, logits, 0.0), axis=-1)
+            if self.config.logits_soft_cap is not None:
+                summed = summed + jax.lax.stop_gradient(jnp.sum(jnp.where(new, logits, 0.0), axis=-1))
+            return (highest, total, chosen, weighted, summed), None
 
         zeros = jnp.zeros(token_ids.shape, jnp.float32)
-        start = (jnp.full(token_ids.shape, -1e30), zeros, zeros, zeros)
-        (top, total, chosen, weighted), _ = jax.lax.scan(chunk, start, jnp.arange(chunks))
+        start = (jnp.full(token_ids.shape, -1e30), zeros, zeros, zeros, zeros)
+        (top, total, chosen, weighted, summed), _ = jax.lax.scan(chunk, start, jnp.arange(chunks))
         entropy = jax.lax.stop_gradient(jnp.log(total) - weighted / total)
-        return chosen - top - jnp.log(total), entropy, jax.lax.stop_gradient(chosen) >= top
+        return chosen - top - jnp.log(total), entropy, jax.lax.stop_gradient(chosen) >= top, summed
 
     def logits(
         self, hidden: Float[Array, "... d"], columns: Columns = lambda w, axis: w
     ) -> Float[Array, "... vocab"]:
         """Next-token logits in float32; of the tokens that `columns` takes from an axis of the vocabulary."""
         if self.lm_head is not None:
-            return self.lm_head(hidden, columns).astype(jnp.float32)
-        table = columns(self.embed_tokens.table[...], 0).astype(self.dtype)
-        logits = jnp.einsum("...d,vd->...v", hidden.astype(self.dtype), table, precision=matmul_precision(self.dtype))
-        return logits.astype(jnp.float32)
+            logits = self.lm_head(hidden, columns)
+        else:
+            table, exact = columns(self.embed_tokens.table[...], 0).astype(self.dtype), matmul_precision(self.dtype)
+            logits = jnp.einsum("...d,vd->...v", hidden.astype(self.dtype), table, precision=exact)
+        return soft_capped(logits.astype(jnp.float32), self.config.logits_soft_cap)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from m3po_jax.data.model_images import FEATURES, Images, layout_of
-from m3po_jax.models.attention import Causal, Tree, prefix_positions
+from m3po_jax.models.attention import Causal, Spans, Tree, prefix_positions
 from m3po_jax.models.decoder import Decoder, TokenScores
 from m3po_jax.models.decoder_config import DecoderConfig
 
@@ -52,11 +52,13 @@ class PromptInputs(NamedTuple):
     Attributes:
         x: Its inputs.
         injected: What is added to the states after each of the first layers; None: nothing.
+        spans: The images whose tokens see each other, see `DecoderConfig.image_span`; None: no image's do.
     """
 
     x: Float[Array, "b s d"]
     positions: Positions
     injected: Float[Array, "l b s d"] | None
+    spans: Spans | None
 
 
 class VisionLanguageConfig(Protocol):
@@ -147,11 +149,14 @@ def embedded_prompts(
 ) -> PromptInputs:
     """What the decoder reads of prompts."""
     features, layout = (None, {}) if images is None else images
-    injected = None
-    if features is not None and model.config.text.injected_layers:
+    text = model.config.text
+    injected = spans = None
+    if features is not None and text.injected_layers:
         injected = model.injected_states(token_ids, features)
+    if features is not None and text.image_span:
+        spans = Spans.of_runs((token_ids == model.config.image_token_id) & mask, text.image_span)
     x, positions = model.embed_prompts(token_ids, features), model.prompt_positions(token_ids, mask, layout)
-    return PromptInputs(x, positions, injected)
+    return PromptInputs(x, positions, injected, spans)
 
 
 def branch_hidden(
@@ -173,14 +178,14 @@ def branch_hidden(
     """
     b, k, t = branch_ids.shape
     t -= 1
-    prefix, places, injected = embedded_prompts(model, prefix_ids, prefix_mask, images)
+    prefix, places, injected, spans = embedded_prompts(model, prefix_ids, prefix_mask, images)
     branches = model.decoder.embed_tokens(branch_ids[:, :, :t].reshape(b, k * t)).astype(prefix.dtype)
     following = places.following[:, None, None] + jnp.arange(t)[None, None, :]
     following = jnp.broadcast_to(following, (b, k, t)).reshape(b, k * t)
     axes = places.of_prompt.shape[2:]
     following = jnp.broadcast_to(following.reshape(b, k * t, *(1,) * len(axes)), (b, k * t, *axes))
     positions = jnp.concatenate([places.of_prompt, following], axis=1)
-    tree = Tree(prefix_mask, branch_mask[:, :, :t], model.decoder.config.attention)
+    tree = Tree(prefix_mask, branch_mask[:, :, :t], model.decoder.config.attention, spans)
     x = jnp.concatenate([prefix, branches], axis=1)
     hidden = model.decoder.needed_states(
         x, positions, tree, tree.last, injected, remat=remat, base_learns=base_learns
@@ -234,5 +239,5 @@ def reference_forward(
 ) -> Float[Array, "b s vocab"]:
     """Plain causal logits at every position, for tests and small tools."""
     real = mask.astype(bool)
-    x, positions, injected = embedded_prompts(model, token_ids, real, images)
-    return model.decoder.logits(model.decoder(x, positions.of_prompt, Causal(real), injected))
+    x, positions, injected, spans = embedded_prompts(model, token_ids, real, images)
+    return model.decoder.logits(model.decoder(x, positions.of_prompt, Causal(real, spans=spans), injected))

@@ -97,7 +97,7 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of `rows` vectors, drawn from N(0, std²)."""
+    """A table of `rows` vectors, drawn from N(0, std²), which are read `scale` times as long."""
 
     def __init__(
         self,
@@ -109,38 +109,52 @@ class Embedding(nnx.Module):
         param_dtype: Any,
         rngs: nnx.Rngs,
         std: float = 0.02,
+        scale: float = 1.0,
     ):
         table = std * jax.random.normal(rngs.params(), (rows, features), jnp.float32)
         self.table = nnx.Param(table.astype(param_dtype), axes=axes)
-        self.dtype = dtype
+        self.dtype, self.scale = dtype, scale
 
     def __call__(self, ids: Int[Array, ...]) -> Float[Array, "... features"]:
-        """The ids' rows, in `dtype`; ids must lie in [0, rows)."""
-        return jnp.take(self.table[...], ids, axis=0).astype(self.dtype)
+        """The ids' rows, in `dtype`; ids must lie in [0, rows). The scale is rounded to the table's type."""
+        rows = jnp.take(self.table[...], ids, axis=0)
+        if self.scale != 1.0:
+            rows = rows * jnp.asarray(self.scale, rows.dtype)
+        return rows.astype(self.dtype)
 
 
 def rms_norm(x: Float[Array, "... d"], gain: Float[Array, " d"], eps: float) -> Float[Array, "... d"]:
-    """x / rms(x) · g, in float32 (Zhang and Sennrich, arXiv:1910.07467), cast to the gain's type before the gain."""
+    """x / rms(x) · g, in float32 (Zhang and Sennrich, arXiv:1910.07467), cast to the gain's type before the gain.
+
+    The result is in the gain's type: a caller whose gain is not in the type of the computation casts it.
+    """
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
     return gain * y.astype(gain.dtype)
 
 
-class RMSNorm(nnx.Module):
-    """`rms_norm` with a gain that learns."""
+def soft_capped(x: Float[Array, ...], cap: float | None) -> Float[Array, ...]:
+    """c · tanh(x / c), which lies within ±c (Gemma 2, arXiv:2408.00118); x itself without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
-    def __init__(self, features: int, *, eps: float, dtype: Any, param_dtype: Any):
-        self.scale = nnx.Param(jnp.ones((features,), param_dtype), axes=("norm",))
-        self.eps, self.dtype = eps, dtype
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with a gain that learns: what is stored plus `offset`."""
+
+    def __init__(self, features: int, *, eps: float, dtype: Any, param_dtype: Any, offset: float = 0.0):
+        self.scale = nnx.Param(jnp.full((features,), 1.0 - offset, param_dtype), axes=("norm",))
+        self.eps, self.dtype, self.offset = eps, dtype, offset
 
     @property
     def gain(self) -> Float[Array, " d"]:
-        """In the type of the computation."""
+        """In the type of the computation; with an offset in float32, as Gemma adds and multiplies it."""
+        if self.offset:
+            return self.offset + self.scale[...].astype(jnp.float32)
         return self.scale[...].astype(self.dtype)
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         """Over the last axis; the result is in `dtype`."""
-        return rms_norm(x, self.gain, self.eps)
+        return rms_norm(x, self.gain, self.eps).astype(self.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -5,6 +5,7 @@ To add a family, write its configuration, model and tensor map in files of its o
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ from m3po_jax.models import dual_encoder, dual_encoder_weights
 from m3po_jax.models.causal_lm import model as causal_lm
 from m3po_jax.models.causal_lm import weights as causal_lm_weights
 from m3po_jax.models.config_fields import Fields, check_fields, shown
+from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.models.hub import HUB_ID, fetch, listed_tensors, pinned, snapshot_of
 from m3po_jax.models.image_family import ImageFamily
-from m3po_jax.models.kernels.choice import check_attention, with_attention
+from m3po_jax.models.kernels.choice import attention_note, check_attention, with_attention
 from m3po_jax.models.llava import config as llava_config
 from m3po_jax.models.llava import model as llava
 from m3po_jax.models.llava import weights as llava_weights
@@ -120,9 +122,9 @@ class Family:
     normalize: Callable[[dict[str, Any], str], dict[str, Any]] = lambda raw, where: raw
     has_decoder: bool = True
 
-    def head_dim(self, config: Any) -> int | None:
-        """Width of the decoder's heads; None where there is none."""
-        return config.text.head_dim if self.has_decoder else None
+    def decoder(self, config: Any) -> DecoderConfig | None:
+        """The specification of the decoder; None where there is none."""
+        return config.text if self.has_decoder else None
 
 
 FAMILIES = (
@@ -516,7 +518,10 @@ def load_model(
     description = describe(directory, vision_tower=vision_tower, weights=init == "pretrained")
     family = description.family
     platform = (jax.devices() if mesh is None else mesh.devices.flat)[0].platform
-    check_attention(attention, platform=platform, dtype=dtype, head_dim=family.head_dim(description.config))
+    decoder = family.decoder(description.config)
+    check_attention(attention, platform=platform, dtype=dtype, decoder=decoder)
+    if note := attention_note(attention, decoder):
+        description = dataclasses.replace(description, notes=(*description.notes, note))
     check_quantization(quantization)
     config = with_attention(description.config, attention)
 

@@ -28,8 +28,19 @@ def decoder(config: DecoderConfig, path: Path, model: str, head: str) -> dict[Pa
         (*path, "embed_tokens", "table"): Source(f"{model}.embed_tokens.weight", pad_rows=True, copies=copies),
         (*path, "norm", "scale"): Source(f"{model}.norm.weight"),
         (*layers, "input_norm", "scale"): Source(f"{model}.layers.{{}}.input_layernorm.weight"),
-        (*layers, "post_attention_norm", "scale"): Source(f"{model}.layers.{{}}.post_attention_layernorm.weight"),
     }
+    # Where results are normalised too, what stands after attention in LLaMA stands before the MLP.
+    norms = {"post_attention_norm": "post_attention_layernorm"}
+    if config.norms_of_results:
+        norms = {
+            **{
+                "attention_result_norm": "post_attention_layernorm",
+                "post_attention_norm": "pre_feedforward_layernorm",
+            },
+            "mlp_result_norm": "post_feedforward_layernorm",
+        }
+    for norm, theirs in norms.items():
+        tensors[(*layers, norm, "scale")] = Source(f"{model}.layers.{{}}.{theirs}.weight")
     for ours, theirs, names in (
         ("attention", "self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")),
         ("mlp", "mlp", ("gate_proj", "up_proj", "down_proj")),

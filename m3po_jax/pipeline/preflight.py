@@ -104,8 +104,8 @@ class Preflight:
             return
         mesh = make_mesh(self.recipe.mesh)
         platform, model = mesh.devices.flat[0].platform, self.recipe.model
-        head_dim = self.description.family.head_dim(self.description.config)
-        check_attention(model.attention, platform=platform, dtype=model.dtype, head_dim=head_dim)
+        decoder = self.description.family.decoder(self.description.config)
+        check_attention(model.attention, platform=platform, dtype=model.dtype, decoder=decoder)
 
     def model(self, recipe: Recipe) -> Any:
         """The policy with a stage's adapters, as a tree of shapes.

@@ -93,7 +93,9 @@ def causal_lm(decoder: str, *, seed: int = 0, **text: Any) -> Any:
         **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     }
     config = getattr(transformers, f"{decoder}Config")(**{**sizes, **text})
-    return randomise(getattr(transformers, f"{decoder}ForCausalLM")(config), seed)
+    # Eager: other implementations of transformers' attention leave out soft caps.
+    config._attn_implementation = "eager"
+    return randomise(transformers.AutoModelForCausalLM.from_config(config), seed)
 
 
 def dual_encoder(kind: str, *, seed: int = 0, text: dict[str, Any] | None = None, **top: Any) -> Any:

@@ -55,6 +55,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **{"model_type": "qwen3", **TEXT, "num_hidden_layers": 3},
         **{"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     },
+    "gemma2": {"model_type": "gemma2", **TEXT, "num_hidden_layers": 3, "sliding_window": 8},
+    "gemma3_text": {
+        **{"model_type": "gemma3_text", **TEXT, "num_hidden_layers": 3},
+        **{"sliding_window": 8, "sliding_window_pattern": 3},
+    },
     "llava": {"model_type": "llava", "image_token_index": 60, "text_config": TEXT, "vision_config": VISION},
     "clip": {
         **{"model_type": "clip", "projection_dim": 20, "vision_config": VISION},
@@ -113,6 +118,8 @@ OTHER = {
     **{"attention_bias": True, "mlp_bias": True, "sliding_window": 9},
     **{"use_sliding_window": False, "max_window_layers": 2},
     **{"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+    **{"hidden_activation": "relu", "query_pre_attn_scalar": 100, "rope_local_base_freq": 7.0},
+    **{"sliding_window_pattern": 4, "attn_logit_softcapping": 7.0, "final_logit_softcapping": 7.0},
     **{"projection_dim": 21, "projection_size": 22, "m3po_pooling": "patches"},
 }
 # Those of towers whose layers are counted by `depth`, and of decoders whose positions have three axes.
@@ -138,9 +145,16 @@ OTHER_OF = {
 # Sections, ids that the tokenizer's reader compares, and fields of which one value alone is implemented.
 NO_OTHER = {
     *("text_config", "vision_config", "pad_token_id", "bos_token_id", "eos_token_id", "image_token_id"),
-    *("num_channels", "vision_use_head", "in_channels", "in_chans"),
+    *("num_channels", "vision_use_head", "in_channels", "in_chans", "use_bidirectional_attention"),
     # They have to be what other fields say.
     *("out_hidden_size", "spatial_patch_size"),
+}
+
+
+OF_ONE_VALUE = {"gemma3_text": {"attn_logit_softcapping"}}
+OF_KIND: dict[tuple[str, str], Any] = {
+    **{(kind, "tie_word_embeddings"): False for kind in ("gemma2", "gemma3_text")},
+    ("gemma3_text", "rope_parameters"): {"sliding_attention": {"rope_type": "linear", "factor": 2.0}},
 }
 
 
@@ -149,14 +163,15 @@ def test_what_is_called_read_is_read(kind: str, section: str, fields: Fields, tm
     plain = describe(write(tmp_path / "plain", CONFIGS[kind])).config
     others = {**OTHER, **OTHER_OF.get((kind, section), {})}
     width = {"hidden_size"} if (kind, section) in OTHER_OF and section == "text_config" else set()  # the tower's too
-    for name in fields.read.keys() - NO_OTHER - width:
-        if others[name] is None or (kind == "qwen3_vl" and name == "use_sliding_window"):
+    for name in fields.read.keys() - NO_OTHER - width - OF_ONE_VALUE.get(kind, set()):
+        value = OF_KIND.get((kind, name), others.get(name))
+        if value is None or (kind == "qwen3_vl" and name == "use_sliding_window"):
             continue  # the sections of its positions would not fit
-        changed = describe(write(tmp_path / name, with_field(kind, section, **{name: others[name]}))).config
+        changed = describe(write(tmp_path / name, with_field(kind, section, **{name: value}))).config
         assert changed != plain, name
 
 
-ROPE_KINDS = ("linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+ROPE_KINDS = ("dynamic", "longrope", "proportional", "llama3")  # the last needs more than a factor
 QUANTISED = ("bitsandbytes", "awq", "gptq", "fp8", "compressed-tensors", "torchao")
 
 
@@ -176,7 +191,16 @@ QUANTISED = ("bitsandbytes", "awq", "gptq", "fp8", "compressed-tensors", "torcha
         ("mistral", "", "sliding_window", 0),
         ("mistral", "", "layer_types", ["sliding_attention", "full_attention"]),
         ("mistral", "", "attention_bias", True),
-        ("llama", "", "rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("llama", "", "rope_scaling", {"type": "linear", "factor": 0.5}),
+        ("llama", "", "rope_scaling", {"type": "linear"}),
+        ("llama", "", "rope_parameters", {"rope_type": "yarn", "factor": "4"}),
+        ("llama", "", "rope_parameters", {"rope_type": ["yarn"], "factor": 4.0}),
+        ("gemma3_text", "", "rope_parameters", {"rope_type": "default", "rope_theta": 1e6}),
+        ("gemma3_text", "", "rope_parameters", {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}),
+        ("gemma3_text", "", "attn_logit_softcapping", 50.0),
+        ("gemma3_text", "", "use_bidirectional_attention", True),
+        ("gemma2", "", "attn_logit_softcapping", 0.0),
+        ("gemma2", "", "query_pre_attn_scalar", -1),
         ("llama", "", "rope_parameters", {"rope_type": "llama3", "factor": 8.0}),
         ("llama", "", "rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
         ("llama", "", "rope_parameters", {"rope_type": "default", "mrope_section": [8, 12, 12]}),

@@ -90,12 +90,12 @@ def test_gradients_equal_torch(oracle: Any, remat: str, base_learns: bool) -> No
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(1.0, np.abs(expected).max()))
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tied", "cap"), [(False, None), (True, None), (False, 20.0)])
 @pytest.mark.parametrize("width", [7, 64, 500])
-def test_chunks_of_the_vocabulary_change_nothing(width: int, tied: bool, monkeypatch: Any) -> None:
+def test_chunks_of_the_vocabulary_change_nothing(width: int, tied: bool, cap: float | None, monkeypatch: Any) -> None:
     """Values and gradients (adapter on the head, states), for widths that do not divide the vocabulary."""
     config = DecoderConfig(101, 16, 32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8)
-    config = dataclasses.replace(config, tie_word_embeddings=tied)
+    config = dataclasses.replace(config, tie_word_embeddings=tied, logits_soft_cap=cap)
     decoder = decoders.Decoder(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     if not tied:
         decoder.lm_head.lora_a = nnx.Param(0.3 * jnp.ones((16, 2)))
@@ -115,6 +115,7 @@ def test_chunks_of_the_vocabulary_change_nothing(width: int, tied: bool, monkeyp
         return jax.jit(jax.value_and_grad(loss, has_aux=True))((state, hidden))
 
     whole = both()
+    np.testing.assert_allclose(whole[0][1].mean_logits, decoder.logits(hidden).mean(-1), rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(decoders, "MAX_LOGITS", width * ids.size)
     program = str(jax.make_jaxpr(loss)((state, hidden)))
     assert (width >= 101) == ("3,5,101" in program)  # no array of all logits where they are chunked
@@ -143,11 +144,19 @@ def test_token_scores_are_trls(width: int, monkeypatch: Any) -> None:
     assert scores.entropy.max() > 4.6 and scores.entropy.min() < 0.01
 
 
-@pytest.mark.parametrize("window", [None, 1, 7, 100, 300])
-def test_causal_blocks_equal_one_masked_square(window: int | None, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    ("window", "cap", "spans"),
+    [
+        *((window, None, False) for window in (None, 1, 7, 100, 300)),
+        *((None, 0.5, False), (None, None, True), (7, 0.5, True)),
+    ],
+)
+def test_causal_blocks_equal_one_masked_square(
+    window: int | None, cap: float | None, spans: bool, monkeypatch: Any
+) -> None:
     """Rows longer than a block, left and right padding, grouped heads; values and gradients in one comparison.
 
-    Blocks of 16 queries leave whole blocks of keys outside the shorter windows.
+    Blocks of 16 queries leave whole blocks of keys outside the shorter windows; spans reach over two of them.
     """
     monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
     rng = np.random.default_rng(0)
@@ -155,18 +164,24 @@ def test_causal_blocks_equal_one_masked_square(window: int | None, monkeypatch: 
     mask = np.ones((2, 200), bool)
     mask[0, :30], mask[1, 150:] = False, False
 
+    member = mask & (np.arange(200) % 50 >= 15)
+    own = attention.Spans.of_runs(jnp.asarray(member), 35) if spans else None
+
     def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
         scores = jnp.einsum("bshd,bthd->bhst", q, k) * 8**-0.5
+        scores = scores if cap is None else cap * jnp.tanh(scores / cap)
         back = np.arange(200)[:, None] - np.arange(200)
-        seen = (back >= 0) & (back < (window or 200)) & mask[:, None, None, :]
+        same = (np.arange(200)[:, None] // 50 == np.arange(200) // 50) & member[:, :, None] & member[:, None, :]
+        seen = ((back >= 0) | (same & spans)) & (back < (window or 200)) & mask[:, None, :]
+        seen = seen[:, None]
         return jnp.einsum("bhst,bthd->bshd", jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1), v)
 
     def run(attend: Any) -> Any:
         loss = lambda *x: jnp.sum(jnp.where(mask[..., None, None], jnp.sin(3 * attend(*x)), 0.0))  # noqa: E731
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v)
 
-    blocked = run(lambda q, k, v: attention.causal_attention(q, k, v, jnp.asarray(mask), window))
+    blocked = run(lambda q, k, v: attention.causal_attention(q, k, v, jnp.asarray(mask), window, cap, own))
     for found, wanted in zip(jax.tree.leaves(blocked), jax.tree.leaves(run(plain)), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 

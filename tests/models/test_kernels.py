@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -18,11 +19,18 @@ from hypothesis import strategies as st
 from model_inputs import encoded
 
 from m3po_jax.errors import UserError
-from m3po_jax.models.attention import Bidirectional, Causal
+from m3po_jax.models.attention import Bidirectional, Causal, Spans
 from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.models.encoder import EncoderConfig
 from m3po_jax.models.forward import branch_log_probs
-from m3po_jax.models.kernels.choice import check_attention, decode_kernel, fits, self_attention, with_attention
+from m3po_jax.models.kernels.choice import (
+    attention_note,
+    check_attention,
+    decode_kernel,
+    fits,
+    self_attention,
+    with_attention,
+)
 from m3po_jax.models.kernels.fused_gpu import fused_attention
 from m3po_jax.models.kernels.grouped_decode import block_shape
 from m3po_jax.models.kernels.splash import block_size
@@ -51,20 +59,24 @@ def padding(tokens):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "causal", "window", "dtype", "tolerance"),
+    ("kernel", "causal", "limits", "dtype", "tolerance"),
     [
-        ("pallas", True, None, jnp.float32, 2e-5),
-        ("pallas", True, 7, jnp.float32, 2e-5),
-        ("pallas", True, 140, jnp.float32, 2e-5),
-        ("pallas", False, None, jnp.float32, 2e-5),
-        ("pallas", True, None, jnp.bfloat16, 4e-2),
-        ("cudnn", True, None, jnp.float32, 2e-5),
-        ("cudnn", True, 7, jnp.float32, 2e-5),
-        ("cudnn", False, None, jnp.float32, 2e-5),
-        ("cudnn", True, None, jnp.bfloat16, 4e-2),
+        ("pallas", True, {}, jnp.float32, 2e-5),
+        ("pallas", True, {"window": 7}, jnp.float32, 2e-5),
+        ("pallas", True, {"window": 140}, jnp.float32, 2e-5),
+        ("pallas", False, {}, jnp.float32, 2e-5),
+        ("pallas", True, {}, jnp.bfloat16, 4e-2),
+        ("pallas", True, {"soft_cap": 0.5}, jnp.float32, 2e-5),
+        ("pallas", True, {"soft_cap": 0.5, "window": 7}, jnp.float32, 2e-5),
+        ("cudnn", True, {}, jnp.float32, 2e-5),
+        ("cudnn", True, {"spans": True}, jnp.float32, 2e-5),
+        ("cudnn", True, {"spans": True, "window": 7}, jnp.float32, 2e-5),
+        ("cudnn", True, {"window": 7}, jnp.float32, 2e-5),
+        ("cudnn", False, {}, jnp.float32, 2e-5),
+        ("cudnn", True, {}, jnp.bfloat16, 4e-2),
     ],
 )
-def test_self_attention_equals_the_xla_path(kernel, causal, window, dtype, tolerance):
+def test_self_attention_equals_the_xla_path(kernel, causal, limits, dtype, tolerance):
     rng = np.random.default_rng(0)
     tokens, heads, groups, width = 150, 4, 2, 16
     q = draw(rng, (3, tokens, heads, width), dtype)
@@ -80,8 +92,14 @@ def test_self_attention_equals_the_xla_path(kernel, causal, window, dtype, toler
         (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
         return [np.asarray(x, np.float32) for x in (out, *grads)]
 
-    plain = run(partial(Causal(mask), window=window) if causal else Bidirectional(mask))
-    fused = run(lambda q, k, v: KERNELS[kernel](q, k, v, mask, causal=causal, window=window))
+    spans = Spans.of_runs(jnp.asarray(mask & (np.arange(tokens) % 40 > 9)), 30) if "spans" in limits else None
+    limits = {name: value for name, value in limits.items() if name != "spans"}
+    plain = run(partial(Causal(mask, spans=spans), **limits) if causal else Bidirectional(mask))
+    if spans is not None:
+        back = np.arange(tokens)[:, None] - np.arange(tokens)
+        same = (spans.numbers[:, :, None] == spans.numbers[:, None]) & (spans.numbers[:, :, None] >= 0)
+        limits["seen"] = ((back >= 0) | same) & (back < limits.get("window", tokens))
+    fused = run(lambda q, k, v: KERNELS[kernel](q, k, v, mask, causal=causal, **limits))
     for expected, actual in zip(plain, fused, strict=True):
         assert np.abs(expected).max() > 0.5
         np.testing.assert_allclose(actual, expected, atol=tolerance * np.abs(expected).max())
@@ -224,10 +242,14 @@ def test_the_gpu_path_lowers_to_cudnn_in_both_directions(causal, monkeypatch):
     assert f"{'CAUSAL' if causal else 'NO_MASK'}" in text
 
 
+def heads_of(width):
+    return dataclasses.replace(TINY.text, head_dim=width)
+
+
 def test_what_a_kernel_cannot_run_is_refused_in_one_line():
-    check_attention("xla", platform="cpu", dtype="float32", head_dim=7)
-    check_attention("pallas", platform="tpu", dtype="float32", head_dim=128)
-    check_attention("cudnn", platform="gpu", dtype="bfloat16", head_dim=80)
+    check_attention("xla", platform="cpu", dtype="float32", decoder=heads_of(7))
+    check_attention("pallas", platform="tpu", dtype="float32", decoder=heads_of(128))
+    check_attention("cudnn", platform="gpu", dtype="bfloat16", decoder=heads_of(80))
     # A tower of narrower heads than the language model's stays on XLA where they do not fit.
     assert fits("pallas", 64) and not fits("pallas", 72) and fits("cudnn", 72) and not fits("xla", 128)
     assert decode_kernel("cudnn") is decode_kernel("xla") is None
@@ -240,9 +262,17 @@ def test_what_a_kernel_cannot_run_is_refused_in_one_line():
         ("pallas", "tpu", "bfloat16", 64, "multiple of 128"),
         ("cudnn", "gpu", "float16", 256, "at most 128"),
     ]
+    capped = dataclasses.replace(TINY.text, head_dim=128, attention_soft_cap=50.0)
+    check_attention("pallas", platform="tpu", dtype="bfloat16", decoder=capped)
+    with pytest.raises(UserError, match="cudnn has no soft cap"):
+        check_attention("cudnn", platform="gpu", dtype="bfloat16", decoder=capped)
+    spanned = dataclasses.replace(TINY.text, image_span=9)
+    assert "read by XLA" in attention_note("pallas", spanned)
+    for kind, decoder in (("cudnn", spanned), ("xla", spanned), ("pallas", capped)):
+        assert attention_note(kind, decoder) == ""
     for kind, platform, dtype, width, words in cases:
         with pytest.raises(UserError, match=words) as caught:
-            check_attention(kind, platform=platform, dtype=dtype, head_dim=width)
+            check_attention(kind, platform=platform, dtype=dtype, decoder=heads_of(width))
         assert "\n" not in str(caught.value) and "model.attention" in str(caught.value)
 
 

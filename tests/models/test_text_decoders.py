@@ -41,6 +41,43 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3",
         {"attention_bias": True, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     ),
+    "llama3_scaling": (
+        "Llama",
+        {
+            "rope_parameters": {
+                **{"rope_type": "llama3", "rope_theta": 50.0, "factor": 8.0, "low_freq_factor": 1.0},
+                **{"high_freq_factor": 4.0, "original_max_position_embeddings": 12},
+            }
+        },
+    ),
+    "qwen2_yarn": (
+        "Qwen2",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                **{"rope_type": "yarn", "rope_theta": 50.0, "factor": 4.0},
+                **{"original_max_position_embeddings": 12, "beta_fast": 2.0},
+            },
+        },
+    ),
+    "gemma2": (
+        "Gemma2",
+        {
+            **{"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 4},
+            **{"attn_logit_softcapping": 0.7, "final_logit_softcapping": 1.5},
+        },
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            **{"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 4, "num_hidden_layers": 4},
+            **{"final_logit_softcapping": 2.0, "layer_types": [*["sliding_attention", "full_attention"] * 2]},
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+            },
+        },
+    ),
     "qwen2_between": (
         "Qwen2",
         {

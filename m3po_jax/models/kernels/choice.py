@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from m3po_jax.config import ModelConfig
 from m3po_jax.errors import UserError
+from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.reading import check_value
 
 ATTENTION = ("xla", "pallas", "cudnn")
@@ -35,15 +36,31 @@ def fits(kind: str, head_dim: int) -> bool:
     return head_dim % HEAD_MULTIPLE[kind] == 0 and not (kind == "cudnn" and head_dim > CUDNN_WIDEST)
 
 
-def check_attention(kind: str, *, platform: str, dtype: Any, head_dim: int | None = None) -> None:
+def has_spans(kind: str) -> bool:
+    """Whether kernel `kind` lets the tokens of an image see each other."""
+    return kind == "cudnn"
+
+
+def attention_note(kind: str, decoder: DecoderConfig | None) -> str:
+    """A line where a kernel leaves a part of a model that it runs to XLA; else empty."""
+    if decoder is None or kind == "xla" or not decoder.image_span or has_spans(kind):
+        return ""
+    return (
+        f"model.attention={kind}: prompts with images are read by XLA, since this model's image tokens see each "
+        "other; answers are drawn through the kernel"
+    )
+
+
+def check_attention(kind: str, *, platform: str, dtype: Any, decoder: DecoderConfig | None = None) -> None:
     """Refuses, before anything is loaded, what the kernels cannot run.
 
     Args:
         platform: Of the devices that will compute, as jax names it (cpu, gpu, tpu).
-        head_dim: Of the language model, where it is known.
+        decoder: The language model, where it is known.
 
     Raises:
-        UserError: an unknown name, other devices than the kernel's, a type or head width that it does not take.
+        UserError: an unknown name, other devices than the kernel's, a type, head width or soft cap that it does not
+            take.
     """
     where, remedy = "model.attention", "set model.attention=xla"
     check_value(ModelConfig, "attention", kind, "model")
@@ -58,8 +75,12 @@ def check_attention(kind: str, *, platform: str, dtype: Any, head_dim: int | Non
             where=where,
             remedy=f"{remedy}, or model.dtype=bfloat16",
         )
-    multiple = DECODER_HEAD_MULTIPLE[kind]
-    if head_dim is not None and (head_dim % multiple or not fits(kind, head_dim)):
+    if decoder is None:
+        return
+    if kind == "cudnn" and decoder.attention_soft_cap is not None:
+        raise UserError("cudnn has no soft cap of attention, and this model has one", where=where, remedy=remedy)
+    multiple, head_dim = DECODER_HEAD_MULTIPLE[kind], decoder.head_dim
+    if head_dim % multiple or not fits(kind, head_dim):
         widest = f" and at most {CUDNN_WIDEST}" if kind == "cudnn" else ""
         raise UserError(
             f"{kind} wants heads of a multiple of {multiple}{widest}; this model's are {head_dim} wide",
@@ -100,6 +121,8 @@ def self_attention(
     *,
     causal: bool,
     window: int | None = None,
+    soft_cap: float | None = None,
+    seen: Bool[Array, "b s s"] | None = None,
     kind: str,
 ) -> Float[Array, "b s h d"]:
     """Attention among the unpadded tokens of each row by kernel `kind` (not ``xla``), differentiable.
@@ -108,11 +131,17 @@ def self_attention(
 
     Args:
         window: Tokens that a token of a `causal` row sees, itself included; None: all before it.
+        soft_cap: See `layers.soft_capped`; for kernels that `check_attention` allows with one.
+        seen: Which queries (second axis) see which keys, padding apart, in the place of `causal` and `window`; for
+            kernels with `has_spans`.
     """
     if kind == "cudnn":
         from m3po_jax.models.kernels.fused_gpu import fused_attention
 
-        return fused_attention(q, k, v, mask, causal=causal, window=window)
+        assert soft_cap is None, "refused by check_attention"
+        return fused_attention(q, k, v, mask, causal=causal, window=window, seen=seen)
     from m3po_jax.models.kernels.splash import splash_attention
 
-    return splash_attention(q, k, v, mask, causal=causal, window=window, interpret=kind == "pallas_interpret")
+    assert seen is None, "such rows go to XLA"
+    interpret = kind == "pallas_interpret"
+    return splash_attention(q, k, v, mask, causal=causal, window=window, soft_cap=soft_cap, interpret=interpret)

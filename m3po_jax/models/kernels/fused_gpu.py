@@ -21,32 +21,38 @@ def fused_attention(
     *,
     causal: bool,
     window: int | None = None,
+    seen: Bool[Array, "b s s"] | None = None,
     implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> Float[Array, "b s h d"]:
     """Grouped-query self-attention over the unpadded tokens; padded positions hold values of no meaning.
 
     Args:
-        window: As of `choice.self_attention`.
+        window, seen: As of `choice.self_attention`.
         implementation: ``cudnn`` (bfloat16 and float16 only) or ``xla``, which tests the same call on a CPU.
     """
     s = q.shape[1]
     padded = -(-s // TOKENS) * TOKENS
     wider = lambda x: jnp.pad(x, ((0, 0), (0, padded - s), *((0, 0),) * (x.ndim - 2)))  # noqa: E731
-    args = (wider(q), wider(k), wider(v), wider(mask))
+    pairs = () if seen is None else (jnp.pad(seen, ((0, 0), (0, padded - s), (0, padded - s))),)
+    args = (wider(q), wider(k), wider(v), wider(mask), *pairs)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask_BS: jax.Array) -> jax.Array:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask_BS: jax.Array, *pairs_BSS: jax.Array) -> jax.Array:
+        may = mask_BS[:, None, :]
+        for pairs in pairs_BSS:
+            may = may & pairs
         # A padded query sees itself: a row without any key would be NaN, and its gradient would spread.
-        seen = mask_BS[:, None, :] | jnp.eye(padded, dtype=bool)
+        may = may | jnp.eye(padded, dtype=bool)
         return jax.nn.dot_product_attention(
             q,
             k,
             v,
-            mask=seen[:, None],
-            is_causal=causal,
-            local_window_size=None if window is None else (window - 1, 0),
+            mask=may[:, None],
+            is_causal=causal and seen is None,
+            local_window_size=None if window is None or seen is not None else (window - 1, 0),
             implementation=implementation,
         )
 
     axes = ("batch", None, head_axis(k.shape[2]), None)
-    out = per_device(attend, args, (axes, axes, axes, ("batch", None)), ((axes, args[0].shape),))
+    of_masks = (("batch", None), *(("batch", None, None) for _ in pairs))
+    out = per_device(attend, args, (axes, axes, axes, *of_masks), ((axes, args[0].shape),))
     return out[:, :s]

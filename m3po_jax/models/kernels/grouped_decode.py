@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int
 
 from m3po_jax.models.kernels.mesh import head_axis, per_device
-from m3po_jax.models.layers import matmul_precision
+from m3po_jax.models.layers import matmul_precision, soft_capped
 
 LANES = 128
 ROWS = 16  # queries are padded to whole tiles: 16 rows of bfloat16 (8 of float32 would do)
@@ -43,7 +43,16 @@ def block_shape(heads: int, tokens: int, width: int, itemsize: int) -> tuple[int
 
 
 def _kernel(
-    length_N: Any, q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, top_ref: Any, total_ref: Any, *, scale: float
+    length_N: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    out_ref: Any,
+    top_ref: Any,
+    total_ref: Any,
+    *,
+    scale: float,
+    soft_cap: float | None,
 ) -> None:
     """Results stay on the chip over the blocks of a prefix, the last axis of the grid, and leave with the last."""
     block, j = k_ref.shape[2], pl.program_id(2)
@@ -60,7 +69,7 @@ def _kernel(
         q, k, v = q_ref[0], k_ref[0], v_ref[0]
         precision = matmul_precision(q.dtype)
         product = functools.partial(jax.lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
-        scores = scale * product(q, k, (((2,), (2,)), ((0,), (0,))))  # heads, M, block
+        scores = soft_capped(scale * product(q, k, (((2,), (2,)), ((0,), (0,)))), soft_cap)  # heads, M, block
         seen = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2) < left
         # Beyond the length lies anything, NaN included, and 0 · NaN is no 0.
         v = jnp.where(jax.lax.broadcasted_iota(jnp.int32, v.shape, 1) < left, v, jnp.zeros_like(v))
@@ -76,7 +85,7 @@ def _kernel(
 
 
 def _on_one_device(
-    q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array, *, interpret: bool
+    q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array, *, soft_cap: float | None, interpret: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     (n, g, real, d), p = q.shape, k.shape[2]
     rows = -(-real // ROWS) * ROWS
@@ -90,7 +99,7 @@ def _on_one_device(
     )
     shape = lambda width: jax.ShapeDtypeStruct((n, g, rows, width), jnp.float32)  # noqa: E731
     out, top, total = pl.pallas_call(
-        functools.partial(_kernel, scale=d**-0.5),
+        functools.partial(_kernel, scale=d**-0.5, soft_cap=soft_cap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(n, g // heads, -(-p // block)),
@@ -111,12 +120,13 @@ def grouped_prefix_attention(
     k: Float[Array, "n g p d"],
     v: Float[Array, "n g p d"],
     length: Int[Array, " n"],
+    soft_cap: float | None = None,
     *,
     interpret: bool = False,
 ) -> tuple[Float32[Array, "n g m d"], Float32[Array, "n g m 1"], Float32[Array, "n g m 1"]]:
     """The softmax over the first `length` keys of each prompt, left undivided, to be merged with other keys.
 
-    Not differentiable: decoding needs no gradient.
+    Not differentiable: decoding needs no gradient. `soft_cap` as of `layers.soft_capped`.
 
     Returns:
         (Σ exp(score − top) · value, top = the largest score, Σ exp(score − top)); without keys all are 0.
@@ -124,7 +134,7 @@ def grouped_prefix_attention(
     cache = ("batch", head_axis(k.shape[1]), None, None)
     small = (*q.shape[:3], 1)
     return per_device(
-        functools.partial(_on_one_device, interpret=interpret),
+        functools.partial(_on_one_device, soft_cap=soft_cap, interpret=interpret),
         (q, k, v, length),
         (cache, cache, cache, ("batch",)),
         ((cache, q.shape), (cache, small), (cache, small)),

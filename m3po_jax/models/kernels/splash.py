@@ -36,6 +36,7 @@ def splash_attention(
     *,
     causal: bool,
     window: int | None = None,
+    soft_cap: float | None = None,
     interpret: bool = False,
 ) -> Float[Array, "b s h d"]:
     """Grouped-query self-attention over the unpadded tokens; padded positions hold finite values of no meaning.
@@ -66,6 +67,7 @@ def splash_attention(
             block_sizes=sizes,
             head_shards=1,
             q_seq_shards=1,
+            attn_logits_soft_cap=soft_cap,
             interpret=interpret,
         )
         segments = splash_attention_kernel.SegmentIds(segments_BS, segments_BS)

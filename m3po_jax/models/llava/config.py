@@ -130,7 +130,8 @@ def llava_config(raw: dict[str, Any], where: str) -> LlavaConfig:
     # transformers 5 takes the flag from either place.
     tied = raw.get("tie_word_embeddings", False) or spec.tie_word_embeddings
     return LlavaConfig(
-        text=dataclasses.replace(spec, tie_word_embeddings=tied),
+        # LLaVA's class in transformers has an output layer of its own, without the cap that Gemma 2's has.
+        text=dataclasses.replace(spec, tie_word_embeddings=tied, logits_soft_cap=None),
         vision=tower,
         image_token_id=raw.get("image_token_index", raw.get("image_token_id", 32000)),
         vision_feature_layers=layers,

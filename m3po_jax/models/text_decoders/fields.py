@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from m3po_jax.models.config_fields import (
 )
 from m3po_jax.models.decoder_config import DecoderConfig, LayerKind
 from m3po_jax.models.layers import ACTIVATIONS
+from m3po_jax.models.rotary_scaling import RotaryScaling, rotary_scaling
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,41 @@ READ: Mapping[str, Check] = {
 HARMLESS = frozenset({"initializer_range", "use_cache", "attention_dropout"})
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def layer_types(value: Any) -> str | None:
+    """A kind for every layer, or null for what other fields say."""
+    valid = value is None or (isinstance(value, list) and all(one in (FULL, SLIDING) for one in value))
+    return None if valid else f"a list of {FULL} and {SLIDING}"
+
+
+def kinds_of_layers(
+    types: Sequence[str],
+    layers: int,
+    window: int | None,
+    rotary_of: Mapping[str, tuple[float, RotaryScaling | None]],
+    where: str,
+) -> tuple[LayerKind, ...]:
+    """The kinds that `layer_types` names.
+
+    Args:
+        window: Of the sliding ones.
+        rotary_of: As of `rotary`, for each name.
+
+    Raises:
+        UserError: another number of them than of layers, or sliding ones without a window.
+    """
+    if len(types) != layers:
+        raise UserError(f"layer_types has {len(types)} entries, and there are {layers} layers", where=where)
+    if window is None and SLIDING in types:
+        raise UserError(
+            f"layer_types has {SLIDING}, and there is no window: use_sliding_window is false or sliding_window null",
+            where=where,
+        )
+    return tuple(LayerKind(window if one == SLIDING else None, *rotary_of[one]) for one in types)
+
+
 def layer_count(raw: Mapping[str, Any]) -> int:
     """All of these classes have 32 layers where a file does not say how many."""
     return int(raw.get("num_hidden_layers", 32))
@@ -76,6 +112,16 @@ def rope_theta(raw: Mapping[str, Any]) -> float:
     positions = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     theta = positions.get("rope_theta")
     return float(raw.get("rope_theta", 10000.0) if theta is None else theta)
+
+
+def rotary(raw: Mapping[str, Any], max_positions: int) -> tuple[float, RotaryScaling | None]:
+    """What `LayerKind` says of rotary positions, where they are the same in all layers.
+
+    Args:
+        max_positions: Of the class in transformers, where `raw` has none.
+    """
+    positions = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    return rope_theta(raw), rotary_scaling(positions, raw.get("max_position_embeddings", max_positions))
 
 
 def decoder_config(
@@ -89,12 +135,14 @@ def decoder_config(
     layer_pattern: tuple[LayerKind, ...],
     biases: tuple[str, ...] = (),
     norms_of_heads: bool = False,
+    **more: Any,
 ) -> DecoderConfig:
     """A specification from the fields that all decoders share.
 
     Args:
         vocab_size, intermediate_size, num_kv_heads, max_positions: Of the class in transformers, where `raw` has
             none; without `num_kv_heads` there are as many as query heads.
+        more: What else the specification says, see `DecoderConfig`.
 
     Raises:
         UserError: sizes that contradict each other.
@@ -125,4 +173,5 @@ def decoder_config(
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
         max_positions=raw.get("max_position_embeddings", max_positions),
         layer_pattern=layer_pattern,
+        **more,
     )

@@ -7,7 +7,9 @@ from typing import Any
 
 from m3po_jax.models.config_fields import Fields, flag_or_null
 from m3po_jax.models.decoder_config import DecoderConfig, LayerKind
-from m3po_jax.models.text_decoders.fields import HARMLESS, READ, TextDecoder, decoder_config, rope_theta
+from m3po_jax.models.text_decoders.fields import HARMLESS, READ, TextDecoder, decoder_config, rotary
+
+_POSITIONS = 2048
 
 
 def _read(raw: Mapping[str, Any], where: str) -> DecoderConfig:
@@ -19,8 +21,8 @@ def _read(raw: Mapping[str, Any], where: str) -> DecoderConfig:
         vocab_size=32000,
         intermediate_size=11008,
         num_kv_heads=None,
-        max_positions=2048,
-        layer_pattern=(LayerKind(rope_theta=rope_theta(raw)),),
+        max_positions=_POSITIONS,
+        layer_pattern=(LayerKind(None, *rotary(raw, _POSITIONS)),),
         biases=(*attention, *mlp),
     )
 

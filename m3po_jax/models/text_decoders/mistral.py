@@ -7,7 +7,9 @@ from typing import Any
 
 from m3po_jax.models.config_fields import Fields, whole
 from m3po_jax.models.decoder_config import DecoderConfig, LayerKind
-from m3po_jax.models.text_decoders.fields import HARMLESS, READ, TextDecoder, decoder_config, rope_theta
+from m3po_jax.models.text_decoders.fields import HARMLESS, READ, TextDecoder, decoder_config, rotary
+
+_POSITIONS = 131072
 
 
 def _read(raw: Mapping[str, Any], where: str) -> DecoderConfig:
@@ -17,8 +19,8 @@ def _read(raw: Mapping[str, Any], where: str) -> DecoderConfig:
         vocab_size=32000,
         intermediate_size=14336,
         num_kv_heads=8,
-        max_positions=131072,
-        layer_pattern=(LayerKind(window=raw.get("sliding_window", 4096), rope_theta=rope_theta(raw)),),
+        max_positions=_POSITIONS,
+        layer_pattern=(LayerKind(raw.get("sliding_window", 4096), *rotary(raw, _POSITIONS)),),
     )
 
 

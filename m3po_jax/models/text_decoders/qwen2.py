@@ -5,51 +5,41 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from m3po_jax.errors import UserError
 from m3po_jax.models.config_fields import MOST_LAYERS, Fields, flag, whole
 from m3po_jax.models.decoder_config import DecoderConfig, LayerKind
 from m3po_jax.models.text_decoders.fields import (
+    FULL,
     HARMLESS,
     READ,
+    SLIDING,
     TextDecoder,
     decoder_config,
+    kinds_of_layers,
     layer_count,
-    rope_theta,
+    layer_types,
+    rotary,
 )
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
-
-
-def _layer_types(value: Any) -> str | None:
-    """A kind for every layer, or null for what `max_window_layers` says."""
-    valid = value is None or (isinstance(value, list) and all(one in (_FULL, _SLIDING) for one in value))
-    return None if valid else f"a list of {_FULL} and {_SLIDING}"
-
+POSITIONS = 32768
 
 WINDOWS = {
     "use_sliding_window": flag,
     "sliding_window": whole(1, 2**31, null=True),
     "max_window_layers": whole(0, MOST_LAYERS),
-    "layer_types": _layer_types,
+    "layer_types": layer_types,
 }
 
 
 def layer_pattern(raw: Mapping[str, Any], where: str) -> tuple[LayerKind, ...]:
     """Without `layer_types` the first `max_window_layers` layers see everything, those after them the window."""
-    layers, theta = layer_count(raw), rope_theta(raw)
+    layers = layer_count(raw)
     window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window", False) else None
     types = raw.get("layer_types")
     if types is None:
         first = raw.get("max_window_layers", 28)
-        types = [_SLIDING if window is not None and layer >= first else _FULL for layer in range(layers)]
-    if len(types) != layers:
-        raise UserError(f"layer_types has {len(types)} entries, and there are {layers} layers", where=where)
-    if window is None and _SLIDING in types:
-        raise UserError(
-            f"layer_types has {_SLIDING}, and there is no window: use_sliding_window is false or sliding_window null",
-            where=where,
-        )
-    return tuple(LayerKind(window=window if one == _SLIDING else None, rope_theta=theta) for one in types)
+        types = [SLIDING if window is not None and layer >= first else FULL for layer in range(layers)]
+    of_kinds = dict.fromkeys((FULL, SLIDING), rotary(raw, POSITIONS))
+    return kinds_of_layers(types, layers, window, of_kinds, where)
 
 
 def _read(raw: Mapping[str, Any], where: str) -> DecoderConfig:
@@ -59,7 +49,7 @@ def _read(raw: Mapping[str, Any], where: str) -> DecoderConfig:
         vocab_size=151936,
         intermediate_size=22016,
         num_kv_heads=32,
-        max_positions=32768,
+        max_positions=POSITIONS,
         layer_pattern=layer_pattern(raw, where),
         biases=("q_proj", "k_proj", "v_proj"),
     )

@@ -8,7 +8,7 @@ from typing import Any
 from m3po_jax.models.config_fields import WIDEST, Fields, flag_or_null, whole
 from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.models.text_decoders.fields import HARMLESS, READ, TextDecoder, decoder_config
-from m3po_jax.models.text_decoders.qwen2 import WINDOWS, layer_pattern
+from m3po_jax.models.text_decoders.qwen2 import POSITIONS, WINDOWS, layer_pattern
 
 
 def _read(raw: Mapping[str, Any], where: str) -> DecoderConfig:
@@ -18,7 +18,7 @@ def _read(raw: Mapping[str, Any], where: str) -> DecoderConfig:
         vocab_size=151936,
         intermediate_size=22016,
         num_kv_heads=32,
-        max_positions=32768,
+        max_positions=POSITIONS,
         layer_pattern=layer_pattern(raw, where),
         biases=("q_proj", "k_proj", "v_proj", "o_proj") if raw.get("attention_bias") else (),
         norms_of_heads=True,
