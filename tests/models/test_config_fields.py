@@ -230,7 +230,7 @@ QUANTISED = ("bitsandbytes", "awq", "gptq", "fp8", "compressed-tensors", "torcha
         ("qwen2_5_vl", "vision_config", "in_channels", 1),
         ("qwen2_5_vl", "vision_config", "rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
         ("qwen2_5_vl", "text_config", "rope_scaling", {"type": "mrope", "mrope_section": [2, 2]}),
-        ("qwen2_5_vl", "text_config", "rope_scaling", {"type": "yarn", "factor": 2.0, "mrope_section": [2, 1, 1]}),
+        ("qwen2_5_vl", "text_config", "rope_scaling", {"type": "dynamic", "factor": 2.0, "mrope_section": [2, 1, 1]}),
         ("qwen2_5_vl", "text_config", "attention_bias", True),
         ("qwen3_vl", "text_config", "rope_scaling", {"mrope_interleaved": False, "mrope_section": [2, 1, 1]}),
         ("qwen3_vl", "text_config", "use_sliding_window", True),

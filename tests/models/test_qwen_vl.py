@@ -277,6 +277,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2_5_vl",
         {"text": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "rms_norm_eps": 1e-2}},
     ),
+    # Positions beyond the length that the decoder began with, as the published cards set them for long videos.
+    "yarn": (
+        "qwen2_5_vl",
+        {
+            "text": {
+                "rope_parameters": {
+                    **{"rope_type": "yarn", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+                    **{"factor": 4.0, "original_max_position_embeddings": 16},
+                }
+            }
+        },
+    ),
     "no_deepstack": (
         "qwen3_vl",
         {"tie_word_embeddings": True, "vision": {"deepstack_visual_indexes": [], "num_position_embeddings": 4}},
