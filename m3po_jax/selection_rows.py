@@ -91,10 +91,10 @@ def _pair_row(pair: Pair, chosen: dict[str, Any], rejected: dict[str, Any]) -> d
     row |= {f"{role}_candidate": int(source["candidate"]) for role, source in roles.items()}
     row |= {f"{role}_token_ids": source.get("token_ids") for role, source in roles.items()}
     row |= {f"reference_{role}_logprobs": source.get("token_logprobs") for role, source in roles.items()}
-    row["prompt_tokens"] = chosen.get("prompt_tokens")
     for key in ("chosen_mas", "rejected_mas", "chosen_confidence", "rejected_confidence", "value"):
         value = getattr(pair, key)
         row[key] = value if math.isfinite(value) else None
+    row["prompt_tokens"] = chosen.get("prompt_tokens")
     return row
 
 

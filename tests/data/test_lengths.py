@@ -132,6 +132,7 @@ class Counted:
     """Prompts and answers of given lengths; a prompt's instruction is its length."""
 
     eos_token_ids = (6,)
+    image_buckets = None
 
     def tokenise(self, prompt: Prompt) -> PromptTokens:
         return PromptTokens(np.zeros(0, np.int32), "")

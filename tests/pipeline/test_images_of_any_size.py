@@ -83,7 +83,7 @@ def test_recorded_log_probs_are_those_of_teacher_forcing(finished: Path):
     scorer = Scorer(loaded.model, mesh, batch_size=1)
     prompts = read_prompts(DataConfig(path=str(finished / "data/rows.jsonl")))
     candidates = rows(finished / "runs/mini/round-1/candidates")
-    for _, batch in prompt_batches([prompts[3], prompts[4]], processor, 1):
+    for batch in prompt_batches([prompts[3], prompts[4]], processor, 1):
         for row in candidates:
             if row["id"] == batch.ids[0]:
                 ids = np.array(row["token_ids"], np.int32)[None, None]
