@@ -104,7 +104,7 @@ def preference_step(mesh: Any, attention: str, pairs: int = 16) -> None:
     batch = TreeBatch(
         rows((pairs, PROMPT), jnp.int32),
         rows((pairs, PROMPT), jnp.bool_),
-        rows((pairs, 1, 336, 336, 3), jnp.float32),
+        {"pixels": rows((pairs, 1, 336, 336, 3), jnp.float32)},
         rows((pairs, 2, ANSWER), jnp.int32),
         rows((pairs, 2, ANSWER), jnp.bool_),
         rows((pairs, 2), jnp.float32),
