@@ -67,6 +67,10 @@ def test_recipes_page_is_current():
     assert (DOCS / "recipes.md").read_text(encoding="utf-8") == made, "run python docs/make_recipes.py"
 
 
+def test_models_page_is_current():
+    assert (DOCS / "models.md").read_text(encoding="utf-8") == script("make_models").page(), "run docs/make_models.py"
+
+
 def test_recipes_page_tells_every_key():
     text = (DOCS / "recipes.md").read_text(encoding="utf-8")
     leaves = {key for key in KEYS if not any(other.startswith(f"{key}.") for other in KEYS)}

@@ -222,8 +222,17 @@ def family_of(raw_config: Mapping[str, Any], where: str) -> Family:
     for family in FAMILIES:
         if kind in family.model_types:
             return family
-    known = [kind for family in FAMILIES for kind in family.model_types]
-    raise UserError(f"model_type {shown(kind)} is not supported{nearest(str(kind)[:80], known)}", where=where)
+    # Nothing is suggested: a model_type that reads like another one is another architecture (mllama is no llama).
+    supported = "; ".join(f"{task}: {', '.join(kinds)}" for task, kinds in supported_types().items())
+    raise UserError(f"model_type {shown(kind)} is not supported", where=where, remedy=f"supported are {supported}")
+
+
+def supported_types() -> dict[str, list[str]]:
+    """Every `model_type` that a family reads, by the hub's word for what its models do."""
+    kinds: dict[str, list[str]] = {}
+    for family in FAMILIES:
+        kinds.setdefault(family.task, []).extend(family.model_types)
+    return kinds
 
 
 def family_of_model(model: nnx.Module) -> Family:

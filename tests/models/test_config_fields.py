@@ -319,6 +319,13 @@ def test_hostile_sizes_are_one_line(name: str, value: Any, tmp_path: Path) -> No
         ("llava", "", {"vision_feature_layer": "last"}, "vision_feature_layer is 'last'"),
         ("llava", "", {"model_type": {"a": 1}}, "is not supported"),
         ("llava", "", {"model_type": "x" * 10_000}, "is not supported"),
+        (
+            "llava",
+            "",
+            {"model_type": "mllama"},
+            r"'mllama' is not supported; supported are image-text-to-text: llava,",
+        ),
+        ("clip", "", {"model_type": "blip"}, r"'blip' is not supported; supported are (?!.*did you mean)"),
         ("qwen2", "", {"layer_types": ["full_attention"]}, "layer_types has 1 entries, and there are 3 layers"),
         ("qwen2", "", {"layer_types": ["sliding_attention"] * 3, "sliding_window": None}, "there is no window"),
         ("clip", "text_config", {"max_position_embeddings": 0}, "max_position_embeddings is 0"),
