@@ -137,6 +137,24 @@ def values(
     return {key: None if np.isnan(value) else float(value) for key, value in rates(totals).items()}
 
 
+def verdict(value: float | None, base: tuple[float, float] | None, better: str | None) -> str:
+    """How a number of a system lies to the base's interval.
+
+    Args:
+        value: None where there is none.
+        base: The interval's bounds; None where there are none.
+        better: `Column.better`.
+
+    Returns:
+        ``better``, ``worse`` or, of a column where neither way is better, ``differs``; empty inside the interval.
+    """
+    if value is None or base is None or base[0] <= value <= base[1]:
+        return ""
+    if better not in ("higher", "lower"):
+        return "differs"
+    return "better" if (value > base[1]) == (better == "higher") else "worse"
+
+
 def ratio(numerator: np.ndarray, denominator: np.ndarray, *, undefined: float = np.nan) -> np.ndarray:
     """A quotient of sums; `undefined` where the denominator is zero."""
     with np.errstate(divide="ignore", invalid="ignore"):

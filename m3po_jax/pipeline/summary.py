@@ -11,7 +11,7 @@ import numpy as np
 from m3po_jax.config import EvaluateConfig, Recipe
 from m3po_jax.evaluation.frontier import matched
 from m3po_jax.evaluation.markdown import table as aligned
-from m3po_jax.evaluation.metric import Frontier
+from m3po_jax.evaluation.metric import Frontier, verdict
 from m3po_jax.hosts.agreement import is_writer
 from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline.arms import BASE
@@ -121,8 +121,36 @@ def build_tables(recipe: Recipe, directory: RunDirectory, benchmarks: Sequence[B
         with_deltas |= deltas is not None
     if with_deltas:
         notes.append(DELTA_NOTE)
+    warnings += worse_than_base(columns, rows)
     table = {"title": "Held-out images", "note": ". ".join(notes), "columns": columns, "rows": rows}
     return {"tables": [table], "warnings": warnings}
+
+
+def worse_than_base(columns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each trained system that lies outside the base's interval on the worse side, with every such number.
+
+    Args:
+        columns: `key`, `label`, `digits` and `better` of each.
+        rows: Systems, the base among them: `name`, `kind`, and `values` and `intervals` by the columns' keys.
+    """
+    base = next((row for row in rows if row["name"] == BASE), None)
+    if base is None:
+        return []
+    lines = []
+    for row in rows:
+        if row is base or row["kind"] != "arm":
+            continue
+        worse = []
+        for column in columns:
+            key, digits = column["key"], column["digits"]
+            value, interval = row["values"].get(key), base["intervals"].get(key)
+            if interval and verdict(value, (interval[0], interval[1]), column["better"]) == "worse":
+                low, high = (_cell(bound, digits) for bound in interval)
+                before = _cell(base["values"][key], digits)
+                worse.append(f"{column['label']} {_cell(value, digits)} (base {before}, interval {low} to {high})")
+        if worse:
+            lines.append(f"{row['name']} is worse than the base, outside its interval: {', '.join(worse)}")
+    return lines
 
 
 def _warnings(benchmark: Benchmark, base: Mapping[str, Any] | None) -> list[str]:
@@ -153,5 +181,6 @@ def write_tables(recipe: Recipe, directory: RunDirectory, benchmarks: Sequence[B
     if not is_writer():
         return
     texts = [f"**{t['title']}**\n\n{markdown(t)}\n\n{t['note']}\n" for t in tables["tables"]]
+    texts += [f"Warning: {line}.\n" for line in tables["warnings"]]
     directory.save_evaluation(tables, "\n".join(texts))
     print("\n".join(texts), flush=True)

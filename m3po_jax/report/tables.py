@@ -8,6 +8,7 @@ from typing import Any
 
 from scipy import stats
 
+from m3po_jax.evaluation.metric import verdict
 from m3po_jax.evaluation.registry import METRICS
 from m3po_jax.report.charts import Point, forest_chart, frontier_chart
 from m3po_jax.report.figures import Figure
@@ -47,15 +48,6 @@ def _interval(value: Any) -> tuple[float, float] | None:
         return None
     low, high = as_number(value[0]), as_number(value[1])
     return None if low is None or high is None else (min(low, high), max(low, high))
-
-
-def verdict(value: float | None, base: tuple[float, float] | None, better: str | None) -> str:
-    """``better``, ``worse`` or ``differs`` outside the base's interval, nothing inside it."""
-    if value is None or base is None or base[0] <= value <= base[1]:
-        return ""
-    if better not in ("higher", "lower"):
-        return "differs"
-    return "better" if (value > base[1]) == (better == "higher") else "worse"
 
 
 def meanings(labels: Iterable[str]) -> list[tuple[str, str]]:

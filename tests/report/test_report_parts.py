@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from report_runs import picture
 
+from m3po_jax.evaluation.metric import verdict
 from m3po_jax.report import browser, charts, formatting, images, tables
 from m3po_jax.report.figures import within_prompt_correlation
 from m3po_jax.workspace.contents import Candidates
@@ -101,7 +102,7 @@ def test_charts_need_points():
     ],
 )  # fmt: skip
 def test_verdicts(value, base, better, expected):
-    assert tables.verdict(value, base, better) == expected
+    assert verdict(value, base, better) == expected
 
 
 @pytest.mark.parametrize(("fixed", "broken", "p"), [(0, 0, 1.0), (5, 5, 1.0), (10, 0, 2 / 1024), (8, 2, 112 / 1024)])
