@@ -205,6 +205,16 @@ def _shards(artifact: Artifact, inputs: Mapping[str, Any]) -> Status:
     return replace(status, state=OUT_OF_DATE) if status.state == UNFINISHED else status
 
 
-def preview(recipe: Recipe) -> list[Planned]:
-    """Every stage of a recipe's run, and how it stands in the run directory as it is."""
-    return list(Preview(Run(recipe)).stages())
+def preview(recipe: Recipe, *, force: bool = False) -> list[Planned]:
+    """Every stage of a recipe's run, and how it stands in the run directory as it is.
+
+    Args:
+        force: As for the run: a directory of another seed, model or data is set aside.
+
+    Raises:
+        UserError: the run would refuse its recipe or the directory, in the same words; see `RunDirectory.open`.
+    """
+    run = Run(recipe, force=force)
+    run.check_objective()
+    run.directory.check_recipe(run.recorded_recipe(), force=force)
+    return list(Preview(run).stages())

@@ -429,17 +429,21 @@ class Run(Resources):
             look("evaluating the base")
             self.evaluator.evaluate(system, benchmarks)
 
-    def execute(self) -> Path:
-        """Everything, in order; returns the report."""
-        from m3po_jax.report import build_report
-        from m3po_jax.report.browser import tokenizer_text
-
+    def check_objective(self) -> None:
+        """UserError where what is trained gives no answers."""
         if objective_of(self.recipe.train).learner is Learner.REWARD_MODEL:
             raise UserError(
                 "a reward model answers nothing, so there is nothing to evaluate",
                 where="train.objective",
                 remedy="`m3po train` trains it; the arms rm_dpo and rlhf train their own",
             )
+
+    def execute(self) -> Path:
+        """Everything, in order; returns the report."""
+        from m3po_jax.report import build_report
+        from m3po_jax.report.browser import tokenizer_text
+
+        self.check_objective()
         check_before_run(self.recipe)
         candidates = not self.recipe.train.pairs  # else nothing is generated, scored or selected
         with self.directory.lock():

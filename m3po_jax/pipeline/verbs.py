@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         from m3po_jax.pipeline.preview import preview
 
-        print("\n".join(map(str, preview(recipe))), flush=True)
+        print("\n".join(map(str, preview(recipe, force=options.force))), flush=True)
         return
     report = Run(recipe, force=options.force).execute()
     say(f"report: {report}")

@@ -118,7 +118,7 @@ class RunDirectory:
         Raises:
             UserError: the directory holds a run of another seed, model or data; or its recipe is gone or garbled.
         """
-        self._check_recipe(recipe, force, one_recipe)
+        self.check_recipe(recipe, force=force, one_recipe=one_recipe)
         lines = []
         manifest, problem = self._read_manifest()
         if problem is not None:
@@ -152,7 +152,8 @@ class RunDirectory:
                 write_json(self.root / layout.MANIFEST, current)
         return lines
 
-    def _check_recipe(self, recipe: Recipe, force: bool, one_recipe: bool) -> None:
+    def check_recipe(self, recipe: Recipe, *, force: bool = False, one_recipe: bool = False) -> None:
+        """Whether `recipe` may continue what the directory holds; arguments and errors are those of `open`."""
         remedy = "choose another name=..., or add --force: what this recipe did not make is set aside, not deleted"
         try:
             saved = self.saved_recipe()

@@ -163,9 +163,9 @@ MORE = "{metric: pope, kind: yesno, data: {source: jsonl, path: DATA/prompts.jso
     ],
 )
 def test_the_preview_lists_what_depends_on_a_key(finished: Path, change: str, stages: set[tuple[str, str]]) -> None:
-    """Records are compared with what stages would get, and nothing runs."""
+    """Records are compared with what stages would get, and nothing runs (forced, since a run refuses other seeds)."""
     recipe = load_recipe(finished / "mini.yaml", [change.replace("DATA", str(finished / "data"))])
-    listed = {(planned.where, planned.stage): planned.status for planned in preview(recipe)}
+    listed = {(planned.where, planned.stage): planned.status for planned in preview(recipe, force=True)}
     assert {stage for stage, status in listed.items() if status.state != DONE} == stages
     assert listed.keys() >= ALL_STAGES
     added = change.startswith(("arms.random", "evaluate.benchmarks"))
@@ -263,6 +263,10 @@ def test_what_would_make_everything_anew_is_refused(
     assert "holds a run of another recipe (it has" in line and "add --force" in line
     assert copied.redone() == set() and copied.aside() == []
     assert "seed: 0\n" in (copied.run / "config.yaml").read_text()
+    assert refused(capsys, *copied.arguments(change), "--dry-run") == line
+    assert main(["run", *copied.arguments(change)[1:], "--dry-run", "--force"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert any(": out of date (" in stage for stage in listed) and copied.aside() == []
 
 
 def test_force_sets_everything_aside(copied: Copy) -> None:
