@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from m3po_jax.config import GenerateConfig, Recipe, RewardConfig, ScoreConfig, SelectConfig, TrainConfig
 from m3po_jax.errors import UserError
+from m3po_jax.evaluation.gate import read_gate
+from m3po_jax.evaluation.registry import METRICS
 from m3po_jax.evaluation.registry import check as check_benchmark
 from m3po_jax.hosts.sharding import check_mesh
 from m3po_jax.inference.settings import sampling_config
@@ -118,6 +120,7 @@ def _check_one(recipe: Recipe, *, candidates: bool) -> None:
                 where=f"evaluate.benchmarks.{name}",
                 remedy="score saved reviews: m3po evaluate --answers REVIEWS, with a recipe of its own",
             )
+    read_gate(recipe.evaluate.gate, {name: METRICS[b.metric] for name, b in recipe.evaluate.benchmarks.items()})
     greedy(recipe.evaluate)
     if candidates:
         _check_candidates(recipe.generate, recipe.score, recipe.select, recipe.train)

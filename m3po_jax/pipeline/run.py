@@ -26,6 +26,7 @@ from m3po_jax.pipeline.arms import makes_pairs, needs_pairs
 from m3po_jax.pipeline.backends import judge_identities, make_backend
 from m3po_jax.pipeline.caches import vision_features, vision_folder
 from m3po_jax.pipeline.console import say
+from m3po_jax.pipeline.gate import require_gate
 from m3po_jax.pipeline.generate import generate
 from m3po_jax.pipeline.preflight import check_before_run
 from m3po_jax.pipeline.resources import Resources
@@ -451,12 +452,17 @@ class Run(Resources):
             )
 
     def execute(self) -> Path:
-        """Everything, in order; returns the report."""
+        """Everything, in order; returns the report.
+
+        Raises:
+            GateFailed: all is done, and `evaluate.gate` does not let the recipe's own system pass.
+        """
         from m3po_jax.report import build_report
         from m3po_jax.report.browser import tokenizer_text
 
         self.check_objective()
         check_before_run(self.recipe)
+        verdicts: list[dict[str, Any]] = []
         candidates = not self.recipe.train.pairs  # else nothing is generated, scored or selected
         with self.directory.lock():
             self.open()
@@ -472,8 +478,9 @@ class Run(Resources):
                 self.evaluate_base()
                 for cell in self.trained_cells():
                     self.evaluate_stage(cell)
-                summary.write_tables(self.recipe, self.directory, self.benchmarks)
+                verdicts = summary.write_tables(self.recipe, self.directory, self.benchmarks)
             if is_writer():
                 build_report(self.directory.root, tokenizer_text(self.policy.processor.text))
             barrier("reported")
+            require_gate(verdicts)
             return self.directory.report

@@ -16,6 +16,7 @@ from m3po_jax.hosts.agreement import is_writer
 from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline.arms import BASE
 from m3po_jax.pipeline.evaluate import Benchmark
+from m3po_jax.pipeline.gate import gate_verdicts
 from m3po_jax.workspace.cell import Cell
 from m3po_jax.workspace.directory import RunDirectory
 
@@ -180,12 +181,17 @@ def _cell(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def write_tables(recipe: Recipe, directory: RunDirectory, benchmarks: Sequence[Benchmark]) -> None:
-    """Writes the table into the run directory and prints it on standard output."""
-    tables = build_tables(systems(recipe, directory), benchmarks)
+def write_tables(recipe: Recipe, directory: RunDirectory, benchmarks: Sequence[Benchmark]) -> list[dict[str, Any]]:
+    """Writes the table into the run directory and prints it on standard output; returns the gate's verdicts."""
+    everything = systems(recipe, directory)
+    deciding = directory.cell(1).at(recipe.rounds)
+    verdicts = gate_verdicts(everything, benchmarks, recipe.evaluate, deciding=deciding, seed=recipe.seed)
+    tables = build_tables(everything, benchmarks) | {"gate": verdicts}
     if not is_writer():
-        return
+        return verdicts
     texts = [f"**{t['title']}**\n\n{markdown(t)}\n\n{t['note']}\n" for t in tables["tables"]]
     texts += [f"Warning: {line}.\n" for line in tables["warnings"]]
+    texts += [f"Gate: {verdict['text']}.\n" for verdict in verdicts]
     directory.save_evaluation(tables, "\n".join(texts))
     print("\n".join(texts), flush=True)
+    return verdicts

@@ -25,6 +25,7 @@ from m3po_jax.pipeline import train as training
 from m3po_jax.pipeline.arms import trains_in_rounds
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import say
+from m3po_jax.pipeline.gate import require_gate
 from m3po_jax.pipeline.models import InputLimits
 from m3po_jax.pipeline.run import Run
 from m3po_jax.pipeline.select import select_file
@@ -110,7 +111,7 @@ def evaluate(options: argparse.Namespace) -> None:
             raise UserError("no finished training", where=cell.name, remedy="run `m3po train` first")
         else:
             running.evaluate_base()
-        summary.write_tables(running.recipe, running.directory, running.benchmarks)
+        require_gate(summary.write_tables(running.recipe, running.directory, running.benchmarks))
 
 
 def _evaluate_answers(options: argparse.Namespace) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from m3po_jax.config import Recipe, SelectConfig, TrainConfig
-from m3po_jax.errors import UserError
+from m3po_jax.errors import GateFailed, UserError
+from m3po_jax.evaluation.gate import FAILED
 from m3po_jax.hosts.agreement import agreed, barrier, is_writer
 from m3po_jax.pipeline.arms import needs_pairs
 from m3po_jax.pipeline.compare import plan
@@ -161,6 +162,7 @@ def compare(recipe: Recipe) -> Path:
     Raises:
         UserError: settings that contradict each other, or directories of another recipe.
         Interrupted: a signal arrived; the same call continues.
+        GateFailed: all is done, and `evaluate.gate` does not let the main system pass.
     """
     from m3po_jax.report import build_report
     from m3po_jax.report.browser import tokenizer_text
@@ -190,6 +192,8 @@ def compare(recipe: Recipe) -> Path:
         print(directory.text(), flush=True)
     for line in results["verdict"]:
         say(line)
+    if failed := [entry["text"] for entry in results["gate"] if entry["outcome"] == FAILED]:
+        raise GateFailed(failed)
     return directory.report
 
 

@@ -143,6 +143,12 @@ def check_compare(recipe: Recipe) -> None:
                 remedy=f"of {', '.join(known[1:])}",
             )
     known += [point.arm for point in efficiency_points(recipe.compare)]
+    if recipe.evaluate.gate and BASE not in config.against:
+        raise UserError(
+            "the gate judges the main system against the base",
+            where="evaluate.gate",
+            remedy=f"add {BASE} to compare.against, or remove the gate",
+        )
     for name in config.against:
         if name not in known and name in SYSTEMS:
             continue  # a default that this comparison leaves out

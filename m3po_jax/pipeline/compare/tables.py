@@ -16,7 +16,7 @@ from m3po_jax.evaluation.registry import METRICS
 from m3po_jax.hosts.agreement import is_writer
 from m3po_jax.pipeline.compare import collect, plan, statistics
 from m3po_jax.pipeline.compare.markdown import markdown
-from m3po_jax.pipeline.compare.verdict import verdict
+from m3po_jax.pipeline.compare.verdict import gate, verdict
 from m3po_jax.pipeline.run import Run
 from m3po_jax.workspace.cell import Cell
 from m3po_jax.workspace.directory import ComparisonDirectory
@@ -44,6 +44,7 @@ def write_results(recipe: Recipe, directory: ComparisonDirectory, runs: Mapping[
         },
     }
     results["efficiency"] = _efficiency(recipe.compare, results)
+    results["gate"] = gate(results, recipe.evaluate, recipe.compare.main)
     results["verdict"] = verdict(results, recipe.compare)
     times = {arm: _means(values, timed=True) for arm, values in cost.items()}
     if is_writer():
