@@ -181,7 +181,7 @@ def test_a_gate_is_decided_after_everything_is_written(
     failed = "m3po, {}: failed, 80.0 to 70.0, a drop of 10.0 (paired interval 5.0 to 15.0), beyond the allowed 1"
     for key in ("questions.accuracy", "scenes.recall"):
         assert f"m3po: gate: {failed.format(key)}\n" in shown.err and f"Gate: {failed.format(key)}.\n" in shown.out
-    assert "mas_dpo" not in shown.err and "Gate: mas_dpo, questions.accuracy: failed" in shown.out
+    assert "gate: mas_dpo" not in shown.err and "Gate: mas_dpo, questions.accuracy: failed" in shown.out
     page = (finished / "report.html").read_text(encoding="utf-8")
     assert "Regression gate: failed" in page and failed.format("scenes.recall") in page
     verdicts = json.loads((finished / "evaluation.json").read_text(encoding="utf-8"))["gate"]
