@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,9 @@ class ImageFamily:
         count_features: ``(config, images of a batch on the host) -> [b]``: the features that each row's images have.
         several_sizes: Images take several numbers of tokens, and each token a whole number of a float array.
         feature_settings: What that depends on beside the tower's weights.
+        placeholder: What chat templates write for an image, where it is another token than the image token; "": it
+            is not. The plan says what stands there in the prompt.
+        marks: The tokens around images whose ids a configuration states, by their spelling.
     """
 
     token_key: str
@@ -79,3 +82,5 @@ class ImageFamily:
     count_features: Callable[[Any, Images], Int[np.ndarray, " b"]]
     feature_settings: Callable[[Any], tuple[Any, ...]]
     several_sizes: bool = False
+    placeholder: str = ""
+    marks: Callable[[Any], Mapping[str, int]] = lambda config: {}
