@@ -101,6 +101,7 @@ class Processor:
         require_image: bool = False,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        pan_and_scan: bool = False,
     ) -> Processor:
         """Reads tokenizer, image processor and templates of a model; sizes follow its configuration.
 
@@ -108,7 +109,7 @@ class Processor:
             model: Its directory, or what `registry.describe` says of it.
             template: A name of `templates.TEMPLATES`, or ``chat`` for the directory's own.
             vision_tower: A directory whose tower, and image processor, replace the model's own.
-            min_pixels, max_pixels: See `image_family.ImageSettings`.
+            min_pixels, max_pixels, pan_and_scan: See `image_family.ImageSettings`.
 
         Raises:
             UserError: a file is missing or malformed, or the files contradict each other.
@@ -131,7 +132,11 @@ class Processor:
                 where=where,
                 remedy=f"take a model of one of these families: {answering}",
             )
-        settings = ImageSettings(image_fit, min_pixels, max_pixels)  # type: ignore[arg-type]
+        if pan_and_scan and not family.pan_and_scan:
+            raise UserError(
+                f"a {model.family.name} model is shown no crops", where="model.pan_and_scan", remedy="remove it"
+            )
+        settings = ImageSettings(image_fit, min_pixels, max_pixels, pan_and_scan)  # type: ignore[arg-type]
         files = load_tokenizer(folder)
         tokenizer, rows = files.tokenizer, config.text.vocab_size
         image_token_id = config.image_token_id

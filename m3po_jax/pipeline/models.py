@@ -100,6 +100,7 @@ def policy_identity(recipe: Recipe, model: Loaded | Description) -> str:
         config.dtype,
         *([config.quantization] if config.quantization != "none" else []),
         *([config.param_dtype] if is_rounded else []),
+        *(["pan and scan"] if config.pan_and_scan else []),
         *(f"{name} {limit}" for name, limit in limits.items() if limit is not None),
     )[:16]
 
@@ -120,6 +121,7 @@ def make_processor(recipe: Recipe, description: Description, *, image_root: str 
         max_prompt_tokens=config.max_prompt_tokens,
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
+        pan_and_scan=config.pan_and_scan,
     )
     text, image = description.config.text, processor.image_reader.plan(lambda: TYPICAL_SIZE).tokens
     longest = max(recipe.generate.max_new_tokens, recipe.evaluate.max_new_tokens)
