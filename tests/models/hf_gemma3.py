@@ -17,7 +17,7 @@ START, END, IMAGE = "<start_of_image>", "<end_of_image>", "<image_soft_token>"
 CORPUS = (
     "user\nmodel\n What is in the image? You are a bus. Describe both, and then\n\n\n",
     "Here is the original image \n\n and here are some crops to help you see better \n\n \n\n",
-    *("a red bus\n\n", "yes Yes no No yes Yes no No\n", "user\n\n\n", "\n\nuser\n\n\nWhat"),
+    *("a red bus\n\n", "user\n\n\n", "\n\nuser\n\n\nWhat", *("yes", "Yes", "no", "No") * 3),
 )
 # The published one.
 TEMPLATE = """{{ bos_token }}
