@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import hf_gemma3
+import hf_models
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -210,25 +214,25 @@ def test_features_logits_and_log_probs_are_transformers_own(pair: Pair, record_p
     assert max(worst.values()) < 1e-4, worst
 
 
+def generator(pair: Pair, **sampling: Any) -> Generator:
+    return Generator(
+        pair.loaded.model,
+        eos_token_id=pair.processor.eos_token_ids,
+        pad_token_id=pair.processor.pad_token_id,
+        mesh=make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]),
+        sampling=SamplingConfig(max_new_tokens=NEW_TOKENS, **sampling),
+        batch_size=4,
+        tokenizer_size=pair.processor.text.size,
+    )
+
+
 def test_answers_are_transformers_own(pair: Pair) -> None:
     """Greedy tokens, and what sampled ones are worth."""
     torch, _ = torch_and_transformers()
     processor = pair.processor
     batch = inputs(pair)
-
-    def answers(**sampling: Any) -> Any:
-        return Generator(
-            pair.loaded.model,
-            eos_token_id=processor.eos_token_ids,
-            pad_token_id=processor.pad_token_id,
-            mesh=make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]),
-            sampling=SamplingConfig(max_new_tokens=NEW_TOKENS, **sampling),
-            batch_size=4,
-            tokenizer_size=processor.text.size,
-        )(batch)
-
-    greedy = answers(temperature=0.0)
-    sampled = answers(num_candidates=3, temperature=1.2, seed=5)
+    greedy = generator(pair, temperature=0.0)(batch)
+    sampled = generator(pair, num_candidates=3, temperature=1.2, seed=5)(batch)
     never = [processor.image_token_id, processor.pad_token_id, *range(processor.text.size, 352)]
     for row in range(len(pair.asked)):
         ids = batch.token_ids[row][batch.mask[row]][None]
@@ -246,6 +250,65 @@ def test_answers_are_transformers_own(pair: Pair) -> None:
             drawn = sampled.token_ids[row, k, : sampled.lengths[row, k]]
             wanted = their_log_probs(pair, pair.theirs, row, ids[0], drawn)
             np.testing.assert_allclose(sampled.log_probs[row, k, : len(drawn)], wanted, rtol=0, atol=1e-4)
+
+
+def test_contrastive_decoding_equals_two_plain_passes(saved: tuple[Any, Loaded]) -> None:
+    """Against transformers with the image and with one of the mean colour."""
+    torch, _ = torch_and_transformers()
+    pair = Pair(*saved, Processor.from_pretrained(saved[1].directory, "chat", "pad", pan_and_scan=True))
+    alpha, beta, batch = 4.0, 0.02, inputs(pair, (0, 2))
+    out = generator(pair, temperature=0.0, contrast_alpha=alpha, contrast_beta=beta)(batch)
+    never = [pair.processor.image_token_id, pair.processor.pad_token_id, *range(pair.processor.text.size, 352)]
+    plain_differs = False
+    for place, row in enumerate((0, 2)):
+        ids, answer = batch.token_ids[place][batch.mask[place]], out.token_ids[place, 0, : out.lengths[place, 0]]
+        line = np.concatenate([ids, answer])[None]
+        given = their_inputs(pair, line, np.ones_like(line), (row,))
+        with torch.no_grad():
+            seen, blank = (
+                model.log_softmax(-1)[0, len(ids) - 1 : -1].numpy()
+                for model in (
+                    pair.theirs(**given).logits,
+                    pair.theirs(**given | {"pixel_values": torch.zeros_like(given["pixel_values"])}).logits,
+                )
+            )
+        plausible = seen >= seen.max(-1, keepdims=True) + np.log(beta)
+        combined = np.where(plausible, (1 + alpha) * seen - alpha * blank, -np.inf)
+        combined[:, never] = -np.inf
+        assert combined.argmax(-1).tolist() == answer.tolist()
+        plain_differs |= bool((combined.argmax(-1) != seen.argmax(-1)).any())
+    assert plain_differs
+
+
+@pytest.mark.parametrize("kind", ("int8", "nf4"))
+def test_a_quantised_base_is_transformers_with_the_rounded_weights(kind: str, tmp_path: Path) -> None:
+    theirs, _ = hf_gemma3.saved(tmp_path, text={"hidden_size": 64, "intermediate_size": 128})
+    loaded = load_float32(tmp_path, quantization=kind)
+    pair = Pair(theirs, loaded, Processor.from_pretrained(tmp_path, "chat", "pad"))
+    batch, rows = inputs(pair), (0, 1, 2, 3)
+    before = their_logits(pair, theirs, batch.token_ids, batch.mask, rows)
+    assert hf_models.quantise(theirs, kind) == 28
+    expected = their_logits(pair, theirs, batch.token_ids, batch.mask, rows)
+    assert np.abs(expected - before)[batch.mask].max() > 0.003
+    forward = nnx.jit(lambda model, *x: reference_forward(model, *x[:2], encode_images(model, x[2])))
+    found = np.asarray(forward(loaded.model, batch.token_ids, batch.mask, batch.images))
+    np.testing.assert_allclose(found[batch.mask], expected[batch.mask], rtol=0, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_eight_devices_equal_one(saved: tuple[Any, Loaded]) -> None:
+    """Logits, answers and gradients of adapters, data parallel and split three ways."""
+    here = Path(__file__).parent
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(map(str, [here, here.parent, here.parents[1]])),
+    }
+    command = [sys.executable, str(here / "mesh_gemma3.py"), str(saved[1].directory)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("equal on") == 2
 
 
 RANK = LoRAConfig(lora_rank=2, lora_alpha=4.0, target_modules=["q_proj", "v_proj", "down_proj"], train_projector=True)
