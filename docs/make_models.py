@@ -25,6 +25,8 @@ def row(family: Family) -> list[str]:
     dual_encoder = not family.has_decoder
     if family.images is not None and family.images.several_sizes:
         images = "any size"
+    elif family.images is not None and family.images.pan_and_scan:
+        images = "one size, crops"
     else:
         images = "one size" if about_images or dual_encoder else ""
     return [

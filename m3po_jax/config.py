@@ -73,6 +73,7 @@ class ModelConfig:
     min_pixels: Count | None = None
     # larger images are scaled down to so many, where a model's images have several sizes; null: the directory's own
     max_pixels: Count | None = None
+    pan_and_scan: bool = False  # Gemma 3: an elongated image is followed by up to four crops of it
     # what the backward pass recomputes
     remat: Annotated[str, OneOf("models.layers:REMAT_POLICIES"), OPERATIONAL] = "full"
     # pallas: TPU kernels; cudnn: NVIDIA GPUs, 16-bit types

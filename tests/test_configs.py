@@ -171,8 +171,26 @@ def qwen3(
     return {**model, "text_config": text, "vision_config": vision}
 
 
+def gemma3(width: int, mlp: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    """Gemma 3's ``config.json``, with the values that the published ones leave to the class."""
+    text = {
+        **{"model_type": "gemma3_text", "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers},
+        **{"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 256, "vocab_size": 262208},
+        **{"sliding_window": 1024, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
+    }
+    vision = {
+        **{"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304},
+        **{"num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 896, "patch_size": 14},
+        "vision_use_head": False,
+    }
+    model = {"model_type": "gemma3", "image_token_index": 262144, "mm_tokens_per_image": 256}
+    return {**model, "text_config": text, "vision_config": vision}
+
+
 # The published configurations, by the beginning of a recipe's name.
 MODELS: dict[str, dict[str, Any]] = {
+    "gemma3_4b": gemma3(2560, 10240, 34, 8, 4),
+    "gemma3_12b": gemma3(3840, 15360, 48, 16, 8),
     "llava15_13b": llava(5120, 13824, 40, 40),
     "llava15_7b": llava(4096, 11008, 32, 32),
     "qwen25_vl_3b": qwen25(2048, 36, 16, 2, 11008, 151936, True),
@@ -184,6 +202,7 @@ MODELS: dict[str, dict[str, Any]] = {
 PARAMETERS = {
     **{"llava15_7b": 7_063_427_072, "qwen25_vl_3b": 3_754_622_976, "qwen25_vl_7b": 8_292_166_656},
     **{"qwen3_vl_4b": 4_437_815_808, "qwen3_vl_8b": 8_767_123_696},
+    **{"gemma3_4b": 4_300_079_472, "gemma3_12b": 12_187_325_040},
 }
 
 

@@ -63,6 +63,7 @@ class ChatTemplate:
         source: The template.
         variables: What it may name beside the messages, ``bos_token`` and its like.
         image_token: How an image stands in what it writes.
+        run_token: How a run of image tokens is spelt for the tokenizer; the same in most families.
         controls: Spellings that are tokens of their own, the image's included.
         front: The tokenizer's BOS where it adds one, which stands in front unless the template writes it.
         folder: For messages.
@@ -71,14 +72,18 @@ class ChatTemplate:
     source: str
     variables: Mapping[str, str]
     image_token: str
+    run_token: str
     controls: tuple[str, ...]
     front: str
     folder: str
     name: str = "chat"
 
     @classmethod
-    def from_files(cls, files: TokenizerFiles, image_token_id: int) -> ChatTemplate:
+    def from_files(cls, files: TokenizerFiles, image_token_id: int, placeholder: str = "") -> ChatTemplate:
         """The template of a directory.
+
+        Args:
+            placeholder: What it writes for an image; "": the image token.
 
         Raises:
             UserError: there is none, or it does not do what is asked of it.
@@ -91,14 +96,15 @@ class ChatTemplate:
                 remedy=f"use another template, or add one of {', '.join(FILES)} to {files.folder}",
             )
         tokenizer = files.tokenizer
-        image_token = files.added.get(image_token_id, IMAGE_PLACEHOLDER)
+        run_token = files.added.get(image_token_id, IMAGE_PLACEHOLDER)
+        image_token = placeholder or run_token
         named = tokenizer.special_tokens_map.items()
         variables = {name: token for name, token in named if isinstance(token, str)}
-        controls = {*files.added.values(), *tokenizer.all_special_tokens, image_token}
+        controls = {*files.added.values(), *tokenizer.all_special_tokens, image_token, run_token}
         bos = tokenizer.bos_token
         adds = bos is not None and list(tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id]
         ordered = tuple(sorted(controls - {""}, key=lambda token: (-len(token), token)))
-        template = cls(source, variables, image_token, ordered, bos if adds else "", str(files.folder))
+        template = cls(source, variables, image_token, run_token, ordered, bos if adds else "", str(files.folder))
         _ = template.trial
         return template
 
@@ -218,7 +224,7 @@ class ChatTemplate:
         pattern = "|".join(map(re.escape, self.controls))
         if any(isinstance(piece, str) and re.search(pattern, piece) for piece in pieces):
             return None
-        return to_text(pieces, image=self.image_token)
+        return to_text(pieces, image=self.run_token)
 
 
 def _user_message(texts: list[str], in_front: int, parts: bool, image_token: str) -> dict[str, Any]:
@@ -237,12 +243,14 @@ def _message(role: str, text: str, images: int, parts: bool, image_token: str) -
     return {**_user_message([text], images, parts, image_token), "role": role}
 
 
-def template_note(template: Template | ChatTemplate, files: TokenizerFiles, image_token_id: int) -> str:
+def template_note(
+    template: Template | ChatTemplate, files: TokenizerFiles, image_token_id: int, placeholder: str = ""
+) -> str:
     """A line where the directory has a template that writes something else than the one used; else empty."""
     if isinstance(template, ChatTemplate) or read_chat_template(files.folder) is None:
         return ""
     try:
-        own = ChatTemplate.from_files(files, image_token_id)
+        own = ChatTemplate.from_files(files, image_token_id, placeholder)
         turn = [("What is this?", "A bus.")]
         same = all(
             _comparable(own.render("Where is it?", 1, history), own.front, files)

@@ -6,6 +6,9 @@ are joined end to end along it with those of the row's other images, and rows ar
 *integer* arrays (the *layout*) say how an image lies, and follow from its size alone. Two names are everybody's:
 ``tokens``, how many image tokens each image takes in the prompt (0 for what fills up), and ``features``, what the
 vision tower makes of images, one for each image token, which stands in for all other float arrays.
+
+In the prompt an image is one run of image tokens or several of them, with whatever text and marks its family writes
+around and between them (`ImagePlan.written`); where runs are cut says nothing of how an image's features lie.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from m3po_jax.data.image_buckets import ImageBuckets
+from m3po_jax.data.templates import Marker, Piece
 
 # Of a batch: arrays with a leading axis for rows, NumPy's on the host and JAX's in a program.
 Images = dict[str, Any]
@@ -38,14 +42,29 @@ class ImagePlan:
     """What an image's size alone says.
 
     Attributes:
-        tokens: Image tokens that it takes in the prompt.
+        tokens: Image tokens that it takes in the prompt, in all of its runs.
         shapes: Of the float arrays that its pixels become.
         layout: Its integer arrays.
+        written: What stands for it in the prompt: texts, special tokens, and runs of so many image tokens; (): one
+            run and nothing else. Texts are tokenised together with those of the template beside them.
     """
 
     tokens: int
     shapes: dict[str, tuple[int, ...]]
     layout: dict[str, np.ndarray] = field(default_factory=dict)
+    written: tuple[Piece | int, ...] = ()
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """Image tokens of each run."""
+        return tuple(part for part in self.written if isinstance(part, int)) if self.written else (self.tokens,)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What is written, with one marker for each run."""
+        if not self.written:
+            return (Marker.IMAGE,)
+        return tuple(Marker.IMAGE if isinstance(part, int) else part for part in self.written)
 
     def filled(self, **arrays: np.ndarray) -> ProcessedImage:
         """The image with float arrays that were read or computed elsewhere."""

@@ -28,8 +28,8 @@ PROMPT = pa.schema(
     ]
 )
 
-# Its token ids, with one image token for each image, and a hash of what they were made from (`PromptTokens`). Rows of
-# earlier versions have none; null: the prompt is tokenised where it is needed.
+# Its token ids, with one image token for each run of them, and a hash of what they were made from (`PromptTokens`).
+# Rows of earlier versions have none; null: the prompt is tokenised where it is needed.
 PROMPT_TOKENS = pa.struct([("ids", pa.list_(pa.int32())), ("made_from", pa.string())])
 
 CANDIDATE = pa.schema(
@@ -169,9 +169,10 @@ class PromptTokens(NamedTuple):
     """The token ids of a prompt, before its images take their places in them.
 
     Attributes:
-        ids: With one image token for each image.
-        made_from: A hash of what the prompt says, and of the tokenizer and template that made ids of it. They are
-            used where it is what these would be now, and made anew elsewhere.
+        ids: With one image token for each run of them, see `model_images.ImagePlan`.
+        made_from: A hash of what the prompt says (the texts that its images bring along included), and of the
+            tokenizer and template that made ids of it. They are used where it is what these would be now, and made
+            anew elsewhere.
     """
 
     ids: Int32[np.ndarray, " n"]

@@ -94,7 +94,7 @@ class Template:
             pieces.append(self.assistant)
             if index < len(history):
                 pieces += [self.answer_prefix + history[index][1].strip(), self.turn_end]
-        return _join(pieces)
+        return joined_texts(pieces)
 
     @property
     def anchor(self) -> str:
@@ -120,7 +120,8 @@ def check_said(said: Sequence[str], images: int, where: str | None) -> int:
     return placeholders
 
 
-def _join(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
+def joined_texts(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
+    """The pieces with texts that stand beside each other in one: tokenizers make other ids of their parts."""
     joined: list[Piece] = []
     for piece in pieces:
         if isinstance(piece, str) and joined and isinstance(joined[-1], str):

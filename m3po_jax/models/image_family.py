@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,16 @@ class ImageSettings:
     """What a recipe says of how images are read.
 
     Attributes:
-        fit: How families whose images are squares fit them (`model.image_fit`).
+        fit: How LLaVA's images are fitted to their square (`model.image_fit`); Gemma 3 stretches them.
         min_pixels, max_pixels: Of a scaled image, where a family's images have several sizes; None: the model
             directory's own.
+        pan_and_scan: Elongated images are followed by crops of them, where a family offers that.
     """
 
     fit: ImageFit = "pad"
     min_pixels: int | None = None
     max_pixels: int | None = None
+    pan_and_scan: bool = False
 
     def check_square(self, family: str) -> None:
         """UserError where limits are given to a family whose images are all of one size."""
@@ -69,6 +71,10 @@ class ImageFamily:
         count_features: ``(config, images of a batch on the host) -> [b]``: the features that each row's images have.
         several_sizes: Images take several numbers of tokens, and each token a whole number of a float array.
         feature_settings: What that depends on beside the tower's weights.
+        placeholder: What chat templates write for an image, where it is another token than the image token; "": it
+            is not. The plan says what stands there in the prompt.
+        pan_and_scan: The family offers it, see `ImageSettings`.
+        marks: The tokens around images whose ids a configuration states, by their spelling.
     """
 
     token_key: str
@@ -79,3 +85,6 @@ class ImageFamily:
     count_features: Callable[[Any, Images], Int[np.ndarray, " b"]]
     feature_settings: Callable[[Any], tuple[Any, ...]]
     several_sizes: bool = False
+    placeholder: str = ""
+    pan_and_scan: bool = False
+    marks: Callable[[Any], Mapping[str, int]] = lambda config: {}

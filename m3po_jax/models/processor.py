@@ -1,7 +1,7 @@
 """Rows to model inputs: token ids with expanded image spans, and arrays of images.
 
 Tokenisation follows LLaVA's split rule: every text piece of the template is encoded alone, one BOS stands in
-front, an image is as many image tokens as its family plans for it. Texts are encoded with special
+front, an image is the text and the image tokens that its family plans for it. Texts are encoded with special
 tokens switched off, so that ``</s>`` or ``<image>`` written by a user or a model stays text.
 """
 
@@ -35,10 +35,11 @@ from m3po_jax.data.templates import (
     Template,
     Turn,
     get_template,
+    joined_texts,
 )
 from m3po_jax.data.tokenizer import PlainText, TokenizerFiles, end_tokens, load_tokenizer
 from m3po_jax.errors import UserError, nearest
-from m3po_jax.models.image_family import ImageSettings
+from m3po_jax.models.image_family import TYPICAL_SIZE, ImageSettings
 
 if TYPE_CHECKING:
     from m3po_jax.models.registry import Description
@@ -100,6 +101,7 @@ class Processor:
         require_image: bool = False,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        pan_and_scan: bool = False,
     ) -> Processor:
         """Reads tokenizer, image processor and templates of a model; sizes follow its configuration.
 
@@ -107,7 +109,7 @@ class Processor:
             model: Its directory, or what `registry.describe` says of it.
             template: A name of `templates.TEMPLATES`, or ``chat`` for the directory's own.
             vision_tower: A directory whose tower, and image processor, replace the model's own.
-            min_pixels, max_pixels: See `image_family.ImageSettings`.
+            min_pixels, max_pixels, pan_and_scan: See `image_family.ImageSettings`.
 
         Raises:
             UserError: a file is missing or malformed, or the files contradict each other.
@@ -130,7 +132,11 @@ class Processor:
                 where=where,
                 remedy=f"take a model of one of these families: {answering}",
             )
-        settings = ImageSettings(image_fit, min_pixels, max_pixels)  # type: ignore[arg-type]
+        if pan_and_scan and not family.pan_and_scan:
+            raise UserError(
+                f"a {model.family.name} model is shown no crops", where="model.pan_and_scan", remedy="remove it"
+            )
+        settings = ImageSettings(image_fit, min_pixels, max_pixels, pan_and_scan)  # type: ignore[arg-type]
         files = load_tokenizer(folder)
         tokenizer, rows = files.tokenizer, config.text.vocab_size
         image_token_id = config.image_token_id
@@ -141,7 +147,10 @@ class Processor:
             files.check_rows(model.stored_rows, frozenset({image_token_id, pad}))
         ends = end_tokens(files, model.raw_config, model.stored_rows or rows)
         _check_image_token(files, image_token_id, family.token_key, {*ends.ids, pad, tokenizer.bos_token_id})
-        chosen = ChatTemplate.from_files(files, image_token_id) if template == CHAT else get_template(template)
+        if template == CHAT:
+            chosen: Template | ChatTemplate = ChatTemplate.from_files(files, image_token_id, family.placeholder)
+        else:
+            chosen = get_template(template)
         end_ids = ends.ids
         if isinstance(chosen, ChatTemplate) and chosen.answer_end is not None:
             closing = tokenizer.convert_tokens_to_ids(chosen.answer_end)
@@ -149,11 +158,13 @@ class Processor:
         unknown = tokenizer.unk_token_id
         special = {*tokenizer.all_special_ids, tokenizer.eos_token_id, *(x for x in end_ids if x in files.added)}
         forbidden = {*special, pad, image_token_id} - {unknown}
-        notes = (*model.notes, ends.note, template_note(chosen, files, image_token_id))
+        notes = (*model.notes, ends.note, template_note(chosen, files, image_token_id, family.placeholder))
+        reader = family.reader(config, [*filter(None, [model.tower]), folder], settings)
+        _check_marks(files, reader.plan(lambda: TYPICAL_SIZE).written, family.marks(config))
         return cls(
             template=chosen,
             text=PlainText(files.serialized, frozenset(forbidden), unknown),
-            image_reader=family.reader(config, [*filter(None, [model.tower]), folder], settings),
+            image_reader=reader,
             image_token_id=image_token_id,
             eos_token_id=end_ids[0],
             pad_token_id=pad,
@@ -196,14 +207,18 @@ class Processor:
         Raises:
             UserError: as `encode_prompt`, but for what concerns its length.
         """
+        return self._tokenised(prompt, self.image_plans(prompt))
+
+    def _tokenised(self, prompt: schema.Prompt, plans: Sequence[ImagePlan]) -> schema.PromptTokens:
         _history(prompt)
-        made_from = content_hash(self._encoding, prompt_messages(prompt))[:16]
+        written = [repr(plan.pieces) for plan in plans if plan.written]
+        made_from = content_hash(self._encoding, prompt_messages(prompt), *written)[:16]
         if prompt.tokens is not None and prompt.tokens.made_from == made_from:
             return prompt.tokens
-        return schema.PromptTokens(np.array(self._ids(prompt), np.int32), made_from)
+        return schema.PromptTokens(np.array(self._ids(prompt, plans), np.int32), made_from)
 
-    def _ids(self, prompt: schema.Prompt) -> list[int]:
-        pieces = self.render(prompt)
+    def _ids(self, prompt: schema.Prompt, plans: Sequence[ImagePlan]) -> list[int]:
+        pieces = _with_images(self.render(prompt), plans)
         spelt = self.template.spelt(pieces) if isinstance(self.template, ChatTemplate) else None
         if spelt is not None:
             return self.text.encode_with_tokens(spelt)
@@ -213,18 +228,19 @@ class Processor:
         return ids
 
     def encode_prompt(self, prompt: schema.Prompt) -> Int[np.ndarray, " tokens"]:
-        """Ids of the prompt (int32): BOS, text, and for each image the image tokens that it takes.
+        """Ids of the prompt (int32): BOS, text, and for each image what its plan says.
 
         Raises:
             UserError: empty instruction, missing image, placeholders that do not match the images, or more
                 than `max_prompt_tokens`.
         """
         where = _place(prompt)
-        ids = self.tokenise(prompt).ids
-        counts = [plan.tokens for plan in self.image_plans(prompt)]
+        plans = self.image_plans(prompt)
+        ids = self._tokenised(prompt, plans).ids
+        counts = [tokens for plan in plans for tokens in plan.runs]
         places = np.flatnonzero(ids == self.image_token_id)
         if len(places) != len(counts):
-            raise AssertionError(f"{where}: {len(places)} images in the tokens, expected {len(counts)}")
+            raise AssertionError(f"{where}: {len(places)} runs of image tokens, expected {len(counts)}")
         repeats = np.ones(len(ids), int)
         repeats[places] = counts
         ids, expected = np.repeat(ids, repeats), sum(counts)
@@ -343,6 +359,14 @@ class Processor:
             raise UserError(error.what, where=where, remedy=error.remedy) from None
 
 
+def _with_images(pieces: Sequence[Piece], plans: Sequence[ImagePlan]) -> tuple[Piece, ...]:
+    """A rendered prompt with what each image's plan writes in the place of its marker."""
+    images = iter(plans)
+    return joined_texts(
+        part for piece in pieces for part in (next(images).pieces if piece is Marker.IMAGE else (piece,))
+    )
+
+
 def _place(prompt: schema.Prompt) -> str:
     return prompt.where or f"id {prompt.id!r}"
 
@@ -393,6 +417,24 @@ def _check_image_token(files: TokenizerFiles, image_token_id: int, key: str, oth
                 f"{key} {image_token_id} is the tokenizer's {word!r}, which texts contain",
                 where=where,
                 remedy=remedy,
+            )
+
+
+def _check_marks(files: TokenizerFiles, written: Sequence[Piece | int], stated: Mapping[str, int]) -> None:
+    """
+    Raises:
+        UserError: the tokenizer lacks a token that is written around images, or has it under another id.
+    """
+    vocabulary = files.tokenizer.get_vocab()
+    for spelling in dict.fromkeys([*(part.spelling for part in written if isinstance(part, Special)), *stated]):
+        token = vocabulary.get(spelling)
+        if token is None or token != stated.get(spelling, token):
+            says = "has no such token" if token is None else f"says {token}"
+            expected = f", {stated[spelling]} in config.json" if spelling in stated else ""
+            raise UserError(
+                f"{spelling} stands beside images{expected}, and the tokenizer {says}",
+                where=str(files.folder),
+                remedy="take both files from the same model",
             )
 
 

@@ -25,6 +25,10 @@ from m3po_jax.models.causal_lm import model as causal_lm
 from m3po_jax.models.causal_lm import weights as causal_lm_weights
 from m3po_jax.models.config_fields import Fields, check_fields, shown
 from m3po_jax.models.decoder_config import DecoderConfig
+from m3po_jax.models.gemma3 import config as gemma3_config
+from m3po_jax.models.gemma3 import model as gemma3
+from m3po_jax.models.gemma3 import weights as gemma3_weights
+from m3po_jax.models.gemma3.images import GEMMA3_IMAGES
 from m3po_jax.models.hub import HUB_ID, fetch, listed_tensors, pinned, snapshot_of
 from m3po_jax.models.image_family import ImageFamily
 from m3po_jax.models.kernels.choice import attention_note, check_attention, with_attention
@@ -183,6 +187,20 @@ FAMILIES = (
         images=QWEN3_VL_IMAGES,
         projector="model.visual.merger",
         module_root=2,
+    ),
+    Family(
+        name="gemma3",
+        task="image-text-to-text",
+        model_types=("gemma3",),
+        model_class=gemma3.Gemma3,
+        sections=gemma3_config.gemma3_sections,
+        read_config=gemma3_config.gemma3_config,
+        build=gemma3.build,
+        tensor_map=gemma3_weights.tensor_map,
+        canonical_name=llava_weights.canonical_name,
+        images=GEMMA3_IMAGES,
+        projector="multi_modal_projector",
+        other_names=(("multi_modal_projector", "model.multi_modal_projector"),),
     ),
     Family(
         name="causal_lm",

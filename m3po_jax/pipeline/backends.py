@@ -142,9 +142,18 @@ def _judge_model(setting: Setting) -> Policy:
     """The vision-language model that judges: `score.model`, or the policy itself."""
     score, policy = setting.score, setting.policy
     if score.model:
-        describe_judge(score, download=False)
+        images, asked = describe_judge(score, download=False).family.images, setting.model_config
+        assert images is not None, "refused by describe_judge"
         config = dataclasses.replace(
-            setting.model_config, path=score.model, revision="", vision_tower="", init="pretrained"
+            asked,
+            path=score.model,
+            revision="",
+            vision_tower="",
+            init="pretrained",
+            # How the policy's images are read is the judge's affair where its family reads them so.
+            min_pixels=asked.min_pixels if images.several_sizes else None,
+            max_pixels=asked.max_pixels if images.several_sizes else None,
+            pan_and_scan=asked.pan_and_scan and images.pan_and_scan,
         )
         limits = InputLimits(max_image_pixels=setting.max_image_pixels)
         judge = load_policy(config, 0, setting.mesh, limits, image_root=setting.image_root)

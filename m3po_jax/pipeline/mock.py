@@ -49,6 +49,7 @@ def shrink(recipe: Recipe) -> Recipe:
             image_fit="stretch",
             min_pixels=None,
             max_pixels=None,
+            pan_and_scan=False,
         ),
         data=_rows("prompts"),
         generate=replace(

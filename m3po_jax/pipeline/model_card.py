@@ -37,6 +37,7 @@ def _facts(recipe: Recipe, cell: Cell, steps: int, dtypes: str) -> dict[str, Any
         "seed": recipe.seed,
         "prompt template": model.template,
         "image fit": model.image_fit,
+        **({"pan and scan": "yes"} if model.pan_and_scan else {}),
         "data type": dtypes,
         "made by": f"m3po_jax {__version__}",
     }

@@ -123,6 +123,7 @@ def policy_identity(config: ModelConfig, seed: int, model: Loaded | Description)
         config.dtype,
         *([config.quantization] if config.quantization != "none" else []),
         *([config.param_dtype] if is_rounded else []),
+        *(["pan and scan"] if config.pan_and_scan else []),
         *(f"{name} {limit}" for name, limit in limits.items() if limit is not None),
     )[:16]
 
@@ -144,6 +145,7 @@ def make_processor(
         max_prompt_tokens=config.max_prompt_tokens,
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
+        pan_and_scan=config.pan_and_scan,
     )
     text, image = description.config.text, processor.image_reader.plan(lambda: TYPICAL_SIZE).tokens
     if image + limits.longest_answer > text.max_positions:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m3po_jax.models.quantization import BLOCK, NF4
 from m3po_jax.models.registry import Loaded, load_model
 
 IMAGE = 60  # the image token's id
@@ -45,6 +46,31 @@ def randomise(model: Any, seed: int, std: float = 0.15) -> Any:
             is_norm = "norm" in name and name.endswith("weight")
             parameter.copy_(noise + 1.0 if is_norm else noise)
     return model.eval()
+
+
+def quantise(model: Any, kind: str) -> int:
+    """Rounds a language model's projections to the values of ``int8`` or ``nf4`` codes; how many there are.
+
+    By NumPy in torch's own orientation: rows of `weight` are output channels, blocks lie along them.
+    """
+    torch, _ = torch_and_transformers()
+    changed = 0
+    for name, parameter in model.named_parameters():
+        if "language_model" not in name or not name.endswith("proj.weight"):
+            continue
+        w = parameter.detach().numpy().astype(np.float64)
+        if kind == "int8":
+            scale = np.abs(w).max(1, keepdims=True) / 127
+            w = np.round(w / scale) * scale
+        else:
+            blocks = w.reshape(-1, BLOCK)
+            scale = np.abs(blocks).max(1, keepdims=True)
+            nearest = np.abs(blocks[..., None] / scale[..., None] - np.asarray(NF4)).argmin(-1)
+            w = (np.asarray(NF4)[nearest] * scale).reshape(w.shape)
+        with torch.no_grad():
+            parameter.copy_(torch.from_numpy(w))
+        changed += 1
+    return changed
 
 
 def llava(

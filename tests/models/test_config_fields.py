@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hf_gemma3 import gemma3
 from hf_models import dual_encoder, llava, load_float32, torch_and_transformers
 from hf_qwen import qwen
 
@@ -44,6 +45,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **{"model_type": "qwen3_vl", "image_token_id": 60},
         "text_config": {**TEXT, "head_dim": 8, "rope_parameters": {"mrope_section": [2, 1, 1]}},
         "vision_config": {**_PATCHES, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 2]},
+    },
+    "gemma3": {
+        **{"model_type": "gemma3", "image_token_index": 60, "mm_tokens_per_image": 4},
+        "text_config": {
+            **{"model_type": "gemma3_text", **TEXT, "num_hidden_layers": 3},
+            **{"sliding_window": 8, "sliding_window_pattern": 3},
+        },
+        "vision_config": {**VISION, "image_size": 56, "vision_use_head": False},
     },
     "llama": {"model_type": "llama", **TEXT},
     "mistral": {"model_type": "mistral", **TEXT, "sliding_window": 8},
@@ -141,6 +150,13 @@ OTHER_OF = {
     ("qwen3_vl", "vision_config"): OTHER_PATCHES,
     ("qwen2_5_vl", ""): {"image_token_id": 61},
     ("qwen3_vl", ""): {"image_token_id": 61},
+    ("gemma3", ""): {
+        "tie_word_embeddings": False,
+        "boi_token_index": 61,
+        "eoi_token_index": 61,
+        "mm_tokens_per_image": 16,
+    },
+    ("gemma3", "vision_config"): {"image_size": 70},
 }
 # Sections, ids that the tokenizer's reader compares, and fields of which one value alone is implemented.
 NO_OTHER = {
@@ -151,10 +167,17 @@ NO_OTHER = {
 }
 
 
-OF_ONE_VALUE = {"gemma3_text": {"attn_logit_softcapping"}}
+OF_ONE_VALUE = {
+    "gemma3_text": {"attn_logit_softcapping"},
+    # transformers has an output layer of the whole model.
+    "gemma3": {"attn_logit_softcapping", "final_logit_softcapping"},
+}
 OF_KIND: dict[tuple[str, str], Any] = {
     **{(kind, "tie_word_embeddings"): False for kind in ("gemma2", "gemma3_text")},
-    ("gemma3_text", "rope_parameters"): {"sliding_attention": {"rope_type": "linear", "factor": 2.0}},
+    **{
+        (kind, "rope_parameters"): {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}
+        for kind in ("gemma3", "gemma3_text")
+    },
 }
 
 
@@ -226,6 +249,9 @@ QUANTISED = ("bitsandbytes", "awq", "gptq", "fp8", "compressed-tensors", "torcha
         ("llava", "vision_config", "image_size", [28, 56]),
         ("llava", "vision_config", "hidden_act", "swish"),
         ("siglip", "vision_config", "vision_use_head", False),
+        ("gemma3", "vision_config", "vision_use_head", True),
+        ("gemma3", "text_config", "attn_logit_softcapping", 50.0),
+        ("gemma3", "", "mm_tokens_per_image", 0),
         ("qwen2_5_vl", "vision_config", "fullatt_block_indexes", [1.5]),
         ("qwen2_5_vl", "vision_config", "in_channels", 1),
         ("qwen2_5_vl", "vision_config", "rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
@@ -373,6 +399,9 @@ def test_absent_fields_take_transformers_defaults(kind: str, tmp_path: Path) -> 
     widths = {"qwen2_5_vl": 8192, "qwen3_vl": 4096}  # of the defaults; those of tower and decoder do not fit together
     if kind in widths:
         plain = [{"vision_config": {"out_hidden_size": widths[kind]}, "text_config": {"num_hidden_layers": 29}}]
+    elif kind == "gemma3":  # whose tower has no head, and patches of 16 pixels by default
+        vision = {"image_size": 512, "vision_use_head": False}
+        plain = [{"vision_config": vision, "text_config": {"num_hidden_layers": 3}}]
     elif "text_config" in CONFIGS[kind]:
         plain.append({"vision_config": {"image_size": 448}, "text_config": {"num_hidden_layers": 3}})
     for number, given in enumerate(plain):
@@ -399,5 +428,7 @@ def test_saved_files_of_transformers_give_no_notes(tmp_path: Path) -> None:
     for kind in ("qwen2_5_vl", "qwen3_vl"):
         qwen(kind).config.save_pretrained(tmp_path / kind)
         assert describe(tmp_path / kind).notes == ()
+    gemma3().config.save_pretrained(tmp_path / "gemma3")
+    assert describe(tmp_path / "gemma3").notes == ()
     for folder in (Path(__file__).parents[2] / "m3po_jax/quickstart/checkpoints").iterdir():
         assert describe(folder).notes == ()

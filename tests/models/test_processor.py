@@ -1,5 +1,6 @@
 """Rows to ids and pixels, on a small LLaMA-like tokenizer (byte fallback, dummy prefix) and others."""
 
+import dataclasses
 import io
 import json
 import pickle
@@ -12,8 +13,8 @@ from PIL import Image as PILImage
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from m3po_jax.data import schema
-from m3po_jax.data.model_images import joined
-from m3po_jax.data.templates import get_template, to_text
+from m3po_jax.data.model_images import ImagePlan, joined
+from m3po_jax.data.templates import Special, get_template, to_text
 from m3po_jax.errors import UserError
 from m3po_jax.models.processor import Processor
 
@@ -135,6 +136,44 @@ def test_split_rule(processor, folder):
     space, newline = raw.token_to_id("▁"), raw.token_to_id("<0x0A>")
     start = want.index(processor.image_token_id)
     assert want[start - 1] == space and want[start + 4 : start + 6] == [space, newline]
+
+
+def test_what_stands_around_and_between_runs(processor, folder):
+    """A plan's texts are tokenised with the template's beside them; ids that travel hold one token a run."""
+    reader = type("Reader", (), {"plan": lambda self, size: self.plans.pop(0)})()
+    tiled = dataclasses.replace(processor, image_reader=reader)
+    row, tile = dataclasses.replace(prompt("See", images=2), tokens=None), Special("<pad>")
+    plans = [
+        ImagePlan(5, {}, written=(" Is ", 3, "user's", tile, 2, " a dog")),
+        ImagePlan(4, {}),
+    ]
+    raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = lambda text: raw.encode(text, add_special_tokens=False).ids  # noqa: E731
+    before, _, after = to_text(processor.render(row)).partition("<image>\n<image>")
+    image = processor.image_token_id
+    parts = [
+        [BOS],
+        ids(before + " Is "),
+        [image],
+        ids("user's"),
+        [raw.token_to_id("<pad>")],
+        [image],
+        ids(" a dog\n"),
+    ]
+    once = [one for part in (*parts, [image], ids(after)) for one in part]
+    reader.plans = [*plans]
+    travelling = tiled.tokenise(row)
+    assert travelling.ids.tolist() == once
+    repeats = np.ones(len(once), int)
+    repeats[np.flatnonzero(np.array(once) == image)] = [3, 2, 4]
+    reader.plans = [*plans]
+    carried = dataclasses.replace(row, tokens=travelling)
+    assert tiled.encode_prompt(carried).tolist() == np.repeat(once, repeats).tolist()
+    reader.plans = [*plans]
+    assert tiled.tokenise(carried) is travelling
+    reader.plans = [dataclasses.replace(plans[0], written=(" Is ", 5)), plans[1]]
+    again = tiled.encode_prompt(carried).tolist()  # an image that is written otherwise makes other ids
+    assert again.count(image) == 9 and raw.token_to_id("<pad>") not in again
 
 
 def test_history_ends_in_eos_and_starts_a_new_piece(processor, folder):

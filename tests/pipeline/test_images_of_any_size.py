@@ -1,4 +1,5 @@
-"""The whole loop with a model whose images have several sizes, on cached features that go to several layers."""
+"""The whole loop on cached features, with Qwen3-VL (sizes of images, features for several layers) and with Gemma 3
+(crops of images, image tokens that see each other)."""
 
 from __future__ import annotations
 
@@ -24,17 +25,21 @@ from m3po_jax.pipeline.caches import image_features
 from m3po_jax.pipeline.generate import prompt_batches
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
+import hf_gemma3
 import hf_qwen
 
-SIZES = [(60, 12), (9, 70), (32, 32), (48, 40), (37, 29), (48, 32)]
+SIZES = {
+    "qwen3_vl": [(60, 12), (9, 70), (32, 32), (48, 40), (37, 29), (48, 32)],
+    "gemma3": [(620, 300), (9, 70), (270, 1101), (48, 40), (310, 600), (48, 32)],
+}
 
 
-def write_data(folder: Path) -> Path:
+def write_data(folder: Path, sizes: list[tuple[int, int]]) -> Path:
     """Pictures of several sizes; every fourth row shows two."""
     folder.mkdir()
     lines = []
     for number in range(8):
-        hf_qwen.picture(*SIZES[number % len(SIZES)], seed=number).save(folder / f"{number}.png")
+        hf_qwen.picture(*sizes[number % len(sizes)], seed=number).save(folder / f"{number}.png")
         names = [f"{number}.png", *([f"{number - 1}.png"] if number % 4 == 3 else [])]
         row = {"id": f"s{number}", "images": names, "instruction": "What is in the image?", "reference": "a red bus"}
         lines.append(json.dumps(row | {"metadata": {"kind": "caption", "objects": ["bus"]}}))
@@ -42,17 +47,20 @@ def write_data(folder: Path) -> Path:
     return folder / "rows.jsonl"
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of Qwen3-VL."""
-    folder = tmp_path_factory.mktemp("run")
-    hf_qwen.saved("qwen3_vl", folder / "model")
-    data = write_data(folder / "data")
+@pytest.fixture(scope="module", params=tuple(SIZES))
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    folder, kind = tmp_path_factory.mktemp("run"), request.param
+    if kind == "gemma3":
+        hf_gemma3.saved(folder / "model")
+    else:
+        hf_qwen.saved(kind, folder / "model")
+    data = write_data(folder / "data", SIZES[kind])
     chair = {"metric": "chair", "kind": "caption", "data": {"path": str(data)}, "vocabulary": ["bus"]}
     recipe = write_recipe(
         folder,
         data,
-        model={"path": str(folder / "model"), "template": "chat"},
+        model={"path": str(folder / "model"), "template": "chat", "pan_and_scan": kind == "gemma3"},
         generate={"num_candidates": 3, "max_new_tokens": 6, "temperature": 1.5},
         score={"backend": "claims", "model": "", "vocabulary": [], "aggregate": "mean", "batch_size": 4},
         select={"margin": 0.0, "chosen_floor": 0.0, "cut": "keep", "rule": "vanilla"},
@@ -77,9 +85,12 @@ def test_the_first_loss_has_its_closed_form(finished: Path):
 
 def test_recorded_log_probs_are_those_of_teacher_forcing(finished: Path):
     """Of drawing with images in rows of the run's sizes, against scoring each prompt unpadded."""
-    processor = Processor.from_pretrained(finished / "model", "chat", "pad", image_root=finished / "data")
+    loaded = load_model(finished / "model", dtype="float32", param_dtype="float32")
+    crops = loaded.family.name == "gemma3"
+    processor = Processor.from_pretrained(
+        finished / "model", "chat", "pad", image_root=finished / "data", pan_and_scan=crops
+    )
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    loaded = load_model(finished / "model", dtype="float32", param_dtype="float32", mesh=mesh)
     scorer = Scorer(loaded.model, mesh, batch_size=1)
     prompts = read_prompts(DataConfig(path=str(finished / "data/rows.jsonl")))
     candidates = rows(finished / "runs/mini/round-1/candidates")
@@ -91,13 +102,13 @@ def test_recorded_log_probs_are_those_of_teacher_forcing(finished: Path):
                 np.testing.assert_allclose(scored[0, 0], row["token_logprobs"], rtol=0, atol=1e-4)
 
 
-def test_few_programs_see_many_sizes(finished: Path, compiled: list[str]):
+def test_few_programs_see_many_sizes(tmp_path: Path, compiled: list[str]):
     """Forty sizes of images in at most two widths of the tower."""
-    processor = Processor.from_pretrained(finished / "model", "chat", "pad")
+    _, loaded = hf_qwen.saved("qwen3_vl", tmp_path)
+    processor = Processor.from_pretrained(tmp_path, "chat", "pad")
     sizes = np.random.default_rng(0).integers(8, 60, (40, 2)).tolist()
     prompts = [hf_qwen.prompt(str(n), "a red bus", tuple(size)) for n, size in enumerate(sizes)]
     processor = processor.with_buckets(prompts, 2)
-    loaded = load_model(finished / "model", dtype="float32", param_dtype="float32")
     graph, state = nnx.split(loaded.model)
     tokens = padded = 0
     for prompt in prompts:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from tiny_judges import dual_encoder_directory, one_device, prompt, tiny_policy
@@ -10,10 +14,15 @@ from m3po_jax.config import EndpointConfig, ModelConfig, ScoreConfig
 from m3po_jax.errors import UserError
 from m3po_jax.inference.scorer import Scorer
 from m3po_jax.models.export import export_model
+from m3po_jax.models.processor import Processor
 from m3po_jax.pipeline.backends import make_backend
 from m3po_jax.scoring.alignment import Reference, Similarity
 from m3po_jax.scoring.ensemble import Ensemble
 from m3po_jax.scoring.judge import Claims
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+import hf_gemma3
+from hf_models import load_float32
 
 OBJECTS = ["dog", "cat", "person"]
 ROWS, POOLS = [prompt(1), prompt(2)], [["a dog and a cat.", "a person."], ["a cat."]]
@@ -79,6 +88,22 @@ def test_a_judge_of_its_own(policy, judge_directory, capsys):
     for found, scores, mine in zip(made(ROWS, POOLS), expected(ROWS, POOLS), own(ROWS, POOLS), strict=True):
         np.testing.assert_allclose(found, scores, atol=1e-5)
         assert np.abs(found - mine).max() > 1e-4
+
+
+def test_a_judge_of_another_family_reads_images_its_own_way(policy, judge_directory, tmp_path):
+    """Limits and crops are of families that have them, whoever is the policy; questions in the judge's template."""
+    hf_gemma3.saved(tmp_path)
+    score = ScoreConfig(backend="claims", model=str(tmp_path), vocabulary=OBJECTS, batch_size=4)
+    model = dataclasses.replace(MODEL, template="chat", max_pixels=1000, pan_and_scan=True)
+    made = make_backend(score, one_device(), policy=policy, model_config=model)
+    assert made.processor.image_reader.pan_and_scan
+    loaded, processor = load_float32(tmp_path), Processor.from_pretrained(tmp_path, "chat", "pad", pan_and_scan=True)
+    expected = Claims(Scorer(loaded.model, one_device(), batch_size=4), processor, vocabulary=OBJECTS)
+    for found, scores in zip(made(ROWS, POOLS), expected(ROWS, POOLS), strict=True):
+        np.testing.assert_allclose(found, scores, atol=1e-6)
+    llava = dataclasses.replace(MODEL, max_pixels=1000, pan_and_scan=True)
+    score = dataclasses.replace(score, model=judge_directory)
+    assert make_backend(score, one_device(), policy=policy, model_config=llava).processor.image_buckets is None
 
 
 def test_image_paths_are_relative_to_the_data(policy, tmp_path):
