@@ -63,12 +63,10 @@ def shapes_of(workload: str, *, tiny: bool) -> Shapes:
     return replace(TINY if tiny else FULL, **changes)
 
 
-def save_checkpoint(shapes: Shapes, directory: Path) -> Path:
-    """A random LLaVA of these shapes in `directory`, written by transformers itself."""
-    import torch
+def peer_config(shapes: Shapes) -> Any:
+    """The configuration of a LLaVA of these shapes, in transformers."""
     import transformers
 
-    transformers.logging.disable_progress_bar()
     layers, width, heads, image, patch = shapes.vision
     vision = transformers.CLIPVisionConfig(
         num_hidden_layers=layers,
@@ -89,11 +87,19 @@ def save_checkpoint(shapes: Shapes, directory: Path) -> Path:
         max_position_embeddings=2048,
         pad_token_id=shapes.pad_token_id,
     )
-    config = transformers.LlavaConfig(
+    return transformers.LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=shapes.image_token_id, dtype="float32"
     )
+
+
+def save_checkpoint(shapes: Shapes, directory: Path) -> Path:
+    """A random LLaVA of these shapes in `directory`, written by transformers itself."""
+    import torch
+    import transformers
+
+    transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
-    model = transformers.LlavaForConditionalGeneration(config).eval()
+    model = transformers.LlavaForConditionalGeneration(peer_config(shapes)).eval()
     model.save_pretrained(directory)
     return directory
 

@@ -164,12 +164,13 @@ def compile_figures(
 class Theirs:
     """transformers and the hand-written torch engine on the same weights and inputs."""
 
-    def __init__(self, directory: Path, shapes: Shapes):
+    def __init__(self, model: Any, shapes: Shapes):
         import torch
 
-        self.model, self.shapes = load_peer(directory), shapes
+        self.model, self.shapes = model, shapes
         ids, pixels = prompts(shapes)
-        self.ids, self.pixels = torch.from_numpy(ids).long(), torch.from_numpy(channels_first(pixels))
+        self.ids = torch.from_numpy(ids).long().to(model.device)
+        self.pixels = torch.from_numpy(channels_first(pixels)).to(model.device, model.dtype)
 
     def generate(self, *, candidates: int, new_tokens: int, greedy: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """`generate` with K returns; log-probabilities from its logits. Tokens and log-probs [P, K, T]."""
@@ -200,14 +201,14 @@ class Theirs:
                 dim=1,
             )
         shape = (self.shapes.prompts, candidates, new_tokens)
-        return tokens.numpy().reshape(shape), log_probs.numpy().reshape(shape)
+        return tokens.cpu().numpy().reshape(shape), log_probs.float().cpu().numpy().reshape(shape)
 
     def score(self, given_answers: np.ndarray) -> np.ndarray:
         """Teacher forcing of every prompt and answer in one forward, logits at the answers only."""
         import torch
 
         _, k, t = given_answers.shape
-        chosen = torch.tensor(given_answers, dtype=torch.long).flatten(0, 1)
+        chosen = torch.tensor(given_answers, dtype=torch.long, device=self.model.device).flatten(0, 1)
         ids = torch.cat([self.ids.repeat_interleave(k, 0), chosen], 1)[:, :-1]
         with torch.inference_mode():
             logits = self.model(
@@ -218,7 +219,7 @@ class Theirs:
                 logits_to_keep=t,
             ).logits
             log_probs = logits.gather(2, chosen[..., None])[..., 0] - logits.logsumexp(-1)
-        return log_probs.numpy().reshape(given_answers.shape)
+        return log_probs.float().cpu().numpy().reshape(given_answers.shape)
 
     def expert(self, *, compiled: bool = False) -> Any:
         from expert_torch import Expert
@@ -288,7 +289,7 @@ def run_workload(name: str, directory: Path, options: Any) -> list[dict[str, Any
     """The rows of one workload, one for each peer."""
     kind = next(kind for kind in KINDS if name.startswith(kind))
     shapes = shapes_of(name, tiny=options.tiny)
-    ours, theirs = Ours(directory, shapes), Theirs(directory, shapes)
+    ours, theirs = Ours(directory, shapes), Theirs(load_peer(directory), shapes)
     if kind == KINDS[0]:
         run, compiled = ours.sampling()
     else:
@@ -313,7 +314,7 @@ def report_peak(directory: Path, options: Any) -> None:
     shapes = shapes_of(name, tiny=options.tiny)
     kind = next(kind for kind in KINDS if name.startswith(kind))
     ours = Ours(directory, shapes) if side == "ours" else None
-    theirs = None if ours else Theirs(directory, shapes)
+    theirs = None if ours else Theirs(load_peer(directory), shapes)
     run = sides(kind, ours, theirs, compiled=side == "expert_compiled")[side]
     print(json.dumps({"peak_mb": peak_memory(run)}))
 

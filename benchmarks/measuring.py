@@ -172,6 +172,17 @@ def processor_name() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of those of `PACKAGES` that are installed."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
 def row(
     name: str,
     peer: str,
@@ -244,16 +255,10 @@ def line(entry: Mapping[str, Any]) -> str:
 
 def write_report(path: Path, workloads: list[dict[str, Any]], gemm: Mapping[str, Any], *, tiny: bool) -> None:
     """The report as JSON."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     report = {
         "device": processor_name(),
         "threads": 1,
-        "versions": versions,
+        "versions": installed_versions(),
         "gemm_gflops": dict(gemm),
         "tiny": tiny,
         "workloads": workloads,

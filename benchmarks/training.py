@@ -57,7 +57,9 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class Theirs:
     """TRL's own trainer: its loss, backward, clipping, optimizer and schedule, fed with a ready batch."""
 
-    def __init__(self, directory: Path, shapes: Shapes, rank: int, *, answer_head: bool, checkpointing: bool):
+    def __init__(
+        self, model: Any, folder: Path, shapes: Shapes, rank: int, *, answer_head: bool, checkpointing: bool
+    ):
         import peft
         import torch
         import transformers
@@ -67,15 +69,15 @@ class Theirs:
         from tokenizers.models import WordLevel
 
         disable_progress_bars()
-        model = load_peer(directory)
         words = Tokenizer(WordLevel({"<pad>": 0, "a": 1, "b": 2, "c": 3}, unk_token="a"))
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="a")
         self.answer_head = answer_head
-        self.batch = pair_tensors(shapes)
+        self.batch = {name: x.to(model.device) for name, x in pair_tensors(shapes).items()}
+        self.batch["pixel_values"] = self.batch["pixel_values"].to(model.dtype)
         self.trainer = trl.DPOTrainer(
             model=model,
             args=trl.DPOConfig(
-                output_dir=str(directory / "trl"),
+                output_dir=str(folder / "trl"),
                 beta=BETA,
                 learning_rate=RATE,
                 lr_scheduler_type="constant",
@@ -83,8 +85,8 @@ class Theirs:
                 per_device_train_batch_size=shapes.prompts,
                 gradient_checkpointing=checkpointing,
                 max_length=None,
-                bf16=False,
-                use_cpu=True,
+                bf16=model.dtype == torch.bfloat16,
+                use_cpu=model.device.type == "cpu",
                 report_to=[],
                 disable_tqdm=True,
             ),
@@ -297,7 +299,14 @@ def run_workload(name: str, directory: Path, options: Any) -> list[dict[str, Any
     shapes = workload_shapes(name, tiny=options.tiny)
     theirs: dict[str, Theirs] = {}
     for peer, (answer_head, checkpointing) in PEERS.items():
-        theirs[peer] = Theirs(directory, shapes, options.rank, answer_head=answer_head, checkpointing=checkpointing)
+        theirs[peer] = Theirs(
+            load_peer(directory),
+            directory,
+            shapes,
+            options.rank,
+            answer_head=answer_head,
+            checkpointing=checkpointing,
+        )
     theirs["trl"].model.save_pretrained(directory / "adapter")
     computed = name.endswith("_reference")
     ours = Ours(directory, shapes, options.rank, options.remat, compute_reference=computed)
@@ -333,7 +342,14 @@ def report_peak(directory: Path, options: Any) -> None:
         run = Ours(directory, shapes, options.rank, options.remat, compute_reference=computed).step
     else:
         answer_head, checkpointing = PEERS[side]
-        run = Theirs(directory, shapes, options.rank, answer_head=answer_head, checkpointing=checkpointing).step
+        run = Theirs(
+            load_peer(directory),
+            directory,
+            shapes,
+            options.rank,
+            answer_head=answer_head,
+            checkpointing=checkpointing,
+        ).step
     print(json.dumps({"peak_mb": peak_memory(run)}))
 
 

@@ -63,6 +63,7 @@ SECTIONS = {
     "cache": "cache: what is computed once",
     "evaluate": "evaluate: benchmarks",
     "evaluate.benchmarks.NAME": "evaluate.benchmarks.NAME: one benchmark",
+    "evaluate.gate.BENCHMARK.NUMBER": "evaluate.gate.BENCHMARK.NUMBER: how far it may drop",
     "compare": "compare: systems × seeds",
 }
 
@@ -171,6 +172,8 @@ def sections() -> dict[str, list[tuple[str, str, str, str]]]:
             rows.append((key, written(default), kind.words(), meaning))
             if key == "evaluate.benchmarks":
                 visit(config.BenchmarkConfig, f"{key}.NAME")
+            if key == "evaluate.gate":
+                visit(config.GateConfig, f"{key}.BENCHMARK.NUMBER")
 
     visit(config.Recipe, "")
     return found

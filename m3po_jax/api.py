@@ -38,7 +38,7 @@ from m3po_jax.pipeline.evaluate import Benchmark, check_scoring, open_benchmark
 from m3po_jax.pipeline.evaluate import evaluate as evaluate_benchmark
 from m3po_jax.pipeline.generate import Tally, candidate_pools
 from m3po_jax.pipeline.model_card import model_card
-from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy, make_generator, read_rows
+from m3po_jax.pipeline.models import InputLimits, Policy, attach_adapter, load_policy, make_generator, read_rows
 from m3po_jax.pipeline.pair_files import read_pair_file
 from m3po_jax.pipeline.score import NEED_BLANK_IMAGE, judge_candidates, pools, rows_of_pools
 from m3po_jax.pipeline.select import pair_with_prompt
@@ -110,7 +110,8 @@ def load_model(path: str | Path, *, seed: int = 0, mesh: Mapping[str, int] | Non
     recipe = _with(recipe, "mesh", mesh or {})
     devices = make_mesh(recipe.mesh)
     with use_mesh(devices):
-        policy = load_policy(recipe, devices)
+        limits = InputLimits.of(recipe.data, recipe.generate, recipe.evaluate)
+        policy = load_policy(recipe.model, seed, devices, limits)
     return Model(policy.model, policy, devices, recipe)
 
 
@@ -355,7 +356,7 @@ def train(
     """
     recipe = _with(_recipe_of(model), "train", settings)
     recipe = _with(recipe, "cache", {"vision_features": "off", "reference": "off"})
-    if not needs_pairs(recipe):
+    if not needs_pairs(recipe.train):
         raise UserError(
             f"{recipe.train.objective} does not learn from pairs", where="train.objective", remedy="use `m3po train`"
         )
@@ -367,7 +368,7 @@ def train(
             "the pairs are given", where="train.pairs", remedy="leave it out, or give the file in their place"
         )
     if isinstance(pairs, (str, Path)):
-        rows = read_pair_file(str(pairs), recipe)
+        rows = read_pair_file(str(pairs), recipe.data)
     else:
         given = pairs.pairs if isinstance(pairs, Selection) else [dict(row) for row in pairs]
         if not given:
@@ -375,7 +376,7 @@ def train(
         rows = TableRows(_pair_table(given))
     with use_mesh(model.mesh), _folder(output_dir) as out:
         fresh = model.network is policy.model
-        start = attach_adapter(policy, recipe, model.mesh) if fresh else model.network
+        start = attach_adapter(policy, recipe.train.lora, recipe.seed) if fresh else model.network
         trained = train_on_pairs(recipe, policy, rows, out, model.mesh, start=start, seed=seed)
     return dataclasses.replace(model, network=trained.model, recipe=recipe, training=trained.result)
 

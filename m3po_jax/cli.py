@@ -9,7 +9,15 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
-from m3po_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError, system_failure
+from m3po_jax.errors import (
+    EXIT_GATE_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    GateFailed,
+    Interrupted,
+    UserError,
+    system_failure,
+)
 from m3po_jax.hosts import supervisor
 from m3po_jax.version import __version__
 
@@ -168,7 +176,8 @@ def _quiet_libraries() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit status (0, 2 for a user's error, 75 when stopped and resumable)."""
+    """Runs one verb; returns the exit status (0, 2 for a user's error, 3 where all is done and a number dropped by
+    more than `evaluate.gate` allows, 75 when stopped and resumable)."""
     parser = make_parser()
     # Overrides may stand anywhere, also behind options, which argparse leaves over.
     options, left = parser.parse_known_args(arguments)
@@ -193,6 +202,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"m3po: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except GateFailed as failed:
+        for line in failed.lines:
+            print(f"m3po: gate: {line}", file=sys.stderr)
+        return EXIT_GATE_FAILED
     except (Interrupted, KeyboardInterrupt) as stopped:
         reason = str(stopped) or "interrupted; what is finished is saved"
         print(f"m3po: {reason}; the same command continues", file=sys.stderr)

@@ -406,6 +406,13 @@ class BenchmarkConfig:
 
 
 @dataclass
+class GateConfig:
+    """How far a number may drop below the base's before the command fails (docs/evaluation.md, the gate)."""
+
+    drop: NotNegative = 0.0  # in the unit that tables show: points of a percentage, or the number's own
+
+
+@dataclass
 class EvaluateConfig:
     """Benchmarks by name, and the decoding of evaluation answers (greedy)."""
 
@@ -417,6 +424,8 @@ class EvaluateConfig:
     stop_words: list[str] = field(default_factory=list)
     contrast_alpha: list[NotNegative] = field(default_factory=list)  # contrastive decoding (VCD) of the base model
     bootstrap_samples: Resamples = 1000
+    # BENCHMARK.NUMBER -> how far the recipe's own system may drop there, e.g. {pope.accuracy: {drop: 1.0}}
+    gate: Annotated[dict[str, GateConfig], OPERATIONAL] = field(default_factory=dict)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # Exit statuses; sysexits.h: a launcher that sees EX_TEMPFAIL starts the same command again.
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 75
+EXIT_USER_ERROR, EXIT_GATE_FAILED, EXIT_INTERRUPTED = 2, 3, 75
 
 LONGEST_VALUE = 80  # characters of a quoted value; a longer one is cut in its middle
 _LONGEST_PATH = 300  # a path is what its reader looks for
@@ -58,6 +58,18 @@ class UserError(Exception):
         if remedy:
             line = f"{line}; {remedy}"
         super().__init__(harmless(" ".join(line.split())))
+
+
+class GateFailed(Exception):
+    """The command did all its work, and the system that it made is worse than the recipe allows (`evaluate.gate`).
+
+    Args:
+        lines: What failed, a line each.
+    """
+
+    def __init__(self, lines: Iterable[str]):
+        self.lines = [harmless(" ".join(line.split())) for line in lines]
+        super().__init__("; ".join(self.lines))
 
 
 class Interrupted(Exception):

@@ -1,5 +1,6 @@
 """The rooms of docs/architecture.md: import-linter holds what each may import; the page names what is there."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -55,3 +56,23 @@ def test_names_that_the_page_gives_to_code_are_there() -> None:
         if not re.search(rf"(def|class) {name}\b|^{name}\b", (ROOT / file).read_text(encoding="utf-8"), re.M)
     ]
     assert missing == []
+
+
+WHOLE_RECIPES = 45  # what reads most of a recipe: the run, its checks, its plan, its arms and its record
+
+
+def test_settings_arrive_as_sections() -> None:
+    """A function that needs a section is given the section: what it depends on stands in its signature."""
+
+    def names_recipe(argument: ast.arg) -> bool:
+        nodes = [] if argument.annotation is None else ast.walk(argument.annotation)
+        return any(isinstance(node, ast.Name) and node.id == "Recipe" for node in nodes)
+
+    takers = [
+        f"{path.relative_to(ROOT)}: {function.name}"
+        for path in sorted((ROOT / "m3po_jax").rglob("*.py"))
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(function, ast.FunctionDef)
+        and any(map(names_recipe, [*function.args.args, *function.args.kwonlyargs]))
+    ]
+    assert len(takers) <= WHOLE_RECIPES, "\n".join(takers)

@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import accelerator  # noqa: E402
 import checkpoint  # noqa: E402
 import counting  # noqa: E402
 import decode_breakdown  # noqa: E402
@@ -98,6 +99,72 @@ def test_training_against_trl(tmp_path):
     assert recorded["shapes"]["lora_rank"] == 4 and recorded["shapes"]["remat"] == "dots"
     # Far from ln 2, or an adapter that does nothing would have passed.
     assert abs(recorded["checks"]["loss"] - np.log(2)) > 1e-3
+
+
+@pytest.mark.slow
+def test_accelerator_measures_every_side(tmp_path):
+    """On the CPU, whose rates no data sheet here states: no share is made up."""
+    report = run("accelerator.py", tmp_path / "out.json", "--rank", "4")
+    assert report["platform"] == "cpu" and report["tiny"] and "jax" in report["versions"]
+    sides = ("ours", "transformers, TRL")
+    assert [(row["workload"], row["side"]) for row in report["rows"]] == [
+        (name, side) for name in accelerator.WORKLOADS for side in sides
+    ]
+    for row in report["rows"]:
+        assert "problem" not in row, row
+        assert row["seconds"] > 0 and row["peak"] is None
+    drawn, scored, stepped = (report["rows"][place] for place in (0, 2, 4))
+    assert drawn["log_prob_difference"] < 1e-4 and drawn["bandwidth_share"] is None and drawn["prefill_mfu"] is None
+    assert scored["answers_per_second"] > 0 and scored["mfu"] is None
+    assert stepped["first_loss_difference"] < 1e-4 and stepped["mfu_4n"] is None
+    assert stepped["shapes"]["prompts"] == drawn["shapes"]["prompts"] // 2
+    assert accelerator.table(report).count("\n") == 4 + len(report["rows"])
+
+
+def test_accelerator_shares_follow_from_seconds():
+    """Of LLaVA-1.5-7B: 6.6 thousand million weights; the device's rates are read once a step or once a token."""
+    from m3po_jax.models.llava.config import llava_config
+
+    shapes = accelerator.LLAVA15_7B
+    config = llava_config(checkpoint.peer_config(shapes).to_dict(), "test")
+    weights = accelerator.decoder_parameters(config.text)
+    assert weights == 32 * (4 * 4096**2 + 3 * 4096 * 11_008) + 4096 * 32_064
+    step_run = accelerator.Run(shapes, "bfloat16", 1, "full", 128)
+    facts = {"peak_flops": 1e15, "bandwidth": 1e12}
+    drawn = accelerator.figures("generate", step_run, {"seconds": 3.0, "first_seconds": 1.0}, facts)
+    assert drawn["tokens_per_second"] == 16 * 8 * 127 / 2
+    cache = 2 * 32 * 4096  # numbers of a token's keys and values
+    read = 127 * (weights + 16 * shapes.prefix * cache) + 16 * 8 * 127 * 64 * cache
+    assert drawn["bandwidth_share"] == pytest.approx(2 * read / 2e12)
+    stepped = accelerator.figures("dpo_step", step_run, {"seconds": 2.0}, facts)
+    assert stepped["pairs_per_second"] == 8
+    assert stepped["mfu_4n"] == pytest.approx(4 * weights * 16 * (shapes.prefix + 256) / 2e15)
+    assert 0.9 < stepped["mfu"] / stepped["mfu_4n"] < 1.3
+    unknown = accelerator.figures("score", step_run, {"seconds": 1.0}, {"peak_flops": None, "bandwidth": None})
+    assert unknown == {"answers_per_second": 128.0, "mfu": None}
+
+
+def test_accelerator_reports_what_failed(tmp_path, monkeypatch):
+    """A side without memory loses no other side's row."""
+    facts = {"device": "card", "platform": "gpu", "peak_flops": None, "bandwidth": None}
+
+    def child(arguments, environment):
+        side = arguments[arguments.index("--side") + 1]
+        if side == "facts":
+            return facts
+        return {"problem": "out of memory"} if side.endswith("peer") else {"seconds": 2.0, "peak": 5e9}
+
+    monkeypatch.setattr(accelerator, "_child", child)
+    out = tmp_path / "out.json"
+    accelerator.main(["--json", str(out), "--workloads", "score"])
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["side"] for row in rows] == ["ours", "ours, cudnn kernels", "transformers, TRL"]
+    assert rows[1]["answers_per_second"] == 64 and rows[2]["problem"] == "out of memory"
+    monkeypatch.setattr(
+        accelerator, "_child", lambda arguments, _: facts if arguments[-1] == "facts" else {"problem": "no"}
+    )
+    with pytest.raises(SystemExit, match="nothing could be measured"):
+        accelerator.main(["--json", str(out), "--workloads", "score"])
 
 
 def test_unknown_workloads_are_refused(tmp_path):

@@ -26,7 +26,7 @@ from m3po_jax.hosts.sharding import make_mesh, use_mesh
 from m3po_jax.inference.settings import sampling_config
 from m3po_jax.models.layers import LoRAParam
 from m3po_jax.pipeline.generate import Tally, candidate_pools, prompt_rows
-from m3po_jax.pipeline.models import attach_adapter, load_policy, make_generator
+from m3po_jax.pipeline.models import InputLimits, attach_adapter, load_policy, make_generator
 from m3po_jax.pipeline.score import judge_candidates, pools, rows_of_pools, score_schema
 from m3po_jax.pipeline.select import pair_with_prompt
 from m3po_jax.pipeline.train import train_on_pairs
@@ -75,7 +75,7 @@ def test_one_row(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     mesh = make_mesh(recipe.mesh)
     with use_mesh(mesh):
-        policy = load_policy(recipe, mesh, image_root=tmp_path)
+        policy = load_policy(recipe.model, recipe.seed, mesh, InputLimits(), image_root=tmp_path)
         processor = policy.processor
         (asked,) = prompt_rows([prompt], processor, Shares(mesh))
         ids = processor.encode_prompt(prompt)
@@ -159,7 +159,7 @@ def test_one_row(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         )
 
     with use_mesh(mesh):
-        start = attach_adapter(policy, recipe, mesh)
+        start = attach_adapter(policy, recipe.train.lora, recipe.seed)
         trained = train_on_pairs(recipe, policy, pairs, tmp_path / "out", mesh, start=start, seed=0)
     factors = [nnx.to_flat_state(nnx.state(model, LoRAParam)) for model in (start, trained.model)]
     moved = [not np.array_equal(a[...], b[...]) for (_, a), (_, b) in zip(*factors, strict=True)]

@@ -354,7 +354,8 @@ def test_sections_of_files_of_trained_models():
     ],
 )
 def test_name_of_the_recipes_own_system(objective, answers, name):
-    assert main_name(load_recipe(None, [f"train.objective={objective}", f"train.sft_answers={answers}"])) == name
+    recipe = load_recipe(None, [f"train.objective={objective}", f"train.sft_answers={answers}"])
+    assert main_name(recipe.train, recipe.select) == name
 
 
 def test_only_near_names_are_suggested():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from m3po_jax.config import Recipe
+from m3po_jax.config import Recipe, TrainConfig
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.objectives.objective import Reads
 from m3po_jax.objectives.registry import OBJECTIVES, objective_of
@@ -104,16 +104,16 @@ def arm_recipe(recipe: Recipe, arm: str | None) -> Recipe:
     return recipe if arm is None else override(recipe, overrides_of(recipe, arm), f"arms.{arm}")
 
 
-def makes_pairs(recipe: Recipe) -> bool:
+def makes_pairs(train: TrainConfig) -> bool:
     """Whether a run selects an arm's pairs from scored candidates."""
-    return needs_pairs(recipe) and not recipe.train.pairs
+    return needs_pairs(train) and not train.pairs
 
 
-def trains_in_rounds(recipe: Recipe) -> bool:
+def trains_in_rounds(train: TrainConfig) -> bool:
     """Whether `m3po train` works in round folders, as an arm does: on pairs or rollouts, not on rows of `data`."""
-    return not objective_of(recipe.train).reads_rows or bool(recipe.train.pairs)
+    return not objective_of(train).reads_rows or bool(train.pairs)
 
 
-def needs_pairs(recipe: Recipe) -> bool:
+def needs_pairs(train: TrainConfig) -> bool:
     """Whether an arm's training reads pairs."""
-    return objective_of(recipe.train).reads is Reads.PAIRS
+    return objective_of(train).reads is Reads.PAIRS

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from m3po_jax.config import DataConfig, ModelConfig, Recipe, ScoreConfig
+from m3po_jax.config import DataConfig, ModelConfig, ScoreConfig
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.hosts.agreement import from_writer, is_writer
@@ -21,7 +21,7 @@ from m3po_jax.inference.scorer import Scorer
 from m3po_jax.models.dual_encoder import DualEncoder
 from m3po_jax.models.registry import Description, Loaded, describe
 from m3po_jax.pipeline.console import say
-from m3po_jax.pipeline.models import Policy, load_dual_encoder, load_policy, model_identity
+from m3po_jax.pipeline.models import InputLimits, Policy, load_dual_encoder, load_policy, model_identity
 from m3po_jax.pipeline.reward import load_reward, trained_identity
 from m3po_jax.reading import check_values
 from m3po_jax.scoring.alignment import Backend, Judged, Reference, Scores, Similarity
@@ -155,8 +155,8 @@ def _judge_model(setting: Setting) -> Policy:
             max_pixels=asked.max_pixels if images.several_sizes else None,
             pan_and_scan=asked.pan_and_scan and images.pan_and_scan,
         )
-        data = DataConfig(max_image_pixels=setting.max_image_pixels)
-        judge = load_policy(Recipe(model=config, data=data), setting.mesh, image_root=setting.image_root)
+        limits = InputLimits(max_image_pixels=setting.max_image_pixels)
+        judge = load_policy(config, 0, setting.mesh, limits, image_root=setting.image_root)
     elif policy is not None:
         judge = dataclasses.replace(
             policy, processor=dataclasses.replace(policy.processor, image_root=setting.image_root)

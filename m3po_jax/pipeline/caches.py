@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from m3po_jax.config import Recipe
+from m3po_jax.config import CacheConfig, TrainConfig
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.feature_cache import FeatureCache, PromptFeatures
 from m3po_jax.data.model_images import Images, ProcessedImage, joined, stacked
@@ -36,14 +36,14 @@ IMAGES_AT_ONCE = 16
 _tower_identities: dict[str, str] = {}
 
 
-def cache_folder(setting: str, recipe: Recipe, name: str) -> Path | None:
+def cache_folder(setting: str, output_dir: str, name: str) -> Path | None:
     """The folder that a setting of `cache` names; None where it is off.
 
     ``auto`` is beside the runs, not in one: the next run of the same model and images finds it.
     """
     if setting == "off":
         return None
-    return Path(recipe.output_dir) / "cache" / name if setting == "auto" else Path(setting)
+    return Path(output_dir) / "cache" / name if setting == "auto" else Path(setting)
 
 
 def tower_identity(model: Any, images: ImageFamily) -> str:
@@ -63,11 +63,16 @@ def image_features(graph: nnx.GraphDef, state: nnx.State, images: Images) -> Flo
     return nnx.merge(graph, state).encode_images(images)
 
 
-def vision_features(recipe: Recipe, policy: Policy, processor: Processor, mesh: Mesh) -> PromptFeatures | None:
-    """Cached features of the policy's tower; None where the cache is off or the tower learns."""
-    folder = cache_folder(recipe.cache.vision_features, recipe, "vision")
+def vision_folder(cache: CacheConfig, train: TrainConfig, output_dir: str) -> Path | None:
+    """Where a recipe keeps the features of its tower; None where the cache is off or the tower learns."""
+    learns = objective_of(train).tower_learns
+    return None if learns else cache_folder(cache.vision_features, output_dir, "vision")
+
+
+def vision_features(folder: Path | None, policy: Policy, processor: Processor, mesh: Mesh) -> PromptFeatures | None:
+    """Features of the policy's tower, cached in a folder; None without a folder or a tower."""
     model, family = policy.model, policy.loaded.family.images
-    if folder is None or objective_of(recipe.train).tower_learns or family is None:
+    if folder is None or family is None:
         return None
     if policy.identity not in _tower_identities:
         _tower_identities[policy.identity] = tower_identity(model, family)
@@ -161,16 +166,15 @@ def _missing_anywhere(prompts: Sequence[Prompt], features: PromptFeatures) -> li
 
 
 def cached_reference(
-    recipe: Recipe, batches: BatchSource, model: Any, identity: str, mesh: Mesh
+    folder: Path | None, config: TrainConfig, batches: BatchSource, model: Any, identity: str, mesh: Mesh
 ) -> BatchSource | None:
     """The batches with the computed reference's sums, from the cache as far as it has them; None where it is off.
 
     Args:
+        folder: Of the cache, see `cache_folder`.
         model: The reference model, and
         identity: a hash of its weights, template and dtype.
     """
-    folder = cache_folder(recipe.cache.reference, recipe, "reference")
-    config = recipe.train
     if folder is None or not objective_of(config).computes_reference:
         return None
     cache = ReferenceCache(folder, identity)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from m3po_jax.config import Recipe, ScoreConfig
+from m3po_jax.config import GenerateConfig, Recipe, RewardConfig, ScoreConfig, SelectConfig, TrainConfig
 from m3po_jax.errors import UserError
+from m3po_jax.evaluation.gate import read_gate
+from m3po_jax.evaluation.registry import METRICS
 from m3po_jax.evaluation.registry import check as check_benchmark
 from m3po_jax.hosts.sharding import check_mesh
 from m3po_jax.inference.settings import sampling_config
@@ -22,9 +24,9 @@ from m3po_jax.selection import check_config
 from m3po_jax.training.guards import check_settings
 
 
-def draws_candidates(recipe: Recipe) -> bool:
+def draws_candidates(train: TrainConfig, reward: RewardConfig) -> bool:
     """Whether a recipe's stages begin with candidates and a judge."""
-    return objective_of(recipe.train).draws_candidates and not pairs_instead_of_prompts(recipe)
+    return objective_of(train).draws_candidates and not pairs_instead_of_prompts(train, reward)
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -35,8 +37,8 @@ def check_recipe(recipe: Recipe) -> None:
     """
     check_values(recipe, "")
     check_mesh(recipe.mesh)
-    _check_one(recipe, candidates=draws_candidates(recipe))
-    if judges_by_own_reward(recipe):
+    _check_one(recipe, candidates=draws_candidates(recipe.train, recipe.reward))
+    if judges_by_own_reward(recipe.score):
         raise UserError(
             "a reward model learns from scores of another judge",
             where="score.backend",
@@ -80,25 +82,23 @@ def check_recipe(recipe: Recipe) -> None:
             raise UserError(str(error), where=f"arms.{arm}") from None
 
 
-def _check_pairs(recipe: Recipe) -> None:
+def _check_pairs(train: TrainConfig, score: ScoreConfig, rounds: int) -> None:
     """`train.pairs` stands in place of candidates: one round, and an objective that learns from pairs."""
-    if not recipe.train.pairs:
+    if not train.pairs:
         return
-    where, objective = "train.pairs", objective_of(recipe.train)
+    where, objective = "train.pairs", objective_of(train)
     if objective.learner is Learner.REWARD_MODEL:
         raise UserError("a reward model learns from reward.pairs", where=where, remedy="name the file there")
-    if not needs_pairs(recipe):
+    if not needs_pairs(train):
         what = Reads.REFERENCES.value if objective.reads is Reads.REFERENCES else f"objective {objective.name!r}"
         raise UserError(
             f"{what} and pairs from a file",
             where=where,
             remedy="pairs serve train.objective=preference, and sft with train.sft_answers=chosen",
         )
-    if recipe.rounds > 1:
-        raise UserError(
-            f"{recipe.rounds} rounds on pairs from a file", where=where, remedy="rounds=1: nothing is generated"
-        )
-    if uses_own_reward(recipe):
+    if rounds > 1:
+        raise UserError(f"{rounds} rounds on pairs from a file", where=where, remedy="rounds=1: nothing is generated")
+    if uses_own_reward(train, score):
         raise UserError(
             "a reward model scores candidates, and pairs from a file need none",
             where=where,
@@ -109,10 +109,10 @@ def _check_pairs(recipe: Recipe) -> None:
 def _check_one(recipe: Recipe, *, candidates: bool) -> None:
     check_objective(recipe.train)
     check_settings(recipe.train)
-    check_trainable(recipe)
-    _check_pairs(recipe)
-    if uses_own_reward(recipe) or objective_of(recipe.train).learner is Learner.REWARD_MODEL:
-        check_reward_config(recipe)
+    check_trainable(recipe.model.quantization, recipe.train.lora)
+    _check_pairs(recipe.train, recipe.score, recipe.rounds)
+    if uses_own_reward(recipe.train, recipe.score) or objective_of(recipe.train).learner is Learner.REWARD_MODEL:
+        check_reward_config(recipe.train, recipe.select, recipe.reward)
     for name, benchmark in recipe.evaluate.benchmarks.items():
         if check_benchmark(name, benchmark).judged:
             raise UserError(
@@ -120,24 +120,25 @@ def _check_one(recipe: Recipe, *, candidates: bool) -> None:
                 where=f"evaluate.benchmarks.{name}",
                 remedy="score saved reviews: m3po evaluate --answers REVIEWS, with a recipe of its own",
             )
+    read_gate(recipe.evaluate.gate, {name: METRICS[b.metric] for name, b in recipe.evaluate.benchmarks.items()})
     greedy(recipe.evaluate)
     if candidates:
-        _check_candidates(recipe)
+        _check_candidates(recipe.generate, recipe.score, recipe.select, recipe.train)
 
 
-def _check_candidates(recipe: Recipe) -> None:
-    check_config(recipe.select)
-    sampling_config(recipe.generate, 0)
-    check_score(recipe.score)
-    longest, limit = recipe.generate.max_new_tokens, recipe.train.max_answer_tokens
+def _check_candidates(generate: GenerateConfig, score: ScoreConfig, select: SelectConfig, train: TrainConfig) -> None:
+    check_config(select)
+    sampling_config(generate, 0)
+    check_score(score)
+    longest, limit = generate.max_new_tokens, train.max_answer_tokens
     if longest > limit:
         raise UserError(
             f"generate.max_new_tokens = {longest} is more than train.max_answer_tokens = {limit}",
             where="train.max_answer_tokens",
             remedy="raise it: a longer candidate could not be trained on",
         )
-    for name in sorted({recipe.select.confidence, recipe.select.confidence_dispreferred} - {""}):
-        if name not in recipe.score.confidence:
+    for name in sorted({select.confidence, select.confidence_dispreferred} - {""}):
+        if name not in score.confidence:
             raise UserError(
                 f"select uses the confidence variant {name!r}, which is not computed",
                 where="score.confidence",

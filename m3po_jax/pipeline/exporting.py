@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m3po_jax.config import Recipe
+from m3po_jax.config import ModelConfig, Recipe, TrainConfig
 from m3po_jax.data.tables import content_hash
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.hosts.sharding import make_mesh, use_mesh
@@ -91,12 +91,12 @@ _NO_TRACE = (
 )
 
 
-def _about_weights(recipe: Recipe) -> dict[str, Any]:
+def _about_weights(model: ModelConfig, train: TrainConfig, seed: int) -> dict[str, Any]:
     """The settings that say what weights are, by dotted key."""
     sections = {
-        "seed": recipe.seed,
-        "model": dataclasses.asdict(recipe.model),
-        "train": dataclasses.asdict(recipe.train),
+        "seed": seed,
+        "model": dataclasses.asdict(model),
+        "train": dataclasses.asdict(train),
     }
     return {key: value for key, value in leaves(sections).items() if key not in (*_CHOICES, *_NO_TRACE)}
 
@@ -120,7 +120,9 @@ def run_recipe(
     if arm is not None and arm not in given.arms:
         given = dataclasses.replace(given, arms=saved.arms)
     trained, asked = arm_recipe(saved, arm), arm_recipe(given, arm)
-    was, now, default = (_about_weights(recipe) for recipe in (trained, asked, Recipe()))
+    was, now, default = (
+        _about_weights(recipe.model, recipe.train, recipe.seed) for recipe in (trained, asked, Recipe())
+    )
     stated = _stated(config, overrides, arm) | {key for key in now if now[key] != default.get(key)}
     moved = directory.manifest().get("model") is not None  # then the base is known by its content, wherever it lies
     for key in sorted(was.keys() | now.keys()):
@@ -180,7 +182,7 @@ def export(given: Recipe, wanted: Wanted, *, config: str | None = None, override
         UserError: nothing is finished there, a contradiction of the run, other base weights than it was trained from,
             an output that is in the way.
     """
-    directory = RunDirectory.of(given)
+    directory = RunDirectory.of(given.output_dir, given.name)
     recipe = run_recipe(directory, given, wanted.cell.arm, config=config, overrides=overrides)
     if objective_of(recipe.train).learner is Learner.REWARD_MODEL:
         raise UserError(
@@ -194,15 +196,15 @@ def export(given: Recipe, wanted: Wanted, *, config: str | None = None, override
             where="--format peft",
             remedy="export with --format huggingface",
         )
-    training = _training(directory, recipe, wanted.cell)
+    training = _training(directory, recipe.train, wanted.cell)
     if not training.is_marked:
         raise UserError("no finished training", where=str(training.folder), remedy="run `m3po train` first")
     mesh = make_mesh(recipe.mesh)
     with use_mesh(mesh):
         trained = load_finished(recipe, training.folder, mesh)
         base: Loaded = trained.base
-        identity = policy_identity(recipe, base)
-        _check_base(directory, recipe, identity)
+        identity = policy_identity(recipe.model, recipe.seed, base)
+        _check_base(directory, recipe.model.path, identity)
         record = {
             "format": wanted.format,
             "arm": wanted.cell.arm,
@@ -210,7 +212,11 @@ def export(given: Recipe, wanted: Wanted, *, config: str | None = None, override
             "dtype": wanted.dtype,
             "base": identity,
             "checkpoint": tree_identity(training.checkpoints),
-            "settings": content_hash(_about_weights(recipe), recipe.train.weights, recipe.train.best_metric)[:16],
+            "settings": content_hash(
+                _about_weights(recipe.model, recipe.train, recipe.seed),
+                recipe.train.weights,
+                recipe.train.best_metric,
+            )[:16],
         }
         output = wanted.output or wanted.cell.export(wanted.format)
         _check_output(output, record, base, directory, wanted.overwrite)
@@ -218,19 +224,19 @@ def export(given: Recipe, wanted: Wanted, *, config: str | None = None, override
     return output
 
 
-def _training(directory: RunDirectory, recipe: Recipe, cell: Cell) -> TrainingArtifact:
+def _training(directory: RunDirectory, train: TrainConfig, cell: Cell) -> TrainingArtifact:
     """Where the training lies: in a round's folder, or the run's own where the verb alone trained on rows."""
-    of_rows = cell == directory.cell(1) and not trains_in_rounds(recipe)
+    of_rows = cell == directory.cell(1) and not trains_in_rounds(train)
     return directory.training if of_rows and not cell.training.is_marked else cell.training
 
 
-def _check_base(directory: RunDirectory, recipe: Recipe, identity: str) -> None:
+def _check_base(directory: RunDirectory, path: str, identity: str) -> None:
     """UserError where the base model's files are not those that the run began with."""
     noted = directory.manifest().get("model", {}).get("hash", identity)
     if noted != identity:
         raise UserError(
             "the base model's files have changed since this run was trained on them",
-            where=recipe.model.path,
+            where=path,
             remedy="put the earlier files back, or train again under another name=...",
         )
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from m3po_jax.config import DataConfig, Recipe
+from m3po_jax.config import DataConfig, EvaluateConfig, GenerateConfig, LoRAConfig, ModelConfig
 from m3po_jax.data import sources
 from m3po_jax.data.dual_inputs import DualEncoderProcessor
 from m3po_jax.data.schema import Prompt
@@ -37,11 +37,13 @@ class Policy:
 
     Attributes:
         identity: A hash of the model directory's content and the template; part of every shard's name.
+        quantization: Of the frozen layers, one of `models.quantization.QUANTIZATION`.
     """
 
     loaded: Loaded
     processor: Processor
     identity: str
+    quantization: str = "none"
 
     @property
     def model(self) -> Any:
@@ -62,39 +64,60 @@ def model_identity(model: Loaded | Description) -> str:
     return content_hash(directory_identity(model.directory), tower)[:16]
 
 
-def load_policy(recipe: Recipe, mesh: Mesh, *, image_root: str | Path = ".") -> Policy:
-    """The recipe's model and processor.
+@dataclass(frozen=True)
+class InputLimits:
+    """What bounds a model's inputs beside the model itself.
+
+    Attributes:
+        max_image_pixels: A larger image is refused before it is decoded.
+        longest_answer: Tokens that must have room beside an image.
+    """
+
+    max_image_pixels: int = DataConfig.max_image_pixels
+    longest_answer: int = max(GenerateConfig.max_new_tokens, EvaluateConfig.max_new_tokens)
+
+    @classmethod
+    def of(cls, data: DataConfig, generate: GenerateConfig, evaluate: EvaluateConfig) -> InputLimits:
+        """The limits that these sections of a recipe set."""
+        return cls(data.max_image_pixels, max(generate.max_new_tokens, evaluate.max_new_tokens))
+
+
+def load_policy(
+    config: ModelConfig, seed: int, mesh: Mesh, limits: InputLimits, *, image_root: str | Path = "."
+) -> Policy:
+    """A model and its processor.
+
+    Args:
+        seed: Of random weights (`model.init`).
 
     Raises:
         UserError: anything wrong with the model directory, in one line.
     """
-    config = recipe.model
     loaded = load_model(
         pinned(config.path, config.revision),
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         mesh=mesh,
         init=config.init,
-        seed=recipe.seed,
+        seed=seed,
         vision_tower=config.vision_tower,
         attention=config.attention,
         quantization=config.quantization,
     )
-    processor = make_processor(recipe, loaded.description, image_root=image_root)
+    processor = make_processor(config, loaded.description, limits, image_root=image_root)
     for note in processor.notes:
         say(note, style="yellow")
-    return Policy(loaded, processor, policy_identity(recipe, loaded))
+    return Policy(loaded, processor, policy_identity(config, seed, loaded), config.quantization)
 
 
-def policy_identity(recipe: Recipe, model: Loaded | Description) -> str:
-    """A hash of a recipe's model: its files (the directory's own template among them), and how it is prompted."""
-    config = recipe.model
+def policy_identity(config: ModelConfig, seed: int, model: Loaded | Description) -> str:
+    """A hash of a policy: its files (the directory's own template among them), and how it is prompted."""
     limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
     is_rounded = jnp.dtype(config.param_dtype).itemsize < jnp.dtype(config.dtype).itemsize
     return content_hash(
         model_identity(model),
         config.init,
-        recipe.seed if config.init == "random" else 0,
+        seed if config.init == "random" else 0,
         config.template,
         config.image_fit,
         config.dtype,
@@ -105,30 +128,30 @@ def policy_identity(recipe: Recipe, model: Loaded | Description) -> str:
     )[:16]
 
 
-def make_processor(recipe: Recipe, description: Description, *, image_root: str | Path = ".") -> Processor:
-    """The processor of the recipe's model, whose sizes follow the configuration that the model is built from.
+def make_processor(
+    config: ModelConfig, description: Description, limits: InputLimits, *, image_root: str | Path = "."
+) -> Processor:
+    """The processor of a model, whose sizes follow the configuration that the model is built from.
 
     Raises:
         UserError: as `Processor.from_pretrained`; no room for an answer beside an image.
     """
-    config = recipe.model
     processor = Processor.from_pretrained(
         description,
         config.template,
         config.image_fit,
         image_root=image_root,
-        max_image_pixels=recipe.data.max_image_pixels,
+        max_image_pixels=limits.max_image_pixels,
         max_prompt_tokens=config.max_prompt_tokens,
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
         pan_and_scan=config.pan_and_scan,
     )
     text, image = description.config.text, processor.image_reader.plan(lambda: TYPICAL_SIZE).tokens
-    longest = max(recipe.generate.max_new_tokens, recipe.evaluate.max_new_tokens)
-    if image + longest > text.max_positions:
+    if image + limits.longest_answer > text.max_positions:
         raise UserError(
-            f"an image's {image} tokens and an answer of {longest} need more positions than the model has "
-            f"(max_position_embeddings {text.max_positions})",
+            f"an image's {image} tokens and an answer of {limits.longest_answer} need more positions than the model "
+            f"has (max_position_embeddings {text.max_positions})",
             where="generate.max_new_tokens",
             remedy="lower it and evaluate.max_new_tokens, or take another model",
         )
@@ -166,29 +189,29 @@ def make_dual_processor(
     )
 
 
-def check_trainable(recipe: Recipe) -> None:
+def check_trainable(quantization: str, adapters: LoRAConfig) -> None:
     """
     Raises:
         UserError: full fine-tuning of a quantised model, an adapter of no possible size.
     """
-    check_quantization(recipe.model.quantization)
-    lora.check(recipe.train.lora)
-    if recipe.model.quantization != "none" and recipe.train.lora.lora_rank == 0:
+    check_quantization(quantization)
+    lora.check(adapters)
+    if quantization != "none" and adapters.lora_rank == 0:
         raise UserError(
-            f"{recipe.model.quantization} weights are frozen, and train.lora.lora_rank = 0 would train them",
+            f"{quantization} weights are frozen, and train.lora.lora_rank = 0 would train them",
             where="model.quantization",
             remedy="set train.lora.lora_rank, or model.quantization=none",
         )
 
 
-def attach_adapter(policy: Policy, recipe: Recipe, mesh: Mesh) -> Any:
+def attach_adapter(policy: Policy, adapters: LoRAConfig, seed: int) -> Any:
     """A copy of the policy's model with fresh adapters (the base weights are shared), or the model itself."""
-    if recipe.train.lora.lora_rank == 0:
-        check_trainable(recipe)
+    if adapters.lora_rank == 0:
+        check_trainable(policy.quantization, adapters)
         return policy.model
     model = nnx.merge(*nnx.split(policy.model))
     with_scope = policy.loaded.family.lora_scope
-    lora.attach(model, recipe.train.lora, scope=with_scope, rngs=nnx.Rngs(recipe.seed))
+    lora.attach(model, adapters, scope=with_scope, rngs=nnx.Rngs(seed))
     return model
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from m3po_jax.config import Recipe
+from m3po_jax.config import DataConfig, RewardConfig, TrainConfig
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.pair_rows import message_text, pair_prompt, place_of
 from m3po_jax.data.preference_files import FilePairs, read_preferences
@@ -21,20 +21,20 @@ from m3po_jax.pipeline.console import say
 SIDES = ("chosen", "rejected")
 
 
-def pairs_instead_of_prompts(recipe: Recipe) -> str:
+def pairs_instead_of_prompts(train: TrainConfig, reward: RewardConfig) -> str:
     """The file of pairs that a recipe's training reads, where it reads no prompts; empty: it reads `data`."""
-    if objective_of(recipe.train).learner is Learner.REWARD_MODEL:
-        return recipe.reward.pairs
-    return recipe.train.pairs
+    if objective_of(train).learner is Learner.REWARD_MODEL:
+        return reward.pairs
+    return train.pairs
 
 
-def read_pair_file(path: str, recipe: Recipe) -> FilePairs:
+def read_pair_file(path: str, data: DataConfig) -> FilePairs:
     """The pairs of a file; says what was read.
 
     Raises:
         UserError: names the first row that is no pair.
     """
-    pairs = read_preferences(path, image_root=recipe.data.image_root, exif=recipe.data.exif)
+    pairs = read_preferences(path, image_root=data.image_root, exif=data.exif)
     say(pairs.told())
     return pairs
 
@@ -74,7 +74,13 @@ def _check_tokens(row: Mapping[str, Any], side: str, processor: Processor, place
         )
 
 
-def check_pairs(recipe: Recipe, processor: Callable[[], Processor], report: Callable[[UserError], None]) -> list[str]:
+def check_pairs(
+    train: TrainConfig,
+    reward: RewardConfig,
+    data: DataConfig,
+    processor: Callable[[], Processor],
+    report: Callable[[UserError], None],
+) -> list[str]:
     """What `validate` finds in `train.pairs` and `reward.pairs`: every row, its tokens and its images.
 
     Args:
@@ -85,12 +91,10 @@ def check_pairs(recipe: Recipe, processor: Callable[[], Processor], report: Call
         What was read, a line for each file.
     """
     told = []
-    for path in dict.fromkeys(filter(None, (recipe.train.pairs, recipe.reward.pairs))):
+    for path in dict.fromkeys(filter(None, (train.pairs, reward.pairs))):
         try:
             problems: list[UserError] = []
-            pairs = read_preferences(
-                path, image_root=recipe.data.image_root, exif=recipe.data.exif, problems=problems
-            )
+            pairs = read_preferences(path, image_root=data.image_root, exif=data.exif, problems=problems)
             for problem in problems:
                 report(problem)
         except UserError as error:
@@ -103,7 +107,7 @@ def check_pairs(recipe: Recipe, processor: Callable[[], Processor], report: Call
             continue
         for number, row in enumerate(pairs):
             try:
-                _check_row(row, place_of(row, number, path), own, recipe.train.max_answer_tokens)
+                _check_row(row, place_of(row, number, path), own, train.max_answer_tokens)
             except UserError as error:
                 report(error)
     return told

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from m3po_jax.config import Recipe, ScoreConfig
+from m3po_jax.config import EvaluateConfig, LoRAConfig, ModelConfig, Recipe, ScoreConfig, TrainConfig
 from m3po_jax.data.preference_files import read_preferences
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.hosts.sharding import make_mesh
@@ -33,7 +33,7 @@ from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline.arms import arm_recipe
 from m3po_jax.pipeline.backends import check_ready, describe_dual_encoder, describe_judge
 from m3po_jax.pipeline.checks import draws_candidates, judges
-from m3po_jax.pipeline.models import make_dual_processor, make_processor
+from m3po_jax.pipeline.models import InputLimits, make_dual_processor, make_processor
 from m3po_jax.pipeline.systems import stop_tokens
 from m3po_jax.scoring.grading import grade_tokens
 from m3po_jax.scoring.judge import answer_tokens
@@ -53,7 +53,7 @@ class Preflight:
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self.with_candidates = draws_candidates(recipe)
+        self.with_candidates = draws_candidates(recipe.train, recipe.reward)
         self.dual_encoder = objective_of(recipe.train).learner is Learner.DUAL_ENCODER
 
     @functools.cached_property
@@ -61,19 +61,23 @@ class Preflight:
         return describe_policy(self.recipe.model, download=False)
 
     @functools.cached_property
+    def limits(self) -> InputLimits:
+        return InputLimits.of(self.recipe.data, self.recipe.generate, self.recipe.evaluate)
+
+    @functools.cached_property
     def processor(self) -> Processor:
         """The policy's."""
-        return make_processor(self.recipe, self.description)
+        return make_processor(self.recipe.model, self.description, self.limits)
 
     def checks(self) -> list[Callable[[], object]]:
         """Each raises UserError where a later stage would."""
         found: list[Callable[[], object]] = [
-            lambda: check_output(self.recipe),
+            lambda: check_output(self.recipe.output_dir, self.recipe.name),
             self.devices,
-            lambda: check_packages(self.recipe),
+            lambda: check_packages(self.recipe.train, self.recipe.evaluate),
         ]
         if not self.dual_encoder:
-            found += [functools.partial(self.training, own) for own in self.trained_recipes()]
+            found += [functools.partial(self.training, own.model, own.train) for own in self.trained_recipes()]
             found += [self.tokens, self.memory]
         if self.with_candidates:
             found += [lambda: check_ready(self.recipe.score)]
@@ -107,33 +111,33 @@ class Preflight:
         decoder = self.description.family.decoder(self.description.config)
         check_attention(model.attention, platform=platform, dtype=model.dtype, decoder=decoder)
 
-    def model(self, recipe: Recipe) -> Any:
+    def model(self, settings: ModelConfig, adapters: LoRAConfig) -> Any:
         """The policy with a stage's adapters, as a tree of shapes.
 
         Raises:
             UserError: a layer to adapt that the model does not have.
         """
-        family, settings = self.description.family, recipe.model
+        family = self.description.family
 
         def make() -> Any:
             dtypes = {"dtype": jnp.dtype(settings.dtype), "param_dtype": jnp.dtype(settings.param_dtype)}
             model = family.build(self.description.config, **dtypes)
             if settings.quantization != "none":
                 quantize_base(model, settings.quantization, scope=family.lora_scope)
-            if recipe.train.lora.lora_rank:
-                lora.attach(model, recipe.train.lora, scope=family.lora_scope, rngs=nnx.Rngs(0))
+            if adapters.lora_rank:
+                lora.attach(model, adapters, scope=family.lora_scope, rngs=nnx.Rngs(0))
             return model
 
         return nnx.eval_shape(make)
 
-    def training(self, recipe: Recipe) -> None:
+    def training(self, settings: ModelConfig, train: TrainConfig) -> None:
         """Adapters find their layers, `freeze` its parts, and something learns."""
-        model = self.model(recipe)
+        model = self.model(settings, train.lora)
         parts = sorted({str(path[0]) for path, _ in nnx.to_flat_state(nnx.state(model))})
-        for name in recipe.train.freeze:
+        for name in train.freeze:
             if name not in parts:
                 raise UserError(f"the model has no part {name!r}{nearest(name, parts)}", where="train.freeze")
-        if not _count(nnx.state(model, trainable_filter(recipe.train))):
+        if not _count(nnx.state(model, trainable_filter(train))):
             raise UserError("no parameter is trainable", where="train", remedy="set train.lora.lora_rank")
 
     def tokens(self) -> None:
@@ -154,7 +158,7 @@ class Preflight:
             if judge.model:
                 described = describe_judge(judge, download=False)
                 stored_tensors(described)
-                processor = make_processor(self.recipe, described)
+                processor = make_processor(self.recipe.model, described, self.limits)
             if judge.backend == "claims":
                 answer_tokens(processor)
             else:
@@ -170,7 +174,7 @@ class Preflight:
         Raises:
             UserError: less is free than `rows` prompts and all stages need.
         """
-        recipe, root = self.recipe, RunDirectory.of(self.recipe).root
+        recipe, root = self.recipe, RunDirectory.of(self.recipe.output_dir, self.recipe.name).root
         needed = 0
         if self.with_candidates:
             drawn = recipe.generate
@@ -179,7 +183,7 @@ class Preflight:
         trained = [recipe] * recipe.rounds + [arm_recipe(recipe, arm) for arm in recipe.arms]
         if not self.dual_encoder:
             for own in trained:
-                learns = _count(nnx.state(self.model(own), trainable_filter(own.train)))
+                learns = _count(nnx.state(self.model(own.model, own.train.lora), trainable_filter(own.train)))
                 size = learns * (STATE_BYTES + 4 * bool(own.train.ema_decay))
                 needed += size * (own.train.keep_checkpoints + own.train.keep_best)
         place = _existing(root)
@@ -203,7 +207,8 @@ class Preflight:
         if limit is None:
             return
         weights = sum(
-            math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(nnx.state(self.model(recipe)))
+            math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
+            for x in jax.tree.leaves(nnx.state(self.model(recipe.model, recipe.train.lora)))
         )
         if jax.default_backend() == "cpu" and weights > SMALL_MODEL_BYTES:
             return
@@ -257,11 +262,11 @@ def _existing(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if place.exists())
 
 
-def check_output(recipe: Recipe) -> None:
+def check_output(output_dir: str, name: str) -> None:
     """UserError where the run directory cannot be made or written."""
-    if not recipe.output_dir:
+    if not output_dir:
         raise UserError("no folder for runs", where="output_dir", remedy="name one")
-    check_writable(RunDirectory.of(recipe).root, "output_dir")
+    check_writable(RunDirectory.of(output_dir, name).root, "output_dir")
 
 
 def check_writable(folder: Path, key: str) -> None:
@@ -277,12 +282,12 @@ def check_writable(folder: Path, key: str) -> None:
         raise UserError(f"cannot be used ({error.strerror})", where=f"{key}: {folder}", remedy=remedy) from None
 
 
-def check_packages(recipe: Recipe) -> None:
+def check_packages(train: TrainConfig, evaluate: EvaluateConfig) -> None:
     """UserError where a setting needs a package that is not installed."""
-    trackers = [("train.report_to", name, TRACKER_PACKAGES.get(name, "")) for name in recipe.train.report_to]
+    trackers = [("train.report_to", name, TRACKER_PACKAGES.get(name, "")) for name in train.report_to]
     amber = [
         (f"evaluate.benchmarks.{name}.{key}", "amber", package)
-        for name, benchmark in recipe.evaluate.benchmarks.items()
+        for name, benchmark in evaluate.benchmarks.items()
         for key, package in AMBER_PACKAGES.items()
         if benchmark.metric == "amber" and getattr(benchmark, key) not in ("", "vocabulary", "exact")
     ]

@@ -9,12 +9,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from m3po_jax.config import Recipe, SelectConfig
+from m3po_jax.config import Recipe, SelectConfig, TrainConfig
 from m3po_jax.data import tables
 from m3po_jax.inference.settings import sampling_config
 from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline import reward as rewarding
-from m3po_jax.pipeline import summary
 from m3po_jax.pipeline.arms import needs_pairs
 from m3po_jax.pipeline.backends import judge_identities
 from m3po_jax.pipeline.generate import sampling_text
@@ -64,7 +63,10 @@ class Preview:
             if not self.recipe.train.pairs:  # else nothing is generated, scored or selected
                 yield self._generate(shared)
                 yield self._score(shared)
-            if number == 1 and any(rewarding.uses_own_reward(self.run.arm_recipe(cell.arm)) for cell in cells):
+            if number == 1 and any(
+                rewarding.uses_own_reward(self.run.arm_recipe(cell.arm).train, self.run.arm_recipe(cell.arm).score)
+                for cell in cells
+            ):
                 yield self._reward(shared)
             for cell in cells:
                 yield from self._system(cell)
@@ -89,7 +91,7 @@ class Preview:
     def _score(self, cell: Cell) -> Planned:
         recipe = self.run.arm_recipe(cell.arm)
         judges = judge_identities(recipe.score)
-        if rewarding.judges_by_own_reward(recipe):
+        if rewarding.judges_by_own_reward(recipe.score):
             judges.append(self.reward)
         inputs = {
             "judge": judges or [self.run.base_identity],
@@ -121,17 +123,19 @@ class Preview:
     def _system(self, cell: Cell) -> Iterator[Planned]:
         recipe = self.run.arm_recipe(cell.arm)
         pairs = PENDING
-        if needs_pairs(recipe) and not recipe.train.pairs:
+        if needs_pairs(recipe.train) and not recipe.train.pairs:
             drawn, scored = self.run.candidates_owner(cell), self.run.scores_owner(cell)
             if cell.arm is not None and drawn == cell:
                 yield self._generate(cell)
             if cell.arm is not None and scored == cell:
                 yield self._score(cell)
-            inputs = self._selection(drawn, scored, recipe.select, part=rewarding.policy_part(recipe))
+            inputs = self._selection(
+                drawn, scored, recipe.select, part=rewarding.policy_part(recipe.train, recipe.score, recipe.reward)
+            )
             selected = cell.selection.status(inputs, contents=False)
             yield Planned(cell.name, "select", selected)
             if selected.state == DONE:
-                pairs = self._pairs(cell, recipe)
+                pairs = self._pairs(cell, recipe.train)
         upstream = {"model": self._weights(cell.before), "pairs": pairs, "reward": self.reward}
         artifact = cell.training
         status = artifact.status(self.run.training_inputs(cell, upstream), contents=False)
@@ -142,9 +146,9 @@ class Preview:
             self.weights[cell] = handed_on(record, recipe.train)
         yield Planned(cell.name, "train", status)
 
-    def _pairs(self, cell: Cell, recipe: Recipe) -> str:
+    def _pairs(self, cell: Cell, train: TrainConfig) -> str:
         """What a training's record has for its pairs, of pairs that are done."""
-        if cell.round == 1 or not objective_of(recipe.train).uses_reference:
+        if cell.round == 1 or not objective_of(train).uses_reference:
             return cell.selection.recorded_content()
         reference = self._weights(self.run.reference_cell(cell))
         if reference == PENDING:
@@ -154,7 +158,7 @@ class Preview:
 
     def _reward(self, cell: Cell) -> Planned:
         recipe = self.recipe
-        artifact, config = cell.reward, rewarding.reward_train_config(recipe)
+        artifact, config = cell.reward, rewarding.reward_train_config(recipe.train, recipe.reward)
         record = artifact.read()
         inputs: dict[str, Any] = {} if record is None else dict(record.inputs)
         inputs |= {
@@ -168,7 +172,7 @@ class Preview:
             chosen = self._selection(
                 cell,
                 cell,
-                rewarding.pair_rule(recipe),
+                rewarding.pair_rule(recipe.select, recipe.reward),
                 part=rewarding.Part(recipe.reward.split, rewards=True),
                 pairs_per_prompt=recipe.reward.pairs_per_prompt,
             )
@@ -181,7 +185,7 @@ class Preview:
 
     def _evaluations(self) -> Iterator[Planned]:
         run, config = self.run, self.recipe.evaluate
-        processor = make_processor(self.recipe, run.description)
+        processor = make_processor(self.recipe.model, run.description, run.limits)
         evaluator = SystemEvaluator(self.recipe, self.directory, processor, run.generator)
         systems = [
             *base_systems(config, self.directory, processor, run.benchmarks, lambda: None, run.base_identity),
@@ -195,7 +199,7 @@ class Preview:
                 yield Planned(system.name, f"evaluate {benchmark.name}", status)
 
     def _trained(self, cell: Cell) -> System:
-        name, weights = summary.system_name(self.recipe, cell), self._weights(cell)
+        name, weights = self.run.system_name(cell), self._weights(cell)
         return System(name, cell, lambda: None, weights, greedy(self.recipe.evaluate))
 
 

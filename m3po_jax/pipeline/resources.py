@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from m3po_jax.config import Recipe
+from m3po_jax.config import LoRAConfig, Recipe
 from m3po_jax.data.pair_rows import PairPrompts
 from m3po_jax.data.preference_files import FilePairs, image_folder
 from m3po_jax.data.schema import Prompt
@@ -25,8 +25,17 @@ from m3po_jax.pipeline.arms import arm_recipe
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.evaluate import Benchmark, check_scoring, read_benchmark
-from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy, make_generator, policy_identity, read_rows
+from m3po_jax.pipeline.models import (
+    InputLimits,
+    Policy,
+    attach_adapter,
+    load_policy,
+    make_generator,
+    policy_identity,
+    read_rows,
+)
 from m3po_jax.pipeline.pair_files import check_recorded_tokens, pairs_instead_of_prompts, read_pair_file
+from m3po_jax.pipeline.summary import main_name, system_name
 from m3po_jax.pipeline.systems import SystemEvaluator
 from m3po_jax.workspace.cell import Cell
 from m3po_jax.workspace.directory import RunDirectory
@@ -48,7 +57,7 @@ class Resources:
     def __init__(self, recipe: Recipe, *, force: bool = False):
         self.recipe, self.force = recipe, force
         check_recipe(recipe)
-        self.directory = RunDirectory.of(recipe)
+        self.directory = RunDirectory.of(recipe.output_dir, recipe.name)
         self.mesh: Mesh = make_mesh(recipe.mesh)
         self._pair_files: dict[str, FilePairs] = {}
         self._checked_pairs: set[str] = set()
@@ -69,6 +78,10 @@ class Resources:
         """All that is trained, the rounds of the run's own system first."""
         own, *arms = self.trained_in(1)
         return [*map(own.at, range(1, self.recipe.rounds + 1)), *arms]
+
+    def system_name(self, cell: Cell) -> str:
+        """What a trained system is called, as the table and the report name it."""
+        return system_name(cell, main_name(self.recipe.train, self.recipe.select), self.recipe.rounds)
 
     def candidates_owner(self, cell: Cell) -> Cell:
         """Whose candidates an arm reads: the shared ones, where the same weights drew them by the same settings."""
@@ -128,19 +141,19 @@ class Resources:
 
     def _read_pairs(self, path: str) -> FilePairs:
         if path not in self._pair_files:
-            self._pair_files[path] = read_pair_file(path, self.recipe)
+            self._pair_files[path] = read_pair_file(path, self.recipe.data)
         return self._pair_files[path]
 
     @functools.cached_property
     def image_root(self) -> Path:
         """Folder that the training data's image paths are relative to."""
-        pairs = pairs_instead_of_prompts(self.recipe)
+        pairs = pairs_instead_of_prompts(self.recipe.train, self.recipe.reward)
         return image_folder(pairs, self.recipe.data.image_root) if pairs else self.source.image_root
 
     @functools.cached_property
     def base_identity(self) -> str:
         """`policy.identity`, without loading the policy."""
-        return policy_identity(self.recipe, self.description)
+        return policy_identity(self.recipe.model, self.recipe.seed, self.description)
 
     @functools.cached_property
     def description(self) -> Description:
@@ -148,25 +161,32 @@ class Resources:
         return describe_policy(self.recipe.model)
 
     @functools.cached_property
+    def limits(self) -> InputLimits:
+        """What bounds the policy's inputs."""
+        return InputLimits.of(self.recipe.data, self.recipe.generate, self.recipe.evaluate)
+
+    @functools.cached_property
     def policy(self) -> Policy:
         with use_mesh(self.mesh):
-            policy = load_policy(self.recipe, self.mesh, image_root=self.image_root)
+            policy = load_policy(
+                self.recipe.model, self.recipe.seed, self.mesh, self.limits, image_root=self.image_root
+            )
         if policy.processor.image_buckets is None:
             return policy
-        path = pairs_instead_of_prompts(self.recipe)
+        path = pairs_instead_of_prompts(self.recipe.train, self.recipe.reward)
         rows: Any = PairPrompts(self._read_pairs(path)) if path else self.source
         return policy.padding_for(rows, self.recipe.data.image_buckets)
 
     @functools.cached_property
     def start_model(self) -> Any:
         """The base model with untrained adapters: the same function, and the same program, as a trained one."""
-        return attach_adapter(self.policy, self.recipe, self.mesh)
+        return attach_adapter(self.policy, self.recipe.train.lora, self.recipe.seed)
 
-    def start_of(self, recipe: Recipe) -> Any:
+    def start_of(self, lora: LoRAConfig, seed: int) -> Any:
         """The starting model of an arm, whose adapters may differ from the main one's."""
-        if recipe.train.lora == self.recipe.train.lora:
+        if lora == self.recipe.train.lora:
             return self.start_model
-        return attach_adapter(self.policy, recipe, self.mesh)
+        return attach_adapter(self.policy, lora, seed)
 
     @functools.cached_property
     def benchmarks(self) -> list[Benchmark]:
@@ -209,7 +229,7 @@ class Resources:
         return {name: snapshot.commit for name, snapshot in snapshots.items() if snapshot is not None}
 
     def _data_facts(self) -> dict[str, Any]:
-        if path := pairs_instead_of_prompts(self.recipe):
+        if path := pairs_instead_of_prompts(self.recipe.train, self.recipe.reward):
             pairs = self.pair_file(path)
             return {"path": path, "fingerprint": pairs.fingerprint[:16], "rows": len(pairs), "shapes": pairs.shapes}
         return {"path": self.recipe.data.path, "fingerprint": self.data_identity, "rows": len(self.source)}

@@ -17,7 +17,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from m3po_jax.config import DataConfig, ModelConfig, Recipe, SelectConfig, TrainConfig
+from m3po_jax.config import (
+    DataConfig,
+    LoRAConfig,
+    ModelConfig,
+    Recipe,
+    RewardConfig,
+    ScoreConfig,
+    SelectConfig,
+    TrainConfig,
+)
 from m3po_jax.data import pair_rows, tables
 from m3po_jax.data.pair_rows import PairRows
 from m3po_jax.data.preference_files import FilePairs
@@ -32,7 +41,7 @@ from m3po_jax.models.registry import describe_policy
 from m3po_jax.objectives.objective import Reads
 from m3po_jax.objectives.registry import check_objective, objective_of
 from m3po_jax.objectives.reward import Reward as RewardObjective
-from m3po_jax.pipeline.models import Policy, attach_adapter, load_policy, model_identity
+from m3po_jax.pipeline.models import InputLimits, Policy, attach_adapter, load_policy, model_identity
 from m3po_jax.pipeline.pair_files import with_identity
 from m3po_jax.pipeline.train import batch_options
 from m3po_jax.pipeline.trainings import begin_training, finish_training
@@ -81,10 +90,10 @@ class Part:
         return is_reward_prompt(key, self.split) == self.rewards
 
 
-def policy_part(recipe: Recipe) -> Part | None:
+def policy_part(train: TrainConfig, score: ScoreConfig, reward: RewardConfig) -> Part | None:
     """The prompts that a system may learn from; None: all of them."""
-    own = uses_own_reward(recipe) and not recipe.reward.pairs
-    return Part(recipe.reward.split, rewards=False) if own else None
+    shares_prompts = uses_own_reward(train, score) and not reward.pairs
+    return Part(reward.split, rewards=False) if shares_prompts else None
 
 
 def held_out(ids: Sequence[str], share: float) -> set[str]:
@@ -103,58 +112,55 @@ def held_out(ids: Sequence[str], share: float) -> set[str]:
     return set(ordered[: min(max(round(share * len(ordered)), 1), len(ordered) - 1)])
 
 
-def judges_by_own_reward(recipe: Recipe) -> bool:
+def judges_by_own_reward(score: ScoreConfig) -> bool:
     """Whether MAS comes from the run's own reward model (a model after `score.backend: reward` is another one)."""
-    score = recipe.score
     alone = score.backend == "reward" and not score.model
     return alone or (score.backend == "ensemble" and "reward" in score.members)
 
 
-def uses_own_reward(recipe: Recipe) -> bool:
+def uses_own_reward(train: TrainConfig, score: ScoreConfig) -> bool:
     """Whether a system needs the reward model of its run."""
-    return objective_of(recipe.train).reads is Reads.PROMPTS or judges_by_own_reward(recipe)
+    return objective_of(train).reads is Reads.PROMPTS or judges_by_own_reward(score)
 
 
-def reward_train_config(recipe: Recipe) -> TrainConfig:
+def reward_train_config(train: TrainConfig, reward: RewardConfig) -> TrainConfig:
     """The training settings of a recipe's reward model: those of `train`, with what `reward` replaces."""
-    own, train = recipe.reward, recipe.train
     changes: dict[str, Any] = {
-        name: getattr(own, name)
+        name: getattr(reward, name)
         for name in ("learning_rate", "batch_size", "epochs", "max_steps")
-        if getattr(own, name) is not None
+        if getattr(reward, name) is not None
     }
-    if own.epochs is not None and own.max_steps is None:
+    if reward.epochs is not None and reward.max_steps is None:
         changes["max_steps"] = None
-    if own.lora_rank is not None:
-        changes["lora"] = dataclasses.replace(train.lora, lora_rank=own.lora_rank)
+    if reward.lora_rank is not None:
+        changes["lora"] = dataclasses.replace(train.lora, lora_rank=reward.lora_rank)
     # What names metrics of another objective, or belongs to one, means nothing here.
     return dataclasses.replace(
         train, objective=RewardObjective.name, keep_best=0, weights="last", harm_metrics_steps=0, **changes
     )
 
 
-def pair_rule(recipe: Recipe) -> SelectConfig:
+def pair_rule(select: SelectConfig, reward: RewardConfig) -> SelectConfig:
     """How the reward model's pairs are made."""
-    return dataclasses.replace(recipe.select, rule=recipe.reward.rule, max_pairs=None, budget=1.0)
+    return dataclasses.replace(select, rule=reward.rule, max_pairs=None, budget=1.0)
 
 
-def check_reward_config(recipe: Recipe) -> None:
+def check_reward_config(train: TrainConfig, select: SelectConfig, reward: RewardConfig) -> None:
     """Raises UserError for settings of `reward` that cannot be meant."""
-    check_config(pair_rule(recipe))
-    check_objective(reward_train_config(recipe))
-    own = recipe.reward
-    if own.pairs_per_prompt > 1 and own.rule not in RANDOM_RULES:
+    check_config(pair_rule(select, reward))
+    check_objective(reward_train_config(train, reward))
+    if reward.pairs_per_prompt > 1 and reward.rule not in RANDOM_RULES:
         raise UserError(
-            f"{own.pairs_per_prompt} pairs of a prompt by the rule {own.rule!r}",
+            f"{reward.pairs_per_prompt} pairs of a prompt by the rule {reward.rule!r}",
             where="reward.pairs_per_prompt",
             remedy=f"1, or more by one of the rules {', '.join(RANDOM_RULES)}",
         )
 
 
-def start_reward(policy: Policy, recipe: Recipe, config: TrainConfig, mesh: Mesh) -> Any:
-    """The policy's weights with `config`'s fresh adapters and a fresh head; the policy stays as it is."""
-    model = attach_adapter(policy, dataclasses.replace(recipe, train=config), mesh)
-    return attach_head(nnx.merge(*nnx.split(model)), recipe.seed)
+def start_reward(policy: Policy, lora: LoRAConfig, seed: int) -> Any:
+    """The policy's weights with fresh adapters and a fresh head; the policy stays as it is."""
+    model = attach_adapter(policy, lora, seed)
+    return attach_head(nnx.merge(*nnx.split(model)), seed)
 
 
 def reward_of_pairs(
@@ -183,12 +189,12 @@ def reward_of_pairs(
         UserError: too few pairs, or anything that training stops at.
     """
     started = time.monotonic()
-    config = reward_train_config(recipe)
+    config = reward_train_config(recipe.train, recipe.reward)
     ids = pairs.ids()
     test = held_out(ids, recipe.reward.holdout)
     learned = pairs.take([number for number, key in enumerate(ids) if key not in test])
     processor = dataclasses.replace(policy.processor, image_root=image_root)
-    start = start_reward(policy, recipe, config, mesh)
+    start = start_reward(policy, config.lora, recipe.seed)
     source = objective_of(config).batches_of_pairs(
         learned, processor, where=where, **batch_options(config, seed, mesh)
     )
@@ -227,7 +233,7 @@ def reward_of_pairs(
                     policy.identity, source.fingerprint, dataclasses.asdict(config), seed
                 )[:16],
             }
-            _write(out, recipe, config, results, base=policy.identity)
+            _write(out, recipe.model, config, results, base=policy.identity, seed=recipe.seed)
     seconds = time.monotonic() - started
     if not finished:
         finish_training(out.folder, inputs, seconds, **results)
@@ -256,7 +262,9 @@ def measure(judge: Reward, pairs: PairRows, processor: Processor, *, seed: int) 
     }
 
 
-def _write(out: RewardFolder, recipe: Recipe, config: TrainConfig, results: dict[str, Any], *, base: str) -> None:
+def _write(
+    out: RewardFolder, model: ModelConfig, config: TrainConfig, results: dict[str, Any], *, base: str, seed: int
+) -> None:
     if is_writer():
         log, *_ = out.logs(enabled=True)
         if not any("eval_accuracy" in line for line in log.lines(results["steps"])):
@@ -264,9 +272,9 @@ def _write(out: RewardFolder, recipe: Recipe, config: TrainConfig, results: dict
             log.write(results["steps"], {f"eval_{name}": value for name, value in measured.items()})
         description = {
             "base": base,
-            "model": dataclasses.asdict(recipe.model),
+            "model": dataclasses.asdict(model),
             "train": dataclasses.asdict(config),
-            "seed": recipe.seed,
+            "seed": seed,
         }
         out.save(description, results)
     barrier("measured")
@@ -299,23 +307,21 @@ def load_reward(
         UserError: no reward model there, or not the weights that it was trained from.
     """
     reward = RewardFolder.find(path)
-    folder, known = reward.folder, reward.description()
-    recipe = Recipe(
-        model=from_plain(ModelConfig, known["model"], str(folder)),
-        train=from_plain(TrainConfig, known["train"], str(folder)),
-        seed=known["seed"],
-        data=DataConfig(max_image_pixels=max_image_pixels),
-    )
-    policy = load_policy(recipe, mesh, image_root=image_root)
-    if policy.identity != known.get("base"):
+    folder, description = reward.folder, reward.description()
+    model_config = from_plain(ModelConfig, description["model"], str(folder))
+    train_config = from_plain(TrainConfig, description["train"], str(folder))
+    seed = description["seed"]
+    limits = InputLimits(max_image_pixels=max_image_pixels)
+    policy = load_policy(model_config, seed, mesh, limits, image_root=image_root)
+    if policy.identity != description.get("base"):
         raise UserError(
-            f"the model that it was trained from has changed ({recipe.model.path})",
+            f"the model that it was trained from has changed ({model_config.path})",
             where=str(folder),
             remedy="put the earlier files back, or train the reward model again",
         )
     with use_mesh(mesh):
-        start = start_reward(policy, recipe, recipe.train, mesh)
-        model = load_trained(start, recipe.train, output_dir=folder, mesh=mesh).model
+        start = start_reward(policy, train_config.lora, seed)
+        model = load_trained(start, train_config, output_dir=folder, mesh=mesh).model
     return Reward(HeadScorer(model, mesh, batch_size=batch_size), policy.processor)
 
 

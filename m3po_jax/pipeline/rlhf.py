@@ -11,7 +11,7 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
-from m3po_jax.config import Recipe
+from m3po_jax.config import GenerateConfig, Recipe, RLConfig
 from m3po_jax.data.schema import Prompt
 from m3po_jax.hosts.sharding import use_mesh
 from m3po_jax.inference.scorer import Scorer
@@ -27,14 +27,13 @@ from m3po_jax.training.rollouts import RolloutSource
 from m3po_jax.workspace.training import TrainingArtifact
 
 
-def rollout_sampling(recipe: Recipe, seed: int) -> SamplingConfig:
+def rollout_sampling(rl: RLConfig, generate: GenerateConfig, seed: int) -> SamplingConfig:
     """How rollouts are drawn: nothing is truncated, so that the sampled policy is the one that is trained."""
-    rl = recipe.train.rl
     return SamplingConfig(
         num_candidates=rl.rloo_k,
         temperature=rl.temperature,
-        max_new_tokens=recipe.generate.max_new_tokens,
-        suppress_token_ids=tuple(recipe.generate.suppress_tokens),
+        max_new_tokens=generate.max_new_tokens,
+        suppress_token_ids=tuple(generate.suppress_tokens),
         seed=seed,
     )
 
@@ -78,7 +77,7 @@ def train_rlhf(
         if algorithm_of(config.rl).learns_values:
             model = attach_head(nnx.merge(*nnx.split(start)), recipe.seed)
             values = HeadScorer(model, mesh, batch_size=size)
-        sampling = rollout_sampling(recipe, seed)
+        sampling = rollout_sampling(config.rl, recipe.generate, seed)
         generator = make_generator(processor, model, mesh, sampling=sampling, batch_size=recipe.generate.batch_size)
         source: Any = RolloutSource(
             prompts,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from m3po_jax.config import Recipe
+from m3po_jax.config import ModelConfig, Recipe, ScoreConfig
 from m3po_jax.data import tables
 from m3po_jax.data.pair_rows import PairRows
 from m3po_jax.data.preference_files import FilePairs, image_folder
@@ -24,8 +24,9 @@ from m3po_jax.pipeline import reward as rewarding
 from m3po_jax.pipeline import rounds, summary
 from m3po_jax.pipeline.arms import makes_pairs, needs_pairs
 from m3po_jax.pipeline.backends import judge_identities, make_backend
-from m3po_jax.pipeline.caches import vision_features
+from m3po_jax.pipeline.caches import vision_features, vision_folder
 from m3po_jax.pipeline.console import say
+from m3po_jax.pipeline.gate import require_gate
 from m3po_jax.pipeline.generate import generate
 from m3po_jax.pipeline.preflight import check_before_run
 from m3po_jax.pipeline.resources import Resources
@@ -97,11 +98,11 @@ class Run(Resources):
         inputs: dict[str, Any] = {
             "system": cell.name,
             "model": upstream["model"] if upstream else self.weights_identity(cell.before),
-            **trained_settings(recipe),
+            **trained_settings(recipe.model, recipe.train, recipe.seed),
         }
         objective = objective_of(recipe.train)
         if objective.reads is Reads.PROMPTS:
-            part = rewarding.policy_part(recipe)
+            part = rewarding.policy_part(recipe.train, recipe.score, recipe.reward)
             inputs |= {
                 "data": self.data_identity,
                 "part": None if part is None else part.split,
@@ -109,8 +110,8 @@ class Run(Resources):
                 "generate.max_new_tokens": recipe.generate.max_new_tokens,
                 "generate.suppress_tokens": recipe.generate.suppress_tokens,
             }
-        elif not needs_pairs(recipe):
-            inputs["data"] = rows_identity(recipe)
+        elif not needs_pairs(recipe.train):
+            inputs["data"] = rows_identity(recipe.train, recipe.data)
         elif recipe.train.pairs:
             inputs["pairs"] = self.pair_file(recipe.train.pairs).fingerprint
         elif upstream:
@@ -133,7 +134,12 @@ class Run(Resources):
         sampling = sampling_config(config, recipe.seed * 1000 + cell.round)
         made_from = {"model": self.weights_identity(cell.before), "data": self.data_identity, "seed": recipe.seed}
         generator = self.generator(self.model_before(cell), sampling, config.batch_size)
-        features = vision_features(recipe, self.policy, self.policy.processor, self.mesh)
+        features = vision_features(
+            vision_folder(recipe.cache, recipe.train, recipe.output_dir),
+            self.policy,
+            self.policy.processor,
+            self.mesh,
+        )
         details = generate(
             self.tokenised,
             generator,
@@ -155,13 +161,13 @@ class Run(Resources):
         look("scoring")
         recipe = self._pairing_recipe(cell)
         made_from = {
-            "judge": self._judge_identities(recipe),
+            "judge": self._judge_identities(recipe.score),
             "model": self.weights_identity(cell.before),
             "data": self.data_identity,
         }
         warnings: list[str] = []
         with use_mesh(self.mesh):
-            backend = self._judge(recipe, warnings)
+            backend = self._judge(recipe.score, recipe.model, warnings)
             scorer = None
             if NEED_BLANK_IMAGE.intersection(recipe.score.confidence):
                 scorer = Scorer(self.model_before(cell), self.mesh, batch_size=recipe.score.batch_size)
@@ -189,25 +195,25 @@ class Run(Resources):
         for line in (line for line in verdict if line["about"] not in ("judge", "abstained")):  # said before
             say(f"  {line['text']}", style="yellow" if line["tone"] == "warn" else None)
 
-    def _judge(self, recipe: Recipe, warnings: list[str]) -> Backend:
+    def _judge(self, config: ScoreConfig, model: ModelConfig, warnings: list[str]) -> Backend:
         """Who scores an arm's candidates; `warnings` gets a line where it shares the policy's blind spots."""
         return make_backend(
-            recipe.score,
+            config,
             self.mesh,
             policy=self.policy,
             image_root=self.source.image_root,
-            model_config=recipe.model,
+            model_config=model,
             folder=self.directory.root,
             warnings=warnings,
             own_reward=lambda: self.reward_stage().judge,
         )
 
-    def _judge_identities(self, recipe: Recipe) -> list[str]:
+    def _judge_identities(self, config: ScoreConfig) -> list[str]:
         """Hashes of every model that judges; the policy's own where a judge is not named."""
-        found = judge_identities(recipe.score)
-        if rewarding.judges_by_own_reward(recipe):
-            found.append(self.reward_stage().results["identity"])
-        return found or [self.policy.identity]
+        identities = judge_identities(config)
+        if rewarding.judges_by_own_reward(config):
+            identities.append(self.reward_stage().results["identity"])
+        return identities or [self.policy.identity]
 
     def _pairing_recipe(self, cell: Cell) -> Recipe:
         """The recipe of a system that makes its own pairs.
@@ -233,7 +239,7 @@ class Run(Resources):
 
     def prepare_arm(self, cell: Cell) -> None:
         """The pairs that an arm learns from, and what they are made of."""
-        if makes_pairs(self.arm_recipe(cell.arm)):
+        if makes_pairs(self.arm_recipe(cell.arm).train):
             self.prepare_scores(cell)
             self.select_stage(cell)
 
@@ -248,14 +254,15 @@ class Run(Resources):
             recipe.select,
             cell.selection,
             image_root=self.source.image_root,
-            part=rewarding.policy_part(recipe),
+            part=rewarding.policy_part(recipe.train, recipe.score, recipe.reward),
             data=self.data_identity,
         )
         self.directory.note_stage("select", cell, cell.selection.read())
         drops = ", ".join(f"{reason} {count}" for reason, count in found["drops"].items())
+        name = cell.arm or summary.main_name(recipe.train, recipe.select)
         say(
-            f"round {cell.round}, {cell.arm or summary.main_name(recipe)}: {found['pairs']} pairs of "
-            f"{found['prompts']} prompts" + (f" (dropped: {drops})" if drops else "")
+            f"round {cell.round}, {name}: {found['pairs']} pairs of {found['prompts']} prompts"
+            + (f" (dropped: {drops})" if drops else "")
         )
         for warning in found["warnings"] if cell.arm is None else ():
             say(f"  {warning}", style="yellow")
@@ -276,7 +283,7 @@ class Run(Resources):
                 cell.candidates,
                 cell.scores,
                 self.prompts,
-                rewarding.pair_rule(recipe),
+                rewarding.pair_rule(recipe.select, recipe.reward),
                 cell.reward_selection,
                 image_root=self.source.image_root,
                 part=rewarding.Part(recipe.reward.split, rewards=True),
@@ -311,7 +318,7 @@ class Run(Resources):
             return self._trained[cell]
         recipe = self.arm_recipe(cell.arm)
         if only_finished:
-            self._require_trained(cell, recipe)
+            self._require_trained(cell, trained_settings(recipe.model, recipe.train, recipe.seed))
             finished = True
         else:
             inputs = self.training_inputs(cell)
@@ -319,34 +326,38 @@ class Run(Resources):
         if finished:
             # Adapters and weights have the same structure in every round, so the start stands for any of them.
             with use_mesh(self.mesh):
-                result = load_trained(self.start_of(recipe), recipe.train, output_dir=cell.folder, mesh=self.mesh)
+                result = load_trained(
+                    self.start_of(recipe.train.lora, recipe.seed),
+                    recipe.train,
+                    output_dir=cell.folder,
+                    mesh=self.mesh,
+                )
             trained = Trained(result, self.policy.loaded, 0.0)
         else:
             start = (
-                self.start_of(recipe) if cell.round == 1 else self.train_stage(cell.before, only_finished=True).model
+                self.start_of(recipe.train.lora, recipe.seed)
+                if cell.round == 1
+                else self.train_stage(cell.before, only_finished=True).model
             )
             trained = self._train(cell, start, inputs)
             sampled = rollout_costs(cell.training) if objective_of(recipe.train).reads is Reads.PROMPTS else {}
             finish_training(cell.folder, inputs, trained.seconds, steps=trained.result.steps, **sampled)
-            say(
-                f"round {cell.round}, {cell.arm or summary.main_name(recipe)}: trained {trained.result.steps} steps "
-                f"in {trained.seconds:.0f} s"
-            )
+            name = cell.arm or summary.main_name(recipe.train, recipe.select)
+            say(f"round {cell.round}, {name}: trained {trained.result.steps} steps in {trained.seconds:.0f} s")
         self._trained[cell] = trained
         if not only_finished:
             self.directory.note_stage("train", cell, cell.training.read())
         return trained
 
-    def _require_trained(self, cell: Cell, recipe: Recipe) -> None:
-        """Compares a finished training with its recipe and model, without its pairs and data.
+    def _require_trained(self, cell: Cell, settled: dict[str, Any]) -> None:
+        """Compares a finished training with the settings and model that it depends on, without its pairs and data.
 
         Raises:
             UserError: it is not finished, or was trained by other settings or from other weights.
         """
         record = finished_record(cell.folder)
-        settled = trained_settings(recipe)
         if cell.round == 1:
-            settled["model"] = self.policy.identity
+            settled = settled | {"model": self.policy.identity}
         require_current(cell.folder, record, record.inputs | settled)
 
     def _train(self, cell: Cell, start: Any, made_from: dict[str, Any]) -> Trained:
@@ -356,11 +367,11 @@ class Run(Resources):
         given: dict[str, Any] = {"start": start, "seed": seed, "made_from": made_from}
         objective = objective_of(recipe.train)
         if objective.reads is Reads.PROMPTS:
-            part = rewarding.policy_part(recipe)
+            part = rewarding.policy_part(recipe.train, recipe.score, recipe.reward)
             own = [prompt for key, prompt in self.prompts.items() if part is None or part.holds(key)]
             reward = self.reward_stage()
             return train_rlhf(recipe, self.policy, own, reward, folder, self.mesh, **given)
-        if not needs_pairs(recipe):
+        if not needs_pairs(recipe.train):
             return train_on_references(recipe, self.policy, folder, self.mesh, **given)
         policy = self.policy
         if recipe.train.pairs:
@@ -372,7 +383,7 @@ class Run(Resources):
             pairs = self._later_pairs(cell)
             # Whatever the reference is, its log-probs stand in these pairs.
             recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, reference="recorded"))
-            reference = self.start_of(recipe) if recipe.round.reference == "base" else None
+            reference = self.start_of(recipe.train.lora, recipe.seed) if recipe.round.reference == "base" else None
         else:
             pairs = cell.selection.pairs()
         return train_on_pairs(recipe, policy, pairs, folder, self.mesh, where=where, reference=reference, **given)
@@ -388,7 +399,7 @@ class Run(Resources):
         of_base = recipe.round.reference == "base"
 
         def scorer() -> Scorer:
-            model = self.start_of(recipe) if of_base else self.model_before(cell)
+            model = self.start_of(recipe.train.lora, recipe.seed) if of_base else self.model_before(cell)
             return Scorer(model, self.mesh, batch_size=recipe.train.batch_size)
 
         processor = dataclasses.replace(self.policy.processor, image_root=self.source.image_root)
@@ -400,14 +411,16 @@ class Run(Resources):
             seed=recipe.seed,
             processor=processor,
             scorer=scorer,
-            features=lambda: vision_features(recipe, self.policy, processor, self.mesh),
+            features=lambda: vision_features(
+                vision_folder(recipe.cache, recipe.train, recipe.output_dir), self.policy, processor, self.mesh
+            ),
         )
 
     def evaluate_stage(self, cell: Cell) -> None:
         """Evaluates one trained system on every benchmark."""
         look("evaluating")
         system = System(
-            summary.system_name(self.recipe, cell),
+            self.system_name(cell),
             cell,
             lambda: self.train_stage(cell, only_finished=True).model,
             self.weights_identity(cell),
@@ -439,12 +452,17 @@ class Run(Resources):
             )
 
     def execute(self) -> Path:
-        """Everything, in order; returns the report."""
+        """Everything, in order; returns the report.
+
+        Raises:
+            GateFailed: all is done, and `evaluate.gate` does not let the recipe's own system pass.
+        """
         from m3po_jax.report import build_report
         from m3po_jax.report.browser import tokenizer_text
 
         self.check_objective()
         check_before_run(self.recipe)
+        verdicts: list[dict[str, Any]] = []
         candidates = not self.recipe.train.pairs  # else nothing is generated, scored or selected
         with self.directory.lock():
             self.open()
@@ -460,8 +478,9 @@ class Run(Resources):
                 self.evaluate_base()
                 for cell in self.trained_cells():
                     self.evaluate_stage(cell)
-                summary.write_tables(self.recipe, self.directory, self.benchmarks)
+                verdicts = summary.write_tables(self.recipe, self.directory, self.benchmarks)
             if is_writer():
                 build_report(self.directory.root, tokenizer_text(self.policy.processor.text))
             barrier("reported")
+            require_gate(verdicts)
             return self.directory.report

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from m3po_jax.config import EvaluateConfig, Recipe
+from m3po_jax.config import EvaluateConfig, Recipe, SelectConfig, TrainConfig
 from m3po_jax.evaluation.frontier import matched
 from m3po_jax.evaluation.markdown import table as aligned
 from m3po_jax.evaluation.metric import Frontier, verdict
@@ -16,13 +16,14 @@ from m3po_jax.hosts.agreement import is_writer
 from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline.arms import BASE
 from m3po_jax.pipeline.evaluate import Benchmark
+from m3po_jax.pipeline.gate import gate_verdicts
 from m3po_jax.workspace.cell import Cell
 from m3po_jax.workspace.directory import RunDirectory
 
 
-def main_name(recipe: Recipe) -> str:
+def main_name(train: TrainConfig, select: SelectConfig) -> str:
     """The recipe's own system, as the table and the report name it."""
-    return objective_of(recipe.train).system_name(recipe.select.rule)
+    return objective_of(train).system_name(select.rule)
 
 
 def stop_bias_name(bias: float) -> str:
@@ -48,10 +49,15 @@ def decodings(config: EvaluateConfig, base: Cell) -> list[tuple[str, str, Cell]]
     return [(name, kind, base.of(name)) for kind, name in names]
 
 
-def system_name(recipe: Recipe, cell: Cell) -> str:
-    """What a trained system is called; its last round by the system's name alone."""
-    name = main_name(recipe) if cell.arm is None else cell.arm
-    return name if cell.round == recipe.rounds else f"{name}, round {cell.round}"
+def system_name(cell: Cell, main: str, rounds: int) -> str:
+    """What a trained system is called; its last round by the system's name alone.
+
+    Args:
+        main: `main_name` of the run.
+        rounds: That the run has.
+    """
+    name = main if cell.arm is None else cell.arm
+    return name if cell.round == rounds else f"{name}, round {cell.round}"
 
 
 def systems(recipe: Recipe, directory: RunDirectory) -> list[tuple[str, str, Cell]]:
@@ -59,7 +65,8 @@ def systems(recipe: Recipe, directory: RunDirectory) -> list[tuple[str, str, Cel
     base, own = directory.cell(0), directory.cell(1)
     every = [(BASE, "arm", base), *decodings(recipe.evaluate, base)]
     every += [(arm, "arm", own.of(arm)) for arm in recipe.arms]
-    every += [(system_name(recipe, cell), "arm", cell) for cell in map(own.at, range(1, recipe.rounds + 1))]
+    main, cells = main_name(recipe.train, recipe.select), map(own.at, range(1, recipe.rounds + 1))
+    every += [(system_name(cell, main, recipe.rounds), "arm", cell) for cell in cells]
     return [system for system in every if any(one.is_finished for one in system[2].evaluations())]
 
 
@@ -82,9 +89,8 @@ def _deltas(frontier: Frontier, results: Sequence[Any], on_frontier: Sequence[bo
     return [None if beyond or np.isnan(d) else float(d) for d, beyond in zip(found.delta, found.beyond, strict=True)]
 
 
-def build_tables(recipe: Recipe, directory: RunDirectory, benchmarks: Sequence[Benchmark]) -> dict[str, Any]:
-    """One table over all benchmarks, as the report reads it."""
-    everything = systems(recipe, directory)
+def build_tables(everything: Sequence[tuple[str, str, Cell]], benchmarks: Sequence[Benchmark]) -> dict[str, Any]:
+    """One table over all benchmarks, as the report reads it, of what `systems` lists."""
     columns: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = [
         {"name": name, "kind": kind, "values": {}, "intervals": {}} for name, kind, _ in everything
@@ -175,12 +181,17 @@ def _cell(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def write_tables(recipe: Recipe, directory: RunDirectory, benchmarks: Sequence[Benchmark]) -> None:
-    """Writes the table into the run directory and prints it on standard output."""
-    tables = build_tables(recipe, directory, benchmarks)
+def write_tables(recipe: Recipe, directory: RunDirectory, benchmarks: Sequence[Benchmark]) -> list[dict[str, Any]]:
+    """Writes the table into the run directory and prints it on standard output; returns the gate's verdicts."""
+    everything = systems(recipe, directory)
+    deciding = directory.cell(1).at(recipe.rounds)
+    verdicts = gate_verdicts(everything, benchmarks, recipe.evaluate, deciding=deciding, seed=recipe.seed)
+    tables = build_tables(everything, benchmarks) | {"gate": verdicts}
     if not is_writer():
-        return
+        return verdicts
     texts = [f"**{t['title']}**\n\n{markdown(t)}\n\n{t['note']}\n" for t in tables["tables"]]
     texts += [f"Warning: {line}.\n" for line in tables["warnings"]]
+    texts += [f"Gate: {verdict['text']}.\n" for verdict in verdicts]
     directory.save_evaluation(tables, "\n".join(texts))
     print("\n".join(texts), flush=True)
+    return verdicts

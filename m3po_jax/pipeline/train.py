@@ -10,7 +10,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from m3po_jax.config import Recipe, TrainConfig
+from m3po_jax.config import DataConfig, ModelConfig, Recipe, TrainConfig
 from m3po_jax.data import pair_rows, tables
 from m3po_jax.data.batch_source import BatchSource
 from m3po_jax.data.pair_rows import PairRows
@@ -23,8 +23,9 @@ from m3po_jax.hosts.sharding import use_mesh
 from m3po_jax.models.hub import pinned
 from m3po_jax.objectives.objective import Learner, Reads
 from m3po_jax.objectives.registry import objective_of
-from m3po_jax.pipeline.caches import cached_reference, fill, vision_features
+from m3po_jax.pipeline.caches import cache_folder, cached_reference, fill, vision_features, vision_folder
 from m3po_jax.pipeline.models import (
+    InputLimits,
     Joined,
     Policy,
     attach_adapter,
@@ -54,14 +55,14 @@ class Trained:
         return self.result.model
 
 
-def rows_identity(recipe: Recipe) -> str:
+def rows_identity(train: TrainConfig, data: DataConfig) -> str:
     """A hash of the rows that `training_rows` gives, and of the images that they name."""
-    return tables.content_hash([fingerprint(part) for part in training_rows(recipe).parts])[:16]
+    return tables.content_hash([fingerprint(part) for part in training_rows(train, data).parts])[:16]
 
 
-def training_rows(recipe: Recipe) -> Joined:
+def training_rows(train: TrainConfig, data: DataConfig) -> Joined:
     """The rows of `train.data`, one source after another (default: the recipe's own data)."""
-    parts = [read_rows(config, require_image=False) for config in (recipe.train.data or [recipe.data])]
+    parts = [read_rows(config, require_image=False) for config in (train.data or [data])]
     roots = {part.image_root for part in parts if part[0].images and part[0].images[0].bytes is None}
     if len(roots) > 1:
         raise UserError(
@@ -87,7 +88,11 @@ def _row_batches(
     """Batches of rows of `train.data`; `policy`: whose tower's features may be cached."""
     if policy is not None:
         processor = processor.with_buckets(rows, recipe.data.image_buckets)
-    features = None if policy is None else vision_features(recipe, policy, processor, mesh)
+    features = (
+        None
+        if policy is None
+        else vision_features(vision_folder(recipe.cache, recipe.train, recipe.output_dir), policy, processor, mesh)
+    )
     if features is not None:
         fill(features, rows)
     return objective_of(recipe.train).batches_of_rows(
@@ -124,7 +129,9 @@ def train_on_pairs(
     """
     started = time.monotonic()
     config = recipe.train
-    features = vision_features(recipe, policy, policy.processor, mesh)
+    features = vision_features(
+        vision_folder(recipe.cache, recipe.train, recipe.output_dir), policy, policy.processor, mesh
+    )
     if features is not None:
         fill(features, pair_rows.PairPrompts(pairs))
     objective = objective_of(config)
@@ -139,9 +146,9 @@ def train_on_pairs(
         if isinstance(pairs, FilePairs) and not any_recorded(pairs):
             # Nothing is recorded, so that the whole reference is computed, and may be cached.
             config = dataclasses.replace(config, reference="computed")
-            recipe = dataclasses.replace(recipe, train=config)
         compared = start if reference is None else reference
-        filled = cached_reference(recipe, source, compared, reference_identity or policy.identity, mesh)
+        folder = cache_folder(recipe.cache.reference, recipe.output_dir, "reference")
+        filled = cached_reference(folder, config, source, compared, reference_identity or policy.identity, mesh)
         if filled is not None:
             # What this very model has computed needs no check against it.
             source, config = filled, dataclasses.replace(config, reference="recorded", reference_check_rows=0)
@@ -174,7 +181,7 @@ def train_on_references(
 ) -> Trained:
     """More SFT of `start` on the reference answers of `train.data` (default: the recipe's data): the `sft` arm."""
     started = time.monotonic()
-    rows = training_rows(recipe)
+    rows = training_rows(recipe.train, recipe.data)
     processor = dataclasses.replace(policy.processor, image_root=rows.image_root)
     source = _row_batches(recipe, policy, processor, rows, seed=seed, mesh=mesh)
     with use_mesh(mesh):
@@ -204,8 +211,9 @@ def load_finished(recipe: Recipe, out: Path, mesh: Mesh) -> Trained:
     started = time.monotonic()
     record = finished_record(out)
     TrainingArtifact(out).verify(remedy="`m3po train` mends it")
-    require_current(out, record, record.inputs | trained_settings(recipe))
-    start = _start(recipe, mesh, Path())
+    require_current(out, record, record.inputs | trained_settings(recipe.model, recipe.train, recipe.seed))
+    limits = InputLimits.of(recipe.data, recipe.generate, recipe.evaluate)
+    start = _start(recipe.model, recipe.train, recipe.seed, limits, mesh, Path())
     with use_mesh(mesh):
         result = load_trained(start.model, recipe.train, output_dir=out, mesh=mesh)
     return Trained(result, start.base, time.monotonic() - started)
@@ -222,9 +230,12 @@ def train_on_rows(recipe: Recipe, out: Path, mesh: Mesh, *, force: bool = False)
     """
     started = time.monotonic()
     config = recipe.train
-    rows: Joined = training_rows(recipe)
-    start = _start(recipe, mesh, rows.image_root)
-    inputs = _row_inputs(recipe, start) | {"data": rows_identity(recipe)}
+    rows: Joined = training_rows(recipe.train, recipe.data)
+    limits = InputLimits.of(recipe.data, recipe.generate, recipe.evaluate)
+    start = _start(recipe.model, recipe.train, recipe.seed, limits, mesh, rows.image_root)
+    inputs = _row_inputs(recipe.model, config, recipe.seed, recipe.score.claim_template, start) | {
+        "data": rows_identity(recipe.train, recipe.data)
+    }
     if begin_training(out, inputs, force=force):
         with use_mesh(mesh):
             result = load_trained(start.model, config, output_dir=out, mesh=mesh)
@@ -257,39 +268,43 @@ class _Start:
     policy: Policy | None = None
 
 
-def _start(recipe: Recipe, mesh: Mesh, image_root: Path) -> _Start:
-    if objective_of(recipe.train).learner is not Learner.DUAL_ENCODER:
-        policy = load_policy(recipe, mesh, image_root=image_root)
-        return _Start(attach_adapter(policy, recipe, mesh), policy.loaded, policy.processor, policy.identity, policy)
-    model = recipe.model
+def _start(
+    model: ModelConfig, train: TrainConfig, seed: int, limits: InputLimits, mesh: Mesh, image_root: Path
+) -> _Start:
+    if objective_of(train).learner is not Learner.DUAL_ENCODER:
+        policy = load_policy(model, seed, mesh, limits, image_root=image_root)
+        start = attach_adapter(policy, train.lora, seed)
+        return _Start(start, policy.loaded, policy.processor, policy.identity, policy)
     loaded, processor = load_dual_encoder(
         pinned(model.path, model.revision),
         mesh,
         image_root=image_root,
         init=model.init,
-        seed=recipe.seed,
+        seed=seed,
         dtype=model.dtype,
         image_fit=model.image_fit,
-        max_image_pixels=recipe.data.max_image_pixels,
+        max_image_pixels=limits.max_image_pixels,
     )
     identity = tables.content_hash(model_identity(loaded), model.init, model.dtype, model.image_fit)
     return _Start(loaded.model, loaded, processor, identity[:16])
 
 
-def _row_inputs(recipe: Recipe, start: _Start) -> dict[str, Any]:
+def _row_inputs(
+    model: ModelConfig, train: TrainConfig, seed: int, claim_template: str, start: _Start
+) -> dict[str, Any]:
     """What a training of rows is made from, but for the rows."""
-    claims = objective_of(recipe.train).reads is Reads.CLAIMS
+    claims = objective_of(train).reads is Reads.CLAIMS
     return {
         "model": start.identity,
-        "score.claim_template": recipe.score.claim_template if claims else None,
-        **trained_settings(recipe),
+        "score.claim_template": claim_template if claims else None,
+        **trained_settings(model, train, seed),
     }
 
 
-def trained_settings(recipe: Recipe) -> dict[str, Any]:
+def trained_settings(model: ModelConfig, train: TrainConfig, seed: int) -> dict[str, Any]:
     """The settings that every training depends on."""
     return {
-        "model.param_dtype": recipe.model.param_dtype,
-        "seed": recipe.seed,
-        **settings("train", without_free_settings(recipe.train)),
+        "model.param_dtype": model.param_dtype,
+        "seed": seed,
+        **settings("train", without_free_settings(train)),
     }

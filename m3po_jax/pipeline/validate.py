@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from m3po_jax.config import DataConfig, Recipe
+from m3po_jax.config import DataConfig, Recipe, TrainConfig
 from m3po_jax.data.batches import reference_tokens
 from m3po_jax.data.checker import kind_of
 from m3po_jax.data.contrastive import claims_of
@@ -115,7 +115,7 @@ def validate(recipe: Recipe) -> tuple[list[UserError], str]:
     prompts, sources = 0, list[Source]()
     with problems.collect():
         sources = list(_sources(recipe, preflight))
-    read += check_pairs(recipe, lambda: preflight.processor, problems.add)
+    read += check_pairs(recipe.train, recipe.reward, recipe.data, lambda: preflight.processor, problems.add)
     for source in sources:
         with problems.collect():
             rows = problems.rows(source, f"validate {source.config.path}")
@@ -125,7 +125,7 @@ def validate(recipe: Recipe) -> tuple[list[UserError], str]:
         with problems.collect():
             questions = read_benchmark(name, benchmark)
             read.append(f"{len(questions.prompts)} questions of {name}")
-            checks_of_rows = _asked(preflight)(questions.image_root) if _answers(recipe) else []
+            checks_of_rows = _asked(preflight)(questions.image_root) if _answers(recipe.train) else []
             for prompt in progress(questions.prompts, f"validate {name}", len(questions.prompts)):
                 problems.row(prompt, checks_of_rows)
             check_scoring(questions)
@@ -135,9 +135,9 @@ def validate(recipe: Recipe) -> tuple[list[UserError], str]:
     return problems.found, ", ".join(read)
 
 
-def _answers(recipe: Recipe) -> bool:
+def _answers(train: TrainConfig) -> bool:
     """Whether the model answers questions; a dual encoder does not."""
-    return objective_of(recipe.train).learner is not Learner.DUAL_ENCODER
+    return objective_of(train).learner is not Learner.DUAL_ENCODER
 
 
 @dataclass(frozen=True)
@@ -167,11 +167,11 @@ def _sources(recipe: Recipe, preflight: Preflight) -> Iterator[Source]:
         yield Source(recipe.data, lambda root: [*asked(root), *(judge.objects for judge in references)], drawn=True)
         shown.append(recipe.data)
     for own in [recipe, *(arm_recipe(recipe, arm) for arm in preflight.recipe.arms)]:
-        if pairs_instead_of_prompts(own):
+        if pairs_instead_of_prompts(own.train, own.reward):
             continue
-        if not objective_of(own.train).reads_rows or (needs_pairs(own) and own is not recipe):
+        if not objective_of(own.train).reads_rows or (needs_pairs(own.train) and own is not recipe):
             continue
-        answer = _answer(own, preflight)
+        answer = _answer(own.train.max_answer_tokens, preflight)
         configs = own.train.data or [own.data]
         for config in configs:
             known = config in shown
@@ -191,12 +191,12 @@ def _asked(preflight: Preflight) -> MakeChecks:
     return checks
 
 
-def _answer(recipe: Recipe, preflight: Preflight) -> Check:
-    """The reference answer, as SFT learns it."""
+def _answer(longest: int, preflight: Preflight) -> Check:
+    """The reference answer of at most so many tokens, as SFT learns it."""
 
     def check(prompt: Prompt) -> None:
         tokens = reference_tokens(prompt, preflight.processor)
-        checked_answer(tokens, recipe.train.max_answer_tokens, where_of(prompt))
+        checked_answer(tokens, longest, where_of(prompt))
 
     return check
 

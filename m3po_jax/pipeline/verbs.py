@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from m3po_jax.config import Recipe
+from m3po_jax.config import ModelConfig, Recipe
 from m3po_jax.data.tables import write_json
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.hosts.sharding import make_mesh, use_mesh
@@ -25,6 +25,8 @@ from m3po_jax.pipeline import train as training
 from m3po_jax.pipeline.arms import trains_in_rounds
 from m3po_jax.pipeline.checks import check_recipe
 from m3po_jax.pipeline.console import say
+from m3po_jax.pipeline.gate import require_gate
+from m3po_jax.pipeline.models import InputLimits
 from m3po_jax.pipeline.run import Run
 from m3po_jax.pipeline.select import select_file
 from m3po_jax.recipes import load_recipe, shipped, summary_of
@@ -109,7 +111,7 @@ def evaluate(options: argparse.Namespace) -> None:
             raise UserError("no finished training", where=cell.name, remedy="run `m3po train` first")
         else:
             running.evaluate_base()
-        summary.write_tables(running.recipe, running.directory, running.benchmarks)
+        require_gate(summary.write_tables(running.recipe, running.directory, running.benchmarks))
 
 
 def _evaluate_answers(options: argparse.Namespace) -> None:
@@ -123,7 +125,7 @@ def _evaluate_answers(options: argparse.Namespace) -> None:
             where="--benchmark",
             remedy="name one of evaluate.benchmarks",
         )
-    folder = RunDirectory.of(recipe).saved_answers(name)
+    folder = RunDirectory.of(recipe.output_dir, recipe.name).saved_answers(name)
     benchmark = evaluating.read_benchmark(name, known[name])
     results, out = evaluating.score_file(benchmark, Path(options.answers), recipe.evaluate, folder, seed=recipe.seed)
     print(json.dumps(results["summary"], indent=2))
@@ -174,19 +176,20 @@ def report(options: argparse.Namespace) -> None:
     from m3po_jax.report import build_report
 
     recipe = _recipe(options)
-    directory = RunDirectory.of(recipe)
-    say(f"report: {build_report(directory.root, _token_text(recipe))}")
+    directory = RunDirectory.of(recipe.output_dir, recipe.name)
+    limits = InputLimits.of(recipe.data, recipe.generate, recipe.evaluate)
+    say(f"report: {build_report(directory.root, _token_text(recipe.model, limits))}")
 
 
-def _token_text(recipe: Recipe) -> Callable[[int], str] | None:
+def _token_text(config: ModelConfig, limits: InputLimits) -> Callable[[int], str] | None:
     """Token texts for the report's hover, where the model's tokenizer is at hand."""
     from m3po_jax.models.registry import describe_policy
     from m3po_jax.pipeline.models import make_processor
     from m3po_jax.report.browser import tokenizer_text
 
     try:
-        description = describe_policy(recipe.model, download=False)
-        return tokenizer_text(make_processor(recipe, description).text)
+        description = describe_policy(config, download=False)
+        return tokenizer_text(make_processor(config, description, limits).text)
     except UserError:
         return None
 
@@ -218,13 +221,13 @@ def train(options: argparse.Namespace) -> None:
         with _stage(options) as (running, _):
             running.reward_stage()
         return
-    if options.arm is not None or trains_in_rounds(recipe):
+    if options.arm is not None or trains_in_rounds(recipe.train):
         with _stage(options) as (running, cell):
             running.train_stage(cell)
         return
     check_recipe(recipe)
     _start()
-    directory = RunDirectory.of(recipe)
+    directory = RunDirectory.of(recipe.output_dir, recipe.name)
     mesh = make_mesh(recipe.mesh)
     with directory.lock():
         for line in directory.open(recipe, {}, force=options.force):
@@ -243,7 +246,7 @@ def export(options: argparse.Namespace) -> None:
     _check_round(options)
     _start()
     wanted = Wanted(
-        cell=RunDirectory.of(recipe).cell(options.round).of(options.arm),
+        cell=RunDirectory.of(recipe.output_dir, recipe.name).cell(options.round).of(options.arm),
         format=options.format,
         dtype=options.dtype,
         output=Path(options.output) if options.output else None,

@@ -89,6 +89,7 @@ def render(
         "header": overview.header(run),
         "config_text": run.config_text,
         "headlines": overview.headlines(run, tables),
+        "gate": overview.gate(run),
         "warnings": overview.warnings(run),
         "missing": overview.missing(run, tables),
         "stage_bars": overview.stage_bars(run),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from m3po_jax.evaluation.gate import FAILED
 from m3po_jax.report.figures import main_arm, within_prompt_correlation
 from m3po_jax.report.formatting import DASH, format_duration, format_number, format_percent, format_time
 from m3po_jax.report.tables import EvaluationTable, flatten
@@ -253,6 +254,31 @@ def headlines(run: RunContents, tables: list[EvaluationTable]) -> list[Headline]
 
 def _stated(value: Any) -> list[str]:
     return [str(item) for item in value if item] if isinstance(value, list) else []
+
+
+@dataclass
+class GateView:
+    """The verdicts of `evaluate.gate`: a title, lines with `text` and `outcome`, and whether the run has failed."""
+
+    title: str
+    lines: list[dict[str, str]]
+    failed: bool
+
+
+def gate(run: RunContents) -> GateView | None:
+    """None where the recipe has no gate."""
+    verdicts = as_dicts(run.evaluation.get("gate"))
+    lines = [
+        {"text": f"{verdict['text']}.", "outcome": str(verdict.get("outcome"))}
+        for verdict in verdicts
+        if isinstance(verdict.get("text"), str)
+    ]
+    if not lines:
+        return None
+    decided = [verdict for verdict in verdicts if verdict.get("decides") is True]
+    failed = any(verdict.get("outcome") == FAILED for verdict in decided)
+    outcome = "failed" if failed else "passed" if decided else "of the systems compared with"
+    return GateView(f"Regression gate: {outcome}", lines, failed)
 
 
 def warnings(run: RunContents) -> list[str]:

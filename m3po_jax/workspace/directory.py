@@ -55,9 +55,9 @@ class RunDirectory:
         self.root = root
 
     @classmethod
-    def of(cls, recipe: Recipe) -> RunDirectory:
-        """The directory of a recipe's run."""
-        return cls(Path(recipe.output_dir) / recipe.name)
+    def of(cls, output_dir: str, name: str) -> RunDirectory:
+        """The directory of the run that a recipe with these keys names."""
+        return cls(Path(output_dir) / name)
 
     def cell(self, round: int) -> Cell:
         """A round of the run's own system; `Cell.of` gives another's."""
@@ -299,8 +299,8 @@ class ComparisonDirectory(RunDirectory):
     """Where a recipe's comparison lies."""
 
     @classmethod
-    def of(cls, recipe: Recipe) -> ComparisonDirectory:
-        return cls(RunDirectory.of(recipe).root / layout.COMPARISON)
+    def of(cls, output_dir: str, name: str) -> ComparisonDirectory:
+        return cls(RunDirectory.of(output_dir, name).root / layout.COMPARISON)
 
     def save_recipe(self, recipe: Recipe) -> None:
         write_text(self.config, to_yaml(recipe))

@@ -231,10 +231,10 @@ def test_what_cannot_be_done_with_codes_is_refused(directory: Path, tmp_path: Pa
         load(directory, "int4")
     recipe = Recipe()
     recipe.model.quantization = "nf4"
-    check_trainable(recipe)
+    check_trainable(recipe.model.quantization, recipe.train.lora)
     recipe.train.lora.lora_rank = 0
     with pytest.raises(UserError, match="would train them"):
-        check_trainable(recipe)
+        check_trainable(recipe.model.quantization, recipe.train.lora)
 
 
 def test_layers_whose_inputs_are_no_whole_blocks_stay_as_they_are(tmp_path: Path) -> None:

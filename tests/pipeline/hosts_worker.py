@@ -30,7 +30,7 @@ from m3po_jax.inference.settings import sampling_config
 from m3po_jax.models.processor import Processor
 from m3po_jax.pipeline.caches import vision_features
 from m3po_jax.pipeline.generate import generate
-from m3po_jax.pipeline.models import load_policy, make_generator
+from m3po_jax.pipeline.models import InputLimits, load_policy, make_generator
 from m3po_jax.recipes import load_recipe
 from m3po_jax.training.loop import train
 from m3po_jax.workspace.shards import ShardFolder
@@ -84,7 +84,7 @@ def main(folder: Path) -> None:
     source = read_prompts(recipe.data)
     prompts = [prompt for prompt in source if prompt.metadata["kind"] == "caption"]
     mesh = make_mesh(MeshConfig())
-    policy = load_policy(recipe, mesh, image_root=source.image_root)
+    policy = load_policy(recipe.model, recipe.seed, mesh, InputLimits(), image_root=source.image_root)
     processor = policy.processor
     config = dataclasses.replace(recipe.generate, num_candidates=2, max_new_tokens=8)
     generator = make_generator(
@@ -102,8 +102,7 @@ def main(folder: Path) -> None:
         return found | {"made": [[row["id"], row["candidate"], row["token_ids"]] for row in made]}
 
     def cached(name: str) -> Any:
-        own = load_recipe(folder / "mini.yaml", [f"cache.vision_features={folder / name}"])
-        return vision_features(own, policy, processor, mesh)
+        return vision_features(folder / name, policy, processor, mesh)
 
     results = {"pixels": generated("pixels"), "bad_12": generated("bad_12", 12), "bad_13": generated("bad_13", 13)}
     one = cached("one")

@@ -24,7 +24,7 @@ from m3po_jax.errors import UserError
 from m3po_jax.models.forward import encode_images, reference_forward
 from m3po_jax.models.processor import Processor
 from m3po_jax.models.registry import describe, describe_policy, load_model
-from m3po_jax.pipeline.models import make_processor
+from m3po_jax.pipeline.models import InputLimits, make_processor
 from m3po_jax.recipes import load_recipe
 
 SHIPPED = Path(str(resources.files("m3po_jax"))) / "quickstart/checkpoints/quickstart-base"
@@ -241,7 +241,7 @@ def test_an_image_is_as_many_tokens_as_its_tower_has_features(
         )
     )
     description = describe_policy(recipe.model)
-    processor = make_processor(recipe, description, image_root=tmp_path / "data")
+    processor = make_processor(recipe.model, description, InputLimits(), image_root=tmp_path / "data")
     assert description.config.tokens_per_image == features
     assert processor.encode_prompt(prompt).tolist().count(processor.image_token_id) == features
     assert joined(processor.images(prompt))["pixels"].shape == (1, image_size, image_size, 3)

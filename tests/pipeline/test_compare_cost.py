@@ -14,7 +14,7 @@ from m3po_jax.workspace.directory import RunDirectory
 
 def test_rollouts_count_as_generated_tokens_and_judge_calls(tmp_path: Path):
     recipe = Recipe(output_dir=str(tmp_path), name="run")
-    directory = RunDirectory.of(recipe)
+    directory = RunDirectory.of(recipe.output_dir, recipe.name)
     folder = directory.cell(1).of("rlhf").folder
     folder.mkdir(parents=True)
     log = [

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m3po_jax.config import CompareConfig, Recipe
+from m3po_jax.config import CompareConfig, EvaluateConfig, GateConfig, Recipe
 from m3po_jax.pipeline.compare import collect, statistics
-from m3po_jax.pipeline.compare.verdict import verdict
+from m3po_jax.pipeline.compare.verdict import gate, verdict
 from m3po_jax.pipeline.run import Run
 
 
@@ -26,6 +26,7 @@ def results(delta, against, *, accuracy=(0.8, 0.8, 0.8), beyond=False, seeds=3, 
     return {
         "seeds": list(range(seeds)),
         "planned_seeds": [0, 1, 2],
+        "gate": [],
         "signals": {
             "correlation/confidence_mean": correlation,
             "auroc/mas": 0.9,
@@ -103,3 +104,26 @@ def test_signals_of_a_run_are_read_from_its_calibration(tmp_path: Path):
         "auroc/confidence_prior": 0.6,
         "correlation/confidence_mean": 0.3,
     }
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "seeds", "allowed", "outcome", "words"),
+    [
+        ((-0.03, -0.031, -0.03), 3, 1.0, "failed", "beyond the allowed drop of 1"),
+        ((-0.03, -0.031, -0.03), 3, 4.0, "passed", "within the allowed drop of 4"),
+        ((-0.09, 0.02, -0.03), 3, 1.0, "passed", "beyond the allowed drop of 1, but not outside noise"),
+        ((0.03, 0.031, 0.03), 3, 0.0, "passed", "within"),
+        ((-0.03, -0.031, -0.03), 2, 1.0, "undecided", "too few seeds"),
+    ],
+)
+def test_the_gate_wants_both_intervals(accuracy, seeds, allowed, outcome, words):
+    made = results([-0.1] * 3, [-0.02] * 3, seeds=seeds)
+    against_base = over_seeds(list(accuracy[:seeds]))
+    against_base |= {"better": "higher", "outcome": statistics.outcome(against_base, "higher")}
+    made["benchmarks"]["questions"]["differences"]["base"] = {"m3po": {"accuracy": against_base}}
+    (entry,) = gate(made, EvaluateConfig(gate={"questions.accuracy": GateConfig(allowed)}), "m3po")
+    assert entry["outcome"] == outcome and words in entry["text"]
+    lines = verdict(made | {"gate": [entry]}, CompareConfig())
+    assert f"Gate: {entry['text']}." in lines
+    if outcome != "undecided":
+        assert entry["drop"] == pytest.approx(-100 * np.mean(accuracy))

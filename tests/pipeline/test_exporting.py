@@ -44,7 +44,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (run / place).mkdir(parents=True)
         shutil.copytree(run / "checkpoints", run / place / "checkpoints")
         shutil.copy(run / "done.json", run / place)
-        settings = trained_settings(arm_recipe(load_recipe(recipe), arm))
+        made_by = arm_recipe(load_recipe(recipe), arm)
+        settings = trained_settings(made_by.model, made_by.train, made_by.seed)
         TrainingArtifact(run / place).finish(record.inputs | settings, {})
     return folder
 

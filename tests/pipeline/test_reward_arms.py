@@ -234,7 +234,8 @@ def test_every_recipe_may_have_the_arms(name: str) -> None:
     recipe = load_recipe(ROOT / "configs" / f"{name}.yaml", ["arms={rlhf: {train.rl.algorithm: ppo}, rm_dpo: {}}"])
     for made in (recipe, shrink(recipe)):
         check_recipe(made)
-        assert uses_own_reward(arm_recipe(made, "rm_dpo")) and not uses_own_reward(made)
+        rm_dpo = arm_recipe(made, "rm_dpo")
+        assert uses_own_reward(rm_dpo.train, rm_dpo.score) and not uses_own_reward(made.train, made.score)
 
 
 def test_a_missing_reward_model_is_one_line(finished: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from m3po_jax.data import dual_inputs, tables
 from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.models import processor as processors
 from m3po_jax.models.processor import Processor
+from m3po_jax.pipeline import gate as gates
 from m3po_jax.pipeline.run import Run
 
 
@@ -62,6 +63,20 @@ class Counts:
                 self.stage = before
 
         patch.setattr(Run, whole.__name__, stage)
+
+
+FAILED_VERDICT = {
+    "benchmark": "any",
+    "label": "any",
+    "digits": 1,
+    "allowed": 1.0,
+    "base": 80.0,
+    "value": 70.0,
+    "drop": 10.0,
+    "low": 5.0,
+    "high": 15.0,
+    "outcome": "failed",
+}
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +166,36 @@ def test_a_second_call_does_nothing_new(finished: Path, capsys: pytest.CaptureFi
     assert main(["run", "--config", str(finished.parents[1] / "mini.yaml")]) == 0
     changed = [path for path, stamp in before.items() if path.stat().st_mtime_ns != stamp]
     assert [path.name for path in changed if path.name not in ("manifest.json", "calibration.json")] == []
+
+
+def test_a_gate_is_decided_after_everything_is_written(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """It may join a finished run, judges the run's own system alone, and has an exit status of its own."""
+    recipe = str(finished.parents[1] / "mini.yaml")
+    gated = ["run", "--config", recipe, "evaluate.gate={questions.accuracy: {drop: 100}, scenes.recall: {}}"]
+    monkeypatch.setattr(gates, "decide", lambda guarded, *_, **__: {**FAILED_VERDICT, "key": guarded.key})
+    (finished / "report.html").unlink()
+    assert main(gated) == 3
+    shown = capsys.readouterr()
+    failed = "m3po, {}: failed, 80.0 to 70.0, a drop of 10.0 (paired interval 5.0 to 15.0), beyond the allowed 1"
+    for key in ("questions.accuracy", "scenes.recall"):
+        assert f"m3po: gate: {failed.format(key)}\n" in shown.err and f"Gate: {failed.format(key)}.\n" in shown.out
+    assert "gate: mas_dpo" not in shown.err and "Gate: mas_dpo, questions.accuracy: failed" in shown.out
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert "Regression gate: failed" in page and failed.format("scenes.recall") in page
+    verdicts = json.loads((finished / "evaluation.json").read_text(encoding="utf-8"))["gate"]
+    systems = [(entry["system"], entry["decides"]) for entry in verdicts]
+    assert systems == [("mas_dpo", False)] * 2 + [("m3po", True)] * 2
+    monkeypatch.undo()
+    assert main(["run", "--config", recipe, "evaluate.gate={questions.accuracy: {drop: 100}}"]) == 0
+    assert "Regression gate: passed" in (finished / "report.html").read_text(encoding="utf-8")
+    assert "questions.accuracy: passed" in capsys.readouterr().out
+    assert main(["run", "--config", recipe, "evaluate.gate={questions.acuracy: {drop: 1}}"]) == 2
+    assert "did you mean 'accuracy'?" in capsys.readouterr().err
+    assert main(["run", "--config", recipe]) == 0
+    assert "Gate" not in capsys.readouterr().out
+    assert "Regression gate" not in (finished / "report.html").read_text(encoding="utf-8")
 
 
 def test_another_recipe_is_refused_in_the_same_folder(finished: Path, capsys: pytest.CaptureFixture[str]):

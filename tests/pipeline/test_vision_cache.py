@@ -12,7 +12,7 @@ from mini_run import write_data, write_recipe
 from m3po_jax.data import tables
 from m3po_jax.inference.scorer import Scorer
 from m3po_jax.models.processor import Processor
-from m3po_jax.pipeline.caches import image_features, vision_features
+from m3po_jax.pipeline.caches import image_features, vision_features, vision_folder
 from m3po_jax.pipeline.rounds import reference_log_probs
 from m3po_jax.pipeline.run import Run
 from m3po_jax.pipeline.score import blank_log_probs, pools
@@ -93,7 +93,12 @@ def test_a_second_run_computes_nothing_but_what_is_damaged(
     groups = [group for _, group in pools(tables.read_rows(second.directory.cell(1).candidates.folder))]
     own = [second.prompts[group[0]["id"]] for group in groups]
     expected = reference_log_probs(scorer, second.policy.processor, pairs)
-    features = vision_features(second.recipe, second.policy, second.policy.processor, second.mesh)
+    features = vision_features(
+        vision_folder(second.recipe.cache, second.recipe.train, second.recipe.output_dir),
+        second.policy,
+        second.policy.processor,
+        second.mesh,
+    )
     assert features is not None
 
     def read(*_: object) -> None:

@@ -17,12 +17,12 @@ from PIL import Image as PILImage
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 from hf_models import dual_encoder, llava, torch_and_transformers
 
-from m3po_jax.config import MeshConfig, ModelConfig, Recipe
+from m3po_jax.config import MeshConfig, ModelConfig
 from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.hosts.sharding import make_mesh
 from m3po_jax.models.layers import Linear
 from m3po_jax.models.processor import PlainText
-from m3po_jax.pipeline.models import Policy, load_policy
+from m3po_jax.pipeline.models import InputLimits, Policy, load_policy
 
 __all__ = [
     "END",
@@ -82,7 +82,7 @@ def tiny_policy(seed: int = 0, scale: float = 6.0, path: str | Path = QUICKSTART
         template="plain",
         image_fit="stretch",
     )
-    policy = load_policy(Recipe(model=config, seed=seed), one_device())
+    policy = load_policy(config, seed, one_device(), InputLimits())
     for _, linear in nnx.iter_modules(policy.model):
         if isinstance(linear, Linear) and config.init == "random":
             linear.kernel[...] = linear.kernel[...] * scale

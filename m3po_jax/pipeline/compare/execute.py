@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from m3po_jax.config import Recipe
-from m3po_jax.errors import UserError
+from m3po_jax.config import Recipe, SelectConfig, TrainConfig
+from m3po_jax.errors import GateFailed, UserError
+from m3po_jax.evaluation.gate import FAILED
 from m3po_jax.hosts.agreement import agreed, barrier, is_writer
 from m3po_jax.pipeline.arms import needs_pairs
 from m3po_jax.pipeline.compare import plan
@@ -48,13 +49,12 @@ class SeedRun(Run):
         """Arms whose number of pairs is made equal: those that learn from pairs and set no limit of their own."""
         if not self.original.compare.equal_pairs:
             return []
-        return [
-            arm for arm in plan.trained_arms(self.original) if self._may_cap(super(SeedRun, self).arm_recipe(arm))
-        ]
+        recipes = {arm: super(SeedRun, self).arm_recipe(arm) for arm in plan.trained_arms(self.original.compare)}
+        return [arm for arm, recipe in recipes.items() if self._may_cap(recipe.train, recipe.select)]
 
     @staticmethod
-    def _may_cap(recipe: Recipe) -> bool:
-        return needs_pairs(recipe) and recipe.select.budget == 1 and recipe.select.max_pairs is None
+    def _may_cap(train: TrainConfig, select: SelectConfig) -> bool:
+        return needs_pairs(train) and select.budget == 1 and select.max_pairs is None
 
     def check_arm(self, arm: str) -> None:
         """Notes what an arm is, or refuses another one under a name that is taken."""
@@ -162,6 +162,7 @@ def compare(recipe: Recipe) -> Path:
     Raises:
         UserError: settings that contradict each other, or directories of another recipe.
         Interrupted: a signal arrived; the same call continues.
+        GateFailed: all is done, and `evaluate.gate` does not let the main system pass.
     """
     from m3po_jax.report import build_report
     from m3po_jax.report.browser import tokenizer_text
@@ -170,8 +171,8 @@ def compare(recipe: Recipe) -> Path:
     if not recipe.evaluate.benchmarks:
         raise UserError("no benchmark", where="evaluate.benchmarks", remedy="name at least one in the recipe")
     recipes = {seed: plan.seed_recipe(recipe, seed) for seed in recipe.compare.seeds}
-    directory = ComparisonDirectory.of(recipe)
-    arms = [*plan.trained_arms(recipe), *(point.arm for point in plan.efficiency_points(recipe))]
+    directory = ComparisonDirectory.of(recipe.output_dir, recipe.name)
+    arms = [*plan.trained_arms(recipe.compare), *(point.arm for point in plan.efficiency_points(recipe.compare))]
     progress = Progress({"base": len(recipes), "arm": len(recipes) * len(arms)})
     with directory.lock():
         if is_writer():
@@ -191,6 +192,8 @@ def compare(recipe: Recipe) -> Path:
         print(directory.text(), flush=True)
     for line in results["verdict"]:
         say(line)
+    if failed := [entry["text"] for entry in results["gate"] if entry["outcome"] == FAILED]:
+        raise GateFailed(failed)
     return directory.report
 
 

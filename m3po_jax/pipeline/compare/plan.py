@@ -23,16 +23,16 @@ class EfficiencyPoint:
     budget: float
 
 
-def trained_arms(recipe: Recipe) -> list[str]:
+def trained_arms(config: CompareConfig) -> list[str]:
     """The arms of the table that are trained, in the recipe's order."""
-    return [arm for arm in dict.fromkeys(recipe.compare.arms) if arm not in (BASE, VCD)]
+    return [arm for arm in dict.fromkeys(config.arms) if arm not in (BASE, VCD)]
 
 
-def efficiency_points(recipe: Recipe) -> list[EfficiencyPoint]:
+def efficiency_points(config: CompareConfig) -> list[EfficiencyPoint]:
     """The arms behind the data-efficiency curve; with the whole budget both orders are one."""
     points = []
-    for system in dict.fromkeys(recipe.compare.efficiency_of or [recipe.compare.main]):
-        for budget in sorted(set(recipe.compare.efficiency)):
+    for system in dict.fromkeys(config.efficiency_of or [config.main]):
+        for budget in sorted(set(config.efficiency)):
             if budget == 1:
                 points.append(EfficiencyPoint(f"{system}-all", system, "all", 1.0))
             else:
@@ -54,8 +54,8 @@ def seed_recipe(recipe: Recipe, seed: int) -> Recipe:
     changes = {key: _filled(key, text, seed) for key, text in config.per_seed.items()}
     recipe = override(recipe, changes, "compare.per_seed")
     recipe = dataclasses.replace(recipe, arms=_with_seed(recipe.arms, seed))
-    arms = {arm: overrides_of(recipe, arm) for arm in trained_arms(recipe)}
-    for point in efficiency_points(recipe):
+    arms = {arm: overrides_of(recipe, arm) for arm in trained_arms(recipe.compare)}
+    for point in efficiency_points(recipe.compare):
         order = "random" if point.order == "random" else "value"
         budget = {"select.budget": point.budget, "select.budget_by": order}
         arms[point.arm] = overrides_of(recipe, point.system) | budget
@@ -70,7 +70,7 @@ def seed_recipe(recipe: Recipe, seed: int) -> Recipe:
         recipe,
         seed=seed,
         name=f"seed-{seed}",
-        output_dir=str(ComparisonDirectory.of(recipe).root),
+        output_dir=str(ComparisonDirectory.of(recipe.output_dir, recipe.name).root),
         arms=arms,
         select=dataclasses.replace(recipe.select, seed=seed),
         score=dataclasses.replace(recipe.score, confidence=variants),
@@ -126,9 +126,9 @@ def check_compare(recipe: Recipe) -> None:
             where="train.pairs",
             remedy="`m3po run` trains the recipe's arms on pairs from a file",
         )
-    for arm in trained_arms(recipe):
+    for arm in trained_arms(recipe.compare):
         overrides_of(recipe, arm)
-    known = [BASE, *trained_arms(recipe)]
+    known = [BASE, *trained_arms(recipe.compare)]
     if not known[1:]:
         raise UserError("no arm is trained", where="compare.arms", remedy="name at least one system to train")
     if config.main not in known[1:]:
@@ -142,7 +142,13 @@ def check_compare(recipe: Recipe) -> None:
                 where="compare.efficiency_of",
                 remedy=f"of {', '.join(known[1:])}",
             )
-    known += [point.arm for point in efficiency_points(recipe)]
+    known += [point.arm for point in efficiency_points(recipe.compare)]
+    if recipe.evaluate.gate and BASE not in config.against:
+        raise UserError(
+            "the gate judges the main system against the base",
+            where="evaluate.gate",
+            remedy=f"add {BASE} to compare.against, or remove the gate",
+        )
     for name in config.against:
         if name not in known and name in SYSTEMS:
             continue  # a default that this comparison leaves out
@@ -150,11 +156,11 @@ def check_compare(recipe: Recipe) -> None:
             raise UserError(f"unknown system {name!r}{nearest(name, known)}", where="compare.against")
 
 
-def what(recipe: Recipe, arm: str) -> str:
+def what(config: CompareConfig, arm: str) -> str:
     """What an arm is, in words; of one that the recipe defines, only that."""
     if arm in SYSTEMS:
         return SYSTEMS[arm].what
-    for point in efficiency_points(recipe):
+    for point in efficiency_points(config):
         if point.arm == arm:
             kind = {"value": "the most valuable", "random": "a random", "all": "the whole"}[point.order]
             return f"{point.system} on {kind} {point.budget:g} of its pairs"

@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from m3po_jax.config import Recipe
+from m3po_jax.config import CompareConfig, Recipe
 from m3po_jax.evaluation.bootstrap import resampled
 from m3po_jax.evaluation.frontier import matched
 from m3po_jax.evaluation.metric import Frontier, Metric
 from m3po_jax.evaluation.registry import METRICS
 from m3po_jax.hosts.agreement import is_writer
-from m3po_jax.pipeline import summary
 from m3po_jax.pipeline.compare import collect, plan, statistics
 from m3po_jax.pipeline.compare.markdown import markdown
-from m3po_jax.pipeline.compare.verdict import verdict
+from m3po_jax.pipeline.compare.verdict import gate, verdict
 from m3po_jax.pipeline.run import Run
 from m3po_jax.workspace.cell import Cell
 from m3po_jax.workspace.directory import ComparisonDirectory
@@ -25,8 +24,8 @@ from m3po_jax.workspace.directory import ComparisonDirectory
 
 def write_results(recipe: Recipe, directory: ComparisonDirectory, runs: Mapping[int, Run]) -> dict[str, Any]:
     """Makes and writes the tables of the seeds that are there."""
-    arms = plan.trained_arms(recipe)
-    everything = [*arms, *(point.arm for point in plan.efficiency_points(recipe))]
+    arms = plan.trained_arms(recipe.compare)
+    everything = [*arms, *(point.arm for point in plan.efficiency_points(recipe.compare))]
     cost = {arm: [collect.compute(run, arm) for run in runs.values()] for arm in everything}
     results: dict[str, Any] = {
         **plan.facts(recipe),
@@ -40,9 +39,12 @@ def write_results(recipe: Recipe, directory: ComparisonDirectory, runs: Mapping[
         "compute": {arm: _means(values, timed=False) for arm, values in cost.items()},
         "training": {arm: _means([collect.training(run, arm) for run in runs.values()]) for arm in everything},
         "signals": _means([collect.signals(run) for run in runs.values()]),
-        "systems": {arm: {"what": plan.what(recipe, arm), "overrides": _overrides(runs, arm)} for arm in everything},
+        "systems": {
+            arm: {"what": plan.what(recipe.compare, arm), "overrides": _overrides(runs, arm)} for arm in everything
+        },
     }
-    results["efficiency"] = _efficiency(recipe, results)
+    results["efficiency"] = _efficiency(recipe.compare, results)
+    results["gate"] = gate(results, recipe.evaluate, recipe.compare.main)
     results["verdict"] = verdict(results, recipe.compare)
     times = {arm: _means(values, timed=True) for arm, values in cost.items()}
     if is_writer():
@@ -70,7 +72,7 @@ def benchmark_results(recipe: Recipe, runs: Mapping[int, Run], name: str, arms: 
     cells = {
         seed: {system: cell for system, (_, cell) in found.items()}
         | {
-            summary.system_name(recipe, cell): cell
+            runs[seed].system_name(cell): cell
             for arm in arms
             for cell in (runs[seed].directory.cell(number).of(arm) for number in range(1, recipe.rounds))
         }
@@ -159,10 +161,10 @@ def _add_deltas(
     return beyond
 
 
-def _efficiency(recipe: Recipe, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _efficiency(config: CompareConfig, results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Points of the curve: pairs (mean over seeds) and every benchmark's metrics."""
     rows = []
-    for point in plan.efficiency_points(recipe):
+    for point in plan.efficiency_points(config):
         scored = {
             name: found["systems"][point.arm]["metrics"]
             for name, found in results["benchmarks"].items()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from m3po_jax.config import CompareConfig
+from m3po_jax.config import CompareConfig, EvaluateConfig
+from m3po_jax.evaluation.gate import FAILED, PASSED, UNDECIDED, read_gate
 from m3po_jax.evaluation.metric import Column
 from m3po_jax.evaluation.registry import METRICS
 from m3po_jax.pipeline.arms import BASE
@@ -28,7 +29,41 @@ def verdict(results: Mapping[str, Any], config: CompareConfig) -> list[str]:
     for name, found in results["benchmarks"].items():
         if config.main in found["systems"]:
             lines += _benchmark(name, found, config.main)
+    lines += [f"Gate: {entry['text']}." for entry in results["gate"]]
     return lines + _why(results, config)
+
+
+def gate(results: Mapping[str, Any], config: EvaluateConfig, main: str) -> list[dict[str, Any]]:
+    """What `evaluate.gate` says of the main system: it fails where its mean drop over the seeds is beyond what is
+    allowed and both intervals of the difference from the base, over images and over seeds, lie on the worse side.
+
+    Returns:
+        An entry for each number, with ``key``, ``allowed``, ``drop`` (in the unit that tables show), ``outcome``
+        (passed, failed or undecided) and ``text``.
+    """
+    benchmarks = results["benchmarks"]
+    metrics = {name: METRICS[found["metric"]] for name, found in benchmarks.items()}
+    entries = []
+    for guarded in read_gate(config.gate, metrics):
+        difference = benchmarks[guarded.benchmark]["differences"].get(BASE, {}).get(main, {}).get(guarded.column.key)
+        drop, judged = None, UNDECIDED
+        if difference is None or difference["outcome"] in ("undefined", "few_seeds"):
+            why = "too few seeds" if difference and difference["outcome"] == "few_seeds" else "no value"
+            text = f"{main}, {guarded.key}: undecided, {why}"
+        else:
+            drop = guarded.column.factor * difference["mean"] * (-1 if guarded.column.better == "higher" else 1)
+            beyond = drop > guarded.allowed
+            judged = FAILED if beyond and difference["outcome"] == "worse" else PASSED
+            unclear = ", but not outside noise" if beyond and judged == PASSED else ""
+            text = (
+                f"{main}, {guarded.key}: {judged}, {guarded.column.label} differs from the base's by "
+                f"{_interval(difference, guarded.column)}, {'beyond' if beyond else 'within'} the allowed drop of "
+                f"{guarded.allowed:g}{unclear}"
+            )
+        entries.append(
+            {"key": guarded.key, "allowed": guarded.allowed, "drop": drop, "outcome": judged, "text": text}
+        )
+    return entries
 
 
 def _benchmark(name: str, found: Mapping[str, Any], main: str) -> list[str]:
