@@ -23,10 +23,9 @@ def row(family: Family) -> list[str]:
     """What a family can be used as, and what is done to its models."""
     about_images = family.images is not None
     dual_encoder = not family.has_decoder
+    images = "one size" if dual_encoder else ""
     if family.images is not None:
         images = family.images.sizes
-    else:
-        images = "one size" if dual_encoder else ""
     return [
         f"`{family.name}`",
         ", ".join(f"`{kind}`" for kind in family.model_types),
