@@ -23,12 +23,9 @@ def row(family: Family) -> list[str]:
     """What a family can be used as, and what is done to its models."""
     about_images = family.images is not None
     dual_encoder = not family.has_decoder
-    if family.images is not None and family.images.several_sizes:
-        images = "any size"
-    elif family.images is not None and family.images.pan_and_scan:
-        images = "one size, crops"
-    else:
-        images = "one size" if about_images or dual_encoder else ""
+    images = "one size" if dual_encoder else ""
+    if family.images is not None:
+        images = family.images.sizes
     return [
         f"`{family.name}`",
         ", ".join(f"`{kind}`" for kind in family.model_types),

@@ -74,6 +74,7 @@ class ImageFamily:
         placeholder: What chat templates write for an image, where it is another token than the image token; "": it
             is not. The plan says what stands there in the prompt.
         pan_and_scan: The family offers it, see `ImageSettings`.
+        sizes: What images become, in the words of docs/models.md.
         marks: The tokens around images whose ids a configuration states, by their spelling.
     """
 
@@ -87,4 +88,5 @@ class ImageFamily:
     several_sizes: bool = False
     placeholder: str = ""
     pan_and_scan: bool = False
+    sizes: str = "one size"
     marks: Callable[[Any], Mapping[str, int]] = lambda config: {}

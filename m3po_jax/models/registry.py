@@ -30,6 +30,10 @@ from m3po_jax.models.gemma3 import model as gemma3
 from m3po_jax.models.gemma3 import weights as gemma3_weights
 from m3po_jax.models.gemma3.images import GEMMA3_IMAGES
 from m3po_jax.models.hub import HUB_ID, fetch, listed_tensors, pinned, snapshot_of
+from m3po_jax.models.idefics3 import config as idefics3_config
+from m3po_jax.models.idefics3 import model as idefics3
+from m3po_jax.models.idefics3 import weights as idefics3_weights
+from m3po_jax.models.idefics3.images import IDEFICS3_IMAGES
 from m3po_jax.models.image_family import ImageFamily
 from m3po_jax.models.kernels.choice import attention_note, check_attention, with_attention
 from m3po_jax.models.llava import config as llava_config
@@ -201,6 +205,20 @@ FAMILIES = (
         images=GEMMA3_IMAGES,
         projector="multi_modal_projector",
         other_names=(("multi_modal_projector", "model.multi_modal_projector"),),
+    ),
+    Family(
+        name="idefics3",
+        task="image-text-to-text",
+        model_types=("idefics3", "smolvlm"),
+        model_class=idefics3.Idefics3,
+        sections=idefics3_config.idefics3_sections,
+        read_config=idefics3_config.idefics3_config,
+        build=idefics3.build,
+        tensor_map=idefics3_weights.tensor_map,
+        canonical_name=idefics3_weights.canonical_name,
+        images=IDEFICS3_IMAGES,
+        projector="model.connector",
+        module_root=1,
     ),
     Family(
         name="causal_lm",

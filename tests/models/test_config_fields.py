@@ -54,6 +54,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
         "vision_config": {**VISION, "image_size": 56, "vision_use_head": False},
     },
+    **{
+        kind: {
+            **{"model_type": kind, "image_token_id": 60, "scale_factor": 2},
+            "text_config": {"model_type": "llama", **TEXT},
+            "vision_config": {**VISION, "image_size": 56},
+        }
+        for kind in ("idefics3", "smolvlm")
+    },
     "llama": {"model_type": "llama", **TEXT},
     "mistral": {"model_type": "mistral", **TEXT, "sliding_window": 8},
     "qwen2": {
@@ -157,6 +165,8 @@ OTHER_OF = {
         "mm_tokens_per_image": 16,
     },
     ("gemma3", "vision_config"): {"image_size": 70},
+    **{(kind, ""): {"scale_factor": 4} for kind in ("idefics3", "smolvlm")},
+    **{(kind, "vision_config"): {"image_size": 84} for kind in ("idefics3", "smolvlm")},
 }
 # Sections, ids that the tokenizer's reader compares, and fields of which one value alone is implemented.
 NO_OTHER = {
@@ -252,6 +262,8 @@ QUANTISED = ("bitsandbytes", "awq", "gptq", "fp8", "compressed-tensors", "torcha
         ("gemma3", "vision_config", "vision_use_head", True),
         ("gemma3", "text_config", "attn_logit_softcapping", 50.0),
         ("gemma3", "", "mm_tokens_per_image", 0),
+        ("smolvlm", "", "scale_factor", 0),
+        ("idefics3", "text_config", "sliding_window", 8),
         ("qwen2_5_vl", "vision_config", "fullatt_block_indexes", [1.5]),
         ("qwen2_5_vl", "vision_config", "in_channels", 1),
         ("qwen2_5_vl", "vision_config", "rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
@@ -402,6 +414,8 @@ def test_absent_fields_take_transformers_defaults(kind: str, tmp_path: Path) -> 
     elif kind == "gemma3":  # whose tower has no head, and patches of 16 pixels by default
         vision = {"image_size": 512, "vision_use_head": False}
         plain = [{"vision_config": vision, "text_config": {"num_hidden_layers": 3}}]
+    elif kind in ("idefics3", "smolvlm"):  # of whose default patches there are seven along a side
+        plain = [{"vision_config": {"image_size": 448}, "text_config": {"num_hidden_layers": 3}}]
     elif "text_config" in CONFIGS[kind]:
         plain.append({"vision_config": {"image_size": 448}, "text_config": {"num_hidden_layers": 3}})
     for number, given in enumerate(plain):

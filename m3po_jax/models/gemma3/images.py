@@ -148,4 +148,5 @@ GEMMA3_IMAGES = ImageFamily(
     placeholder=START,
     marks=_marks,
     pan_and_scan=True,
+    sizes="one size, crops",
 )

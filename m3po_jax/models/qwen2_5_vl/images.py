@@ -188,6 +188,7 @@ def patch_images(feature_width: Callable[[Any], int]) -> ImageFamily:
         count_features=_count_features,
         feature_settings=lambda config: (config.vision,),
         several_sizes=True,
+        sizes="any size",
     )
 
 

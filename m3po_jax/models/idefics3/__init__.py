@@ -1,0 +1,1 @@
+"""Idefics3 and SmolVLM: a SigLIP tower on tiles of an image, pixel shuffle, one linear layer and a text decoder."""
