@@ -139,6 +139,17 @@ def make_parser() -> argparse.ArgumentParser:
                 "--answers", metavar="FILE.jsonl", help='saved answers: {"id": ..., "text": ...} a line'
             )
             verb.add_argument("--benchmark", help="the benchmark that --answers belongs to")
+            verb.add_argument(
+                "--references",
+                metavar="PATH",
+                nargs="+",
+                help="a published benchmark's own files: scores --answers without a recipe (--list says which)",
+            )
+            verb.add_argument("--rule", help="with --references: whose rule reads the answers (--list)")
+            verb.add_argument("--output", metavar="DIR", help="with --references: where the results go")
+            verb.add_argument(
+                "--list", action="store_true", help="published benchmarks: their files, where from, and rules"
+            )
         if name == "plan":
             verb.add_argument(
                 "--topology", metavar="NAME", required=True, help="v5e-8, v5litepod-8, v5e:2x4, v5p-8, ..."

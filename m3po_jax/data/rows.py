@@ -54,8 +54,8 @@ def prompt_from_row(
     Fields: `id`; `images` or `image` (paths, data URIs, or structs of `bytes` and `path`); `instruction`, `question`
     or `prompt`, or a chat (`conversations`, `messages` or `prompt` as a list of turns), all turns but the last
     becoming the history; optional `reference` or `answer`, `history`, `system`, `metadata`. `text` is the reference,
-    or the question of LLaVA's question files, where no other field is. All other fields are kept in the metadata,
-    except bytes.
+    or the question of LLaVA's and POPE's question files, where no other field is; a `label` of yes or no beside such
+    a question is its reference. All other fields are kept in the metadata, except bytes.
 
     Args:
         place: Of the row in its file; where given, it makes the id of a row that has none: its only image's path, or
@@ -80,6 +80,7 @@ def prompt_from_row(
         system = chat.system if system is None else system
     elif instruction is None:
         instruction = row.get("text") if row.get("text") is not None else rules.instruction or None
+        reference = _yes_no_label(row) if reference is None else reference
     elif reference is None:
         reference = row.get("text")
     if rules.require_image and not images:
@@ -107,6 +108,12 @@ def prompt_from_row(
     if history:
         metadata["history"] = [[check_text(text, "the history", where) for text in turn] for turn in history]
     return schema.Prompt(identifier, images, instruction, reference, metadata, where)
+
+
+def _yes_no_label(row: Mapping[str, Any]) -> str | None:
+    """The right answer of a question as POPE's files have it."""
+    label = row.get("label")
+    return label if isinstance(label, str) and label.strip().lower() in ("yes", "no") else None
 
 
 def _turns(row: Mapping[str, Any]) -> Any:

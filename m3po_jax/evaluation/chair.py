@@ -14,6 +14,7 @@ import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,10 @@ class Vocabulary:
     def objects(self) -> frozenset[str]:
         return frozenset(name for name in self.terms.values() if name is not None)
 
+    def object_of(self, name: str) -> str:
+        """What a category of this name is called here."""
+        return self.terms.get(tuple(name.split(" "))) or name
+
     def words(self, text: str) -> list[str]:
         """Lower-case words in the form that the vocabulary has ("scissors"), else singular; marks between them."""
         cut = nltk_tokens if self.official else tokens
@@ -135,13 +140,21 @@ def vocabulary(synonyms: Mapping[str, Iterable[str]]) -> Vocabulary:
     return Vocabulary(terms)
 
 
-def coco_vocabulary(synonym_lines: Iterable[str]) -> Vocabulary:
+@functools.lru_cache(maxsize=1)
+def _coco_objects() -> tuple[str, ...]:
+    """The 80 objects with the words that the official script can find for each, as its synonyms.txt lists them."""
+    file = resources.files("m3po_jax") / "evaluation" / "coco_objects.txt"
+    return tuple(file.read_text(encoding="utf-8").splitlines())
+
+
+def coco_vocabulary(synonym_lines: Iterable[str] | None = None) -> Vocabulary:
     """The official COCO vocabulary, with its oddity that "bus" (but not "buses") is never counted.
 
     Args:
-        synonym_lines: Lines of the authors' synonyms.txt, an object and its synonyms, split at a comma and one space;
-            a name that keeps a leading space never matches, as in the official script.
+        synonym_lines: Lines like those of the authors' synonyms.txt, an object and its synonyms, split at a comma and
+            one space; a name that keeps a leading space never matches, as in the official script. None: theirs.
     """
+    synonym_lines = _coco_objects() if synonym_lines is None else synonym_lines
     single: dict[str, str] = {}
     for line in synonym_lines:
         names = line.strip().split(", ")
@@ -253,7 +266,7 @@ def _score(prompts: Sequence[Prompt], answers: Answers, config: BenchmarkConfig,
     labels = [{"id": prompt.id, "objects": prompt.metadata["objects"]} for prompt in prompts]
     records = [dict(answer) | {"objects": label["objects"]} for answer, label in join(answers, labels)]
     if rule == "official":
-        return chair(records, coco_vocabulary(read_text(config.synonyms).splitlines()))
+        return chair(records, coco_vocabulary(read_text(config.synonyms).splitlines() if config.synonyms else None))
     entries = [[part.strip() for part in entry.split(",")] for entry in config.vocabulary]
     words = {name: others for name, *others in entries}
     named = {name for record in records for name in record["objects"]}
@@ -267,12 +280,6 @@ def _score(prompts: Sequence[Prompt], answers: Answers, config: BenchmarkConfig,
 
 
 def _check(config: BenchmarkConfig) -> None:
-    if config.rule == "official" and not config.synonyms:
-        raise UserError(
-            "the official rule needs the authors' synonyms.txt",
-            where="synonyms",
-            remedy="name the file (data/synonyms.txt of github.com/LisaAnne/Hallucination), or rule: vocabulary",
-        )
     if config.rule == "vocabulary" and config.synonyms:
         raise UserError(
             "rule: vocabulary reads no synonyms file",
@@ -286,7 +293,7 @@ def _check(config: BenchmarkConfig) -> None:
 METRIC = Metric(
     rules={
         "vocabulary": "the official counting with the words that `vocabulary` lists; no published numbers are of it",
-        "official": "utils/chair.py of LisaAnne/Hallucination (2018), with its synonyms.txt",
+        "official": "utils/chair.py of LisaAnne/Hallucination (2018), with the words of its synonyms.txt",
     },
     needs="`metadata.objects`, a list",
     missing=needs_texts("objects"),

@@ -162,8 +162,11 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray, *, undefined: float = 
 
 
 def image_of(prompt: Prompt) -> str:
-    """What tells images apart for the bootstrap: the scene or image a row names, else the row."""
-    return str(prompt.metadata.get("scene") or prompt.metadata.get("image") or prompt.id)
+    """What tells images apart for the bootstrap: the scene or image that a row names, its only image's path, or the
+    row."""
+    named = prompt.metadata.get("scene") or prompt.metadata.get("image")
+    path = prompt.images[0].path if len(prompt.images) == 1 else None
+    return str(named or path or prompt.id)
 
 
 def as_label(prompt: Prompt, **more: Any) -> dict[str, Any]:

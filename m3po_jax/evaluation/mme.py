@@ -16,6 +16,7 @@ import numpy as np
 from m3po_jax.config import BenchmarkConfig
 from m3po_jax.data.schema import Prompt
 from m3po_jax.errors import UserError
+from m3po_jax.evaluation import yes_no
 from m3po_jax.evaluation.metric import (
     Answers,
     Column,
@@ -45,11 +46,15 @@ def parse(text: str) -> str:
     return "yes" if "yes" in start else "no" if "no" in start else OTHER
 
 
-def mme(answers: Iterable[Record], labels: Iterable[Record]) -> dict[str, Any]:
+_READERS = {"official": parse, "lmms_eval": yes_no.lmms_eval_mme, "vlmevalkit": yes_no.vlmevalkit}
+
+
+def mme(answers: Iterable[Record], labels: Iterable[Record], rule: str = "official") -> dict[str, Any]:
     """MME scores.
 
     Args:
         answers: ``{"id", "text"}``.
+        rule: Of `METRIC.rules`.
         labels: ``{"id", "label", "category", "image"}``: yes or no, the task, and the image, which two questions of a
             task share.
 
@@ -62,7 +67,9 @@ def mme(answers: Iterable[Record], labels: Iterable[Record]) -> dict[str, Any]:
         UserError: ids that do not match, an unknown task, a label that is neither yes nor no, or an image without
             exactly two questions.
     """
-    items = yes_no_items(answers, labels, parse, lambda text: parse(text) == OTHER, categories=TASKS, kind="task")
+    read = _READERS[rule]
+    neither = lambda text: read(text) not in ("yes", "no")  # noqa: E731
+    items = yes_no_items(answers, labels, read, neither, categories=TASKS, kind="task")
     present = [task for task in TASKS if any(item["category"] == task for item in items)]
     for task in present:
         _pair([item for item in items if item["category"] == task])
@@ -133,16 +140,20 @@ def task_scores(items: Sequence[Item]) -> dict[str, Any]:
         "accuracy": accuracy,
         "accuracy_plus": accuracy_plus,
         "score": 100 * accuracy + 100 * accuracy_plus,
-        "other": sum(item["parsed"] == OTHER for item in items),
+        "other": sum(item["unparsed"] for item in items),
     }
 
 
 def _score(prompts: Sequence[Prompt], answers: Answers, config: BenchmarkConfig, rule: str) -> dict[str, Any]:
-    return mme(answers, [as_label(prompt, label=prompt.reference) for prompt in prompts])
+    return mme(answers, [as_label(prompt, label=prompt.reference) for prompt in prompts], rule)
 
 
 METRIC = Metric(
-    rules={"official": "eval_tool/calculation.py of MME: yes or no within the first four characters, in lower case"},
+    rules={
+        "official": "eval_tool/calculation.py of MME: yes or no within the first four characters, in lower case",
+        "lmms_eval": "tasks/mme/utils.py of lmms-eval (2025): official without full stops and outer spaces; y and n",
+        "vlmevalkit": yes_no.VLMEVALKIT,
+    },
     needs="`reference` Yes or No, `metadata.category` (the task), `metadata.image`, which two rows share",
     missing=needs_reference,
     score=_score,

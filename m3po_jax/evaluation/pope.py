@@ -8,13 +8,14 @@ included. Answers that count as "yes" without saying so are reported as `unparse
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from m3po_jax.config import BenchmarkConfig
 from m3po_jax.data.schema import Prompt
+from m3po_jax.evaluation import yes_no
 from m3po_jax.evaluation.metric import Answers, Column, Item, Metric, Rates, Sums, as_label, needs_reference, ratio
 from m3po_jax.evaluation.records import Record, mean, yes_no_items
 
@@ -34,11 +35,20 @@ def is_unparsed(text: str) -> bool:
     return parse(text) == "yes" and not _YES.search(text)
 
 
-def pope(answers: Iterable[Record], labels: Iterable[Record]) -> dict[str, Any]:
+# How a rule reads an answer, and whether it found neither yes nor no.
+_READERS: dict[str, tuple[Callable[[str], str], Callable[[str], bool]]] = {
+    "official": (parse, is_unparsed),
+    "lmms_eval": (yes_no.lmms_eval_pope, lambda text: yes_no.lmms_eval_pope(text) == yes_no.OTHER),
+    "vlmevalkit": (yes_no.vlmevalkit, lambda text: yes_no.vlmevalkit(text) == yes_no.UNKNOWN),
+}
+
+
+def pope(answers: Iterable[Record], labels: Iterable[Record], rule: str = "official") -> dict[str, Any]:
     """POPE scores.
 
     Args:
         answers: ``{"id", "text"}``.
+        rule: Of `METRIC.rules`.
         labels: ``{"id", "label"}``, yes or no; ``category`` (the split) and ``image`` may be added.
 
     Returns:
@@ -48,7 +58,7 @@ def pope(answers: Iterable[Record], labels: Iterable[Record]) -> dict[str, Any]:
     Raises:
         UserError: when ids do not match, or a label or answer is malformed.
     """
-    items = yes_no_items(answers, labels, parse, is_unparsed)
+    items = yes_no_items(answers, labels, *_READERS[rule])
     names = sorted({item["category"] for item in items})
     categories = {name: scores([item for item in items if item["category"] == name]) for name in names}
     return {
@@ -61,21 +71,33 @@ def pope(answers: Iterable[Record], labels: Iterable[Record]) -> dict[str, Any]:
 
 
 def sums(item: Item) -> list[float]:
-    """What an answer adds: true and false positives, true and false negatives (positive = yes)."""
-    positive, correct = item["parsed"] == "yes", bool(item["correct"])
-    return [positive and correct, positive and not correct, not positive and correct, not positive and not correct]
+    """What an answer adds: true and false positives, true and false negatives (positive = yes), and answers that are
+    wrong without being any of them.
+
+    To VLMEvalKit an answer that is neither yes nor no is a missed yes where yes was right; to lmms-eval it is none.
+    """
+    said, correct = item["parsed"], bool(item["correct"])
+    missed = said == "no" or (said == yes_no.UNKNOWN and item["label"] == "yes")
+    cells = [
+        said == "yes" and correct,
+        said == "yes" and not correct,
+        said == "no" and correct,
+        missed and not correct,
+    ]
+    return [*cells, not any(cells)]
 
 
 def rates(sums: Sums) -> Rates:
     """POPE's scores from `sums`; 0 where a denominator is zero."""
-    tp, fp, tn, fn = np.moveaxis(sums, -1, 0)
+    tp, fp, tn, fn, neither = np.moveaxis(sums, -1, 0)
+    total = tp + fp + tn + fn + neither
     return {
-        "accuracy": ratio(tp + tn, tp + fp + tn + fn, undefined=0.0),
+        "accuracy": ratio(tp + tn, total, undefined=0.0),
         "precision": ratio(tp, tp + fp, undefined=0.0),
         "recall": ratio(tp, tp + fn, undefined=0.0),
         # Equal to 2PR/(P+R), and defined whenever either is.
         "f1": ratio(2 * tp, 2 * tp + fp + fn, undefined=0.0),
-        "yes_ratio": ratio(tp + fp, tp + fp + tn + fn, undefined=0.0),
+        "yes_ratio": ratio(tp + fp, total, undefined=0.0),
     }
 
 
@@ -85,8 +107,8 @@ def scores(items: Sequence[Item]) -> dict[str, Any]:
     Where a denominator is zero the score is 0 and `degenerate` says so; without items accuracy and yes ratio
     are 0 as well.
     """
-    totals = np.sum([sums(item) for item in items] or [[0, 0, 0, 0]], axis=0)
-    tp, fp, tn, fn = map(int, totals)
+    totals = np.sum([sums(item) for item in items] or [[0, 0, 0, 0, 0]], axis=0)
+    tp, fp, tn, fn, _ = map(int, totals)
     n = len(items)
     reasons = []
     if not n:
@@ -115,12 +137,14 @@ def near_chance(base: Mapping[str, float | None]) -> str | None:
 
 
 def _score(prompts: Sequence[Prompt], answers: Answers, config: BenchmarkConfig, rule: str) -> dict[str, Any]:
-    return pope(answers, [as_label(prompt, label=prompt.reference) for prompt in prompts])
+    return pope(answers, [as_label(prompt, label=prompt.reference) for prompt in prompts], rule)
 
 
 METRIC = Metric(
     rules={
-        "official": "evaluate.py of RUCAIBox/POPE: no, if No, no or not is a word of the first sentence, else yes"
+        "official": "evaluate.py of RUCAIBox/POPE: no, if No, no or not is a word of the first sentence, else yes",
+        "lmms_eval": "tasks/pope/utils.py of lmms-eval (2025): the whole answer is yes or no, case aside",
+        "vlmevalkit": yes_no.VLMEVALKIT,
     },
     needs="`reference` Yes or No",
     missing=needs_reference,

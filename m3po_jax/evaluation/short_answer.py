@@ -55,16 +55,20 @@ _CONTRACTIONS = {
 } | {"somebody'd": "somebodyd"}
 
 
-def normalize(text: str) -> str:
-    """Lower-case without articles and punctuation, number words as digits, contractions with apostrophes."""
-    text = text.replace("\n", " ").replace("\t", " ").strip()
+def without_punctuation(text: str) -> str:
+    """Marks go, or become spaces where they stand between words and no comma stands in a number; so do full stops."""
     has_digit_comma = _DIGIT_COMMA.search(text) is not None
     result = text
     for mark in _PUNCTUATION:
         glued = f"{mark} " not in text and f" {mark}" not in text and not has_digit_comma
         result = result.replace(mark, " " if glued else "")
-    result = _FULL_STOP.sub("", result, count=_FULL_STOPS)
-    words = (_NUMBERS.get(word, word) for word in result.lower().split())
+    return _FULL_STOP.sub("", result, count=_FULL_STOPS)
+
+
+def normalize(text: str) -> str:
+    """Lower-case without articles and punctuation, number words as digits, contractions with apostrophes."""
+    plain = without_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
+    words = (_NUMBERS.get(word, word) for word in plain.lower().split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 

@@ -94,6 +94,17 @@ def select(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
+    if options.list:
+        from m3po_jax.pipeline.published import listing
+
+        print(listing())
+        return
+    if options.answers and (options.references or options.rule or options.output or not options.config):
+        _evaluate_published(options)
+        return
+    for name in ("references", "rule", "output"):
+        if getattr(options, name):
+            raise UserError("goes with saved answers", where=f"--{name}", remedy="give --answers FILE too")
     if options.answers:
         _evaluate_answers(options)
         return
@@ -112,6 +123,28 @@ def evaluate(options: argparse.Namespace) -> None:
         else:
             running.evaluate_base()
         require_gate(summary.write_tables(running.recipe, running.directory, running.benchmarks))
+
+
+def _evaluate_published(options: argparse.Namespace) -> None:
+    from m3po_jax.pipeline.published import score_published, summary_table
+
+    if options.config or options.overrides:
+        raise UserError(
+            "published files need no recipe",
+            where="--config" if options.config else options.overrides[0],
+            remedy="leave it out, or score a recipe's benchmark with --answers and --benchmark alone",
+        )
+    if not options.benchmark:
+        raise UserError("which benchmark do they answer?", where="--benchmark", remedy="m3po evaluate --list")
+    results, out = score_published(
+        options.benchmark,
+        [Path(path) for path in options.references or ()],
+        Path(options.answers),
+        rule=options.rule or "",
+        output=Path(options.output) if options.output else None,
+    )
+    print(summary_table(results))
+    say(f"results and per-item records in {out}")
 
 
 def _evaluate_answers(options: argparse.Namespace) -> None:

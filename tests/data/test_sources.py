@@ -168,7 +168,7 @@ def test_formats_of_others():
     assert (pope.id, pope.instruction, pope.reference, pope.metadata) == (
         "7",
         "Is it?",
-        None,
+        "no",
         {"label": "no"},
     )
     answer = prompt_from_row({"id": "a", "question": "q", "text": "t"}, "f:1")

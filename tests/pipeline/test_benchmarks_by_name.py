@@ -182,7 +182,6 @@ def test_an_unknown_rule_is_refused_and_the_known_ones_are_listed(tmp_path, metr
     [
         ("pope", {"vocabulary": ["dog"]}, "b.vocabulary: pope has no such setting; it is one of chair"),
         ("vqa", {"association": "x.json"}, "b.association: vqa has no such setting; it is one of amber"),
-        ("chair", {"rule": "official"}, "b.synonyms: the official rule needs the authors' synonyms.txt"),
         ("chair", {"synonyms": "none.txt"}, "none.txt: cannot be read"),
         ("chair", {"rule": "vocabulary", "synonyms": "s.txt"}, "b.synonyms: rule: vocabulary reads no synonyms file"),
         ("amber", {"rule": "official"}, "b.rule: the official rule finds nouns by nltk"),
@@ -196,7 +195,7 @@ def test_settings_that_a_metric_does_not_have(tmp_path, metric, settings, messag
     assert message in capsys.readouterr().err
 
 
-def test_chair_is_official_with_the_authors_synonyms_only(tmp_path, capsys):
+def test_chair_is_official_where_the_recipe_says_so_or_names_synonyms(tmp_path, capsys):
     arguments = files(tmp_path, "chair")
     assert main(arguments) == 0
     said = capsys.readouterr()
@@ -208,6 +207,9 @@ def test_chair_is_official_with_the_authors_synonyms_only(tmp_path, capsys):
     results = newest(tmp_path)
     assert results["summary"]["chair_i"] == pytest.approx(2 / 5) and "note" not in results
     assert results["summary"]["rule"] == "vocabulary"
+    assert main([*arguments, "evaluate.benchmarks.b.rule=official"]) == 0
+    results = newest(tmp_path)
+    assert results["rule"]["name"] == "official" and results["summary"]["chair_i"] == pytest.approx(2 / 5)
     (tmp_path / "synonyms.txt").write_text("person, man, woman\ndog, puppy\nbus\ncat\n")
     assert main([*arguments, f"evaluate.benchmarks.b.synonyms={tmp_path / 'synonyms.txt'}"]) == 0
     results = newest(tmp_path)
