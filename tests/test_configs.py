@@ -187,8 +187,24 @@ def gemma3(width: int, mlp: int, layers: int, heads: int, kv_heads: int) -> dict
     return {**model, "text_config": text, "vision_config": vision}
 
 
+def smolvlm() -> dict[str, Any]:
+    """SmolVLM2's ``config.json`` of 500M."""
+    text = {
+        **{"model_type": "llama", "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32},
+        **{"num_attention_heads": 15, "num_key_value_heads": 5, "head_dim": 64, "vocab_size": 49280},
+        **{"rms_norm_eps": 1e-5, "rope_theta": 100000, "max_position_embeddings": 8192},
+    }
+    vision = {
+        **{"model_type": "smolvlm_vision", "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+        **{"image_size": 512, "patch_size": 16},
+    }
+    model = {"model_type": "smolvlm", "image_token_id": 49190, "scale_factor": 4}
+    return {**model, "text_config": text, "vision_config": vision}
+
+
 # The published configurations, by the beginning of a recipe's name.
 MODELS: dict[str, dict[str, Any]] = {
+    "smolvlm2_500m": smolvlm(),
     "gemma3_4b": gemma3(2560, 10240, 34, 8, 4),
     "gemma3_12b": gemma3(3840, 15360, 48, 16, 8),
     "llava15_13b": llava(5120, 13824, 40, 40),
@@ -203,6 +219,7 @@ PARAMETERS = {
     **{"llava15_7b": 7_063_427_072, "qwen25_vl_3b": 3_754_622_976, "qwen25_vl_7b": 8_292_166_656},
     **{"qwen3_vl_4b": 4_437_815_808, "qwen3_vl_8b": 8_767_123_696},
     **{"gemma3_4b": 4_300_079_472, "gemma3_12b": 12_187_325_040},
+    "smolvlm2_500m": 507_482_304,
 }
 
 

@@ -1,5 +1,5 @@
-"""The whole loop on cached features, with Qwen3-VL (sizes of images, features for several layers) and with Gemma 3
-(crops of images, image tokens that see each other)."""
+"""The whole loop on cached features, with Qwen3-VL (sizes of images, features for several layers), SmolVLM (tiles in
+named rows and columns) and Gemma 3 (crops of images, image tokens that see each other)."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ from m3po_jax.pipeline.generate import prompt_batches
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 import hf_gemma3
+import hf_idefics3
 import hf_qwen
 
 SIZES = {
     "qwen3_vl": [(60, 12), (9, 70), (32, 32), (48, 40), (37, 29), (48, 32)],
+    "smolvlm": [(60, 12), (9, 70), (32, 32), (48, 40), (37, 29), (48, 32)],
     "gemma3": [(620, 300), (9, 70), (270, 1101), (48, 40), (310, 600), (48, 32)],
 }
 
@@ -53,6 +55,8 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder, kind = tmp_path_factory.mktemp("run"), request.param
     if kind == "gemma3":
         hf_gemma3.saved(folder / "model")
+    elif kind == "smolvlm":
+        hf_idefics3.saved(kind, folder / "model")
     else:
         hf_qwen.saved(kind, folder / "model")
     data = write_data(folder / "data", SIZES[kind])
