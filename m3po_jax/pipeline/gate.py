@@ -23,8 +23,8 @@ def gate_verdicts(
 ) -> list[dict[str, Any]]:
     """What the gate says of every trained system that was evaluated beside the base, see `evaluation.gate.decide`.
 
-    Each verdict has its ``system``, its ``text``, and whether it ``decides`` the exit status: the recipe's own system
-    after its last round does, the arms that it is compared with do not.
+    The deciding ones come first. Each verdict has its ``system``, its ``text``, and whether it ``decides`` the exit
+    status: the recipe's own system after its last round does, the arms that it is compared with do not.
 
     Args:
         systems: (name, kind, cell) of everything that was evaluated.
@@ -46,7 +46,7 @@ def gate_verdicts(
                 continue
             verdict = decide(entry, benchmark.metric, both[0], both[1], resamples=config.bootstrap_samples, seed=seed)
             verdicts.append({"system": name, "decides": cell == deciding, **verdict, "text": sentence(verdict, name)})
-    return verdicts
+    return sorted(verdicts, key=lambda verdict: not verdict["decides"])
 
 
 def _answered(cell: Cell, benchmark: Benchmark) -> tuple[list[str], list[dict[str, Any]]] | None:

@@ -186,7 +186,7 @@ def test_a_gate_is_decided_after_everything_is_written(
     assert "Regression gate: failed" in page and failed.format("scenes.recall") in page
     verdicts = json.loads((finished / "evaluation.json").read_text(encoding="utf-8"))["gate"]
     systems = [(entry["system"], entry["decides"]) for entry in verdicts]
-    assert systems == [("mas_dpo", False)] * 2 + [("m3po", True)] * 2
+    assert systems == [("m3po", True)] * 2 + [("mas_dpo", False)] * 2
     monkeypatch.undo()
     assert main(["run", "--config", recipe, "evaluate.gate={questions.accuracy: {drop: 100}}"]) == 0
     assert "Regression gate: passed" in (finished / "report.html").read_text(encoding="utf-8")
