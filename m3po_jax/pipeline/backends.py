@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from m3po_jax.config import DataConfig, ModelConfig, ScoreConfig
 from m3po_jax.data.schema import Prompt
+from m3po_jax.data.templates import CHAT
 from m3po_jax.errors import UserError, nearest
 from m3po_jax.hosts.agreement import from_writer, is_writer
 from m3po_jax.hosts.signals import stop_signal
@@ -41,7 +42,8 @@ class Setting:
     Attributes:
         policy: The model that is aligned; needed where it judges itself, and for the warning.
         image_root: Folder that image paths are relative to.
-        model_config: Data types, conversation template, image fit and prompt limit of a judge of its own.
+        model_config: Data types, conversation template, image fit and prompt limit of a judge of its own; a judge of
+            another family than the policy's has its own template.
         folder: The run directory, where a backend may keep what it paid for; None: it keeps nothing there.
         warnings: Gets a line where a judge shares the policy's blind spots.
         own_reward: Gives the run's own reward model, for ``reward`` without a model.
@@ -115,6 +117,31 @@ def describe_judge(score: ScoreConfig, *, download: bool = True) -> Description:
     return described
 
 
+def judge_config(path: str, policy: ModelConfig, judge: Description, policy_model: Description | None) -> ModelConfig:
+    """How a judge of its own is loaded and asked: as the policy is, as far as the judge's family has such settings.
+
+    Args:
+        path: Of the judge.
+        policy: The recipe's model.
+        policy_model: What it is, where that is known. A judge of another family has its own template: the policy's
+            words would be none that it was taught.
+    """
+    images = judge.family.images
+    assert images is not None, "refused by describe_judge"
+    stranger = policy_model is not None and policy_model.family.name != judge.family.name
+    return dataclasses.replace(
+        policy,
+        path=path,
+        revision="",
+        vision_tower="",
+        init="pretrained",
+        template=CHAT if stranger else policy.template,
+        min_pixels=policy.min_pixels if images.several_sizes else None,
+        max_pixels=policy.max_pixels if images.several_sizes else None,
+        pan_and_scan=policy.pan_and_scan and images.pan_and_scan,
+    )
+
+
 def _similarity(setting: Setting) -> Similarity:
     score = setting.score
     describe_dual_encoder(score, download=False)
@@ -142,19 +169,9 @@ def _judge_model(setting: Setting) -> Policy:
     """The vision-language model that judges: `score.model`, or the policy itself."""
     score, policy = setting.score, setting.policy
     if score.model:
-        images, asked = describe_judge(score, download=False).family.images, setting.model_config
-        assert images is not None, "refused by describe_judge"
-        config = dataclasses.replace(
-            asked,
-            path=score.model,
-            revision="",
-            vision_tower="",
-            init="pretrained",
-            # How the policy's images are read is the judge's affair where its family reads them so.
-            min_pixels=asked.min_pixels if images.several_sizes else None,
-            max_pixels=asked.max_pixels if images.several_sizes else None,
-            pan_and_scan=asked.pan_and_scan and images.pan_and_scan,
-        )
+        described = describe_judge(score, download=False)
+        of_policy = None if policy is None else policy.loaded.description
+        config = judge_config(score.model, setting.model_config, described, of_policy)
         limits = InputLimits(max_image_pixels=setting.max_image_pixels)
         judge = load_policy(config, 0, setting.mesh, limits, image_root=setting.image_root)
     elif policy is not None:

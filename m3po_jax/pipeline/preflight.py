@@ -31,7 +31,7 @@ from m3po_jax.models.registry import Description, describe_policy, stored_tensor
 from m3po_jax.objectives.objective import Learner
 from m3po_jax.objectives.registry import objective_of
 from m3po_jax.pipeline.arms import arm_recipe
-from m3po_jax.pipeline.backends import check_ready, describe_dual_encoder, describe_judge
+from m3po_jax.pipeline.backends import check_ready, describe_dual_encoder, describe_judge, judge_config
 from m3po_jax.pipeline.checks import draws_candidates, judges
 from m3po_jax.pipeline.models import InputLimits, make_dual_processor, make_processor
 from m3po_jax.pipeline.systems import stop_tokens
@@ -158,7 +158,8 @@ class Preflight:
             if judge.model:
                 described = describe_judge(judge, download=False)
                 stored_tensors(described)
-                processor = make_processor(self.recipe.model, described, self.limits)
+                config = judge_config(judge.model, self.recipe.model, described, self.description)
+                processor = make_processor(config, described, self.limits)
             if judge.backend == "claims":
                 answer_tokens(processor)
             else:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from mini_run import write_data, write_recipe
 
 from m3po_jax.cli import main
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+import hf_gemma3
+import hf_idefics3
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +128,12 @@ def test_a_run_stops_before_its_first_stage(recipe, capsys):
     assert main(["run", "--config", str(recipe), "name=late", "train.lora.target_modules=[q_porj]"]) == 2
     assert "no layer is named q_porj" in capsys.readouterr().err
     assert not (recipe.parent / "runs" / "late").exists()
+
+
+def test_a_judge_of_another_family_is_checked_as_it_is_asked(recipe, tmp_path, capsys):
+    """Crops are of the policy's family alone, and so is its template."""
+    hf_gemma3.saved(tmp_path / "gemma")
+    hf_idefics3.saved("smolvlm", tmp_path / "smolvlm")
+    model = [f"model.path={tmp_path / 'gemma'}", "model.template=chat", "model.pan_and_scan=true", "arms={}"]
+    judge = ["score.backend=claims", f"score.model={tmp_path / 'smolvlm'}", "score.aggregate=mean"]
+    assert main(["validate", "--config", str(recipe), *model, *judge]) == 0, capsys.readouterr().err

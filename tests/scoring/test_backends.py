@@ -91,10 +91,12 @@ def test_a_judge_of_its_own(policy, judge_directory, capsys):
 
 
 def test_a_judge_of_another_family_reads_images_its_own_way(policy, judge_directory, tmp_path):
-    """Limits and crops are of families that have them, whoever is the policy; questions in the judge's template."""
+    """Limits and crops are of families that have them, whoever is the policy; questions in the judge's own template,
+    whatever the policy's is."""
     hf_gemma3.saved(tmp_path)
     score = ScoreConfig(backend="claims", model=str(tmp_path), vocabulary=OBJECTS, batch_size=4)
-    model = dataclasses.replace(MODEL, template="chat", max_pixels=1000, pan_and_scan=True)
+    assert MODEL.template == "plain"
+    model = dataclasses.replace(MODEL, max_pixels=1000, pan_and_scan=True)
     made = make_backend(score, one_device(), policy=policy, model_config=model)
     assert made.processor.image_reader.pan_and_scan
     loaded, processor = load_float32(tmp_path), Processor.from_pretrained(tmp_path, "chat", "pad", pan_and_scan=True)
