@@ -99,7 +99,8 @@ def evaluate(options: argparse.Namespace) -> None:
 
         print(listing())
         return
-    if options.answers and (options.references or options.rule or options.output or not options.config):
+    published = options.references or options.rule or options.output
+    if options.answers and (published or not (options.config or options.overrides)):
         _evaluate_published(options)
         return
     for name in ("references", "rule", "output"):

@@ -134,6 +134,22 @@ def test_unknown_names_list_what_exists(tmp_path: Path, capsys: Any) -> None:
     assert "--references: goes with saved answers" in capsys.readouterr().err
 
 
+def test_a_recipe_of_overrides_alone_stays_a_recipe(tmp_path: Path, capsys: Any) -> None:
+    rows = [{"id": row["question_id"], "question": row["text"], "reference": row["label"]} for row in QUESTIONS]
+    answers = lines(tmp_path / "a.jsonl", [{"id": k + 1, "text": TEXTS[k]} for k in range(4)])
+    path = lines(tmp_path / "rows.jsonl", rows)
+    command = [
+        "evaluate",
+        "--answers",
+        str(answers),
+        f"evaluate.benchmarks.mine={{metric: pope, data: {{path: {path}}}}}",
+    ]
+    assert main(command) == 0
+    assert '"accuracy": 0.5' in capsys.readouterr().out
+    assert main([*command, "--rule", "official"]) == 2
+    assert "published files need no recipe" in capsys.readouterr().err
+
+
 def test_other_results_stay(tmp_path: Path, capsys: Any) -> None:
     questions = lines(tmp_path / "questions.json", QUESTIONS)
     first = lines(tmp_path / "a.jsonl", [{"question_id": k + 1, "text": TEXTS[k]} for k in range(4)])
