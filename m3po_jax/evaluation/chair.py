@@ -143,7 +143,7 @@ def vocabulary(synonyms: Mapping[str, Iterable[str]]) -> Vocabulary:
 @functools.lru_cache(maxsize=1)
 def _coco_objects() -> tuple[str, ...]:
     """The 80 objects with the words that the official script can find for each, as its synonyms.txt lists them."""
-    file = resources.files("m3po_jax") / "evaluation" / "coco_objects.txt"
+    file = resources.files("m3po_jax.evaluation") / "coco_objects.txt"
     return tuple(file.read_text(encoding="utf-8").splitlines())
 
 
