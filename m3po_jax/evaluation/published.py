@@ -168,6 +168,8 @@ def _read_pope(references: Sequence[Path], answers: Path, rule: str) -> Scorable
             )
         )
     records = read_records(answers)
+    if all("label" in record and str(record.get("text", "")).strip().endswith("?") for _, record in records):
+        raise UserError("holds questions with their labels, not answers", where=str(answers))
     with_ids = [any(record.get(name) is not None for name in _ID_KEYS) for _, record in records]
     if all(with_ids):
         return Scorable(prompts, _by_id(records))

@@ -110,6 +110,7 @@ def test_pope_takes_its_own_files(tmp_path: Path, write: Any, answers: list[dict
         ([{"question_id": k, "text": "yes"} for k in (1, 2, 3, 3)], "the id '3' occurs twice"),
         ([{"question_id": 1, "text": "yes"}, {"text": "no"}], "answers.jsonl:2: some answers have an id and others"),
         ([{"question_id": k, "text": 1} for k in (1, 2, 3, 4)], "answers.jsonl:1: the answer must be text, not int"),
+        (QUESTIONS, "answers.jsonl: holds questions with their labels, not answers"),
         ([{"question_id": 1}], "answers.jsonl:1: a record needs 'answer' or 'text'"),
     ],
 )
