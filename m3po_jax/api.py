@@ -410,10 +410,10 @@ def evaluate(
     recipe = _with(_recipe_of(model), "evaluate", settings)
     config = dataclasses.replace(recipe.evaluate, benchmarks={})
     keys = {"metric": metric, **(benchmark or {})}
-    made = override(
+    overridden = override(
         Recipe(), {f"evaluate.benchmarks.questions.{key}": value for key, value in keys.items()}, "evaluate"
     )
-    chosen: BenchmarkConfig = made.evaluate.benchmarks["questions"]
+    chosen: BenchmarkConfig = overridden.evaluate.benchmarks["questions"]
     opened: Benchmark = open_benchmark("questions", chosen, source)
     check_scoring(opened)
     with use_mesh(model.mesh), _folder(output_dir) as out:

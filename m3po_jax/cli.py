@@ -224,10 +224,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if several and supervisor.is_lost_host(error):
             supervisor.leave_after(error)
-        told = system_failure(error)
-        if told is None:
+        explained = system_failure(error)
+        if explained is None:
             raise
-        print(f"m3po: {told}", file=sys.stderr)
+        print(f"m3po: {explained}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
 

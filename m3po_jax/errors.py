@@ -96,17 +96,17 @@ def _shows(letter: str) -> bool:
     return unicodedata.category(letter) not in ("Cc", "Cf", "Cs", "Zl", "Zp") or letter in "\u200c\u200d"
 
 
-def nearest(name: str, known: Iterable[str], *, listed: bool = True) -> str:
+def nearest(name: str, names: Iterable[str], *, listed: bool = True) -> str:
     """`` (did you mean 'x'?)`` for a misspelt `name`, or the sorted list of what is known, unless not `listed`.
 
     Only a near name is suggested: one that few letters away, or that continues or ends it.
     """
-    known = sorted(set(known))
-    lowered = {other.lower(): other for other in known}
+    names = sorted(set(names))
+    lowered = {other.lower(): other for other in names}
     close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.7)
     if close:
         return f" (did you mean {lowered[close[0]]!r}?)"
-    return f" (known: {', '.join(known)})" if listed and known else ""
+    return f" (known: {', '.join(names)})" if listed and names else ""
 
 
 # No space on the device, a quota that is used up, and a file that has grown to its limit (`ulimit -f`).

@@ -69,18 +69,18 @@ class OneOf:
         object.__setattr__(self, "named", named)
 
     def choices(self) -> list[str]:
-        found: list[str] = []
+        names: list[str] = []
         for name in self.named:
             module, colon, attribute = name.partition(":")
-            found += [*getattr(importlib.import_module(f"m3po_jax.{module}"), attribute)] if colon else [name]
-        return found
+            names += [*getattr(importlib.import_module(f"m3po_jax.{module}"), attribute)] if colon else [name]
+        return names
 
     def words(self) -> str:
         return " | ".join(choice or '""' for choice in self.choices())
 
     def problem(self, value: Any) -> str | None:
-        known = self.choices()
-        return None if value in known else f"unknown value {value!r}{nearest(value, filter(None, known))}"
+        choices = self.choices()
+        return None if value in choices else f"unknown value {value!r}{nearest(value, filter(None, choices))}"
 
 
 @dataclass(frozen=True)
@@ -202,21 +202,21 @@ class Kind:
         """What it takes, for messages and documentation."""
         if self.section:
             return "a section"
-        told = [rule.words() for rule in self.rules if hasattr(rule, "words")]
+        limits = [rule.words() for rule in self.rules if hasattr(rule, "words")]
         name = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
             self.base, "any value"
         )
-        if self.base is str and told:
+        if self.base is str and limits:
             name = ""
         elif self.base is list:
             assert self.item is not None
             name = f"a list, each {self.item.words()}"
-            told = [f"of {words}" for words in told]
+            limits = [f"of {words}" for words in limits]
         elif self.base is dict:
             assert self.item is not None
             of_one = self.item.base in (int, float, str)
             name = f"a mapping of names, each to {self.item.words()}" if of_one else "a mapping of names"
-        text = " ".join(filter(None, [name, ", ".join(told)]))
+        text = " ".join(filter(None, [name, ", ".join(limits)]))
         return f"{text} or null" if self.optional else text
 
 

@@ -132,12 +132,12 @@ class Plan:
     def problems(self) -> list[str]:
         """A line for each program that does not fit, with the number to lower."""
         limit = math.inf if self.memory is None else self.memory
-        found = []
+        problems = []
         for program in self.programs:
             if program.problem or program.total > limit:
                 size = f"{program.total / GIB:.1f} of {limit / GIB:.1f} GiB" if program.needed else program.problem
-                found.append(f"{program.stage} ({program.name}): {size} a chip; {REMEDIES[program.stage]}")
-        return found
+                problems.append(f"{program.stage} ({program.name}): {size} a chip; {REMEDIES[program.stage]}")
+        return problems
 
 
 # The slices that clouds sell: chips of a two-dimensional one, and of a three-dimensional one, by their number.
@@ -330,8 +330,8 @@ class Planner:
         whole = beside + _bytes_a_chip(cache)
         yield self.compiled("generate", "prefill", prefill.function, prefill.arguments, whole, flops=flops)
         steps = config.max_new_tokens - 1
-        drawn, seen = generator.batch_size * config.num_candidates * steps, self.length + steps / 2
-        keys = sum(seen if window is None else min(seen, window) for window in cost.windows)
+        drawn, context = generator.batch_size * config.num_candidates * steps, self.length + steps / 2
+        keys = sum(context if window is None else min(context, window) for window in cost.windows)
         flops = 2.0 * drawn * (cost.decoder + cost.head + cost.attention * keys)
         read = steps * (_bytes_a_chip((weights, prompts.kv)) + _bytes_a_chip(cache.kv) / 2)
         yield self.compiled("generate", "decode", decode.function, decode.arguments, beside, flops=flops, read=read)
@@ -446,7 +446,7 @@ def _exhausted(message: str) -> str | None:
         return None
     alone = re.search(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
     used = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", message)
-    found = alone or used
-    if found is None:
+    usage = alone or used
+    if usage is None:
         return message.strip().splitlines()[0]
-    return f"{'temporaries alone take ' if alone else ''}{found[1]}iB of {found[2]}iB"
+    return f"{'temporaries alone take ' if alone else ''}{usage[1]}iB of {usage[2]}iB"

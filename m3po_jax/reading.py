@@ -96,12 +96,12 @@ def _read_int(kind: Kind, value: Any, key: str) -> int:
 
 def _read_float(kind: Kind, value: Any, key: str) -> float:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        found: float | None = _as_float(value)
+        parsed: float | None = _as_float(value)
     else:
-        found = number(value) if isinstance(value, Scalar) and value.plain else None
-    if found is None:
+        parsed = number(value) if isinstance(value, Scalar) and value.plain else None
+    if parsed is None:
         raise Refused(key, f"{short(value)} is not a number", _takes(kind))
-    return found
+    return parsed
 
 
 def _as_float(value: numbers.Real) -> float:
@@ -152,9 +152,9 @@ def _read_dict(kind: Kind, value: Any, key: str) -> dict[str, Any]:
         if isinstance(rule, Overrides):
             return dict(_read_overrides(rule.cls(), value, key, ""))
     assert kind.item is not None and kind.key is not None
-    found = {_read_name(kind.key, name, key): item for name, item in value.items()}
-    check_case(kind, found, key)
-    return {name: read_value(kind.item, item, f"{key}.{name}") for name, item in found.items()}
+    named = {_read_name(kind.key, name, key): item for name, item in value.items()}
+    check_case(kind, named, key)
+    return {name: read_value(kind.item, item, f"{key}.{name}") for name, item in named.items()}
 
 
 def _read_overrides(cls: Any, value: Mapping[Any, Any], key: str, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -175,11 +175,11 @@ def kind_at(cls: Any, parts: Sequence[str], key: str) -> Kind:
     Raises:
         Refused: it leads nowhere; the nearest key is named.
     """
-    known = fields_of(cls)
+    kinds = fields_of(cls)
     head, *rest = parts
-    if head not in known:
-        raise _unknown(_up_to(key, rest), head, known)
-    kind = known[head]
+    if head not in kinds:
+        raise _unknown(_up_to(key, rest), head, kinds)
+    kind = kinds[head]
     if not rest:
         return kind
     if kind.section:
@@ -202,10 +202,10 @@ def _up_to(key: str, rest: Sequence[str]) -> str:
     return key.removesuffix("." + ".".join(rest)) if rest else key
 
 
-def _unknown(key: str, name: str, known: Iterable[str]) -> Refused:
+def _unknown(key: str, name: str, names: Iterable[str]) -> Refused:
     if "${" in name:
         return Refused(key, "is an interpolation, which recipes lack")
-    return Refused("", f"unknown key {key!r}{nearest(name, known)}")
+    return Refused("", f"unknown key {key!r}{nearest(name, names)}")
 
 
 def assign(section: Any, parts: Sequence[str], value: Any, key: str) -> Any:
@@ -215,11 +215,11 @@ def assign(section: Any, parts: Sequence[str], value: Any, key: str) -> Any:
     Raises:
         Refused: no such key, or a value that it does not take.
     """
-    known = fields_of(_class_of(section))
+    kinds = fields_of(_class_of(section))
     head, *rest = parts
-    if head not in known:
-        raise _unknown(_up_to(key, rest), head, known)
-    kind, current = known[head], getattr(section, head)
+    if head not in kinds:
+        raise _unknown(_up_to(key, rest), head, kinds)
+    kind, current = kinds[head], getattr(section, head)
     if not rest:
         return dataclasses.replace(section, **{head: read_value(kind, value, key, current)})
     if kind.section:
@@ -239,18 +239,20 @@ def _assign_item(
     if item.section:
         name = _read_name(kind.key, head, _up_to(key, parts))
         before = current.get(name, item.base())
-        made = assign(before, rest, value, key) if rest else read_value(item, value, key)
+        item_read = assign(before, rest, value, key) if rest else read_value(item, value, key)
     elif overrides and rest:
         dotted = ".".join(rest)
         place = key.removesuffix(f".{dotted}")
         name = _read_name(kind.key, head, place.removesuffix(f".{head}"))
-        made = dict(current.get(name, {})) | dict(_read_overrides(overrides[0].cls(), {dotted: value}, place, ""))
+        item_read = dict(current.get(name, {})) | dict(
+            _read_overrides(overrides[0].cls(), {dotted: value}, place, "")
+        )
     else:
         name = _read_name(kind.key, ".".join(parts), _up_to(key, parts))
-        made = read_value(item, value, key)
-    found = dict(current) | {name: made}
-    check_case(kind, found, key)
-    return found
+        item_read = read_value(item, value, key)
+    merged = dict(current) | {name: item_read}
+    check_case(kind, merged, key)
+    return merged
 
 
 def as_plain(value: Any) -> Any:
@@ -290,14 +292,14 @@ def _read_section(cls: Any, value: Any, key: str, current: Any) -> Any:
     if not isinstance(value, Mapping):
         example = next(iter(fields_of(cls)))
         raise Refused(key, f"{short(value)} is not a section", f"set keys of it, like {_join(key, example)}")
-    known = fields_of(cls)
+    kinds = fields_of(cls)
     changes: dict[str, Any] = {}
     base = cls() if current is None else current
     for name, item in value.items():
         place = _join(key, _bare(name))
-        if name not in known:
-            raise _unknown(place, str(name), known)
-        changes[str(name)] = read_value(known[str(name)], item, place, getattr(base, str(name)))
+        if name not in kinds:
+            raise _unknown(place, str(name), kinds)
+        changes[str(name)] = read_value(kinds[str(name)], item, place, getattr(base, str(name)))
     return dataclasses.replace(base, **changes)
 
 
@@ -313,14 +315,14 @@ def _read_any(value: Any, key: str) -> Any:
         return [_read_any(_free(item, f"{key}[{place}]"), f"{key}[{place}]") for place, item in enumerate(value)]
     if isinstance(value, Scalar) and value.plain:
         try:
-            found = plain_value(value)
+            plain = plain_value(value)
         except Unreadable as error:
             raise Refused(key, str(error), "put text into quotes") from None
     else:
-        found = value
-    if isinstance(found, float) and not math.isfinite(found):
-        raise Refused(key, f"must be a finite number, not {found}")
-    return _read_text(Kind(str), Scalar(found, plain=False), key) if isinstance(found, str) else found
+        plain = value
+    if isinstance(plain, float) and not math.isfinite(plain):
+        raise Refused(key, f"must be a finite number, not {plain}")
+    return _read_text(Kind(str), Scalar(plain, plain=False), key) if isinstance(plain, str) else plain
 
 
 def _free(value: Any, key: str) -> Any:

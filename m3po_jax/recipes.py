@@ -23,8 +23,8 @@ MOST_BYTES = 4_000_000
 def shipped() -> dict[str, Path]:
     """The recipes that come with the package, by name, in order."""
     folder = Path(str(resources.files("m3po_jax"))) / "configs"
-    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
-    return dict(sorted(found.items()))
+    files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
+    return dict(sorted(files.items()))
 
 
 def summary_of(path: Path) -> str:
@@ -50,11 +50,11 @@ def find_recipe(name: str | Path) -> Path:
         folder = path.is_dir()
     except (OSError, ValueError):  # a name that no file system takes
         folder = False
-    known = shipped()
+    names = shipped()
     wanted = path.as_posix().removeprefix("configs/").removesuffix(".yaml")
-    if not path.is_absolute() and wanted in known and (not path.suffix or path.parts[0] == "configs"):
-        return known[wanted]
-    what = "a folder, not a recipe" if folder else f"no such recipe{nearest(wanted, known, listed=False)}"
+    if not path.is_absolute() and wanted in names and (not path.suffix or path.parts[0] == "configs"):
+        return names[wanted]
+    what = "a folder, not a recipe" if folder else f"no such recipe{nearest(wanted, names, listed=False)}"
     raise UserError(what, where=str(name), remedy="`m3po recipes` lists those that ship")
 
 
@@ -127,17 +127,17 @@ def _assigned(recipe: Recipe, key: str, value: Any, where: str) -> Recipe:
     try:
         return assign(recipe, key.split("."), value, key)
     except Refused as refused:
-        raise _told(refused, where) from None
+        raise _user_error(refused, where) from None
 
 
 def _read(kind: type, values: Any, where: str, current: Any = None) -> Any:
     try:
         return read_value(Kind(kind), values, "", current)
     except Refused as refused:
-        raise _told(refused, where) from None
+        raise _user_error(refused, where) from None
 
 
-def _told(refused: Refused, where: str) -> UserError:
+def _user_error(refused: Refused, where: str) -> UserError:
     what = f"{refused.key}: {refused.reason}" if refused.key else refused.reason
     return UserError(what, where=where, remedy=refused.remedy)
 
@@ -159,11 +159,11 @@ def essential(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _essential(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    known = fields_of(cls)
-    kept = {name: value for name, value in values.items() if name not in known or not is_operational(known[name])}
+    kinds = fields_of(cls)
+    kept = {name: value for name, value in values.items() if name not in kinds or not is_operational(kinds[name])}
     return {
-        name: _essential(known[name].base, value)
-        if name in known and known[name].section and isinstance(value, Mapping)
+        name: _essential(kinds[name].base, value)
+        if name in kinds and kinds[name].section and isinstance(value, Mapping)
         else copy.deepcopy(value)
         for name, value in kept.items()
     }

@@ -402,7 +402,7 @@ def apply_budget(
 
 
 @dataclass(frozen=True)
-class Selection:
+class SelectedPools:
     """Pairs and drops of a whole data set, and what the report shows of them."""
 
     pairs: list[Pair]
@@ -410,7 +410,7 @@ class Selection:
     summary: dict[str, Any] = field(default_factory=dict)
 
 
-def select_pools(pools: Sequence[Pool], config: SelectConfig, pairs_per_prompt: int = 1) -> Selection:
+def select_pools(pools: Sequence[Pool], config: SelectConfig, pairs_per_prompt: int = 1) -> SelectedPools:
     """`select_pair` on every prompt, then the budget over all pairs; `draw_pairs` where a prompt may give several.
 
     The summary has: ``prompts``, ``pairs``, ``kept_rate``, ``dropped`` (count by reason), ``correlation``
@@ -456,7 +456,7 @@ def select_pools(pools: Sequence[Pool], config: SelectConfig, pairs_per_prompt: 
         "value": mean(p.value for p in pairs),
     }
     summary["warnings"] = _warnings(summary)
-    return Selection(pairs, drops, summary)
+    return SelectedPools(pairs, drops, summary)
 
 
 def _warnings(summary: dict[str, Any]) -> list[str]:

@@ -22,9 +22,9 @@ class Scalar(str):
     plain: bool
 
     def __new__(cls, text: str, plain: bool = True) -> Scalar:
-        made = super().__new__(cls, text)
-        made.plain = plain
-        return made
+        scalar = super().__new__(cls, text)
+        scalar.plain = plain
+        return scalar
 
 
 class Unreadable(Exception):
@@ -83,7 +83,7 @@ class _Reader:
         return self.mapping(node, level)
 
     def mapping(self, node: yaml.MappingNode, level: int) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        content: dict[str, Any] = {}
         merged: list[dict[str, Any]] = []
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
@@ -96,14 +96,14 @@ class _Reader:
                 if not all(isinstance(part, dict) for part in parts):
                     raise Unreadable(f"<< takes mappings, line {line}")
                 merged += parts
-            elif key in found:
+            elif key in content:
                 raise Unreadable(f"the key {str(key)!r} stands twice, line {line}")
             else:
-                found[key] = value
+                content[key] = value
         for part in merged:
             for key, value in part.items():
-                found.setdefault(key, value)
-        return found
+                content.setdefault(key, value)
+        return content
 
 
 _FLOAT = re.compile(r"[+-]?([0-9]+(_[0-9]{3})*(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")

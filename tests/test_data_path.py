@@ -32,7 +32,7 @@ from m3po_jax.pipeline.select import pair_with_prompt
 from m3po_jax.pipeline.train import train_on_pairs
 from m3po_jax.quickstart.scenes import scene
 from m3po_jax.scoring.alignment import Backend, Scores
-from m3po_jax.selection import Pool, Selection, select_pools
+from m3po_jax.selection import Pool, SelectedPools, select_pools
 from m3po_jax.selection_rows import select_rows
 
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
@@ -125,7 +125,7 @@ def test_one_row(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     scored = [row | score | texts for row, score in zip(stored, scores, strict=True)]
     selected: list[Any] = []
 
-    def watched(given: Sequence[Pool], *settings: Any) -> Selection:
+    def watched(given: Sequence[Pool], *settings: Any) -> SelectedPools:
         selected.extend([given, select_pools(given, *settings)])
         return selected[1]
 

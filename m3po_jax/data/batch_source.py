@@ -87,8 +87,10 @@ class SharedRows(Generic[Row]):
             raises what cannot be read.
     """
 
-    def __init__(self, read: Callable[[int, bool], Row], spoil: Callable[[Row], Row], own: OwnRows | None = None):
-        self.read, self.spoil, self.own = read, spoil, own
+    def __init__(
+        self, read: Callable[[int, bool], Row], spoil: Callable[[Row], Row], own_rows: OwnRows | None = None
+    ):
+        self.read, self.spoil, self.own_rows = read, spoil, own_rows
         self.failures: dict[int, UserError] = {}
 
     def of_batch(self, rows: Sequence[int]) -> list[Row]:
@@ -97,9 +99,9 @@ class SharedRows(Generic[Row]):
         Raises:
             UserError: what is wrong with a row's text; alone, also with its images.
         """
-        if self.own is None:
+        if self.own_rows is None:
             return [self.read(row, True) for row in rows]
-        return [self._read(row, bool(needed)) for row, needed in zip(rows, self.own(len(rows)), strict=True)]
+        return [self._read(row, bool(needed)) for row, needed in zip(rows, self.own_rows(len(rows)), strict=True)]
 
     def _read(self, row: int, needed: bool) -> Row:
         try:
@@ -111,7 +113,7 @@ class SharedRows(Generic[Row]):
 
     def together(self, rows: Sequence[int]) -> list[Row]:
         """The elements of a batch, in a call that all processes make; what cannot be read is raised by all."""
-        needed = [True] * len(rows) if self.own is None else self.own(len(rows))
+        needed = [True] * len(rows) if self.own_rows is None else self.own_rows(len(rows))
         return load_shared(lambda at: self.read(rows[at], True), lambda at: self.read(rows[at], False), needed)
 
 

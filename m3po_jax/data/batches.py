@@ -51,7 +51,7 @@ def pair_batches(
     features: PromptFeatures | None = None,
     length_window: int = 1,
     max_shapes: int = 1,
-    own: OwnRows | None = None,
+    own_rows: OwnRows | None = None,
 ) -> BatchSource[TreeBatch]:
     """Preference pairs (PAIR rows) as branches 0 (chosen) and 1 (rejected) of their prompt, endless and
     shuffled.
@@ -117,7 +117,7 @@ def pair_batches(
             seed=seed,
             length_window=length_window,
             max_shapes=max_shapes,
-            own=own,
+            own_rows=own_rows,
         ),
         ids=tuple(ids),
         fingerprint=fingerprint_of(seed, batch_size, ids, answers, references, length_window, max_shapes),
@@ -150,7 +150,7 @@ def sft_batches(
     features: PromptFeatures | None = None,
     length_window: int = 1,
     max_shapes: int = 1,
-    own: OwnRows | None = None,
+    own_rows: OwnRows | None = None,
 ) -> BatchSource[TreeBatch]:
     """Prompts with their reference answers as the only branch (K = 1), endless and shuffled.
 
@@ -188,7 +188,7 @@ def sft_batches(
             seed=seed,
             length_window=length_window,
             max_shapes=max_shapes,
-            own=own,
+            own_rows=own_rows,
         ),
         ids=tuple(ids),
         fingerprint=fingerprint_of(seed, batch_size, ids, instructions, answers, length_window, max_shapes),
@@ -231,7 +231,7 @@ def _tree_source(
     seed: int,
     length_window: int,
     max_shapes: int,
-    own: OwnRows | None,
+    own_rows: OwnRows | None,
 ) -> dict[str, Any]:
     """What the sources of prompts with answers have in common: fields of `BatchSource`."""
     check_value(TrainConfig, "length_window", length_window, "train")
@@ -244,7 +244,7 @@ def _tree_source(
     order = Order(len(answers), seed, batch_size, length_window, lengths)
     shapes = plan_shapes(order, lengths, max_shapes)
     collate = partial(collate_tree, shapes=shapes)
-    shared = SharedRows(load, _spoilt, own)
+    shared = SharedRows(load, _spoilt, own_rows)
     return {
         "dataset": endless_batches(order, shared, collate),
         "batch_size": batch_size,

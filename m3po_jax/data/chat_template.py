@@ -40,10 +40,10 @@ def read_chat_template(folder: Path) -> str | None:
     older = read_object(folder / "chat_template.json").get("chat_template")
     path = folder / "chat_template.jinja"
     try:
-        own = path.read_text(encoding="utf-8") if path.is_file() else None
+        beside = path.read_text(encoding="utf-8") if path.is_file() else None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot be read: {error}", where=str(path)) from None
-    stated = (processor, older, own, read_object(folder / "tokenizer_config.json").get("chat_template"))
+    stated = (processor, older, beside, read_object(folder / "tokenizer_config.json").get("chat_template"))
     return next((source for source in map(_default, stated) if source is not None), None)
 
 
@@ -250,11 +250,11 @@ def template_note(
     if isinstance(template, ChatTemplate) or read_chat_template(files.folder) is None:
         return ""
     try:
-        own = ChatTemplate.from_files(files, image_token_id, placeholder)
+        shipped = ChatTemplate.from_files(files, image_token_id, placeholder)
         turn = [("What is this?", "A bus.")]
         same = all(
-            _comparable(own.render("Where is it?", 1, history), own.front, files)
-            == _comparable(template.render("Where is it?", 1, history), own.front, files)
+            _comparable(shipped.render("Where is it?", 1, history), shipped.front, files)
+            == _comparable(template.render("Where is it?", 1, history), shipped.front, files)
             for history in ((), turn)
         )
     except UserError as error:

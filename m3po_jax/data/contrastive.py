@@ -54,7 +54,7 @@ def contrastive_batches(
     seed: int,
     claim_template: str = "{claim}",
     max_texts: int = 256,
-    own: OwnRows | None = None,
+    own_rows: OwnRows | None = None,
 ) -> BatchSource[ContrastiveBatch]:
     """Images against the claims that are true of them, which each prompt lists in ``metadata["objects"]``.
 
@@ -88,7 +88,7 @@ def contrastive_batches(
         pixels = images_of(processor, prompt) if needed else processor.absent_images(prompt)
         return pixels[0], index
 
-    shared = SharedRows(load, lambda row: (np.full_like(row[0], np.nan), row[1]), own)
+    shared = SharedRows(load, lambda row: (np.full_like(row[0], np.nan), row[1]), own_rows)
 
     def collate(rows: Sequence[tuple[np.ndarray, int]]) -> ContrastiveBatch:
         chosen = np.arange(len(vocabulary))

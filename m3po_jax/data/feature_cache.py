@@ -104,23 +104,23 @@ class PromptFeatures:
         plans: Callable[[Prompt], list[ImagePlan]],
         images: Callable[[Prompt], Sequence[ProcessedImage]],
         encode: Callable[[Sequence[ProcessedImage]], Sequence[np.ndarray]],
-        own: Bool[np.ndarray, " i"] | None = None,
+        own_rows: Bool[np.ndarray, " i"] | None = None,
         together: bool = False,
     ):
         self.cache, self.image_keys, self.encode = cache, image_keys, encode
         self.plans, self.images, self.together = plans, images, together
-        self.own = np.ones(1, bool) if own is None else own
+        self.own_rows = np.ones(1, bool) if own_rows is None else own_rows
 
     def missing(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, int, str]]:
         """(prompt, image in it, key) of every image that is not stored, each key once."""
-        seen: set[str] = set()
+        asked: set[str] = set()
         for number, prompt in enumerate(prompts):
             if not prompt.images:
                 continue
             for place, (key, plan) in enumerate(zip(self.image_keys(prompt), self.plans(prompt), strict=True)):
-                if key not in seen and not self.cache.has(key, plan.tokens):
+                if key not in asked and not self.cache.has(key, plan.tokens):
                     yield number, place, key
-                seen.add(key)
+                asked.add(key)
 
     def absent(self, prompt: Prompt) -> tuple[ProcessedImage, ...]:
         """Zeros that take no memory, where another host needs the features of the prompt's images."""

@@ -109,12 +109,12 @@ class Order:
 
     def rows(self, batch: int) -> list[int]:
         first, last = batch * self.batch_size, (batch + 1) * self.batch_size - 1
-        found: list[int] = []
+        rows: list[int] = []
         for epoch in range(first // self.count, last // self.count + 1):
             opening = epoch * self.count // self.batch_size  # the batch that the epoch begins in
             window, place = divmod(batch - opening, self.window)
-            found += self._windows(epoch, window)[place]
-        return found
+            rows += self._windows(epoch, window)[place]
+        return rows
 
     @functools.cached_property
     def _windows(self) -> Callable[[int, int], list[list[int]]]:
@@ -132,10 +132,10 @@ class Order:
             return [part.tolist() for part in np.split(rows, np.cumsum(sizes)[:-1])]
         places = self._places(epoch, number, len(sizes), (cuts[0] == begin, cuts[-1] == end))
         groups = partition(self.lengths.sides[rows], sizes[places].tolist(), self.lengths.weights)
-        found: list[list[int]] = [[]] * len(sizes)
+        batches: list[list[int]] = [[]] * len(sizes)
         for place, group in zip(places, groups, strict=True):
-            found[place] = rows[group].tolist()
-        return found
+            batches[place] = rows[group].tolist()
+        return batches
 
     def _places(self, epoch: int, number: int, count: int, ends: tuple[bool, bool]) -> list[int]:
         """The window's batches from the shortest rows' to the longest's: at random, so that length tells nothing

@@ -67,12 +67,12 @@ def batches(
     """
     metadata = file.metadata.row_group(group)
     chunks = [metadata.column(index) for index in range(metadata.num_columns)]
-    own = [
+    chunks_read = [
         chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in {name.split(".")[0] for name in columns}
     ]
-    packed = sum(chunk.total_compressed_size for chunk in own)
+    packed = sum(chunk.total_compressed_size for chunk in chunks_read)
     # No value is longer than its chunk.
-    longest = max((chunk.total_uncompressed_size for chunk in own), default=1)
+    longest = max((chunk.total_uncompressed_size for chunk in chunks_read), default=1)
     rows = max(1, min(rows, _BATCH_BYTES // max(longest, 1)))
     unpacked = 0
     for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=list(columns)):

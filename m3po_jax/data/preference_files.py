@@ -83,7 +83,7 @@ class FilePairs(TableRows):
             undecided=self.undecided,
         )
 
-    def told(self) -> str:
+    def summary_line(self) -> str:
         """What was read, in a line."""
         shapes = ", ".join(f"{count} of the shape {name}" for name, count in self.shapes.items())
         undecided = f", {self.undecided} rows without a preference left out" if self.undecided else ""

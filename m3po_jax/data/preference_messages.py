@@ -94,8 +94,8 @@ def _part(part: Any, name: str) -> str | Marker:
         if any(part.get(key) is not None for key in _PAYLOADS):
             raise UserError(f"{name} holds an image itself", remedy="put it into `images`, in the order of the parts")
         return Marker.IMAGE
-    known = "a text part without text" if kind == "text" else f"a part of type {str(kind)[:40]!r}"
-    raise UserError(f"{name} has {known}", remedy='parts are {"type": "image"} and {"type": "text", "text": ...}')
+    instead = "a text part without text" if kind == "text" else f"a part of type {str(kind)[:40]!r}"
+    raise UserError(f"{name} has {instead}", remedy='parts are {"type": "image"} and {"type": "text", "text": ...}')
 
 
 def checked_text(text: Any, name: str) -> str:

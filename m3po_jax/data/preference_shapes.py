@@ -35,7 +35,7 @@ _UNREAD = ("videos", "video", "audios", "audio", "tools")
 
 
 @dataclass(frozen=True)
-class Preference:
+class PreferenceRow:
     """What one row says: a prompt (checked by `check_prompt`) and two answers to it."""
 
     prompt: list[Turn]
@@ -58,7 +58,7 @@ class Shape:
     name: str
     fields: str
     fits: Callable[[Row], bool]
-    read: Callable[[Row], Preference | None]
+    read: Callable[[Row], PreferenceRow | None]
     needs_image: bool = False
 
 
@@ -71,14 +71,14 @@ def _lacks(row: Row, *names: str) -> bool:
     return all(row.get(name) is None for name in names)
 
 
-def _preference(row: Row, turns: list[Turn], chosen: Any, rejected: Any) -> Preference:
+def _preference(row: Row, turns: list[Turn], chosen: Any, rejected: Any) -> PreferenceRow:
     """A prompt and two answers, checked, with the system turn of the row's own column."""
     prompt = with_system(turns, row.get("system"))
     check_prompt(prompt)
     texts = answer_text(chosen, "chosen", prompt), answer_text(rejected, "rejected", prompt)
     if texts[0].strip() == texts[1].strip():
         raise UserError("`chosen` and `rejected` are the same", remedy="drop the row: it prefers nothing")
-    return Preference(prompt, *texts)
+    return PreferenceRow(prompt, *texts)
 
 
 def _pair(row: Row) -> bool:
@@ -93,7 +93,7 @@ def _spoken(value: Any) -> bool:
 # TRL: conversational or plain strings, with a prompt or with one that both answers repeat.
 
 
-def _trl(row: Row) -> Preference:
+def _trl(row: Row) -> PreferenceRow:
     prompt = row["prompt"]
     if not isinstance(prompt, str):
         return _preference(row, parse_turns(prompt, "prompt"), row["chosen"], row["rejected"])
@@ -109,7 +109,7 @@ def _trl(row: Row) -> Preference:
     return _preference(row, turns, row["chosen"], row["rejected"])
 
 
-def _trl_implicit(row: Row) -> Preference:
+def _trl_implicit(row: Row) -> PreferenceRow:
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
         if any(row.get(key) for key in IMAGE_KEYS):
@@ -137,7 +137,7 @@ def _common_words(chosen: str, rejected: str) -> str:
 # Sets of preferences for vision-language models.
 
 
-def _rlaif_v(row: Row) -> Preference:
+def _rlaif_v(row: Row) -> PreferenceRow:
     return _preference(row, [user(checked_text(row["question"], "`question`"))], row["chosen"], row["rejected"])
 
 
@@ -146,7 +146,7 @@ def _has_object(row: Row) -> bool:
     return isinstance(text, Mapping) or (isinstance(text, str) and text.lstrip().startswith("{"))
 
 
-def _rlhf_v(row: Row) -> Preference:
+def _rlhf_v(row: Row) -> PreferenceRow:
     text = row["text"]
     if isinstance(text, str):
         try:
@@ -160,7 +160,7 @@ def _rlhf_v(row: Row) -> Preference:
     return _preference(row, [question], text["chosen"], text["rejected"])
 
 
-def _vlfeedback(row: Row) -> Preference | None:
+def _vlfeedback(row: Row) -> PreferenceRow | None:
     """The completion of the highest mean rating over the one of the lowest; the first of equals."""
     completions = row["completions"]
     if isinstance(completions, Mapping):  # as `datasets` stores a list of objects: an object of lists
@@ -198,7 +198,7 @@ def _mean_rating(annotations: Any) -> float | None:
     return mean if math.isfinite(mean) else None
 
 
-def _llava_rlhf(row: Row) -> Preference:
+def _llava_rlhf(row: Row) -> PreferenceRow:
     preferred = row["preference"]
     if preferred not in (1, 2) or isinstance(preferred, bool):
         raise UserError(f"`preference` is {str(preferred)[:40]!r}", remedy="it is 1 or 2: the number of an output")
@@ -235,7 +235,7 @@ def _instructed(row: Row) -> list[Turn]:
     return [*turns, user("\n".join(said))]
 
 
-def _ms_swift(row: Row) -> Preference:
+def _ms_swift(row: Row) -> PreferenceRow:
     """The last answer of `messages` (or `response`, `output`) over `rejected_response` or `rejected_messages`."""
     if has(row, "rejected_response", "rejected_messages"):
         raise UserError("the row has both `rejected_response` and `rejected_messages`", remedy="keep one")
@@ -254,12 +254,12 @@ def _ms_swift(row: Row) -> Preference:
     return _preference(row, turns, chosen, row["rejected_messages"] if rejected is None else rejected)
 
 
-def _llama_factory(row: Row) -> Preference:
+def _llama_factory(row: Row) -> PreferenceRow:
     name = "conversations" if has(row, "conversations") else "messages"
     return _preference(row, parse_turns(row[name], name), row["chosen"], row["rejected"])
 
 
-def _llama_factory_alpaca(row: Row) -> Preference:
+def _llama_factory_alpaca(row: Row) -> PreferenceRow:
     return _preference(row, _instructed(row), row["chosen"], row["rejected"])
 
 

@@ -65,9 +65,9 @@ def atomic_write(path: str | Path, *, record: Callable[[str], None] | None = Non
             with contextlib.suppress(OSError):
                 written = temporary.stat().st_size
             temporary.unlink(missing_ok=True)
-        told = None if isinstance(error, UserError) else system_failure(error, path, written)
-        if told is not None:
-            raise told from error
+        explained = None if isinstance(error, UserError) else system_failure(error, path, written)
+        if explained is not None:
+            raise explained from error
         raise
     _sync_folder(path.parent)
 

@@ -164,6 +164,6 @@ def get_template(name: str) -> Template:
     ``chat``, the model directory's own, is no data of ours: see `chat_template.py`.
     """
     if name not in TEMPLATES:
-        known = [*TEMPLATES, CHAT]
-        raise UserError(f"unknown template {name!r}{nearest(name, known)}", where="model.template")
+        names = [*TEMPLATES, CHAT]
+        raise UserError(f"unknown template {name!r}{nearest(name, names)}", where="model.template")
     return TEMPLATES[name]

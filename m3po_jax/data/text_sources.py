@@ -119,8 +119,8 @@ def _folder_rows(path: Path, instruction: str, unread: Counter[str]) -> Rows:
             where=f"data.path {str(path)!r}",
             remedy="say in data.instruction what is asked about each image",
         )
-    found = [file.relative_to(path) for file in path.rglob("*") if not file.is_dir()]
-    names = [name for name in found if not any(part.startswith(".") for part in name.parts)]
+    files = [file.relative_to(path) for file in path.rglob("*") if not file.is_dir()]
+    names = [name for name in files if not any(part.startswith(".") for part in name.parts)]
     unread.update(name.suffix.lower() for name in names if name.suffix.lower() in UNREAD_SUFFIXES)
     for name in sorted(name.as_posix() for name in names if name.suffix.lower() in _SUFFIXES.split()):
         yield str(path / name), {"id": name, "image": name}

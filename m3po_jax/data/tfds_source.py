@@ -110,11 +110,11 @@ def _tfds_folder(config: DataConfig) -> Path:
             builder = tfds.builder(name, try_gcs=False)
         return tfds_build.prepare(builder)
     except Exception as error:  # whatever a builder's own code raises
-        own: BaseException | None = error
-        while own is not None and not isinstance(own, UserError):
-            own = own.__cause__  # TFDS wraps what a builder raises
-        if own is not None:
-            raise own from None
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__  # TFDS wraps what a builder raises
+        if cause is not None:
+            raise cause from None
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
             f"cannot open the TFDS data set ({type(error).__name__}: {reason})",

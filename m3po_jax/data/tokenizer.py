@@ -257,7 +257,7 @@ def end_tokens(files: TokenizerFiles, raw_config: Mapping[str, Any], rows: int) 
     if not all(value is None or (isinstance(value, int) and not isinstance(value, bool)) for value in values):
         raise UserError(f"eos_token_id is {stated!r}, and must be a token's id or a list of them", where=where)
     ids = tuple(dict.fromkeys(value for value in values if value is not None and value >= 0))
-    own = files.tokenizer.eos_token_id
+    tokenizer_end = files.tokenizer.eos_token_id
     beyond = [token for token in ids if token >= rows]
     if beyond:
         raise UserError(
@@ -265,11 +265,11 @@ def end_tokens(files: TokenizerFiles, raw_config: Mapping[str, Any], rows: int) 
             where=str(files.folder),
             remedy="correct it, or take the files of one model",
         )
-    if not ids or own in ids:
-        return EndTokens(tuple(dict.fromkeys((own, *ids))))
-    learned = own if written_out and not isinstance(stated, list) else ids[0]
+    if not ids or tokenizer_end in ids:
+        return EndTokens(tuple(dict.fromkeys((tokenizer_end, *ids))))
+    learned = tokenizer_end if written_out and not isinstance(stated, list) else ids[0]
     note = (
-        f"{files.folder}: {where} ends answers with {', '.join(map(str, ids))}, the tokenizer with {own}; any of "
-        f"them ends one, and answers are learned with {learned}"
+        f"{files.folder}: {where} ends answers with {', '.join(map(str, ids))}, the tokenizer with {tokenizer_end}; "
+        f"any of them ends one, and answers are learned with {learned}"
     )
-    return EndTokens(tuple(dict.fromkeys((learned, *ids, own))), note)
+    return EndTokens(tuple(dict.fromkeys((learned, *ids, tokenizer_end))), note)

@@ -82,24 +82,24 @@ def from_writer(make: Callable[[], Any]) -> Any:
     return outcome["value"]
 
 
-def first_failure(own: tuple[int, UserError] | None) -> tuple[int, UserError] | None:
+def first_failure(failure: tuple[int, UserError] | None) -> tuple[int, UserError] | None:
     """(place, error) of the least place at which any process failed; the same on all, which call it together.
 
     Args:
         own: Of this process. Alone it comes back as it is.
     """
     if jax.process_count() == 1:
-        return own
-    message = b"" if own is None else json.dumps([own[1].what, own[1].where, own[1].remedy]).encode()
-    heads = gathered(np.array([_NONE if own is None else own[0], len(message)], np.int32))
+        return failure
+    message = b"" if failure is None else json.dumps([failure[1].what, failure[1].where, failure[1].remedy]).encode()
+    heads = gathered(np.array([_NONE if failure is None else failure[0], len(message)], np.int32))
     chosen = int(np.argmin(heads[:, 0]))
     place, size = (int(x) for x in heads[chosen])
     if place == _NONE:
         return None
     padded = np.zeros(int(heads[:, 1].max()), np.uint8)
     padded[: len(message)] = np.frombuffer(message, np.uint8)
-    told = gathered(padded)[chosen, :size]
-    what, where, remedy = json.loads(told.astype(np.uint8).tobytes())
+    encoded = gathered(padded)[chosen, :size]
+    what, where, remedy = json.loads(encoded.astype(np.uint8).tobytes())
     return place, UserError(what, where=where, remedy=remedy)
 
 
@@ -115,10 +115,10 @@ def shared_hashes(count: int, hash_of: Callable[[int], str]) -> list[str]:
         UserError: on every process, what the first place raised on its own.
     """
     hosts = jax.process_count()
-    made = load_shared(hash_of, lambda _: "00" * 32, np.arange(count) % hosts == jax.process_index())
+    hashes = load_shared(hash_of, lambda _: "00" * 32, np.arange(count) % hosts == jax.process_index())
     if hosts == 1 or count == 0:
-        return made
-    table = np.array([list(bytes.fromhex(key)) for key in made], np.uint8)
+        return hashes
+    table = np.array([list(bytes.fromhex(key)) for key in hashes], np.uint8)
     whole = np.max(gathered(table), axis=0).astype(np.uint8)
     return [row.tobytes().hex() for row in whole]
 

@@ -102,7 +102,7 @@ def stoppable(items: Iterable[T], what: str) -> Iterator[T]:
             yield item
 
 
-def look(what: str) -> None:
+def stop_if_signalled(what: str) -> None:
     """Stops here if a signal has arrived since the last look, on all hosts together.
 
     Raises:

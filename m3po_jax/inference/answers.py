@@ -43,10 +43,10 @@ def finish(
         decode: tokens to text; drops special tokens and outer white space.
     """
     text = decode(token_ids)
-    found = [at for at in (text.find(string) for string in stop) if at >= 0]
-    if not found:
+    starts = [at for at in (text.find(string) for string in stop) if at >= 0]
+    if not starts:
         return Answer(text, len(token_ids), "stop" if finished else "length")
-    kept = text[: min(found)].strip()
+    kept = text[: min(starts)].strip()
     # A token can be part of a character, so that the text of a prefix is not always a prefix of the text.
     enough = (n for n in range(1, len(token_ids)) if decode(token_ids[:n]).startswith(kept))
     return Answer(kept, next(enough, len(token_ids)), "stop_string")
@@ -55,9 +55,9 @@ def finish(
 def repeats(texts: Sequence[str], fresh: Collection[int]) -> list[int]:
     """Those of the `fresh` candidates whose text another one has: all others come first, then `fresh` in order."""
     taken = {text for k, text in enumerate(texts) if k not in fresh}
-    found = []
+    repeated = []
     for k in sorted(fresh):
         if texts[k] in taken:
-            found.append(k)
+            repeated.append(k)
         taken.add(texts[k])
-    return found
+    return repeated

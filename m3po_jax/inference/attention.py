@@ -33,19 +33,19 @@ def prefix_attention(
     if kernel is not None and first is None:
         return Part(*kernel(q, *kv, length, soft_cap))
     places = jnp.arange(kv[0].shape[2])
-    seen = places < length[:, None, None, None]
+    visible = places < length[:, None, None, None]
     if first is not None:
-        seen &= places >= first[:, None, :, None]
+        visible &= places >= first[:, None, :, None]
     with jax.named_scope("prefix"):
-        return part("ngmd,ngpd->ngmp", "ngmp,ngpd->ngmd", q, kv, seen, soft_cap)
+        return part("ngmd,ngpd->ngmp", "ngmp,ngpd->ngmd", q, kv, visible, soft_cap)
 
 
 def own_attention(
     q: Float[Array, "l g r d"],
     kv: tuple[Float[Array, "l g c d"], Float[Array, "l g c d"]],
-    seen: Bool[Array, "l c"],
+    visible: Bool[Array, "l c"],
     soft_cap: float | None = None,
 ) -> Part:
     """A lane's queries to the slots of its own cache that hold its answer."""
     with jax.named_scope("answers"):
-        return part("lgrd,lgcd->lgrc", "lgrc,lgcd->lgrd", q, kv, seen[:, None, None], soft_cap)
+        return part("lgrd,lgcd->lgrc", "lgrc,lgcd->lgrd", q, kv, visible[:, None, None], soft_cap)

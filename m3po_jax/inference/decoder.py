@@ -99,7 +99,7 @@ def decode_step(
     from_grid: Callable[[jax.Array], jax.Array],
     cache: list[KV],
     slot: Int[Array, ""],
-    seen: Bool[Array, "m c"],
+    written: Bool[Array, "m c"],
     back: Int[Array, " c"],
 ) -> tuple[Float[Array, "a l e"], list[KV]]:
     """One token of every lane: states before the final norm, and the cache with the token in `slot`.
@@ -113,7 +113,7 @@ def decode_step(
         prefix: each layer's keys and values of the prompts [N, G, P, D], the first `length` of them real.
         to_grid: lanes [M, ...] to the candidates of the prompts [N, K, ...]; `from_grid` back.
         cache: each layer's own keys and values [M, G, C, D].
-        seen: slots that hold a lane's answer, `slot` included.
+        written: slots that hold a lane's answer, `slot` included.
         back: how many tokens ago a slot was written; 0 for `slot`.
     """
     rotary, cap = rotary_of_kinds(config, positions), config.attention_soft_cap
@@ -134,22 +134,22 @@ def decode_step(
         ) -> jax.Array:
             by_group = flat(q.reshape(*q.shape[:2], config.num_kv_heads, -1, config.head_dim))
             k, v = flat(k), flat(v)
-            own = (
+            cached = (
                 put(keys, k[..., None, :].astype(keys.dtype), slot, axis=2),
                 put(values, v[..., None, :].astype(values.dtype), slot, axis=2),
             )
-            updated.append(own)
+            updated.append(cached)
             grid = to_grid(by_group).transpose(0, 2, 1, 3, 4)  # [N, G, K, R, D]
             asked = grid.reshape(*grid.shape[:2], -1, config.head_dim)
-            first, visible = None, seen
+            first, visible = None, written
             if window is not None:
                 oldest = to_grid(places.reshape(-1)) - (window - 1)  # [N, K]
                 first = jnp.repeat(oldest, grid.shape[3], axis=1)
-                visible = seen & (back < window)
+                visible = written & (back < window)
             on_prefix = prefix_attention(asked, shared, length, config.attention, first, cap)
             to_lanes = lambda y: from_grid(y.reshape(*grid.shape[:4], -1).transpose(0, 2, 1, 3, 4))  # noqa: E731
             on_prefix = Part(*map(to_lanes, on_prefix))
-            attended = normalize(join(on_prefix, own_attention(by_group, own, visible, cap)))
+            attended = normalize(join(on_prefix, own_attention(by_group, cached, visible, cap)))
             return attended.astype(q.dtype).reshape(*q.shape[:2], -1)
 
         number = config.kind_numbers[index]

@@ -28,7 +28,7 @@ from m3po_jax.inference.memory import CacheShape, explain_exhaustion
 from m3po_jax.inference.programs import Weights, fuse_layers, programs_for
 from m3po_jax.inference.settings import SamplingConfig
 from m3po_jax.inference.state import Sizes
-from m3po_jax.inference.stream import Program, Stream
+from m3po_jax.inference.stream import Stream, StreamProgram
 from m3po_jax.models.decoder import Decoder
 from m3po_jax.models.forward import VisionLanguageModel
 
@@ -159,12 +159,12 @@ class Generator:
             chosen = [tuple(np.flatnonzero(of_row).tolist()) for of_row in wanted]
             rows = [dataclasses.replace(row, wanted=of_row) for row, of_row in zip(rows, chosen, strict=True)]
         rows = [dataclasses.replace(row, attempt=attempt) for row in rows]
-        made = sorted(self.stream(rows, len(rows)), key=lambda row: row.place)
+        answered = sorted(self.stream(rows, len(rows)), key=lambda row: row.place)
         shape = (len(rows), self.sampling.num_candidates, self.sampling.max_new_tokens)
-        token_ids, mask = pad_ragged([row.answers for row in made], shape, self.pad_token_id)
+        token_ids, mask = pad_ragged([row.answers for row in answered], shape, self.pad_token_id)
         log_probs = np.zeros(shape, np.float32)
-        log_probs[mask] = np.concatenate([of_one for row in made for of_one in row.log_probs])
-        finished = np.array([[self.ended(answer) for answer in row.answers] for row in made])
+        log_probs[mask] = np.concatenate([of_one for row in answered for of_one in row.log_probs])
+        finished = np.array([[self.ended(answer) for answer in row.answers] for row in answered])
         lengths = mask.sum(axis=-1, dtype=np.int32)
         return Generated(list(batch.ids), token_ids, log_probs, lengths, finished, self.slot_steps - before)
 
@@ -185,7 +185,7 @@ class Generator:
         """
         return iter(Stream(self, prompts, count))
 
-    def programs(self, batch: PromptBatch) -> list[Program]:
+    def programs(self, batch: PromptBatch) -> list[StreamProgram]:
         """The programs that the batch needs if no answer ends before `max_new_tokens`; nothing is computed."""
         with use_mesh(self.mesh):
             return Stream(self, rows_of(batch), len(batch.ids)).programs()

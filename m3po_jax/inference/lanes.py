@@ -66,9 +66,9 @@ def assign(
     free = jnp.cumsum(~busy) - 1  # rank of a free lane
     pairs = ~busy[:, None] & pending.reshape(-1)[None, :] & (free[:, None] == rank[None, :])
     fresh, taken = jnp.any(pairs, axis=1), jnp.any(pairs, axis=0).reshape(slots, k)
-    found = jnp.argmax(pairs, axis=1).astype(jnp.int32)
+    assigned = jnp.argmax(pairs, axis=1).astype(jnp.int32)
     taker = jnp.argmax(pairs, axis=0).astype(jnp.int32).reshape(slots, k)
-    return Assignment(fresh, jnp.where(fresh, found, place), pending & ~taken, jnp.where(taken, taker, lane))
+    return Assignment(fresh, jnp.where(fresh, assigned, place), pending & ~taken, jnp.where(taken, taker, lane))
 
 
 def free_slots(pending: Bool[Array, "n k"], lane: Int[Array, "n k"], lanes: int) -> Bool[Array, " n"]:

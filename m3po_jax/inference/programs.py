@@ -25,7 +25,7 @@ from m3po_jax.inference import sampling as draw
 from m3po_jax.inference.decoder import decode_step, pin_stationary, prefill
 from m3po_jax.inference.fused import FusedLayer, fuse
 from m3po_jax.inference.settings import SamplingConfig
-from m3po_jax.inference.state import Board, Cache, Lanes, Layout, Prompts, Report, Sizes
+from m3po_jax.inference.state import Board, Cache, Lanes, PromptSlots, Report, Sizes, StateLayout
 from m3po_jax.models.attention_parts import KV
 from m3po_jax.models.decoder_config import DecoderConfig
 from m3po_jax.models.forward import blank_images, embedded_prompts, encode_images
@@ -60,13 +60,13 @@ def programs_for(
         dtype: in which it computes.
     """
     # The defaults of what reaches the programs as arguments, or not at all.
-    told = dataclasses.replace(sampling, seed=0, stop_bias=0.0, stop_token_ids=(), suppress_token_ids=())
-    return _programs(mesh, config, jnp.dtype(dtype), told, eos_token_ids, pad_token_id)
+    compiled_in = dataclasses.replace(sampling, seed=0, stop_bias=0.0, stop_token_ids=(), suppress_token_ids=())
+    return _programs(mesh, config, jnp.dtype(dtype), compiled_in, eos_token_ids, pad_token_id)
 
 
 @lru_cache(maxsize=32)
-def _programs(*told: Any) -> Programs:
-    return Programs(*told)
+def _programs(*key: Any) -> Programs:
+    return Programs(*key)
 
 
 class Programs:
@@ -88,7 +88,7 @@ class Programs:
         self.sampling, self.settings = sampling, sampling.by_name()
         self.eos_token_ids, self.pad_token_id = ends, pad
         self.compilations = 0
-        self.layout = where = Layout(mesh, config, dtype, config.vocab_size)
+        self.layout = where = StateLayout(mesh, config, dtype, config.vocab_size)
         self.prefill = jax.jit(
             self._prefill,
             static_argnums=0,
@@ -103,8 +103,8 @@ class Programs:
         )
 
     def _prefill(
-        self, graph: nnx.GraphDef, weights: Weights, prompts: Prompts, board: Board, arrays: dict[str, Any]
-    ) -> tuple[Prompts, Board]:
+        self, graph: nnx.GraphDef, weights: Weights, prompts: PromptSlots, board: Board, arrays: dict[str, Any]
+    ) -> tuple[PromptSlots, Board]:
         """Puts F prompts a shard into the slots named in `arrays`; slot N stands for no prompt."""
         self.compilations += 1
         model, s = nnx.merge(graph, weights.state), self.sampling
@@ -129,7 +129,7 @@ class Programs:
 
         kv = list(prompts.kv)
 
-        def keep(index: int, own: KV) -> None:
+        def keep(index: int, computed: KV) -> None:
             """Keys and values into the slots; what lies beyond the prompt's length is never read."""
 
             def write(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -137,26 +137,26 @@ class Programs:
                 into = jax.vmap(lambda x, y, at: x.at[at, :, : y.shape[2]].set(y, mode="drop"))
                 return into(x, y, places).reshape(old.shape)
 
-            kv[index] = (write(kv[index][0], own[0]), write(kv[index][1], own[1]))
+            kv[index] = (write(kv[index][0], computed[0]), write(kv[index][1], computed[1]))
 
         x, positions, injected, spans = embedded_prompts(model, token_ids, mask, images)
         hidden = prefill(
             model.config.text, weights.layers, x, positions.of_prompt, mask, keep, injected=injected, spans=spans
         )
-        seen = prompts.seen
-        if seen is not None:
-            fresh = jnp.zeros((a * f, seen.shape[-1]), bool)
+        penalized = prompts.penalized
+        if penalized is not None:
+            fresh = jnp.zeros((a * f, penalized.shape[-1]), bool)
             if s.repetition_penalty_prompt:
                 fresh = fresh.at[jnp.arange(a * f)[:, None], arrays["token_ids"]].max(mask[::views])
-            seen = put(seen, fresh)
-        prompts = Prompts(
+            penalized = put(penalized, fresh)
+        prompts = PromptSlots(
             kv,
             put(prompts.length, length),
             put(prompts.following, positions.following[::views]),
             put(prompts.hidden, hidden.reshape(a * f, views, -1)),
             put(prompts.keys, arrays["keys"]),
             put(prompts.arrival, arrays["arrival"]),
-            seen,
+            penalized,
         )
         clear = lambda x, value: put(x, jnp.full((a * f, *x.shape[2:]), value, x.dtype))  # noqa: E731
         return prompts, Board(
@@ -173,7 +173,7 @@ class Programs:
         graph: nnx.GraphDef,
         sizes: Sizes,
         weights: Weights,
-        prompts: Prompts,
+        prompts: PromptSlots,
         board: Board,
         lanes: Lanes,
         cache: Cache,
@@ -214,17 +214,17 @@ class Programs:
             taken = jax.vmap(partial(lane.assign, identity=sizes.identity))(
                 lanes.busy, lanes.place, board.pending, board.lane, prompts.arrival
             )
-            fresh, seen = taken.fresh, lanes.seen
-            if seen is not None:
-                assert prompts.seen is not None
-                seen = jnp.where(fresh[..., None], lane.take(prompts.seen, taken.place // k), seen)
+            fresh, penalized = taken.fresh, lanes.penalized
+            if penalized is not None:
+                assert prompts.penalized is not None
+                penalized = jnp.where(fresh[..., None], lane.take(prompts.penalized, taken.place // k), penalized)
             lanes = Lanes(
                 taken.place,
                 jnp.where(fresh, 0, lanes.age),
                 jnp.where(fresh, start, lanes.start),
                 lanes.token,
                 lanes.busy | fresh,
-                seen,
+                penalized,
             )
             return board._replace(pending=taken.pending, lane=taken.lane), lanes, fresh
 
@@ -244,9 +244,9 @@ class Programs:
             token = jnp.where(live, token, self.pad_token_id)
             stop = draw.is_any(token, self.eos_token_ids)
             ends = live & (stop | bad | (lanes.age + 1 >= sizes.tokens))
-            seen = lanes.seen
-            if seen is not None:
-                seen |= token[..., None] == jnp.arange(seen.shape[-1])
+            penalized = lanes.penalized
+            if penalized is not None:
+                penalized |= token[..., None] == jnp.arange(penalized.shape[-1])
             running = board.lane < count
             grid = lambda x: to_grid(x, board.lane)  # noqa: E731
             drawn = running & grid(live)
@@ -266,7 +266,7 @@ class Programs:
                 rows(lanes.start),
                 rows(jnp.where(live, token, lanes.token)),
                 rows(lanes.busy & ~ends),
-                seen,
+                penalized,
             )
             return board, lanes
 
@@ -303,7 +303,7 @@ class Programs:
                 from_grid=lambda y: rows_from_grid(y, lanes.place),
                 cache=cache.kv,
                 slot=slot,
-                seen=each(written >= lanes.start[..., None]).reshape(-1, capacity),
+                written=each(written >= lanes.start[..., None]).reshape(-1, capacity),
                 back=cache.step - written,
             )
             first = lane.take(prompts.hidden, lanes.place // k)
@@ -325,21 +325,24 @@ class Programs:
         return board, lanes, cache, Report(free, board.broken, grows(lanes, cache), steps)
 
     def _drawn(
-        self, raw: jax.Array, blank: jax.Array, prompts: Prompts, lanes: Lanes, constants: dict[str, jax.Array]
+        self, raw: jax.Array, blank: jax.Array, prompts: PromptSlots, lanes: Lanes, constants: dict[str, jax.Array]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Tokens, their raw log-probabilities, and whether logits are not finite, of all lanes [A·L]."""
         s, k = self.sampling, self.sampling.num_candidates
         a, count = lanes.place.shape
         keys = lane.take(prompts.keys.reshape(a, -1, 2), lanes.place).reshape(a * count, 2)
         age, candidate = lanes.age.reshape(-1), (lanes.place % k).reshape(-1)
-        own = {name: constants[name][candidate][:, None] for name, x in self.settings.items() if isinstance(x, list)}
-        settings = draw.Settings(**{**self.settings, **own})
+        per_candidate = {
+            name: constants[name][candidate][:, None] for name, x in self.settings.items() if isinstance(x, list)
+        }
+        settings = draw.Settings(**{**self.settings, **per_candidate})
         shaped = raw
         if s.contrast_alpha > 0:
             shaped = draw.contrast(raw, blank, s.contrast_alpha, s.contrast_beta)
         shaped = jnp.where(constants["never"], -jnp.inf, shaped + constants["bias"])
-        seen = None if lanes.seen is None else lanes.seen.reshape(a * count, -1)
-        shaped = draw.process(shaped, settings, step=age[:, None], eos_token_id=self.eos_token_ids, seen=seen)
+        penalized = None if lanes.penalized is None else lanes.penalized.reshape(a * count, -1)
+        ends = self.eos_token_ids
+        shaped = draw.process(shaped, settings, step=age[:, None], eos_token_id=ends, penalized=penalized)
         token = draw.choose(draw.step_keys(keys, age), shaped, settings).astype(jnp.int32)
         normaliser = jax.nn.logsumexp(raw, axis=-1)
         log_prob = jnp.take_along_axis(raw, token[:, None], axis=-1)[:, 0] - normaliser

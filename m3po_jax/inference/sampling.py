@@ -141,9 +141,9 @@ def warp(
     return keep_min_p(keep_top_p(keep_top_k(logits / temperature, top_k), top_p), min_p)
 
 
-def penalize(logits: Float[Array, "n v"], seen: Bool[Array, "n v"], penalty: Setting) -> Float[Array, "n v"]:
-    """Hugging Face's RepetitionPenaltyLogitsProcessor over the tokens marked in `seen`."""
-    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+def penalize(logits: Float[Array, "n v"], penalized: Bool[Array, "n v"], penalty: Setting) -> Float[Array, "n v"]:
+    """Hugging Face's RepetitionPenaltyLogitsProcessor over the tokens marked in `penalized`."""
+    return jnp.where(penalized, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def as_ids(eos_token_id: int | Sequence[int]) -> tuple[int, ...]:
@@ -162,16 +162,16 @@ def process(
     *,
     step: Int[Array, "n 1"] | Int[Array, ""],
     eos_token_id: int | Sequence[int],
-    seen: Any = None,
+    penalized: Any = None,
 ) -> Float[Array, "n v"]:
     """What holds for greedy draws too: repetition penalty, and no end before `min_new_tokens`.
 
     Args:
         step: tokens that the candidate has drawn already.
-        seen: [N, V], the tokens to penalise; None without a penalty.
+        penalized: [N, V], the tokens to penalise; None without a penalty.
     """
-    if seen is not None:
-        logits = penalize(logits, seen, settings.repetition_penalty)
+    if penalized is not None:
+        logits = penalize(logits, penalized, settings.repetition_penalty)
     if not _is(settings.min_new_tokens, 0):
         end = is_any(jnp.arange(logits.shape[-1]), as_ids(eos_token_id))
         logits = jnp.where((step < settings.min_new_tokens) & end, -jnp.inf, logits)

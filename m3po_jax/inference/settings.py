@@ -73,10 +73,10 @@ class SamplingConfig:
     def of_candidate(self, candidate: int) -> dict[str, Any]:
         """The settings of `PER_CANDIDATE` as candidate number `candidate` has them."""
         values = {name: getattr(self, name) for name in PER_CANDIDATE}
-        found = {name: x[candidate] if isinstance(x, tuple) else x for name, x in values.items()}
+        settings = {name: x[candidate] if isinstance(x, tuple) else x for name, x in values.items()}
         if self.greedy_member and candidate == 0:
-            found["temperature"] = 0.0
-        return found
+            settings["temperature"] = 0.0
+        return settings
 
     def by_name(self) -> dict[str, Any]:
         """The settings of `PER_CANDIDATE`: a number where all candidates agree, else a list with one for each."""
@@ -95,8 +95,8 @@ def sampling_config(config: GenerateConfig, seed: int) -> SamplingConfig:
     shared = {name: getattr(config, name) for name in PER_CANDIDATE}
     members: list[dict[str, Any]] = []
     for recipe in config.pool:
-        own = {name: getattr(recipe, name) for name in PER_CANDIDATE}
-        merged = {name: shared[name] if value is None else value for name, value in own.items()}
+        stated = {name: getattr(recipe, name) for name in PER_CANDIDATE}
+        merged = {name: shared[name] if value is None else value for name, value in stated.items()}
         members += [merged] * recipe.count
     if members and len(members) != config.num_candidates:
         raise UserError(
@@ -120,15 +120,15 @@ def sampling_config(config: GenerateConfig, seed: int) -> SamplingConfig:
 
 def sampling_record(config: GenerateConfig, sampling: SamplingConfig, candidate: int) -> dict[str, Any]:
     """What a row's `sampling` says: the usual settings always, the others where they are not the defaults."""
-    own, default = sampling.of_candidate(candidate), GenerateConfig()
+    settings, default = sampling.of_candidate(candidate), GenerateConfig()
     record = {
-        "temperature": own["temperature"],
-        "top_k": own["top_k"],
-        "top_p": own["top_p"],
+        "temperature": settings["temperature"],
+        "top_k": settings["top_k"],
+        "top_p": settings["top_p"],
         "max_new_tokens": config.max_new_tokens,
         "seed": sampling.seed,
     }
-    rare = {name: own[name] for name in ("min_p", "repetition_penalty", "min_new_tokens")}
+    rare = {name: settings[name] for name in ("min_p", "repetition_penalty", "min_new_tokens")}
     for name in ("repetition_penalty_prompt", "suppress_tokens", "stop", "resample_duplicates"):
         rare[name] = getattr(config, name)
     return record | {name: value for name, value in rare.items() if value != getattr(default, name)}

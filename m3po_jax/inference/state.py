@@ -41,14 +41,14 @@ class Sizes:
     candidates: int
     views: int
     tokens: int
-    seen: bool
+    penalized: bool
 
     @property
     def identity(self) -> bool:
         return self.lanes == self.slots * self.candidates
 
 
-class Prompts(NamedTuple):
+class PromptSlots(NamedTuple):
     """Written by prefill, read by decoding."""
 
     kv: list[KV]  # of each layer, [A·N·V, G, P, D]
@@ -57,7 +57,7 @@ class Prompts(NamedTuple):
     hidden: Float[Array, "a n v e"]  # the state that predicts the first token
     keys: UInt32[Array, "a n k 2"]
     arrival: Int[Array, "a n"]
-    seen: Bool[Array, "a n w"] | None  # what the repetition penalty counts before the first token
+    penalized: Bool[Array, "a n w"] | None  # what the repetition penalty counts before the first token
 
 
 class Board(NamedTuple):
@@ -79,7 +79,7 @@ class Lanes(NamedTuple):
     start: Int[Array, "a l"]  # the step at which the first of them was written to the cache
     token: Int[Array, "a l"]  # the latest
     busy: Bool[Array, "a l"]
-    seen: Bool[Array, "a l w"] | None
+    penalized: Bool[Array, "a l w"] | None
 
 
 class Cache(NamedTuple):
@@ -99,7 +99,7 @@ class Report(NamedTuple):
     steps: Int[Array, ""]  # that were taken, each of all lanes
 
 
-class Layout:
+class StateLayout:
     """Where the arrays lie on a mesh, and programs that make and enlarge them."""
 
     def __init__(self, mesh: Mesh, config: DecoderConfig, dtype: Any, vocab: int):
@@ -107,7 +107,7 @@ class Layout:
         heads = "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None
         self.rows, self.whole = NamedSharding(mesh, P(ROWS)), NamedSharding(mesh, P())
         self.kv = NamedSharding(mesh, P(ROWS, heads))
-        self.prompts_sharding = Prompts(self.kv, *[self.rows] * 6)  # type: ignore[arg-type]
+        self.prompts_sharding = PromptSlots(self.kv, *[self.rows] * 6)  # type: ignore[arg-type]
         self.cache_sharding = Cache(self.answers_kv, self.whole, self.whole)  # type: ignore[arg-type]
         self.empty = jax.jit(
             self._empty, static_argnums=(0, 1), out_shardings=(self.prompts_sharding, self.rows, self.rows)
@@ -127,19 +127,19 @@ class Layout:
     def slots_slowest(self) -> Format:
         return Format(Order((2, 1, 0, 3)), self.kv)
 
-    def _empty(self, sizes: Sizes, prefix: int) -> tuple[Prompts, Board, Lanes]:
+    def _empty(self, sizes: Sizes, prefix: int) -> tuple[PromptSlots, Board, Lanes]:
         a, n, k, lanes = sizes.shards, sizes.slots, sizes.candidates, sizes.lanes
         c, views = self.config, sizes.views
         zeros, integers = partial(jnp.zeros, dtype=bool), partial(jnp.zeros, dtype=jnp.int32)
         empty = lambda: jnp.zeros((a * n * views, c.num_kv_heads, prefix, c.head_dim), self.dtype)  # noqa: E731
-        prompts = Prompts(
+        prompts = PromptSlots(
             [(empty(), empty()) for _ in range(c.num_layers)],
             integers((a, n)),
             integers((a, n)),
             jnp.zeros((a, n, views, c.hidden_size), self.dtype),
             jnp.zeros((a, n, k, 2), jnp.uint32),
             integers((a, n)),
-            zeros((a, n, self.vocab)) if sizes.seen else None,
+            zeros((a, n, self.vocab)) if sizes.penalized else None,
         )
         board = Board(
             zeros((a, n, k)),
@@ -150,8 +150,8 @@ class Layout:
             zeros((a, n)),
         )
         place, age, start, token = (integers((a, lanes)) for _ in range(4))
-        seen = zeros((a, lanes, self.vocab)) if sizes.seen else None
-        return prompts, board, Lanes(place, age, start, token, zeros((a, lanes)), seen)
+        penalized = zeros((a, lanes, self.vocab)) if sizes.penalized else None
+        return prompts, board, Lanes(place, age, start, token, zeros((a, lanes)), penalized)
 
     def _empty_cache(self, sizes: Sizes, capacity: int) -> Cache:
         c = self.config
@@ -163,7 +163,7 @@ class Layout:
     def _padded(x: jax.Array, axis: int, size: int) -> jax.Array:
         return jnp.pad(x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)])
 
-    def longer_prefix(self, prompts: Prompts, prefix: int) -> Prompts:
+    def longer_prefix(self, prompts: PromptSlots, prefix: int) -> PromptSlots:
         """Room for longer prompts; layer by layer, so that only one of them exists twice."""
         return prompts._replace(kv=self._grown(prompts.kv, self.kv, prefix))
 

@@ -26,7 +26,7 @@ from m3po_jax.hosts.sharding import replicate, shard_batch, to_host, use_mesh
 from m3po_jax.inference.lanes import capacities
 from m3po_jax.inference.sampling import candidate_keys
 from m3po_jax.inference.settings import SamplingConfig
-from m3po_jax.inference.state import Board, Cache, Lanes, Layout, Prompts, Report, Sizes
+from m3po_jax.inference.state import Board, Cache, Lanes, PromptSlots, Report, Sizes, StateLayout
 
 
 class Engine(Protocol):
@@ -37,7 +37,7 @@ class Engine(Protocol):
     graph: Any
     weights: Any
     constants: dict[str, jax.Array]
-    layout: Layout
+    layout: StateLayout
     prefill: Any
     decode: Any
     batch_size: int
@@ -52,7 +52,7 @@ class Engine(Protocol):
     def explained(self, sizes: Sizes, prefix: int) -> AbstractContextManager[None]: ...
 
 
-class Program(NamedTuple):
+class StreamProgram(NamedTuple):
     """A compiled program of a stream, for those who measure.
 
     Attributes:
@@ -84,7 +84,7 @@ class Stream:
         self.failure: BaseException | None = None  # of the source, raised when everything before it is answered
         self.arrivals = 0
         self.prefix = self.rows = 0  # padded length of prompts, and how many a shard prefills at once
-        self.prompts: Prompts | None = None
+        self.prompts: PromptSlots | None = None
         self.board: Board | None = None
         self.lanes: Lanes | None = None
         self.cache: Cache | None = None
@@ -118,7 +118,7 @@ class Stream:
         if not self.exhausted:
             raise ValueError("the source of prompts waits for answers, and none is due")
 
-    def programs(self) -> list[Program]:
+    def programs(self) -> list[StreamProgram]:
         """What the prompts need if every answer is as long as allowed."""
         engine = self.engine
         self._draw(engine.batch_size)
@@ -130,7 +130,7 @@ class Stream:
         while self.queue:
             given.append((engine.graph, engine.weights, prompts, board, self._arrays()))
         state = size((prompts, board, lanes))
-        found = [Program("prefill", engine.prefill, given[0], len(given), 0, state, 0)]
+        programs = [StreamProgram("prefill", engine.prefill, given[0], len(given), 0, state, 0)]
         quota, filled = replicate(np.zeros(self.sizes.shards, np.int32), engine.mesh), 0
         for capacity in capacities(self.sizes.tokens):
             cache = engine.layout.empty_cache.eval_shape(self.sizes, capacity)
@@ -139,8 +139,8 @@ class Stream:
             filled += steps
             whole = state + size(cache)
             arguments: tuple[Any, ...] = (*before, engine.constants, quota)
-            found.append(Program(f"decode_{capacity}", engine.decode, arguments, 1, steps, whole, capacity))
-        return found
+            programs.append(StreamProgram(f"decode_{capacity}", engine.decode, arguments, 1, steps, whole, capacity))
+        return programs
 
     def _draw(self, most: int = 0) -> None:
         """Prompts from the source: `most`, or those that fit, and those of the next two calls of prefill."""

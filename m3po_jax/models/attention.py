@@ -208,16 +208,16 @@ def branch_attention(
     q_BKTHD: jax.Array,
     prefix: KV,
     prefix_mask_BTP: jax.Array,
-    own: KV,
+    answers: KV,
     own_mask_BKTN: jax.Array,
     soft_cap: float | None = None,
 ) -> Float[Array, "b k t h d"]:
     """Branch tokens attend to their prompt's prefix, read once for all K branches, and to their own branch.
 
-    One softmax over both parts; `prefix` is [B, P, G, D], `own` is [B, K, N, G, D]. The prefix's mask may have size 1
-    where it does not depend on the branch's token.
+    One softmax over both parts; `prefix` is [B, P, G, D], `answers` is [B, K, N, G, D]. The prefix's mask may have
+    size 1 where it does not depend on the branch's token.
     """
-    (pk, pv), (ok, ov) = prefix, own
+    (pk, pv), (ok, ov) = prefix, answers
     shared = Keys("bgpd", _head_major(pk), _head_major(pv), prefix_mask_BTP[:, None, None, None])
     branch = Keys("bgknd", _head_major(ok), _head_major(ov), own_mask_BKTN[:, None, :, None])
     return _ungrouped(attend(_grouped(q_BKTHD, pk.shape[2]), shared, branch, soft_cap=soft_cap))
@@ -260,11 +260,11 @@ class Causal(NamedTuple):
         to_kernel = self.spans is None or choice.has_spans(self.attention)
         if not (to_kernel and choice.fits(self.attention, q.shape[-1])):
             return causal_attention(q, k, v, self.mask_BS, window, soft_cap, self.spans)
-        seen = None
+        visible = None
         if self.spans is not None:
             everything = slice(0, q.shape[1])
-            seen = _sight(everything, everything, window, self.spans)
-        limits: dict[str, Any] = {"causal": True, "window": window, "soft_cap": soft_cap, "seen": seen}
+            visible = _sight(everything, everything, window, self.spans)
+        limits: dict[str, Any] = {"causal": True, "window": window, "soft_cap": soft_cap, "visible": visible}
         return choice.self_attention(q, k, v, self.mask_BS, kind=self.attention, **limits)
 
     @property
@@ -347,9 +347,9 @@ class Tree(NamedTuple):
         own_mask = _sight(slice(0, t), slice(0, t), window) & self.branch_mask_BKT[:, :, None, :]
         # A branch goes on where its prefix ends, on whichever side that is padded.
         places = last_place(self.prefix_mask_BP)[:, None] + 1 + jnp.arange(t)
-        prefix, own = (k[:, :p], v[:, :p]), (split(k[:, p:]), split(v[:, p:]))
-        seen = _within(self.prefix_mask_BP, places, window)
-        out = branch_attention(split(q), prefix, seen, own, own_mask, soft_cap)
+        prefix, branch = (k[:, :p], v[:, :p]), (split(k[:, p:]), split(v[:, p:]))
+        visible = _within(self.prefix_mask_BP, places, window)
+        out = branch_attention(split(q), prefix, visible, branch, own_mask, soft_cap)
         return out.reshape(b, branches * t, *out.shape[3:])
 
     @property

@@ -77,8 +77,10 @@ def word(names: tuple[str, ...] | Mapping[str, Any]) -> Check:
 def only(*values: Any) -> Check:
     """One of `values`: no other is implemented."""
     words = {None: "null", True: "true", False: "false"}
-    told = " or ".join(words[value] if value is None or isinstance(value, bool) else repr(value) for value in values)
-    return lambda value: None if any(type(value) is type(x) and value == x for x in values) else told
+    choices = " or ".join(
+        words[value] if value is None or isinstance(value, bool) else repr(value) for value in values
+    )
+    return lambda value: None if any(type(value) is type(x) and value == x for x in values) else choices
 
 
 def text(value: Any) -> str | None:

@@ -128,12 +128,12 @@ class DualEncoder(nnx.Module):
         """Unit vectors, float32: one an image (n = 1), or one a patch with ``pooling: patches``."""
         tokens, pooled = self.vision_tower(pixel_values, remat=remat)
         if self.config.pooling == "pooled":
-            seen = pooled[:, None]
+            features = pooled[:, None]
         elif self.config.kind == "clip":
-            seen = self.vision_tower.post_layernorm(tokens[:, 1:])
+            features = self.vision_tower.post_layernorm(tokens[:, 1:])
         else:
-            seen = tokens
-        return normalize(seen if self.visual_projection is None else self.visual_projection(seen))
+            features = tokens
+        return normalize(features if self.visual_projection is None else self.visual_projection(features))
 
     def encode_text(self, token_ids: Int[Array, "c t"], mask: Bool[Array, "c t"]) -> Float[Array, "c e"]:
         """Unit vectors, float32. SigLIP wants texts padded to `text.max_positions`."""

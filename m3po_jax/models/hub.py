@@ -97,11 +97,11 @@ def listed_tensors(snapshot: Snapshot) -> dict[str, StoredTensor]:
     api, where = HfApi(), f"{snapshot.repository}@{snapshot.commit}"
 
     def header(name: str) -> dict[str, StoredTensor]:
-        found = api.parse_safetensors_file_metadata(snapshot.repository, name, revision=snapshot.commit)
+        metadata = api.parse_safetensors_file_metadata(snapshot.repository, name, revision=snapshot.commit)
         file = Path(where) / name
         return {
             tensor: StoredTensor(tensor, file, tuple(info.shape), str(info.dtype), info.data_offsets[0])
-            for tensor, info in found.tensors.items()
+            for tensor, info in metadata.tensors.items()
         }
 
     def read() -> dict[str, StoredTensor]:

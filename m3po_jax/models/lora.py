@@ -79,11 +79,11 @@ def attach(model: nnx.Module, config: LoRAConfig, *, scope: str, rngs: nnx.Rngs)
         adapted.append(".".join(path))
         missing.discard(name)
     if missing:
-        known = sorted({target_name(path, scope) for path, _ in _linears(model)})
+        linears = sorted({target_name(path, scope) for path, _ in _linears(model)})
         raise UserError(
             f"no layer is named {', '.join(sorted(missing))}",
             where="train.lora.target_modules",
-            remedy=f"the linear layers here are {', '.join(known)}",
+            remedy=f"the linear layers here are {', '.join(linears)}",
         )
     return adapted
 

@@ -397,10 +397,10 @@ def _check_image_token(files: TokenizerFiles, image_token_id: int, key: str, oth
     """
     where, remedy = str(files.folder), "take both files from the same model"
     named = getattr(files.tokenizer, "image_token", None) or IMAGE_PLACEHOLDER
-    own = files.tokenizer.get_vocab().get(named)
-    if own is not None and own != image_token_id:
+    token_id = files.tokenizer.get_vocab().get(named)
+    if token_id is not None and token_id != image_token_id:
         raise UserError(
-            f"{key} is {image_token_id} in config.json, and {named} is {own} in the tokenizer",
+            f"{key} is {image_token_id} in config.json, and {named} is {token_id} in the tokenizer",
             where=where,
             remedy=remedy,
         )
@@ -410,7 +410,7 @@ def _check_image_token(files: TokenizerFiles, image_token_id: int, key: str, oth
             where=where,
             remedy=remedy,
         )
-    if own is None and image_token_id < files.size and image_token_id not in files.added:
+    if token_id is None and image_token_id < files.size and image_token_id not in files.added:
         word = files.tokenizer.convert_ids_to_tokens(image_token_id)
         if word is not None:
             raise UserError(

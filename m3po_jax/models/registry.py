@@ -488,10 +488,10 @@ def stored_tensors(description: Description) -> dict[str, StoredTensor]:
     sources = [(description.directory, named)]
     if description.tower is not None:
         assert family.tower is not None
-        own = {name for name, _ in named if name is not None and name.startswith(family.tower.prefix)}
-        if description.tower_replaces or not own:
+        in_release = {name for name, _ in named if name is not None and name.startswith(family.tower.prefix)}
+        if description.tower_replaces or not in_release:
             # A release that trained its tower holds it; what it was trained from would be another.
-            sources[0] = (description.directory, [pair for pair in named if pair[0] not in own])
+            sources[0] = (description.directory, [pair for pair in named if pair[0] not in in_release])
             canonical_name = family.tower.canonical_name
             of_tower = _tensors_of(description.tower, listed=description.listed).values()
             sources.append((description.tower, [(canonical_name(tensor.name), tensor) for tensor in of_tower]))
@@ -516,8 +516,8 @@ def tower_tensors(description: Description) -> dict[str, StoredTensor]:
     """The vision tower's tensors, by the canonical names of the family that borrows it."""
     assert description.tower is not None and description.family.tower is not None
     named = description.family.tower.canonical_name
-    found = {named(tensor.name): tensor for tensor in open_directory(description.tower).values()}
-    return {name: tensor for name, tensor in found.items() if name is not None}
+    by_name = {named(tensor.name): tensor for tensor in open_directory(description.tower).values()}
+    return {name: tensor for name, tensor in by_name.items() if name is not None}
 
 
 def abstract_model(description: Description, *, dtype: Any = "float32", param_dtype: Any = "float32") -> nnx.Module:

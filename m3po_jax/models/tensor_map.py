@@ -143,7 +143,7 @@ def parameters(abstract: nnx.Module, tensor_map: TensorMap) -> dict[Path, Parame
 
     The map must cover the tree and name nothing else: a mismatch is a defect of the family, not of its user.
     """
-    found = {}
+    parameters = {}
     for path, variable in nnx.to_flat_state(nnx.state(abstract, (nnx.Param, Quantized))):
         key = tuple(str(part) for part in path)
         if isinstance(variable, LoRAParam) or key[-1] == "kernel_scale":
@@ -151,9 +151,9 @@ def parameters(abstract: nnx.Module, tensor_map: TensorMap) -> dict[Path, Parame
         assert key in tensor_map, f"{key} has no source"
         axes = variable.get_metadata()["axes"]
         shape = kernel_shape(variable) if isinstance(variable, Quantized) else tuple(variable.shape)
-        found[key] = Parameter(key, shape, variable.dtype, axes, tensor_map[key])
-    assert set(found) == set(tensor_map), f"no parameter for {set(tensor_map) - set(found)}"
-    return found
+        parameters[key] = Parameter(key, shape, variable.dtype, axes, tensor_map[key])
+    assert set(parameters) == set(tensor_map), f"no parameter for {set(tensor_map) - set(parameters)}"
+    return parameters
 
 
 def expected_tensors(leaves: Mapping[Path, Parameter]) -> dict[str, Shape]:

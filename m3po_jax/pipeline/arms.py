@@ -17,42 +17,42 @@ CONTRAST_ALPHA = 1.0  # of the arm vcd, where the recipe names none
 
 
 @dataclass(frozen=True)
-class System:
+class ArmDefinition:
     """What an arm changes of the recipe, and what it is."""
 
     what: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _m3po(variant: str, what: str) -> System:
-    return System(what, {"select.rule": "m3p", "select.confidence_dispreferred": variant})
+def _m3po(variant: str, what: str) -> ArmDefinition:
+    return ArmDefinition(what, {"select.rule": "m3p", "select.confidence_dispreferred": variant})
 
 
 # `vcd` is a decoding of the base and trains nothing; so is `base`, which is part of every comparison.
-SYSTEMS: dict[str, System] = {
-    VCD: System("the base decoded contrastively against a blanked image; no training"),
-    "sft": System(
+SYSTEMS: dict[str, ArmDefinition] = {
+    VCD: ArmDefinition("the base decoded contrastively against a blanked image; no training"),
+    "sft": ArmDefinition(
         "more SFT on the data's reference answers (`train.data`), for the same compute",
         {"train.objective": "sft", "train.sft_answers": "reference"},
     ),
-    "sft_chosen": System(
+    "sft_chosen": ArmDefinition(
         "SFT on M3PO's chosen answers",
         {"train.objective": "sft", "train.sft_answers": "chosen", "select.rule": "m3p"},
     ),
-    "dpo": System("vanilla DPO: two random answers ordered by MAS", {"select.rule": "vanilla"}),
-    "mas_dpo": System("M3PO without confidence, λ₊ = λ₋ = 0", {"select.rule": "mas_only"}),
-    "low_confidence": System("M3PO with the least confident bad answer", {"select.rule": "low_confidence"}),
-    "csr": System(
+    "dpo": ArmDefinition("vanilla DPO: two random answers ordered by MAS", {"select.rule": "vanilla"}),
+    "mas_dpo": ArmDefinition("M3PO without confidence, λ₊ = λ₋ = 0", {"select.rule": "mas_only"}),
+    "low_confidence": ArmDefinition("M3PO with the least confident bad answer", {"select.rule": "low_confidence"}),
+    "csr": ArmDefinition(
         "one score z(m) + 0.25 z(c) for both ends, as CSR-like systems have it",
         {"select.rule": "shared", "select.lambda_preferred": 0.25},
     ),
-    "random": System("any pair that satisfies the constraints", {"select.rule": "random"}),
-    "product": System("the largest m·c and the largest (1 − m)·c", {"select.rule": "product"}),
-    "lexicographic": System(
+    "random": ArmDefinition("any pair that satisfies the constraints", {"select.rule": "random"}),
+    "product": ArmDefinition("the largest m·c and the largest (1 − m)·c", {"select.rule": "product"}),
+    "lexicographic": ArmDefinition(
         "best MAS above, most confident answer below a threshold", {"select.rule": "lexicographic"}
     ),
-    "inversion": System("the valid pair that the model ranks most wrongly", {"select.rule": "inversion"}),
-    "rm_dpo": System(
+    "inversion": ArmDefinition("the valid pair that the model ranks most wrongly", {"select.rule": "inversion"}),
+    "rm_dpo": ArmDefinition(
         "DPO on the best and the worst answer in the eyes of a reward model trained on other prompts",
         {
             "score.backend": "reward",
@@ -63,10 +63,10 @@ SYSTEMS: dict[str, System] = {
             "select.confidence_dispreferred": "",
         },
     ),
-    "rlhf": System(
+    "rlhf": ArmDefinition(
         "reinforcement learning (RLOO) on the same reward model, with a KL penalty", {"train.objective": "rlhf"}
     ),
-    "m3po": System("the method", {"select.rule": "m3p"}),
+    "m3po": ArmDefinition("the method", {"select.rule": "m3p"}),
     "m3po_prior": _m3po("prior", "M3PO; the rejected answer's confidence is that without the image"),
     "m3po_visual": _m3po("visual", "M3PO; the rejected answer's confidence is what the image adds"),
     "m3po_sum": _m3po("sum", "M3PO; the rejected answer's confidence is its whole log-probability"),
@@ -84,19 +84,19 @@ def overrides_of(recipe: Recipe, arm: str) -> dict[str, Any]:
         UserError: an unknown name.
     """
     if arm not in SYSTEMS and arm not in recipe.arms:
-        known = [BASE, *SYSTEMS, *recipe.arms]
+        names = [BASE, *SYSTEMS, *recipe.arms]
         raise UserError(
-            f"unknown system {arm!r}{nearest(arm, known)}",
+            f"unknown system {arm!r}{nearest(arm, names)}",
             where="arms",
             remedy="docs/compare.md lists those that ship; define others under `arms`",
         )
-    found = dict(SYSTEMS[arm].overrides) if arm in SYSTEMS else {}
-    found |= recipe.arms.get(arm, {})
-    if "train.objective" in found:
-        arms, main = OBJECTIVES.get(str(found["train.objective"])), objective_of(recipe.train)
+    overrides = dict(SYSTEMS[arm].overrides) if arm in SYSTEMS else {}
+    overrides |= recipe.arms.get(arm, {})
+    if "train.objective" in overrides:
+        arms, main = OBJECTIVES.get(str(overrides["train.objective"])), objective_of(recipe.train)
         if arms is not None and arms.answers is not None and main.answers is not None and arms.answers < main.answers:
-            found.setdefault("train.batch_size", recipe.train.batch_size * main.answers // arms.answers)
-    return found
+            overrides.setdefault("train.batch_size", recipe.train.batch_size * main.answers // arms.answers)
+    return overrides
 
 
 def arm_recipe(recipe: Recipe, arm: str | None) -> Recipe:

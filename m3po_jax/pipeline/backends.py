@@ -32,7 +32,7 @@ from m3po_jax.scoring.endpoint_settings import check_client, check_endpoint, rea
 from m3po_jax.scoring.ensemble import Ensemble
 from m3po_jax.scoring.grading import Judge
 from m3po_jax.scoring.judge import Claims
-from m3po_jax.scoring.reward import Reward
+from m3po_jax.scoring.reward import RewardBackend
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Setting:
     model_config: ModelConfig
     folder: Path | None
     warnings: list[str]
-    own_reward: Callable[[], Reward] | None
+    own_reward: Callable[[], RewardBackend] | None
 
     @property
     def max_image_pixels(self) -> int:
@@ -73,7 +73,7 @@ def make_backend(
     model_config: ModelConfig | None = None,
     folder: Path | None = None,
     warnings: list[str] | None = None,
-    own_reward: Callable[[], Reward] | None = None,
+    own_reward: Callable[[], RewardBackend] | None = None,
 ) -> Backend:
     """Builds `score.backend` (one of `BACKENDS`) and loads its model; the arguments are those of `Setting`.
 
@@ -234,7 +234,7 @@ def _endpoint(setting: Setting) -> Backend:
     return make() if jax.process_count() == 1 else OneHost(Endpoint.name, make)
 
 
-def _reward(setting: Setting) -> Reward:
+def _reward(setting: Setting) -> RewardBackend:
     score = setting.score
     if score.model:
         return load_reward(
@@ -277,28 +277,28 @@ class OneHost(Backend):
 
     def __init__(self, name: str, make: Callable[[], Endpoint]):
         self.name = name
-        self.own: Endpoint | None = None
+        self.endpoint: Endpoint | None = None
         from_writer(lambda: self._start(make))
 
     def _start(self, make: Callable[[], Endpoint]) -> None:
-        self.own = make()
+        self.endpoint = make()
 
     def __call__(self, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Scores:
         return self.judged(prompts, pools).scores
 
     def judged(self, prompts: Sequence[Prompt], pools: Sequence[Sequence[str]]) -> Judged:
         def run() -> dict[str, Any]:
-            assert self.own is not None
-            found = self.own.judged(prompts, pools)
-            scores = [row.tolist() for row in found.scores]
-            return {"scores": scores, "reasons": found.reasons, "notes": dict(found.notes)}
+            assert self.endpoint is not None
+            judged = self.endpoint.judged(prompts, pools)
+            scores = [row.tolist() for row in judged.scores]
+            return {"scores": scores, "reasons": judged.reasons, "notes": dict(judged.notes)}
 
-        found = from_writer(run)
-        scores = [np.array(row, np.float64) for row in found["scores"]]
-        return Judged(scores, found["reasons"], notes=found["notes"])
+        received = from_writer(run)
+        scores = [np.array(row, np.float64) for row in received["scores"]]
+        return Judged(scores, received["reasons"], notes=received["notes"])
 
     def usages(self) -> list[dict[str, Any]]:
-        return self.own.usages() if self.own is not None else []
+        return self.endpoint.usages() if self.endpoint is not None else []
 
 
 def _warn(setting: Setting, judge: Loaded) -> None:
@@ -318,25 +318,26 @@ def member_settings(score: ScoreConfig) -> list[ScoreConfig]:
     Raises:
         UserError: an unknown member, or fewer than two.
     """
-    found: list[ScoreConfig] = []
-    known = [name for name in BACKENDS if name != "ensemble"]
+    members: list[ScoreConfig] = []
+    names = [name for name in BACKENDS if name != "ensemble"]
     for member in score.members:
         backend, _, model = member.partition("=")
-        if backend not in known:
-            raise UserError(f"unknown backend {backend!r}{nearest(backend, known)}", where="score.members")
+        if backend not in names:
+            raise UserError(f"unknown backend {backend!r}{nearest(backend, names)}", where="score.members")
         fallback = "" if backend == "reward" else score.model  # a reward model is no model directory
-        own = dataclasses.replace(score, backend=backend, model=model or fallback, members=[])
+        settings = dataclasses.replace(score, backend=backend, model=model or fallback, members=[])
         if backend == "endpoint" and model:
-            own = dataclasses.replace(own, endpoint=dataclasses.replace(score.endpoint, model=model))
-        found.append(own)
-    if len(found) < 2:
+            settings = dataclasses.replace(settings, endpoint=dataclasses.replace(score.endpoint, model=model))
+        members.append(settings)
+    if len(members) < 2:
         raise UserError("an ensemble has at least two members", where="score.members", remedy="name two backends")
-    return found
+    return members
 
 
 def _ensemble(setting: Setting) -> Ensemble:
     members = [
-        BACKENDS[own.backend](dataclasses.replace(setting, score=own)) for own in member_settings(setting.score)
+        BACKENDS[settings.backend](dataclasses.replace(setting, score=settings))
+        for settings in member_settings(setting.score)
     ]
     rules = setting.score.ensemble
     return Ensemble(

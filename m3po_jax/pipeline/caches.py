@@ -100,7 +100,7 @@ def vision_features(folder: Path | None, policy: Policy, processor: Processor, m
         plans=processor.image_plans,
         images=processor.images,
         encode=encode,
-        own=own_rows(at_once, mesh),
+        own_rows=own_rows(at_once, mesh),
         together=jax.process_count() > 1,
     )
 
@@ -115,8 +115,8 @@ def fill(features: PromptFeatures, prompts: Sequence[Prompt]) -> int:
         UserError: an image that cannot be read, on all hosts; the features of the groups before it are stored.
     """
     missing = list(features.missing(prompts)) if jax.process_count() == 1 else _missing_anywhere(prompts, features)
-    for start in range(0, len(missing), len(features.own)):
-        part = missing[start : start + len(features.own)]
+    for start in range(0, len(missing), len(features.own_rows)):
+        part = missing[start : start + len(features.own_rows)]
 
         def read(row: int, part: Sequence[tuple[int, int, str]] = part) -> ProcessedImage:
             number, place, _ = part[row]
@@ -126,10 +126,10 @@ def fill(features: PromptFeatures, prompts: Sequence[Prompt]) -> int:
             number, place, _ = part[row]
             return features.plans(prompts[number])[place].absent
 
-        shown = load_shared(read, absent, features.own[: len(part)])
-        for (_, _, key), image, made in zip(part, shown, features.encode(shown), strict=True):
+        shown = load_shared(read, absent, features.own_rows[: len(part)])
+        for (_, _, key), image, encoded in zip(part, shown, features.encode(shown), strict=True):
             if not features.cache.has(key, image.tokens):
-                features.cache.put(key, made)
+                features.cache.put(key, encoded)
     barrier("vision features are stored")
     images, size = features.cache.size()
     say(f"vision features: {len(missing)} images computed; {images} in {features.cache.folder}, {size / 1e6:.1f} MB")
@@ -138,12 +138,12 @@ def fill(features: PromptFeatures, prompts: Sequence[Prompt]) -> int:
 
 def _missing_anywhere(prompts: Sequence[Prompt], features: PromptFeatures) -> list[tuple[int, int, str]]:
     """As `PromptFeatures.missing`: what any process misses; each hashes the images of its share of prompts."""
-    own = np.arange(len(prompts)) % jax.process_count() == jax.process_index()
+    own_prompts = np.arange(len(prompts)) % jax.process_count() == jax.process_index()
 
     def hashed(number: int) -> list[str]:
         return features.image_keys(prompts[number]) if prompts[number].images else []
 
-    keys = load_shared(hashed, lambda _: [], own)
+    keys = load_shared(hashed, lambda _: [], own_prompts)
     rows = [(number, place, key) for number, of_prompt in enumerate(keys) for place, key in enumerate(of_prompt)]
     # Every process's rows, padded to the longest list: number, place and the bytes of the key.
     size = int(np.max(gathered(np.int32(len(rows)))))
@@ -152,17 +152,17 @@ def _missing_anywhere(prompts: Sequence[Prompt], features: PromptFeatures) -> li
     heads, hashes = np.full((size, 2), -1, np.int32), np.zeros((size, 32), np.uint8)
     for row, (number, place, key) in enumerate(rows):
         heads[row], hashes[row] = (number, place), np.frombuffer(bytes.fromhex(key), np.uint8)
-    told = zip(*(gathered(part).reshape(-1, part.shape[-1]) for part in (heads, hashes)), strict=True)
-    known: dict[str, tuple[int, int]] = {}
-    for first, second, key in sorted((*head.tolist(), digest.tobytes().hex()) for head, digest in told):
+    everywhere = zip(*(gathered(part).reshape(-1, part.shape[-1]) for part in (heads, hashes)), strict=True)
+    places: dict[str, tuple[int, int]] = {}
+    for first, second, key in sorted((*head.tolist(), digest.tobytes().hex()) for head, digest in everywhere):
         if first >= 0:
-            known.setdefault(key, (first, second))
-    plans = [features.plans(prompts[number])[place] for number, place in known.values()]
+            places.setdefault(key, (first, second))
+    plans = [features.plans(prompts[number])[place] for number, place in places.values()]
     absent = np.array(
-        [not features.cache.has(key, plan.tokens) for key, plan in zip(known, plans, strict=True)], bool
+        [not features.cache.has(key, plan.tokens) for key, plan in zip(places, plans, strict=True)], bool
     )
     absent = np.any(gathered(absent), axis=0)
-    return [(*place, key) for (key, place), flag in zip(known.items(), absent, strict=True) if flag]
+    return [(*place, key) for (key, place), flag in zip(places.items(), absent, strict=True) if flag]
 
 
 def cached_reference(

@@ -11,7 +11,7 @@ import numpy as np
 from m3po_jax.data import tables
 from m3po_jax.data.schema import Prompt
 from m3po_jax.evaluation.bootstrap import bootstrap
-from m3po_jax.pipeline.score_counts import count_scores, told
+from m3po_jax.pipeline.score_counts import count_scores, counts_line
 from m3po_jax.scoring.calibration import auroc, concordance, reliability, within_prompt_correlation
 from m3po_jax.scoring.claims import object_vocabulary
 from m3po_jax.scoring.truth import MEANINGS, known_truth, objects_of
@@ -63,23 +63,23 @@ def calibration(
     }
     named = map(objects_of, prompts.values())
     vocabulary = object_vocabulary(sorted({name for objects in named for name in objects or ()}))
-    known = [known_truth(prompts[row["id"]], texts[row["id"], row["candidate"]], vocabulary) for row in rows]
-    index = np.array([i for i, truth in enumerate(known) if truth is not None], int)
-    kinds = np.array([truth[0] for truth in known if truth is not None])
-    labels = np.array([truth[1] for truth in known if truth is not None], bool)
+    truths = [known_truth(prompts[row["id"]], texts[row["id"], row["candidate"]], vocabulary) for row in rows]
+    index = np.array([i for i, truth in enumerate(truths) if truth is not None], int)
+    kinds = np.array([truth[0] for truth in truths if truth is not None])
+    labels = np.array([truth[1] for truth in truths if truth is not None], bool)
     result["truths"] = [
-        {"kind": kind, "meaning": MEANINGS[kind], "n": len(own), "true": int(own.sum())}
+        {"kind": kind, "meaning": MEANINGS[kind], "n": len(of_kind), "true": int(of_kind.sum())}
         for kind in sorted(set(kinds.tolist()))
-        for own in [labels[kinds == kind]]
+        for of_kind in [labels[kinds == kind]]
     ]
     if labels.any() and not labels.all():
         known_ids = [ids[i] for i in index]
         for name, values in signals.items():
-            found = _signal(name, known_ids, values[index], labels, kinds, seed)
+            quality = _signal(name, known_ids, values[index], labels, kinds, seed)
             if name == f"confidence_{confidence}":
-                result["confidence"] = found | {"variant": confidence}
+                result["confidence"] = quality | {"variant": confidence}
             else:
-                result[name] = found
+                result[name] = quality
     result["verdict"] = verdict(result, confidence)
     return result
 
@@ -134,15 +134,20 @@ def _reliability(name: str, values: np.ndarray, labels: np.ndarray) -> dict[str,
     nats, log = name in NATS, name in LOG_PROBABILITIES
     shown = np.exp(values) if log else values
     # Log-probs crowd: bins of equal population show them, bins of equal width would be empty.
-    found = reliability(shown, labels, quantiles=nats or log)
+    diagram = reliability(shown, labels, quantiles=nats or log)
     bins = [
         {"low": float(low), "high": float(high), "count": int(count), "score": float(score), "true": float(true)}
         for low, high, count, score, true in zip(
-            found.edges[:-1], found.edges[1:], found.counts, found.mean_scores, found.mean_labels, strict=True
+            diagram.edges[:-1],
+            diagram.edges[1:],
+            diagram.counts,
+            diagram.mean_scores,
+            diagram.mean_labels,
+            strict=True,
         )
         if count
     ]
-    return {"scale": "nats" if nats else "probability", "bins": bins, "ece": None if nats else finite(found.error)}
+    return {"scale": "nats" if nats else "probability", "bins": bins, "ece": None if nats else finite(diagram.error)}
 
 
 def verdict(result: Mapping[str, Any], confidence: str) -> list[dict[str, str]]:
@@ -154,7 +159,7 @@ def verdict(result: Mapping[str, Any], confidence: str) -> list[dict[str, str]]:
 
     counts = result["counts"]
     if counts["abstained"]:
-        say("abstained", "warn" if counts["scored"] < MOSTLY * counts["rows"] else "note", f"{told(counts)}.")
+        say("abstained", "warn" if counts["scored"] < MOSTLY * counts["rows"] else "note", f"{counts_line(counts)}.")
     truths = result.get("truths") or []
     if not truths:
         say(

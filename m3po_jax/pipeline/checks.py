@@ -50,31 +50,31 @@ def check_recipe(recipe: Recipe) -> None:
                 "a decoding, not a trained arm", where=f"arms.{arm}", remedy="set evaluate.contrast_alpha"
             )
         try:
-            own = arm_recipe(recipe, arm)
-            _check_one(own, candidates=not own.train.pairs)
-            if objective_of(own.train).learner is not Learner.POLICY:
+            merged = arm_recipe(recipe, arm)
+            _check_one(merged, candidates=not merged.train.pairs)
+            if objective_of(merged.train).learner is not Learner.POLICY:
                 raise UserError(
-                    f"objective {own.train.objective!r} is not an arm's",
+                    f"objective {merged.train.objective!r} is not an arm's",
                     where="train.objective",
                     remedy=", ".join(
                         sorted(name for name, kind in OBJECTIVES.items() if kind.learner is Learner.POLICY)
                     ),
                 )
-            if bool(own.train.pairs) != bool(recipe.train.pairs):
+            if bool(merged.train.pairs) != bool(recipe.train.pairs):
                 raise UserError(
                     "a run's systems learn from its own candidates, or all of them from files of pairs",
                     where="train.pairs",
                     remedy="set it for the whole recipe, or for none",
                 )
-            if own.train.pairs and any(
-                getattr(own, section) != getattr(recipe, section) for section in ("generate", "score", "select")
+            if merged.train.pairs and any(
+                getattr(merged, section) != getattr(recipe, section) for section in ("generate", "score", "select")
             ):
                 raise UserError(
                     "changes how candidates become pairs, and all pairs are from a file",
                     where="train.pairs",
                     remedy="here arms change settings of `train`",
                 )
-            if own.reward != recipe.reward:
+            if merged.reward != recipe.reward:
                 raise UserError(
                     "systems share one reward model", where="reward", remedy="set it for the whole recipe"
                 )

@@ -151,8 +151,8 @@ def evaluate(
     texts: dict[str, dict[str, Any]] = {}
     cut = 0
     shares = Shares(generator.mesh)
-    made = generator.stream(prompt_rows(benchmark.prompts, processor, shares), len(benchmark.prompts))
-    shown = progress(made, f"{system}: {benchmark.name}", len(benchmark.prompts))
+    stream = generator.stream(prompt_rows(benchmark.prompts, processor, shares), len(benchmark.prompts))
+    shown = progress(stream, f"{system}: {benchmark.name}", len(benchmark.prompts))
     for answer in stoppable(shown, f"evaluating {system} on {benchmark.name}"):
         shares.answered(answer.hosts)
         (ids,) = answer.answers

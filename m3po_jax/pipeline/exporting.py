@@ -80,8 +80,8 @@ def _stated(config: str | None, overrides: Sequence[str], arm: str | None) -> se
     if config is not None:
         content = read_document(find_recipe(config))
         keys |= leaves(content).keys()
-    own = f"arms.{arm}."
-    return keys | {key.removeprefix(own) for key in keys if arm is not None and key.startswith(own)}
+    prefix = f"arms.{arm}."
+    return keys | {key.removeprefix(prefix) for key in keys if arm is not None and key.startswith(prefix)}
 
 
 # Keys that leave no trace in the weights: data that is not read again, and how training was watched and saved.
@@ -138,8 +138,8 @@ def run_recipe(
     changed = {}
     for section in ("model", "train"):
         names = [key.partition(".")[2] for key in taken if key.startswith(f"{section}.")]
-        own = {name: getattr(getattr(asked, section), name) for name in names}
-        changed[section] = dataclasses.replace(getattr(trained, section), **own)
+        values = {name: getattr(getattr(asked, section), name) for name in names}
+        changed[section] = dataclasses.replace(getattr(trained, section), **values)
     # No forward pass is computed, so kernels of another platform must not be in the way.
     changed["model"] = dataclasses.replace(changed["model"], attention="xla")
     return dataclasses.replace(trained, mesh=given.mesh, **changed)
@@ -160,18 +160,18 @@ def _check_output(
             )
     if not output.is_dir() or not any(output.iterdir()):
         return
-    known = read_json(output / RECORD)
-    if known == record:
+    present = read_json(output / RECORD)
+    if present == record:
         return
     if not overwrite:
         differing = (
-            next((key for key in record if known.get(key) != record[key]), "") if isinstance(known, dict) else ""
+            next((key for key in record if present.get(key) != record[key]), "") if isinstance(present, dict) else ""
         )
         what = "holds something else than an export of this run"
         if differing:
-            what = f"holds another export ({differing} is {known.get(differing)!r}, here {record[differing]!r})"
+            what = f"holds another export ({differing} is {present.get(differing)!r}, here {record[differing]!r})"
         raise UserError(what, where=str(output), remedy="choose another --output, or give --overwrite to replace it")
-    if known is None and not any((output / name).is_file() for name in ("config.json", "adapter_config.json")):
+    if present is None and not any((output / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UserError("holds no model, and is not replaced", where=str(output), remedy="choose another --output")
 
 

@@ -247,26 +247,28 @@ def candidate_pools(
         if failure is not None:
             raise failure
 
-    for made in generator.stream(source(), len(prompts)):
-        rows, attempt = flying[made.place], made.attempt
-        drawn = k_all if made.wanted is None else made.wanted
+    for answered in generator.stream(source(), len(prompts)):
+        rows, attempt = flying[answered.place], answered.attempt
+        drawn = k_all if answered.wanted is None else answered.wanted
         mark = {} if attempt == 0 else {"attempt": attempt}
         for k in drawn:
             sampling = json.dumps(records[k] | mark)
-            rows[k] = candidate_row(made, k, generator.ended(made.answers[k]), processor, config.stop, sampling)
+            rows[k] = candidate_row(
+                answered, k, generator.ended(answered.answers[k]), processor, config.stop, sampling
+            )
         repeated: list[int] = []
         if attempt < config.resample_duplicates:
             repeated = repeats([row["text"] for row in rows], drawn if attempt else random)
         if repeated:
             tally.resampled += len(repeated)
-            again.append(dataclasses.replace(made, wanted=tuple(repeated), attempt=attempt + 1))
+            again.append(dataclasses.replace(answered, wanted=tuple(repeated), attempt=attempt + 1))
             continue
-        del flying[made.place]
-        shares.answered(made.hosts)
+        del flying[answered.place]
+        shares.answered(answered.hosts)
         _agree(rows)
         tally.tokens += sum(len(row["token_ids"]) for row in rows)
-        tokens = processor.tokenise(prompts[made.place]).value()
-        yield made.place, [row | {"prompt_tokens": tokens} for row in rows]
+        tokens = processor.tokenise(prompts[answered.place]).value()
+        yield answered.place, [row | {"prompt_tokens": tokens} for row in rows]
 
 
 def generate(
@@ -313,8 +315,8 @@ def generate(
         chosen = _Chosen(prompts, [i for _, i in places])
         if features is not None:
             fill(features, chosen)
-        made = candidate_pools(chosen, generator, processor, config, tally, features)
-        shown = progress(stoppable(made, "generating"), "generate", len(places))
+        pools = candidate_pools(chosen, generator, processor, config, tally, features)
+        shown = progress(stoppable(pools, "generating"), "generate", len(places))
         for index, rows in shown:
             shard, place = places[index]
             waiting = unwritten.setdefault(shard.path, {})

@@ -35,7 +35,7 @@ def read_pair_file(path: str, data: DataConfig) -> FilePairs:
         UserError: names the first row that is no pair.
     """
     pairs = read_preferences(path, image_root=data.image_root, exif=data.exif)
-    say(pairs.told())
+    say(pairs.summary_line())
     return pairs
 
 
@@ -65,8 +65,8 @@ def _check_tokens(row: Mapping[str, Any], side: str, processor: Processor, place
     if tokens is None:
         return
     # A token that ends an answer may reach beyond its text: into a stop string.
-    known = all(0 <= token < processor.text.size for token in tokens)
-    if not known or not processor.decode(tokens).startswith(message_text(row[side]).strip()):
+    valid = all(0 <= token < processor.text.size for token in tokens)
+    if not valid or not processor.decode(tokens).startswith(message_text(row[side]).strip()):
         raise UserError(
             f"`{side}_token_ids` are not the text of `{side}` in this model's tokens",
             where=place,
@@ -90,7 +90,7 @@ def check_pairs(
     Returns:
         What was read, a line for each file.
     """
-    told = []
+    summaries = []
     for path in dict.fromkeys(filter(None, (train.pairs, reward.pairs))):
         try:
             problems: list[UserError] = []
@@ -100,17 +100,17 @@ def check_pairs(
         except UserError as error:
             report(error)
             continue
-        told.append(pairs.told())
+        summaries.append(pairs.summary_line())
         try:
-            own = dataclasses.replace(processor(), image_root=pairs.image_root)
+            reader = dataclasses.replace(processor(), image_root=pairs.image_root)
         except UserError:
             continue
         for number, row in enumerate(pairs):
             try:
-                _check_row(row, place_of(row, number, path), own, train.max_answer_tokens)
+                _check_row(row, place_of(row, number, path), reader, train.max_answer_tokens)
             except UserError as error:
                 report(error)
-    return told
+    return summaries
 
 
 def _check_row(row: Mapping[str, Any], place: str, processor: Processor, longest: int) -> None:

@@ -71,36 +71,38 @@ class Preflight:
 
     def checks(self) -> list[Callable[[], object]]:
         """Each raises UserError where a later stage would."""
-        found: list[Callable[[], object]] = [
+        checks: list[Callable[[], object]] = [
             lambda: check_output(self.recipe.output_dir, self.recipe.name),
             self.devices,
             lambda: check_packages(self.recipe.train, self.recipe.evaluate),
         ]
         if not self.dual_encoder:
-            found += [functools.partial(self.training, own.model, own.train) for own in self.trained_recipes()]
-            found += [self.tokens, self.memory]
+            checks += [
+                functools.partial(self.training, trained.model, trained.train) for trained in self.trained_recipes()
+            ]
+            checks += [self.tokens, self.memory]
         if self.with_candidates:
-            found += [lambda: check_ready(self.recipe.score)]
-            found += [functools.partial(self.judge, judge) for judge in self.judges()]
+            checks += [lambda: check_ready(self.recipe.score)]
+            checks += [functools.partial(self.judge, judge) for judge in self.judges()]
         if self.recipe.reward.pairs:  # those of `train.pairs` are read when the run begins
-            found += [lambda: read_preferences(self.recipe.reward.pairs, image_root=self.recipe.data.image_root)]
-        return found
+            checks += [lambda: read_preferences(self.recipe.reward.pairs, image_root=self.recipe.data.image_root)]
+        return checks
 
     def trained_recipes(self) -> list[Recipe]:
         """The main recipe, and those arms whose training differs from it."""
-        found = [self.recipe]
+        recipes = [self.recipe]
         for arm in self.recipe.arms:
-            own = arm_recipe(self.recipe, arm)
-            if not any((own.train, own.model) == (other.train, other.model) for other in found):
-                found.append(own)
-        return found
+            merged = arm_recipe(self.recipe, arm)
+            if not any((merged.train, merged.model) == (other.train, other.model) for other in recipes):
+                recipes.append(merged)
+        return recipes
 
     def judges(self) -> list[ScoreConfig]:
         """The judges of all arms, each once."""
-        found: list[ScoreConfig] = []
+        configs: list[ScoreConfig] = []
         for arm in (None, *self.recipe.arms):
-            found += [judge for judge in judges(arm_recipe(self.recipe, arm).score) if judge not in found]
-        return found
+            configs += [judge for judge in judges(arm_recipe(self.recipe, arm).score) if judge not in configs]
+        return configs
 
     def devices(self) -> None:
         """The mesh, and the kernels of attention: on accelerators alone, since a recipe may be checked elsewhere."""
@@ -183,10 +185,12 @@ class Preflight:
             needed += rows * drawn.num_candidates * drawn.max_new_tokens * (4 + 4 + TEXT_BYTES) * recipe.rounds
         trained = [recipe] * recipe.rounds + [arm_recipe(recipe, arm) for arm in recipe.arms]
         if not self.dual_encoder:
-            for own in trained:
-                learns = _count(nnx.state(self.model(own.model, own.train.lora), trainable_filter(own.train)))
-                size = learns * (STATE_BYTES + 4 * bool(own.train.ema_decay))
-                needed += size * (own.train.keep_checkpoints + own.train.keep_best)
+            for learner in trained:
+                learns = _count(
+                    nnx.state(self.model(learner.model, learner.train.lora), trainable_filter(learner.train))
+                )
+                size = learns * (STATE_BYTES + 4 * bool(learner.train.ema_decay))
+                needed += size * (learner.train.keep_checkpoints + learner.train.keep_best)
         place = _existing(root)
         free = shutil.disk_usage(place).free
         if needed > free:
@@ -213,12 +217,12 @@ class Preflight:
         )
         if jax.default_backend() == "cpu" and weights > SMALL_MODEL_BYTES:
             return
-        shapes, own = [], recipe.generate
+        shapes, drawing = [], recipe.generate
         family = self.description.family.images
         image = None if family is None else family.typical(config)
         prefix = 1 if image is None else image.tokens
         if self.with_candidates:
-            shapes.append(("generate.batch_size", own.batch_size, own.num_candidates, own.max_new_tokens))
+            shapes.append(("generate.batch_size", drawing.batch_size, drawing.num_candidates, drawing.max_new_tokens))
         if recipe.evaluate.benchmarks:
             shapes.append(("evaluate.batch_size", recipe.evaluate.batch_size, 1, recipe.evaluate.max_new_tokens))
         itemsize = jnp.dtype(recipe.model.dtype).itemsize

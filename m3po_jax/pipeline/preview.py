@@ -20,7 +20,7 @@ from m3po_jax.pipeline.generate import sampling_text
 from m3po_jax.pipeline.models import make_processor
 from m3po_jax.pipeline.run import Run
 from m3po_jax.pipeline.select import selection_inputs
-from m3po_jax.pipeline.systems import System, SystemEvaluator, base_systems, greedy
+from m3po_jax.pipeline.systems import EvaluatedSystem, SystemEvaluator, base_systems, greedy
 from m3po_jax.pipeline.trainings import handed_on
 from m3po_jax.training.stage import without_free_settings
 from m3po_jax.workspace.cell import Cell
@@ -173,7 +173,7 @@ class Preview:
                 cell,
                 cell,
                 rewarding.pair_rule(recipe.select, recipe.reward),
-                part=rewarding.Part(recipe.reward.split, rewards=True),
+                part=rewarding.SplitSide(recipe.reward.split, rewards=True),
                 pairs_per_prompt=recipe.reward.pairs_per_prompt,
             )
             if cell.reward_selection.status(chosen, contents=False).state != DONE:
@@ -198,9 +198,9 @@ class Preview:
                 )
                 yield Planned(system.name, f"evaluate {benchmark.name}", status)
 
-    def _trained(self, cell: Cell) -> System:
+    def _trained(self, cell: Cell) -> EvaluatedSystem:
         name, weights = self.run.system_name(cell), self._weights(cell)
-        return System(name, cell, lambda: None, weights, greedy(self.recipe.evaluate))
+        return EvaluatedSystem(name, cell, lambda: None, weights, greedy(self.recipe.evaluate))
 
 
 def _shards(artifact: Artifact, inputs: Mapping[str, Any]) -> Status:

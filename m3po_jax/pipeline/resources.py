@@ -71,13 +71,13 @@ class Resources:
 
     def trained_in(self, number: int) -> list[Cell]:
         """What is trained in a round: a later one's candidates come from the main policy, so that arms end before."""
-        own = self.directory.cell(number)
-        return [own, *map(own.of, self.recipe.arms if number == 1 else ())]
+        cell = self.directory.cell(number)
+        return [cell, *map(cell.of, self.recipe.arms if number == 1 else ())]
 
     def trained_cells(self) -> list[Cell]:
         """All that is trained, the rounds of the run's own system first."""
-        own, *arms = self.trained_in(1)
-        return [*map(own.at, range(1, self.recipe.rounds + 1)), *arms]
+        main, *arms = self.trained_in(1)
+        return [*map(main.at, range(1, self.recipe.rounds + 1)), *arms]
 
     def system_name(self, cell: Cell) -> str:
         """What a trained system is called, as the table and the report name it."""

@@ -40,13 +40,13 @@ from m3po_jax.models.processor import Processor
 from m3po_jax.models.registry import describe_policy
 from m3po_jax.objectives.objective import Reads
 from m3po_jax.objectives.registry import check_objective, objective_of
-from m3po_jax.objectives.reward import Reward as RewardObjective
+from m3po_jax.objectives.reward import Reward
 from m3po_jax.pipeline.models import InputLimits, Policy, attach_adapter, load_policy, model_identity
 from m3po_jax.pipeline.pair_files import with_identity
 from m3po_jax.pipeline.train import batch_options
 from m3po_jax.pipeline.trainings import begin_training, finish_training
 from m3po_jax.recipes import from_plain
-from m3po_jax.scoring.reward import HeadScorer, Reward
+from m3po_jax.scoring.reward import HeadScorer, RewardBackend
 from m3po_jax.selection import RANDOM_RULES, check_config
 from m3po_jax.training.loop import load_trained, train
 from m3po_jax.training.stage import without_free_settings
@@ -62,7 +62,7 @@ class TrainedReward:
         trained: In this process, now.
     """
 
-    judge: Reward
+    judge: RewardBackend
     results: dict[str, Any]
     seconds: float
     trained: bool = False
@@ -80,7 +80,7 @@ def is_reward_prompt(key: str, split: float) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class SplitSide:
     """One side of the split: the reward model's prompts, or those of the systems that use it."""
 
     split: float
@@ -90,10 +90,10 @@ class Part:
         return is_reward_prompt(key, self.split) == self.rewards
 
 
-def policy_part(train: TrainConfig, score: ScoreConfig, reward: RewardConfig) -> Part | None:
+def policy_part(train: TrainConfig, score: ScoreConfig, reward: RewardConfig) -> SplitSide | None:
     """The prompts that a system may learn from; None: all of them."""
     shares_prompts = uses_own_reward(train, score) and not reward.pairs
-    return Part(reward.split, rewards=False) if shares_prompts else None
+    return SplitSide(reward.split, rewards=False) if shares_prompts else None
 
 
 def held_out(ids: Sequence[str], share: float) -> set[str]:
@@ -136,7 +136,7 @@ def reward_train_config(train: TrainConfig, reward: RewardConfig) -> TrainConfig
         changes["lora"] = dataclasses.replace(train.lora, lora_rank=reward.lora_rank)
     # What names metrics of another objective, or belongs to one, means nothing here.
     return dataclasses.replace(
-        train, objective=RewardObjective.name, keep_best=0, weights="last", harm_metrics_steps=0, **changes
+        train, objective=Reward.name, keep_best=0, weights="last", harm_metrics_steps=0, **changes
     )
 
 
@@ -221,12 +221,12 @@ def reward_of_pairs(
             made_from=inputs,
         )
         scorer = HeadScorer(result.model, mesh, batch_size=recipe.score.batch_size)
-        judge = Reward(scorer, policy.processor)
+        judge = RewardBackend(scorer, policy.processor)
         results = out.results() if finished else None
         if results is None:
             unseen = pairs.take([number for number, key in enumerate(ids) if key in test])
             results = {
-                **measure(Reward(scorer, processor), unseen, processor, seed=recipe.seed),
+                **measure(RewardBackend(scorer, processor), unseen, processor, seed=recipe.seed),
                 "train_pairs": len(learned),
                 "steps": result.steps,
                 "identity": tables.content_hash(
@@ -240,7 +240,7 @@ def reward_of_pairs(
     return TrainedReward(judge, results, seconds, trained=not finished)
 
 
-def measure(judge: Reward, pairs: PairRows, processor: Processor, *, seed: int) -> dict[str, Any]:
+def measure(judge: RewardBackend, pairs: PairRows, processor: Processor, *, seed: int) -> dict[str, Any]:
     """Accuracy of a reward model on pairs (a tie is half right), with a bootstrap interval over prompts."""
     answers = []
     for row in pairs.without_images():
@@ -300,7 +300,7 @@ def load_reward(
     image_root: str | Path = ".",
     batch_size: int = 16,
     max_image_pixels: int = DataConfig.max_image_pixels,
-) -> Reward:
+) -> RewardBackend:
     """A trained reward model as an alignment backend, from its folder or its run directory.
 
     Raises:
@@ -322,10 +322,10 @@ def load_reward(
     with use_mesh(mesh):
         start = start_reward(policy, train_config.lora, seed)
         model = load_trained(start, train_config, output_dir=folder, mesh=mesh).model
-    return Reward(HeadScorer(model, mesh, batch_size=batch_size), policy.processor)
+    return RewardBackend(HeadScorer(model, mesh, batch_size=batch_size), policy.processor)
 
 
-def told(results: dict[str, Any]) -> str:
+def accuracy_line(results: dict[str, Any]) -> str:
     """The accuracy as the log says it."""
     low, high = results["accuracy_low"], results["accuracy_high"]
     interval = "" if low is None else f" ({low:.0%} to {high:.0%})"

@@ -34,9 +34,9 @@ REFERENCES = ("previous", "base")
 SIDES = ("chosen", "rejected")
 
 
-def earlier_count(own: int, earlier: int, share: float) -> int:
+def earlier_count(current: int, earlier: int, share: float) -> int:
     """How many of `earlier` pairs make up `share` of a mixture with `own` pairs, as far as there are so many."""
-    return min(earlier, math.floor(own * share / (1 - share) + 0.5))
+    return min(earlier, math.floor(current * share / (1 - share) + 0.5))
 
 
 def mix(rounds: Sequence[tuple[int, Sequence[str]]], share: float, seed: int) -> list[tuple[int, int]]:
@@ -56,9 +56,9 @@ def mix(rounds: Sequence[tuple[int, Sequence[str]]], share: float, seed: int) ->
         name = f"mix\0{seed}\0{number}\0{ids[item[1]]}"
         return hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
 
-    *before, own = [[(place, index) for index in range(len(ids))] for place, (_, ids) in enumerate(rounds)]
+    *before, current = [[(place, index) for index in range(len(ids))] for place, (_, ids) in enumerate(rounds)]
     pool = sorted((item for items in before for item in items), key=rank)
-    return own + pool[: earlier_count(len(own), len(pool), share)]
+    return current + pool[: earlier_count(len(current), len(pool), share)]
 
 
 def reference_log_probs(
@@ -76,15 +76,18 @@ def reference_log_probs(
     if features is not None:
         fill(features, prompts)
     answers = [[np.asarray(row[f"{side}_token_ids"], np.int32) for side in SIDES] for row in pairs.without_images()]
-    made: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for batch in prompt_batches(prompts, processor, scorer.batch_size, features=features, needed=scorer.own_rows):
-        own = answers[len(made) : len(made) + len(batch.ids)]
-        found = scorer.log_probs(batch, *pad_answers(own))
-        for b, pair in enumerate(own):
-            made.append(
-                {f"reference_{side}_logprobs": found[b, k, : len(pair[k])].tolist() for k, side in enumerate(SIDES)}
+        in_batch = answers[len(rows) : len(rows) + len(batch.ids)]
+        log_probs = scorer.log_probs(batch, *pad_answers(in_batch))
+        for b, pair in enumerate(in_batch):
+            rows.append(
+                {
+                    f"reference_{side}_logprobs": log_probs[b, k, : len(pair[k])].tolist()
+                    for k, side in enumerate(SIDES)
+                }
             )
-    return made
+    return rows
 
 
 class _Mixed(PairRows):
@@ -142,8 +145,8 @@ def training_pairs(
         unknown = [position for position, (place, _) in enumerate(items) if rounds[place][0] != recorded]
         asked: dict[int, dict[str, Any]] = {}
         if unknown:
-            made = reference_log_probs(scorer(), processor, mixed.take(unknown), features())
-            asked = dict(zip(unknown, made, strict=True))
+            computed = reference_log_probs(scorer(), processor, mixed.take(unknown), features())
+            asked = dict(zip(unknown, computed, strict=True))
         if is_writer():
             out.set_aside()
             sums: dict[str, str] = {}

@@ -15,7 +15,7 @@ from m3po_jax.data.preference_files import FilePairs, image_folder
 from m3po_jax.errors import UserError
 from m3po_jax.hosts.agreement import barrier, is_writer
 from m3po_jax.hosts.sharding import use_mesh
-from m3po_jax.hosts.signals import look
+from m3po_jax.hosts.signals import stop_if_signalled
 from m3po_jax.inference.scorer import Scorer
 from m3po_jax.inference.settings import sampling_config
 from m3po_jax.objectives.objective import Learner, Reads
@@ -32,9 +32,9 @@ from m3po_jax.pipeline.preflight import check_before_run
 from m3po_jax.pipeline.resources import Resources
 from m3po_jax.pipeline.rlhf import rollout_costs, train_rlhf
 from m3po_jax.pipeline.score import NEED_BLANK_IMAGE, score
-from m3po_jax.pipeline.score_counts import told
+from m3po_jax.pipeline.score_counts import counts_line
 from m3po_jax.pipeline.select import select
-from m3po_jax.pipeline.systems import System, base_systems, greedy
+from m3po_jax.pipeline.systems import EvaluatedSystem, base_systems, greedy
 from m3po_jax.pipeline.train import (
     Trained,
     rows_identity,
@@ -128,7 +128,7 @@ class Run(Resources):
 
     def generate_stage(self, cell: Cell) -> None:
         """Draws a round's candidates, as far as they are missing."""
-        look("generating")
+        stop_if_signalled("generating")
         recipe = self._pairing_recipe(cell)
         config = recipe.generate
         sampling = sampling_config(config, recipe.seed * 1000 + cell.round)
@@ -158,7 +158,7 @@ class Run(Resources):
 
     def score_stage(self, cell: Cell) -> None:
         """Scores a round's candidates, and says what its judge is worth."""
-        look("scoring")
+        stop_if_signalled("scoring")
         recipe = self._pairing_recipe(cell)
         made_from = {
             "judge": self._judge_identities(recipe.score),
@@ -187,7 +187,7 @@ class Run(Resources):
         verdict, judges, notes = details.pop("verdict", []), details.pop("judges", []), details.pop("notes")
         self.directory.note_stage("score", cell, cell.scores.read())
         missing = details["scored"] < details["rows"]
-        say(f"round {cell.round}: {told(details, notes, backend.name)}", style="yellow" if missing else None)
+        say(f"round {cell.round}: {counts_line(details, notes, backend.name)}", style="yellow" if missing else None)
         for judge in judges:
             paid = f"{judge['requests']} requests paid, {judge['from_cache']} answers from the cache"
             guessed = f" (of {judge['guessed']} requests guessed: the server tells no tokens)"
@@ -245,9 +245,9 @@ class Run(Resources):
 
     def select_stage(self, cell: Cell) -> dict[str, Any]:
         """Pairs a system's candidates; returns the selection's summary."""
-        look("selecting")
+        stop_if_signalled("selecting")
         recipe = self._pairing_recipe(cell)
-        found = select(
+        selected = select(
             self.candidates_owner(cell).candidates,
             self.scores_owner(cell).scores,
             self.prompts,
@@ -258,15 +258,15 @@ class Run(Resources):
             data=self.data_identity,
         )
         self.directory.note_stage("select", cell, cell.selection.read())
-        drops = ", ".join(f"{reason} {count}" for reason, count in found["drops"].items())
+        drops = ", ".join(f"{reason} {count}" for reason, count in selected["drops"].items())
         name = cell.arm or summary.main_name(recipe.train, recipe.select)
         say(
-            f"round {cell.round}, {name}: {found['pairs']} pairs of {found['prompts']} prompts"
+            f"round {cell.round}, {name}: {selected['pairs']} pairs of {selected['prompts']} prompts"
             + (f" (dropped: {drops})" if drops else "")
         )
-        for warning in found["warnings"] if cell.arm is None else ():
+        for warning in selected["warnings"] if cell.arm is None else ():
             say(f"  {warning}", style="yellow")
-        return found
+        return selected
 
     def reward_stage(self) -> rewarding.TrainedReward:
         """The run's reward model, which all systems share: trained on round 1's candidates, or loaded."""
@@ -274,7 +274,7 @@ class Run(Resources):
 
     @functools.cached_property
     def reward_model(self) -> rewarding.TrainedReward:
-        look("training a reward model")
+        stop_if_signalled("training a reward model")
         recipe, cell = self.recipe, self.directory.cell(1)
         if recipe.reward.pairs:
             pairs: PairRows = self.pair_file(recipe.reward.pairs)
@@ -286,13 +286,13 @@ class Run(Resources):
                 rewarding.pair_rule(recipe.select, recipe.reward),
                 cell.reward_selection,
                 image_root=self.source.image_root,
-                part=rewarding.Part(recipe.reward.split, rewards=True),
+                part=rewarding.SplitSide(recipe.reward.split, rewards=True),
                 pairs_per_prompt=recipe.reward.pairs_per_prompt,
                 data=self.data_identity,
             )
             pairs = cell.reward_selection.pairs()
         root = pairs.image_root if isinstance(pairs, FilePairs) else self.source.image_root
-        found = rewarding.reward_of_pairs(
+        reward = rewarding.reward_of_pairs(
             recipe,
             self.policy,
             pairs,
@@ -304,9 +304,9 @@ class Run(Resources):
             force=self.force,
         )
         self.directory.note_stage("reward", cell, cell.reward.read())
-        if found.trained:
-            say(rewarding.told(found.results))
-        return found
+        if reward.trained:
+            say(rewarding.accuracy_line(reward.results))
+        return reward
 
     def train_stage(self, cell: Cell, *, only_finished: bool = False) -> Trained:
         """Trains a system on its pairs, or loads what was trained.
@@ -361,16 +361,16 @@ class Run(Resources):
         require_current(cell.folder, record, record.inputs | settled)
 
     def _train(self, cell: Cell, start: Any, made_from: dict[str, Any]) -> Trained:
-        look("training")
+        stop_if_signalled("training")
         recipe, folder = self.arm_recipe(cell.arm), cell.folder
         seed, reference, where = recipe.seed + cell.round, None, str(cell.selection.folder)
         given: dict[str, Any] = {"start": start, "seed": seed, "made_from": made_from}
         objective = objective_of(recipe.train)
         if objective.reads is Reads.PROMPTS:
             part = rewarding.policy_part(recipe.train, recipe.score, recipe.reward)
-            own = [prompt for key, prompt in self.prompts.items() if part is None or part.holds(key)]
+            prompts = [prompt for key, prompt in self.prompts.items() if part is None or part.holds(key)]
             reward = self.reward_stage()
-            return train_rlhf(recipe, self.policy, own, reward, folder, self.mesh, **given)
+            return train_rlhf(recipe, self.policy, prompts, reward, folder, self.mesh, **given)
         if not needs_pairs(recipe.train):
             return train_on_references(recipe, self.policy, folder, self.mesh, **given)
         policy = self.policy
@@ -418,8 +418,8 @@ class Run(Resources):
 
     def evaluate_stage(self, cell: Cell) -> None:
         """Evaluates one trained system on every benchmark."""
-        look("evaluating")
-        system = System(
+        stop_if_signalled("evaluating")
+        system = EvaluatedSystem(
             self.system_name(cell),
             cell,
             lambda: self.train_stage(cell, only_finished=True).model,
@@ -439,7 +439,7 @@ class Run(Resources):
             self.base_identity,
         )
         for system, benchmarks in systems:
-            look("evaluating the base")
+            stop_if_signalled("evaluating the base")
             self.evaluator.evaluate(system, benchmarks)
 
     def check_objective(self) -> None:

@@ -25,7 +25,7 @@ from m3po_jax.models.processor import Processor
 from m3po_jax.pipeline.calibration import calibration
 from m3po_jax.pipeline.console import progress
 from m3po_jax.pipeline.generate import Shard, begin_shards, prompt_batches
-from m3po_jax.pipeline.score_counts import count_scores, is_open, told
+from m3po_jax.pipeline.score_counts import count_scores, counts_line, is_open
 from m3po_jax.scoring.alignment import Backend, Judged, Reference, judge_pools
 from m3po_jax.scoring.confidence import confidence_variants
 from m3po_jax.scoring.endpoint import answer_limit
@@ -49,13 +49,13 @@ def blank_log_probs(
     scorer: Scorer, prompts: Sequence[Prompt], groups: Sequence[Sequence[Mapping[str, Any]]], processor: Processor
 ) -> list[list[np.ndarray]]:
     """Log-probs of each candidate's tokens with the image blanked: what the language prior says."""
-    found: list[list[np.ndarray]] = []
+    scored: list[list[np.ndarray]] = []
     for batch in prompt_batches(prompts, processor, scorer.batch_size, images=False):
-        own = groups[len(found) : len(found) + len(batch.ids)]
-        answers = [[np.asarray(row["token_ids"], np.int32) for row in group] for group in own]
+        in_batch = groups[len(scored) : len(scored) + len(batch.ids)]
+        answers = [[np.asarray(row["token_ids"], np.int32) for row in group] for group in in_batch]
         log_probs = scorer.log_probs(batch, *pad_answers(answers), blank_images=True)
-        found += [[log_probs[b, k, : len(t)] for k, t in enumerate(group)] for b, group in enumerate(answers)]
-    return found
+        scored += [[log_probs[b, k, : len(t)] for k, t in enumerate(group)] for b, group in enumerate(answers)]
+    return scored
 
 
 def score_rows(
@@ -261,10 +261,10 @@ def score(
     if waiting:
         total = sum(1 for _ in tables.read_rows(candidates.folder, columns=["id"]))
         counts = {"rows": total, "scored": total - waiting.total(), "abstained": waiting}
-        raise Interrupted(f"scoring: {told(counts, notes)}; paid answers are kept and the rest is asked again")
-    found: dict[str, Any] = {"seconds": time.monotonic() - started}
+        raise Interrupted(f"scoring: {counts_line(counts, notes)}; paid answers are kept and the rest is asked again")
+    outcome: dict[str, Any] = {"seconds": time.monotonic() - started}
     if is_writer():
-        known = calibration(
+        measured = calibration(
             candidates.folder,
             out.folder,
             prompts,
@@ -272,16 +272,16 @@ def score(
             circular=isinstance(backend, Reference),
             seed=select.seed,
         )
-        known["judges"] = backend.usages()
+        measured["judges"] = backend.usages()
         said = [{"about": "judge", "tone": "warn", "text": f"{line[:1].upper()}{line[1:]}."} for line in warnings]
-        known["verdict"] = [*known["verdict"], *said]
-        out.save_calibration(known)
-        found |= {"verdict": known["verdict"], "judges": known["judges"]}
-    found |= count_scores(tables.read_rows(out.folder, columns=["mas", "abstained"]))
+        measured["verdict"] = [*measured["verdict"], *said]
+        out.save_calibration(measured)
+        outcome |= {"verdict": measured["verdict"], "judges": measured["judges"]}
+    outcome |= count_scores(tables.read_rows(out.folder, columns=["mas", "abstained"]))
     if is_writer():
-        details = {name: value for name, value in found.items() if name not in ("verdict", "judges")}
-        if found["judges"]:
-            details["details"] = {judge["judge"]: judge for judge in found["judges"]}
+        details = {name: value for name, value in outcome.items() if name not in ("verdict", "judges")}
+        if outcome["judges"]:
+            details["details"] = {judge["judge"]: judge for judge in outcome["judges"]}
         out.finish(details)
     barrier("scores are recorded")
-    return found | {"notes": notes}
+    return outcome | {"notes": notes}

@@ -28,7 +28,7 @@ def count_scores(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {"rows": total, "scored": total - reasons.total(), "abstained": dict(sorted(reasons.items()))}
 
 
-def told(counts: Mapping[str, Any], notes: Mapping[str, str] | None = None, by: str = "") -> str:
+def counts_line(counts: Mapping[str, Any], notes: Mapping[str, str] | None = None, by: str = "") -> str:
     """``31 of 32 candidates scored, 1 abstained (no_grade: 'It is a picture.')``.
 
     Args:

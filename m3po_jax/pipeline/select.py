@@ -15,10 +15,10 @@ from m3po_jax.data.schema import Prompt, prompt_to_row
 from m3po_jax.errors import UserError
 from m3po_jax.hosts.agreement import from_writer, is_writer, together
 from m3po_jax.pipeline.console import say
-from m3po_jax.pipeline.reward import Part
+from m3po_jax.pipeline.reward import SplitSide
 from m3po_jax.selection_rows import select_rows
 from m3po_jax.workspace.records import DONE, settings
-from m3po_jax.workspace.selection import Selection
+from m3po_jax.workspace.selection import PairFolder
 from m3po_jax.workspace.shards import ShardFolder
 
 SHOWN_DROPS = 60
@@ -61,10 +61,10 @@ def select(
     scores: ShardFolder,
     prompts: Mapping[str, Prompt],
     config: SelectConfig,
-    out: Selection,
+    out: PairFolder,
     *,
     image_root: Path,
-    part: Part | None = None,
+    part: SplitSide | None = None,
     pairs_per_prompt: int = 1,
     data: str = "",
 ) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def select(
 
 
 def selection_inputs(
-    contents: Mapping[str, str], config: SelectConfig, *, data: str, part: Part | None, pairs_per_prompt: int = 1
+    contents: Mapping[str, str], config: SelectConfig, *, data: str, part: SplitSide | None, pairs_per_prompt: int = 1
 ) -> dict[str, Any]:
     """What pairs are made from; arguments as of `select`.
 
@@ -149,9 +149,9 @@ def prompt_rows(
     shown = {drop["id"] for drop in drops[:SHOWN_DROPS]}
     for prompt in prompts.values():
         row = prompt_to_row(prompt)
-        for image, own in zip(row["images"], prompt.images, strict=True):
+        for image, reference in zip(row["images"], prompt.images, strict=True):
             kept = prompt.id in shown
-            image["bytes"] = read_encoded(own, root=image_root, where=prompt.where) if kept else None
+            image["bytes"] = read_encoded(reference, root=image_root, where=prompt.where) if kept else None
         yield row
 
 

@@ -62,10 +62,10 @@ def system_name(cell: Cell, main: str, rounds: int) -> str:
 
 def systems(recipe: Recipe, directory: RunDirectory) -> list[tuple[str, str, Cell]]:
     """(name, kind, cell) of everything that was evaluated, in the table's order."""
-    base, own = directory.cell(0), directory.cell(1)
+    base, first = directory.cell(0), directory.cell(1)
     every = [(BASE, "arm", base), *decodings(recipe.evaluate, base)]
-    every += [(arm, "arm", own.of(arm)) for arm in recipe.arms]
-    main, cells = main_name(recipe.train, recipe.select), map(own.at, range(1, recipe.rounds + 1))
+    every += [(arm, "arm", first.of(arm)) for arm in recipe.arms]
+    main, cells = main_name(recipe.train, recipe.select), map(first.at, range(1, recipe.rounds + 1))
     every += [(system_name(cell, main, recipe.rounds), "arm", cell) for cell in cells]
     return [system for system in every if any(one.is_finished for one in system[2].evaluations())]
 
@@ -85,8 +85,8 @@ def _deltas(frontier: Frontier, results: Sequence[Any], on_frontier: Sequence[bo
     if points.sum() < 2:
         return None
     rows = len(results), 1
-    found = matched(gain, cost, np.tile(gain[points], rows), np.tile(cost[points], rows))
-    return [None if beyond or np.isnan(d) else float(d) for d, beyond in zip(found.delta, found.beyond, strict=True)]
+    match = matched(gain, cost, np.tile(gain[points], rows), np.tile(cost[points], rows))
+    return [None if beyond or np.isnan(d) else float(d) for d, beyond in zip(match.delta, match.beyond, strict=True)]
 
 
 def build_tables(everything: Sequence[tuple[str, str, Cell]], benchmarks: Sequence[Benchmark]) -> dict[str, Any]:
@@ -162,10 +162,10 @@ def worse_than_base(columns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping
 def _warnings(benchmark: Benchmark, base: Mapping[str, Any] | None) -> list[str]:
     if not base:
         return []
-    found = [benchmark.metric.gate(base["summary"])]
+    warnings = [benchmark.metric.gate(base["summary"])]
     if base.get("cut"):
-        found.append(f"{base['cut']} of the base's answers were cut at the length limit")
-    return [f"{benchmark.name}: {line}" for line in found if line]
+        warnings.append(f"{base['cut']} of the base's answers were cut at the length limit")
+    return [f"{benchmark.name}: {line}" for line in warnings if line]
 
 
 def markdown(table: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ MakeGenerator = Callable[[Any, SamplingConfig, int], Generator]  # of a model, i
 
 
 @dataclass(frozen=True)
-class System:
+class EvaluatedSystem:
     """A model with its decoding.
 
     Attributes:
@@ -56,7 +56,7 @@ def stop_tokens(config: EvaluateConfig, processor: Processor) -> tuple[int, ...]
     Raises:
         UserError: a word of several tokens.
     """
-    found = []
+    stops = []
     for word in config.stop_words:
         ids = processor.text.encode(word)
         if len(ids) != 1:
@@ -65,8 +65,8 @@ def stop_tokens(config: EvaluateConfig, processor: Processor) -> tuple[int, ...]
                 where="evaluate.stop_words",
                 remedy="name words that the model's tokenizer keeps whole",
             )
-        found.append(ids[0])
-    return tuple(found)
+        stops.append(ids[0])
+    return tuple(stops)
 
 
 def base_systems(
@@ -76,20 +76,20 @@ def base_systems(
     benchmarks: Sequence[Benchmark],
     model: Callable[[], Any],
     identity: str,
-) -> Iterator[tuple[System, list[Benchmark]]]:
+) -> Iterator[tuple[EvaluatedSystem, list[Benchmark]]]:
     """The starting model, its stop-bias frontier (for metrics that have one) and contrastive decoding."""
     plain = greedy(config)
     base = directory.cell(0)
-    yield System(summary.BASE, base, model, identity, plain), list(benchmarks)
+    yield EvaluatedSystem(summary.BASE, base, model, identity, plain), list(benchmarks)
     captions = [b for b in benchmarks if b.metric.frontier]
     for bias in config.stop_bias:
         name = summary.stop_bias_name(bias)
         sampling = dataclasses.replace(plain, stop_bias=bias, stop_token_ids=stop_tokens(config, processor))
-        yield System(name, base.of(name), model, identity, sampling), captions
+        yield EvaluatedSystem(name, base.of(name), model, identity, sampling), captions
     for alpha in config.contrast_alpha:
         name = summary.contrast_name(alpha)
         sampling = dataclasses.replace(plain, contrast_alpha=alpha)
-        yield System(name, base.of(name), model, identity, sampling), list(benchmarks)
+        yield EvaluatedSystem(name, base.of(name), model, identity, sampling), list(benchmarks)
 
 
 class SystemEvaluator:
@@ -101,7 +101,7 @@ class SystemEvaluator:
         self._generators: dict[SamplingConfig, Generator] = {}
         self._tokenised: dict[str, Benchmark] = {}
 
-    def evaluate(self, system: System, benchmarks: Sequence[Benchmark]) -> None:
+    def evaluate(self, system: EvaluatedSystem, benchmarks: Sequence[Benchmark]) -> None:
         """Answers and scores what is missing of `benchmarks`, and notes it in the manifest.
 
         Raises:
@@ -152,7 +152,7 @@ class SystemEvaluator:
         if generator is not None:
             say(f"evaluated {system.name} in {time.monotonic() - started:.0f} s")
 
-    def inputs(self, system: System, benchmark: Benchmark) -> dict[str, Any]:
+    def inputs(self, system: EvaluatedSystem, benchmark: Benchmark) -> dict[str, Any]:
         """What a system's results on a benchmark are made from, as their record names it."""
         rule = settings(f"evaluate.benchmarks.{benchmark.name}", benchmark.config)
         return {
@@ -171,12 +171,12 @@ class SystemEvaluator:
             self._tokenised[benchmark.name] = dataclasses.replace(benchmark, prompts=prompts)
         return self._tokenised[benchmark.name]
 
-    def _loaded(self, system: System) -> Generator:
+    def _loaded(self, system: EvaluatedSystem) -> Generator:
         """The decoding's generator, holding the system's weights."""
-        known = self._generators.get(system.sampling)
-        if known is not None:
-            known.load(system.model())
-            return known
-        made = self._make_generator(system.model(), system.sampling, self.recipe.evaluate.batch_size)
-        self._generators[system.sampling] = made
-        return made
+        loaded = self._generators.get(system.sampling)
+        if loaded is not None:
+            loaded.load(system.model())
+            return loaded
+        generator = self._make_generator(system.model(), system.sampling, self.recipe.evaluate.batch_size)
+        self._generators[system.sampling] = generator
+        return generator

@@ -37,7 +37,7 @@ class Problems:
     """Collects one line for everything that is wrong."""
 
     def __init__(self) -> None:
-        self.found: list[UserError] = []
+        self.errors: list[UserError] = []
         self._lines: set[str] = set()
 
     @contextmanager
@@ -51,13 +51,13 @@ class Problems:
         """Notes a problem, unless it is known: stages share models and rows."""
         if str(error) not in self._lines:
             self._lines.add(str(error))
-            self.found.append(error)
+            self.errors.append(error)
 
-    def rows(self, source: Source, title: str) -> PromptSource:
+    def rows(self, source: CheckedSource, title: str) -> PromptSource:
         """Reads every row of a source and its images; returns those that are good enough to be read."""
-        found: list[UserError] = []
-        rows = read_prompts(source.config, require_image=source.drawn, problems=found)
-        for error in found:
+        problems: list[UserError] = []
+        rows = read_prompts(source.config, require_image=source.drawn, problems=problems)
+        for error in problems:
             self.add(error)
         checks = source.checks(rows.image_root)
         for index in progress(range(len(rows)), title, len(rows)):
@@ -66,10 +66,10 @@ class Problems:
 
     def row(self, prompt: Prompt, checks: list[Check]) -> None:
         for check in checks:
-            before = len(self.found)
+            before = len(self.errors)
             with self.collect():
                 check(prompt)
-            if len(self.found) > before:
+            if len(self.errors) > before:
                 break  # a row's first problem may cause its others
 
 
@@ -101,7 +101,7 @@ def validate(recipe: Recipe) -> tuple[list[UserError], str]:
     with problems.collect():
         check_recipe(recipe)
     # Arms that cannot be meant would only repeat that.
-    preflight = Preflight(dataclasses.replace(recipe, arms={}) if problems.found else recipe)
+    preflight = Preflight(dataclasses.replace(recipe, arms={}) if problems.errors else recipe)
     checks: list[Callable[[], object]] = []
     with problems.collect():
         checks = preflight.checks()
@@ -112,7 +112,7 @@ def validate(recipe: Recipe) -> tuple[list[UserError], str]:
     for check in checks:
         with problems.collect():
             check()
-    prompts, sources = 0, list[Source]()
+    prompts, sources = 0, list[CheckedSource]()
     with problems.collect():
         sources = list(_sources(recipe, preflight))
     read += check_pairs(recipe.train, recipe.reward, recipe.data, lambda: preflight.processor, problems.add)
@@ -129,10 +129,10 @@ def validate(recipe: Recipe) -> tuple[list[UserError], str]:
             for prompt in progress(questions.prompts, f"validate {name}", len(questions.prompts)):
                 problems.row(prompt, checks_of_rows)
             check_scoring(questions)
-    if not problems.found:
+    if not problems.errors:
         with problems.collect():
             preflight.disk(prompts)
-    return problems.found, ", ".join(read)
+    return problems.errors, ", ".join(read)
 
 
 def _answers(train: TrainConfig) -> bool:
@@ -141,7 +141,7 @@ def _answers(train: TrainConfig) -> bool:
 
 
 @dataclass(frozen=True)
-class Source:
+class CheckedSource:
     """Rows that a stage reads.
 
     Attributes:
@@ -154,28 +154,33 @@ class Source:
     drawn: bool = False
 
 
-def _sources(recipe: Recipe, preflight: Preflight) -> Iterator[Source]:
+def _sources(recipe: Recipe, preflight: Preflight) -> Iterator[CheckedSource]:
     """The rows of every stage; those that two stages read come twice, their images once."""
     if objective_of(recipe.train).reads is Reads.CLAIMS:
         for config in recipe.train.data or [recipe.data]:
-            yield Source(config, _claims(preflight))
+            yield CheckedSource(config, _claims(preflight))
         return
     asked = _asked(preflight)
     shown: list[DataConfig] = []
     if preflight.with_candidates:
         references = [Reference(judge.vocabulary) for judge in preflight.judges() if judge.backend == "reference"]
-        yield Source(recipe.data, lambda root: [*asked(root), *(judge.objects for judge in references)], drawn=True)
+        yield CheckedSource(
+            recipe.data, lambda root: [*asked(root), *(judge.objects for judge in references)], drawn=True
+        )
         shown.append(recipe.data)
-    for own in [recipe, *(arm_recipe(recipe, arm) for arm in preflight.recipe.arms)]:
-        if pairs_instead_of_prompts(own.train, own.reward):
+    for trained in [recipe, *(arm_recipe(recipe, arm) for arm in preflight.recipe.arms)]:
+        if pairs_instead_of_prompts(trained.train, trained.reward):
             continue
-        if not objective_of(own.train).reads_rows or (needs_pairs(own.train) and own is not recipe):
+        if not objective_of(trained.train).reads_rows or (needs_pairs(trained.train) and trained is not recipe):
             continue
-        answer = _answer(own.train.max_answer_tokens, preflight)
-        configs = own.train.data or [own.data]
+        answer = _answer(trained.train.max_answer_tokens, preflight)
+        configs = trained.train.data or [trained.data]
         for config in configs:
-            known = config in shown
-            yield Source(config, lambda root, known=known, answer=answer: [*([] if known else asked(root)), answer])
+            questioned = config in shown
+            yield CheckedSource(
+                config,
+                lambda root, questioned=questioned, answer=answer: [*([] if questioned else asked(root)), answer],
+            )
             shown.append(config)
 
 
@@ -185,8 +190,8 @@ def _asked(preflight: Preflight) -> MakeChecks:
         say(note, style="yellow")
 
     def checks(root: Path) -> list[Check]:
-        own = dataclasses.replace(preflight.processor, image_root=root)
-        return [own.encode_prompt, own.images]
+        processor = dataclasses.replace(preflight.processor, image_root=root)
+        return [processor.encode_prompt, processor.images]
 
     return checks
 

@@ -86,8 +86,8 @@ def select(options: argparse.Namespace) -> None:
     if options.input or options.output:
         if not (options.input and options.output):
             raise UserError("--input and --output go together", where="select")
-        found = select_file(Path(options.input), Path(options.output), _recipe(options).select)
-        say(f"{found['pairs']} pairs of {found['prompts']} prompts; dropped: {found['dropped'] or 'none'}")
+        summary = select_file(Path(options.input), Path(options.output), _recipe(options).select)
+        say(f"{summary['pairs']} pairs of {summary['prompts']} prompts; dropped: {summary['dropped'] or 'none'}")
         return
     with _stage(options) as (running, cell):
         running.select_stage(cell)
@@ -150,17 +150,17 @@ def _evaluate_published(options: argparse.Namespace) -> None:
 
 def _evaluate_answers(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
-    known = recipe.evaluate.benchmarks
-    name = options.benchmark or (next(iter(known)) if len(known) == 1 else None)
-    if name is None or name not in known:
+    benchmarks = recipe.evaluate.benchmarks
+    name = options.benchmark or (next(iter(benchmarks)) if len(benchmarks) == 1 else None)
+    if name is None or name not in benchmarks:
         unknown = "which benchmark do they answer?" if name is None else f"unknown benchmark {name!r}"
         raise UserError(
-            f"{unknown}{nearest(name or '', known)}",
+            f"{unknown}{nearest(name or '', benchmarks)}",
             where="--benchmark",
             remedy="name one of evaluate.benchmarks",
         )
     folder = RunDirectory.of(recipe.output_dir, recipe.name).saved_answers(name)
-    benchmark = evaluating.read_benchmark(name, known[name])
+    benchmark = evaluating.read_benchmark(name, benchmarks[name])
     results, out = evaluating.score_file(benchmark, Path(options.answers), recipe.evaluate, folder, seed=recipe.seed)
     print(json.dumps(results["summary"], indent=2))
     if "note" in results:
@@ -191,16 +191,16 @@ def recipes(options: argparse.Namespace) -> None:
 def plan(options: argparse.Namespace) -> None:
     from m3po_jax.plan import plan as compile_for
 
-    found = compile_for(_recipe(options), options.topology, prompt_tokens=options.prompt_tokens)
-    print(found.table())
+    planned = compile_for(_recipe(options), options.topology, prompt_tokens=options.prompt_tokens)
+    print(planned.table())
     if options.json:
-        write_json(Path(options.json), dataclasses.asdict(found))
-    problems = found.problems()
+        write_json(Path(options.json), dataclasses.asdict(planned))
+    problems = planned.problems()
     for problem in problems:
         say(f"m3po: {problem}", style="red")
     if problems:
         raise UserError(
-            f"{len(problems)} of {len(found.programs)} programs do not fit",
+            f"{len(problems)} of {len(planned.programs)} programs do not fit",
             where=f"--topology {options.topology}",
             remedy="each line above names what to lower",
         )

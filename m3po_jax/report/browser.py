@@ -149,28 +149,28 @@ def _by_id(table: pa.Table | None) -> dict[str, list[dict[str, Any]]]:
 
 
 def browse_round(
-    reader: Reader, found: Round, *, pairs: int, drops: int, token_text: TokenText | None
+    reader: Reader, contents: Round, *, pairs: int, drops: int, token_text: TokenText | None
 ) -> tuple[list[Item], list[list[bytes | None]]]:
     """Items of one round, and the encoded images of each (read here, made small by `finish`)."""
     items: list[Item] = []
     roles: list[tuple[int, int]] = []
-    if found.pairs is not None and len(found.pairs):
-        for row in spread(found.pairs.numbers["value"], found.pairs.ids, pairs):
-            items.append(_pair_item(found, found.pairs, row))
-            roles.append((int(found.pairs.chosen[row]), int(found.pairs.rejected[row])))
-    for prompt_id, reason in sample_drops(found.drops, drops):
-        items.append(Item(prompt_id, found.number, reason))
+    if contents.pairs is not None and len(contents.pairs):
+        for row in spread(contents.pairs.numbers["value"], contents.pairs.ids, pairs):
+            items.append(_pair_item(contents, contents.pairs, row))
+            roles.append((int(contents.pairs.chosen[row]), int(contents.pairs.rejected[row])))
+    for prompt_id, reason in sample_drops(contents.drops, drops):
+        items.append(Item(prompt_id, contents.number, reason))
         roles.append((-1, -1))
     ids = {item.id for item in items}
     if not ids:
         return [], []
     pair_rows = _by_id(
-        reader.table(found.cell.selection.folder, ["id", "images", "prompt", "chosen", "rejected"], ids)
+        reader.table(contents.cell.selection.folder, ["id", "images", "prompt", "chosen", "rejected"], ids)
     )
-    prompts = _by_id(reader.prompts(found.cell, ["id", "images", "instruction"], ids))
+    prompts = _by_id(reader.prompts(contents.cell, ["id", "images", "instruction"], ids))
     columns = ["id", "candidate", "text", "token_ids", "token_logprobs", "finish_reason"]
-    candidates = _by_id(reader.table(found.cell.candidates.folder, columns, ids))
-    scores = _by_id(reader.table(found.cell.scores.folder, None, ids))
+    candidates = _by_id(reader.table(contents.cell.candidates.folder, columns, ids))
+    scores = _by_id(reader.table(contents.cell.scores.folder, None, ids))
     images = []
     for item, (chosen, rejected) in zip(items, roles, strict=True):
         prompt = (prompts.get(item.id) or [{}])[0]
@@ -188,16 +188,16 @@ def browse_round(
         if not item.answers and not item.reason:  # pairs that came from elsewhere have no candidates
             for role in ("chosen", "rejected"):
                 text = instruction_of(pair.get(role))
-                item.answers.append(ShownAnswer(-1, role, clip(text), **_pair_numbers(found.pairs, item.id, role)))
+                item.answers.append(ShownAnswer(-1, role, clip(text), **_pair_numbers(contents.pairs, item.id, role)))
         order = {"chosen": 0, "rejected": 1, "": 2}
         item.answers.sort(key=lambda a: (order[a.role], -_or_low(math.nan if a.mas is None else a.mas), a.index))
     return items, images
 
 
-def _pair_item(found: Round, pairs: Pairs, row: int) -> Item:
+def _pair_item(contents: Round, pairs: Pairs, row: int) -> Item:
     value = as_number(pairs.numbers["value"][row])
     rank = None if value is None else 1 + int(np.sum(pairs.numbers["value"] > value))
-    return Item(pairs.ids[row], found.number, "", value=value, rank=rank, of=len(pairs))
+    return Item(pairs.ids[row], contents.number, "", value=value, rank=rank, of=len(pairs))
 
 
 def _pair_numbers(pairs: Pairs | None, prompt_id: str, role: str) -> dict[str, Any]:
@@ -209,8 +209,8 @@ def _pair_numbers(pairs: Pairs | None, prompt_id: str, role: str) -> dict[str, A
 
 def _answer(row: dict[str, Any], score: dict[str, Any], role: str, token_text: TokenText | None) -> ShownAnswer:
     log_probs = [value for value in row.get("token_logprobs") or [] if as_number(value) is not None]
-    known = ("id", "candidate", "mas", "confidence", "m3p_preferred", "m3p_dispreferred")
-    other = [(name, number) for name in score if name not in known and (number := as_number(score[name])) is not None]
+    shown = ("id", "candidate", "mas", "confidence", "m3p_preferred", "m3p_dispreferred")
+    other = [(name, number) for name in score if name not in shown and (number := as_number(score[name])) is not None]
     ids = row.get("token_ids")
     return ShownAnswer(
         index=int(row.get("candidate") or 0),

@@ -48,12 +48,12 @@ def _browse(reader: Reader, run: RunContents, pairs: int, drops: int, token_text
     """Items of all rounds, latest first; the number of pairs is shared out equally."""
     rounds = [r for r in reversed(run.rounds) if (r.pairs is not None and len(r.pairs)) or r.drops]
     items, images = [], []
-    for position, found in enumerate(rounds):
+    for position, contents in enumerate(rounds):
         share = len(rounds)
         # The first rounds in the list take what the division leaves over.
         pair_count = pairs // share + (position < pairs % share)
         drop_count = drops // share + (position < drops % share)
-        more, encoded = browse_round(reader, found, pairs=pair_count, drops=drop_count, token_text=token_text)
+        more, encoded = browse_round(reader, contents, pairs=pair_count, drops=drop_count, token_text=token_text)
         items += more
         images += encoded
     finish(items, images)
@@ -68,13 +68,13 @@ def render(
     items = _browse(reader, run, max_pairs, max_drops, token_text)
     rounds = [
         {
-            "number": found.number,
-            "funnel": overview.funnel(found),
-            "figures": distributions(found),
-            "correlation": overview.correlation(found),
+            "number": contents.number,
+            "funnel": overview.funnel(contents),
+            "figures": distributions(contents),
+            "correlation": overview.correlation(contents),
         }
-        for found in reversed(run.rounds)
-        if found.candidates is not None or found.pairs is not None or found.summary
+        for contents in reversed(run.rounds)
+        if contents.candidates is not None or contents.pairs is not None or contents.summary
     ]
     calibrations = calibration_views(run.rounds)
     comparison = _comparison(run, reader)  # before the warnings, which name a file that it cannot read

@@ -42,8 +42,8 @@ class Headline:
 
 
 def stages(run: RunContents) -> list[dict[str, Any]]:
-    found = run.manifest.get("stages")
-    return [stage for stage in found if isinstance(stage, dict)] if isinstance(found, list) else []
+    recorded = run.manifest.get("stages")
+    return [stage for stage in recorded if isinstance(stage, dict)] if isinstance(recorded, list) else []
 
 
 def header(run: RunContents) -> dict[str, Any]:

@@ -215,23 +215,23 @@ def mcnemar(fixed: int, broken: int) -> float:
 def _base_items(run: RunContents, name: str) -> dict[str, dict[str, Any]]:
     """The base model's records of a benchmark, where the run kept them (round 0, or an arm named base)."""
     rounds: list[Round] = [r for r in run.rounds if r.number == 0] + run.arms.get("base", [])
-    for found in rounds:
-        if name in found.benchmarks:
-            return {str(item.get("id")): item for item in found.benchmarks[name].items}
+    for contents in rounds:
+        if name in contents.benchmarks:
+            return {str(item.get("id")): item for item in contents.benchmarks[name].items}
     return {}
 
 
 def benchmark_views(run: RunContents) -> list[BenchmarkView]:
     """Every benchmark of every round, the latest round first."""
     return [
-        _benchmark(run, found, name, benchmark)
-        for found in reversed(run.rounds)
-        for name, benchmark in found.benchmarks.items()
+        _benchmark(run, contents, name, benchmark)
+        for contents in reversed(run.rounds)
+        for name, benchmark in contents.benchmarks.items()
     ]
 
 
-def _benchmark(run: RunContents, found: Round, name: str, benchmark: BenchmarkContents) -> BenchmarkView:
-    base = _base_items(run, name) if found.number else {}
+def _benchmark(run: RunContents, contents: Round, name: str, benchmark: BenchmarkContents) -> BenchmarkView:
+    base = _base_items(run, name) if contents.number else {}
     rows: list[dict[str, Any]] = []
     for item in benchmark.items:
         correct = item.get("correct") if isinstance(item.get("correct"), bool) else None
@@ -266,4 +266,4 @@ def _benchmark(run: RunContents, found: Round, name: str, benchmark: BenchmarkCo
     order: dict[Any, int] = {"broken": 0, "fixed": 1, "": 2}
     # Stable: inside each class the benchmark's own order remains.
     rows.sort(key=lambda row: (order[row["change"]], row["correct"] is not False))
-    return BenchmarkView(name, found.number, flatten(benchmark.results), counts, rows[:ITEMS_SHOWN], len(rows))
+    return BenchmarkView(name, contents.number, flatten(benchmark.results), counts, rows[:ITEMS_SHOWN], len(rows))

@@ -55,19 +55,19 @@ class HeadScorer(Scorer):
             UserError: a reward is not finite; names the prompt.
         """
         arrays = self._branches(branch_ids, branch_mask)
-        found = self._run(rewards_program, batch, arrays, {})
-        return found[:, : branch_ids.shape[1]]
+        rewards = self._run(rewards_program, batch, arrays, {})
+        return rewards[:, : branch_ids.shape[1]]
 
     def values(
         self, batch: PromptBatch, branch_ids: Int[np.ndarray, "b k t"], branch_mask: Bool[np.ndarray, "b k t"]
     ) -> Float32[np.ndarray, "b k t"]:
         """The value of the state before each token; 0 where masked."""
         arrays = self._branches(branch_ids, branch_mask)
-        found = self._run(values_program, batch, arrays, {})
-        return found[:, : branch_ids.shape[1], : branch_ids.shape[2]]
+        values = self._run(values_program, batch, arrays, {})
+        return values[:, : branch_ids.shape[1], : branch_ids.shape[2]]
 
 
-class Reward(Backend):
+class RewardBackend(Backend):
     """A reward model as MAS: σ(reward), so that 0.5 is the reward that centring holds in the middle.
 
     Args:
@@ -89,7 +89,7 @@ class Reward(Backend):
     ) -> list[np.ndarray]:
         """Rewards (not squashed) of answers given as token ids, one array a prompt."""
         most = max(map(len, answers), default=0)
-        found: list[np.ndarray] = []
+        scored: list[np.ndarray] = []
         size = self.scorer.batch_size
         for start in range(0, len(prompts), size):
             block = list(zip(prompts[start : start + size], answers[start : start + size], strict=True))
@@ -107,8 +107,8 @@ class Reward(Backend):
             tree = collate_tree(rows)
             batch = tree.prompts([row.id for row in rows])
             rewards = self.scorer.rewards(batch, tree.branch_ids, tree.branch_mask)
-            found += [rewards[i, : len(pool)].astype(np.float64) for i, (_, pool) in enumerate(block)]
-        return found
+            scored += [rewards[i, : len(pool)].astype(np.float64) for i, (_, pool) in enumerate(block)]
+        return scored
 
 
 def squash(rewards: np.ndarray) -> np.ndarray:

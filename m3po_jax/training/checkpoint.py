@@ -39,7 +39,7 @@ UNSUMMED = frozenset({CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt"})
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """What a checkpoint knows beside the arrays.
 
     Attributes:
@@ -124,7 +124,7 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, progress: Progress, *, value: float | None = None) -> None:
+    def save(self, step: int, state: TrainState, progress: TrainingProgress, *, value: float | None = None) -> None:
         """Copies the state off the devices and writes it in the background; a saved step is left alone.
 
         Args:
@@ -150,7 +150,7 @@ class Checkpointer:
         with full_disk_told(os.fspath(self.directory), self._bytes):
             self._manager.wait_until_finished()
 
-    def restore(self, target: TrainState) -> tuple[TrainState, Progress] | None:
+    def restore(self, target: TrainState) -> tuple[TrainState, TrainingProgress] | None:
         """The latest whole state on the shardings of `target`, and the progress; None where there is none yet.
 
         A checkpoint that is damaged, or of another training while an earlier one is of this, is set aside with a
@@ -165,7 +165,7 @@ class Checkpointer:
             reason = checkpoint_damage(self.directory, step)
             if reason is None:
                 try:
-                    found = self._restored(step, target)
+                    restored = self._restored(step, target)
                 except (MemoryError, jax.errors.JaxRuntimeError):  # nothing is wrong with the files
                     raise
                 except Exception as error:
@@ -173,9 +173,9 @@ class Checkpointer:
                         raise _unreadable(self.directory / str(step), error) from error
                     reason = f"cannot be read ({_first_line(error)})"
                 else:
-                    if found is not None:
+                    if restored is not None:
                         self._put_aside(reasons)
-                        return found
+                        return restored
                     reason, foreign = "is of another training", True
             reasons[step] = reason
         if foreign:
@@ -193,7 +193,7 @@ class Checkpointer:
             )
         return None
 
-    def _restored(self, step: int, target: TrainState) -> tuple[TrainState, Progress] | None:
+    def _restored(self, step: int, target: TrainState) -> tuple[TrainState, TrainingProgress] | None:
         """The state and progress of a checkpoint; None if it is of another training."""
         loaded = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
         progress = dict(loaded["progress"])
@@ -203,7 +203,7 @@ class Checkpointer:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target._asdict()
         )
         loaded = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
-        return TrainState(**loaded["state"]), Progress(**progress)
+        return TrainState(**loaded["state"]), TrainingProgress(**progress)
 
     def _put_aside(self, reasons: Mapping[int, str]) -> None:
         """Moves checkpoints out of the way, so that their steps can be saved again."""

@@ -100,8 +100,8 @@ class StepCost:
         for window, layers in Counter(self.windows).items():
             prefix, whole = seen_pairs(p, window), seen_pairs(p[:, None] + a, window)
             pairs += layers * (prefix.sum() + (whole - prefix[:, None]).sum())
-        seen = 0 if cached_images else images * self.positions
-        vision = seen * (self.vision + self.positions * self.vision_attention)
+        encoded = 0 if cached_images else images * self.positions
+        vision = encoded * (self.vision + self.positions * self.vision_attention)
         before = (p - 1).sum()
         text = tokens * self.decoder + pairs * self.attention + predicted * self.head
         text -= before * self.idle + seen_pairs(p - 1, self.windows[-1]).sum() * self.idle_attention
@@ -116,7 +116,7 @@ class StepCost:
             tokens * self.decoder_learns
             - before * self.idle_learns
             + predicted * self.head_learns
-            + seen * self.vision_learns
+            + encoded * self.vision_learns
             + image_tokens * self.projector_learns
         )
         return 2.0 * (forward * (2 if reference else 1) - (vision if reference else 0.0) + backward + weights)

@@ -133,16 +133,16 @@ def idle_leaves(optimizer: optax.OptState, adapters: Mapping[str, bool]) -> list
         adapters: Leaf name -> whether it is a LoRA factor.
     """
     is_adam = lambda x: isinstance(x, optax.ScaleByAdamState)  # noqa: E731
-    found: list[str] = []
+    names: list[str] = []
     for state in jax.tree.leaves(optimizer, is_leaf=is_adam):
         if is_adam(state):
             largest = jax.device_get(jax.tree.map(lambda x: jnp.max(jnp.abs(x)), state.mu))
-            found += [
+            names += [
                 name
                 for name, value in largest.items()
                 if value == 0 and not (adapters.get(name) and name.endswith("lora_a"))
             ]
-    return sorted(found)
+    return sorted(names)
 
 
 class CollapseWatch:

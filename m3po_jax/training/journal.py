@@ -69,10 +69,10 @@ class Journal:
         """
         before = (step - 1) // self.config.save_steps * self.config.save_steps
         values = [line.get(self.config.best_metric) for line in self._history if line["step"] > before]
-        known = [value for value in values if value is not None]
-        if not known:
+        measured = [value for value in values if value is not None]
+        if not measured:
             names = ", ".join(sorted(self._history[-1])) if self._history else "nothing"
             raise UserError(
                 f"{self.config.best_metric!r} is not logged", where="train.best_metric", remedy=f"there are {names}"
             )
-        return float(np.mean(known))
+        return float(np.mean(measured))

@@ -23,7 +23,7 @@ from m3po_jax.hosts.agreement import barrier, first_failure, is_writer
 from m3po_jax.hosts.sharding import to_host
 from m3po_jax.hosts.signals import stop_signal
 from m3po_jax.training import guards as checks
-from m3po_jax.training.checkpoint import Checkpointer, Progress, best_step, restore_trainable
+from m3po_jax.training.checkpoint import Checkpointer, TrainingProgress, best_step, restore_trainable
 from m3po_jax.training.journal import Journal
 from m3po_jax.training.progress import Advance, describe, progress_bar
 from m3po_jax.training.reference import check_sample
@@ -58,7 +58,7 @@ class _Position:
     """How far a stage has come: `progress` is the position of the data, `last` the last step's metrics."""
 
     state: TrainState
-    progress: Progress
+    progress: TrainingProgress
     done: int
     last: dict[str, float] = field(default_factory=dict)
 
@@ -143,7 +143,7 @@ def _restored(stage: Stage, saved: Checkpointer, state: TrainState) -> _Position
     """The position of the last checkpoint, the data's included; without one that of `state`, the first."""
     restored = saved.restore(state)
     if restored is None:
-        progress = Progress(stage.batches_taken.get_state())
+        progress = TrainingProgress(stage.batches_taken.get_state())
     else:
         state, progress = restored
         stage.batches_taken.set_state(progress.iterator)
@@ -216,7 +216,7 @@ class _UnderWay:
     number: int
     batch: Any
     output: StepOutput
-    after: Progress
+    after: TrainingProgress
     tokens: int
     compiled: bool
 
@@ -255,7 +255,7 @@ class _Steps:
         number, tokens = self.dispatched + 1, batch_tokens(batch)
         self.at.state, output = stage.dispatch(self.at.state, batch, number)
         before = self.at.progress if self._under_way is None else self._under_way.after
-        after = Progress(stage.batches_taken.get_state(), before.num_tokens + tokens)
+        after = TrainingProgress(stage.batches_taken.get_state(), before.num_tokens + tokens)
         fresh = stage.step.compilations > compiled
         step = _UnderWay(number, batch, output, after, tokens, fresh)
         self.read()
@@ -406,6 +406,6 @@ def _fingerprint(**content: Any) -> str:
 
 def unreadable(failures: Mapping[int, UserError], rows: Sequence[int]) -> UserError | None:
     """Why a row of a batch could not be read by the host that needs it; the same on all hosts, which all ask."""
-    own = next(((place, failures[row]) for place, row in enumerate(map(int, rows)) if row in failures), None)
-    found = first_failure(own)
-    return None if found is None else found[1]
+    here = next(((place, failures[row]) for place, row in enumerate(map(int, rows)) if row in failures), None)
+    first = first_failure(here)
+    return None if first is None else first[1]

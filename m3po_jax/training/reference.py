@@ -78,7 +78,7 @@ class ReferenceCache:
 
     def load(self) -> dict[str, list[float]]:
         """Everything that is stored; a damaged shard is set aside with a warning, and its rows are made again."""
-        found: dict[str, list[float]] = {}
+        stored: dict[str, list[float]] = {}
         for path in shards(self.folder):
             try:
                 table = pq.read_table(path, schema=_SCHEMA)
@@ -87,8 +87,8 @@ class ReferenceCache:
                 _logger.warning("%s: damaged (%s), its rows are computed again", path, reason)
                 path.unlink(missing_ok=True)
                 continue
-            found.update(zip(table["key"].to_pylist(), table["sums"].to_pylist(), strict=True))
-        return found
+            stored.update(zip(table["key"].to_pylist(), table["sums"].to_pylist(), strict=True))
+        return stored
 
     def add(self, rows: dict[str, list[float]]) -> None:
         keys = sorted(rows)

@@ -226,23 +226,23 @@ class RolloutSource:
         tree = collation.collate_tree([self._row(int(place), ()) for place in chosen])
         # A candidate's random stream belongs to its id: no two places of a run share one.
         batch = tree.prompts([f"{self.prompts[place].id} (rollout {number}, {i})" for i, place in enumerate(chosen)])
-        made = self.sampler(batch)
-        mask = np.arange(made.token_ids.shape[-1]) < made.lengths[..., None]
-        scores = np.asarray(self.reward(batch, made.token_ids, mask), np.float32)
+        sampled = self.sampler(batch)
+        mask = np.arange(sampled.token_ids.shape[-1]) < sampled.lengths[..., None]
+        scores = np.asarray(self.reward(batch, sampled.token_ids, mask), np.float32)
         broken = ~np.isfinite(scores).all(axis=1)
         if broken.any():
             names = ", ".join(repr(name) for name in self.row_ids(chosen[broken]))
             raise UserError(f"the reward is not finite, rows {names}", where=f"rollout {number}")
         values = np.zeros(mask.shape, np.float32)
         if self.values is not None:
-            values = self.values.values(batch, made.token_ids, mask)
+            values = self.values.values(batch, sampled.token_ids, mask)
         return {
-            "token_ids": made.token_ids,
-            "lengths": made.lengths,
-            "log_probs": np.asarray(made.log_probs, np.float32),
+            "token_ids": sampled.token_ids,
+            "lengths": sampled.lengths,
+            "log_probs": np.asarray(sampled.log_probs, np.float32),
             "scores": scores,
-            "finished": made.finished,
-            "reference": self.reference.log_probs(batch, made.token_ids, mask, reference=True),
+            "finished": sampled.finished,
+            "reference": self.reference.log_probs(batch, sampled.token_ids, mask, reference=True),
             "values": values,
             "mask": mask,
         }

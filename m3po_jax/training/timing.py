@@ -34,8 +34,8 @@ def batch_flops(cost: StepCost | None, batch: Any, *, reference: bool) -> float 
 def memory_peak(mesh: Mesh) -> float | None:
     """The most bytes in use so far on this process's fullest device; None where the backend does not say."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in mesh.local_devices]
-    known = [peak for peak in peaks if peak is not None]
-    return float(max(known)) if known else None
+    measured = [peak for peak in peaks if peak is not None]
+    return float(max(measured)) if measured else None
 
 
 class StepTimer:
@@ -53,13 +53,13 @@ class StepTimer:
         """
         now = time.perf_counter()
         seconds, self.started = now - self.started, now
-        known = flops is not None and self.peak is not None
+        measured = flops is not None and self.peak is not None
         return {
             "step_time": seconds,
             "compiled": float(compiled),
             "tokens_per_second": tokens / seconds,
             "rows_per_second": rows / seconds,
             "flops": flops,
-            "mfu": flops / seconds / self.peak if known and flops is not None and self.peak else None,
+            "mfu": flops / seconds / self.peak if measured and flops is not None and self.peak else None,
             "peak_memory_bytes": memory_peak(self.mesh),
         }

@@ -10,7 +10,7 @@ from m3po_jax.workspace.evaluation import Evaluation
 from m3po_jax.workspace.layout import round_name, system_folder
 from m3po_jax.workspace.records import Artifact
 from m3po_jax.workspace.reward import RewardFolder
-from m3po_jax.workspace.selection import Selection
+from m3po_jax.workspace.selection import PairFolder
 from m3po_jax.workspace.shards import ScoreFolder, ShardFolder
 from m3po_jax.workspace.training import TrainingArtifact
 
@@ -59,17 +59,17 @@ class Cell:
         return ScoreFolder(self.folder / layout.SCORES, "m3po score")
 
     @property
-    def selection(self) -> Selection:
-        return Selection(self.folder / layout.PAIRS, self._pairs_of_round())
+    def selection(self) -> PairFolder:
+        return PairFolder(self.folder / layout.PAIRS, self._pairs_of_round())
 
     @property
     def reward(self) -> RewardFolder:
         return RewardFolder(self.folder / layout.REWARD)
 
     @property
-    def reward_selection(self) -> Selection:
+    def reward_selection(self) -> PairFolder:
         """The pairs that a reward model is trained on."""
-        return Selection(self.reward.folder / layout.PAIRS, self._pairs_of_round())
+        return PairFolder(self.reward.folder / layout.PAIRS, self._pairs_of_round())
 
     def _pairs_of_round(self) -> list[Path]:
         """The folders of pairs that this round has in any system."""

@@ -23,10 +23,10 @@ def checksum(path: Path) -> str | None:
     """SHA-256 (hex) of a file's bytes; None where there is no such file, or it cannot be read."""
     try:
         stamp = _stamp(path)
-        known = _memory.get(str(path))
-        if known is None or known[0] != stamp:
-            known = _memory[str(path)] = (stamp, file_hash(path))
-        return known[1]
+        remembered = _memory.get(str(path))
+        if remembered is None or remembered[0] != stamp:
+            remembered = _memory[str(path)] = (stamp, file_hash(path))
+        return remembered[1]
     except OSError:
         return None
 

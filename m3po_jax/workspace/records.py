@@ -134,8 +134,8 @@ class Artifact:
 
     def damaged(self, record: Record) -> list[str]:
         """The files that are not there or are not what was written, by name."""
-        found = checksums(self.folder, record.outputs)
-        return sorted(name for name, value in record.outputs.items() if found[name] != value)
+        actual = checksums(self.folder, record.outputs)
+        return sorted(name for name, value in record.outputs.items() if actual[name] != value)
 
     def verify(self, remedy: str) -> None:
         """

@@ -20,7 +20,7 @@ from m3po_jax.workspace.records import Record
 from m3po_jax.workspace.shards import ShardFolder, now
 
 
-class Selection(ShardFolder):
+class PairFolder(ShardFolder):
     """One folder of pairs.
 
     Args:

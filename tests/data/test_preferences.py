@@ -163,7 +163,7 @@ def test_published_shapes(tmp_path: Path, shape: str, row: dict[str, Any], expec
     lines = read_preferences(write(tmp_path, row, row))
     assert seen(lines, 1) == expected and lines.shapes == {shape: 2}
     assert lines.ids() == [str(row.get("id", row.get("idx", f"pair-{i}"))) for i in range(2)]
-    assert lines[1]["where"] == f"{lines.path}:2" and f"2 of the shape {shape}" in lines.told()
+    assert lines[1]["where"] == f"{lines.path}:2" and f"2 of the shape {shape}" in lines.summary_line()
     (tmp_path / "array.json").write_text(json.dumps([row, row], indent=1), encoding="utf-8")
     array = read_preferences(str(tmp_path / "array.json"))
     pq.write_table(pa.Table.from_pylist([row, row]), tmp_path / "table.parquet")
@@ -274,7 +274,7 @@ def test_what_vlfeedback_does_not_decide_is_left_out_and_told(tmp_path: Path) ->
         write(tmp_path, row, tied, row | {"completions": COMPLETIONS[:1]}, row | {"completions": lists})
     )
     assert len(pairs) == 2 and seen(pairs, 0) == seen(pairs, 1) == PLAIN
-    assert pairs.undecided == 2 and "2 rows without a preference left out" in pairs.told()
+    assert pairs.undecided == 2 and "2 rows without a preference left out" in pairs.summary_line()
 
 
 def test_recorded_tokens_stay_and_subsets_keep_their_images(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tiny_llava import make_generator, prompts, take, teacher_forced, tiny_model
 from m3po_jax.data.collation import rows_of
 from m3po_jax.errors import UserError
 from m3po_jax.inference import programs
-from m3po_jax.inference.state import Layout
+from m3po_jax.inference.state import StateLayout
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_lanes_are_busy_where_lengths_differ_tenfold(model):
 
 @pytest.mark.slow
 def test_a_cache_in_a_tpus_order_changes_nothing(model, many, whole, monkeypatch):
-    monkeypatch.setattr(Layout, "answers_kv", property(Layout.slots_slowest))
+    monkeypatch.setattr(StateLayout, "answers_kv", property(StateLayout.slots_slowest))
     monkeypatch.setattr(programs, "_programs", programs.Programs)  # none of the usual order
     generator = make_generator(model, batch_size=4, stop_bias=2.0, max_new_tokens=30)
     made = []

@@ -111,7 +111,7 @@ def main(folder: Path) -> None:
     results["cached"] = generated("cached", features=cached("other"))
 
     learning = base_config(max_steps=6, save_steps=100)
-    pairs = pair_batches(pair_rows(7), OneIsDamaged(), batch_size=4, seed=3, own=shared_out(mesh))
+    pairs = pair_batches(pair_rows(7), OneIsDamaged(), batch_size=4, seed=3, own_rows=shared_out(mesh))
     results["train"] = outcome(
         lambda: train(tiny_model(learning), pairs, learning, output_dir=folder / "train", mesh=mesh)
     )

@@ -11,7 +11,7 @@ from m3po_jax.data.preference_files import read_preferences
 from m3po_jax.data.schema import CANDIDATE, SCORE_FIXED, Image, Prompt
 from m3po_jax.data.templates import get_template
 from m3po_jax.pipeline.select import select
-from m3po_jax.workspace.selection import Selection
+from m3po_jax.workspace.selection import PairFolder
 from m3po_jax.workspace.shards import ShardFolder
 
 METADATA = {"history": [["Hello.", "Hi."]], "system": "Be brief."}
@@ -34,7 +34,7 @@ def test_pairs_keep_the_conversation_of_their_prompt(tmp_path: Path) -> None:
     scores = [row | {"mas": 0.9 - 0.7 * row["candidate"], "confidence": -1.0} for row in rows]
     tables.write_table(tmp_path / "candidates/0.parquet", candidates, CANDIDATE)
     tables.write_table(tmp_path / "scores/0.parquet", scores, SCORE_FIXED)
-    out = Selection(tmp_path / "pairs")
+    out = PairFolder(tmp_path / "pairs")
     prompts = {prompt.id: prompt for prompt in PROMPTS}
     folders = (ShardFolder(tmp_path / name, "m3po") for name in ("candidates", "scores"))
     select(*folders, prompts, SelectConfig(min_rejected_z=-9.0), out, image_root=tmp_path)

@@ -22,7 +22,7 @@ from m3po_jax.errors import UserError
 from m3po_jax.models.heads import HEAD, answer_rewards, attach_head, detach_head
 from m3po_jax.models.layers import LoRAParam
 from m3po_jax.objectives.registry import check_objective
-from m3po_jax.scoring.reward import HeadScorer, Reward, squash
+from m3po_jax.scoring.reward import HeadScorer, RewardBackend, squash
 from m3po_jax.training.loop import TrainResult, train
 from m3po_jax.workspace.metrics_log import read_metrics
 
@@ -90,7 +90,7 @@ def test_backend_squashes_and_agrees_with_the_training_pass(trained: TrainResult
     prompts = [Prompt(f"p{i}", (Image(path=str(i)),) if i % 2 else (), "what?") for i in range(5)]
     pools = [["qzak", "kazq", "abc"][: 1 + i % 3] for i in range(5)]
     scorer = HeadScorer(trained.model, one_device, batch_size=2)
-    scores = Reward(scorer, TinyProcessor())(prompts, pools)
+    scores = RewardBackend(scorer, TinyProcessor())(prompts, pools)
     assert [len(score) for score in scores] == [1, 2, 3, 1, 2]
     graph, state = nnx.split(trained.model)
 

@@ -16,7 +16,7 @@ import pytest
 from m3po_jax import cli
 from m3po_jax.errors import Interrupted
 from m3po_jax.hosts import signals
-from m3po_jax.hosts.signals import look, noted, stop_signal, stoppable
+from m3po_jax.hosts.signals import noted, stop_if_signalled, stop_signal, stoppable
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
@@ -105,7 +105,7 @@ def test_the_command_ends_with_75_where_the_last_piece_was_told(
             done.append(item)
             if item == "last":
                 tell(number)
-        look("the next stage")
+        stop_if_signalled("the next stage")
         done.append("the next stage")
 
     monkeypatch.setattr(verbs, "run", run)
@@ -127,7 +127,7 @@ def test_a_signal_between_stages_disturbs_nothing_and_is_not_lost() -> None:
     with pytest.raises(Interrupted, match="stopped by SIGTERM before scoring"), noted():
         held = Finalized()
         del held
-        look("scoring")
+        stop_if_signalled("scoring")
         pytest.fail("the look must stop here")
     assert signals._unseen == []
 

@@ -37,7 +37,9 @@ def _module_name(leaf: Parameter, index: int | None) -> str:
 
 def _names_of_module(name: str, family: Family) -> list[str]:
     """A module's names in all versions of transformers, as far as PEFT does not follow them by itself."""
-    others = [other + name.removeprefix(own) for own, other in family.other_names if f"{name}.".startswith(f"{own}.")]
+    others = [
+        other + name.removeprefix(here) for here, other in family.other_names if f"{name}.".startswith(f"{here}.")
+    ]
     return [name, *others]
 
 

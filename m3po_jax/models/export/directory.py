@@ -70,9 +70,9 @@ def atomic_directory(out_dir: Path, *, overwrite: bool, size: int = 0) -> Iterat
         else:
             os.replace(partial, out_dir)
     except Exception as error:
-        told = None if isinstance(error, UserError) else system_failure(error, out_dir, size)
-        if told is not None:
-            raise told from error
+        explained = None if isinstance(error, UserError) else system_failure(error, out_dir, size)
+        if explained is not None:
+            raise explained from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -122,7 +122,7 @@ def self_attention(
     causal: bool,
     window: int | None = None,
     soft_cap: float | None = None,
-    seen: Bool[Array, "b s s"] | None = None,
+    visible: Bool[Array, "b s s"] | None = None,
     kind: str,
 ) -> Float[Array, "b s h d"]:
     """Attention among the unpadded tokens of each row by kernel `kind` (not ``xla``), differentiable.
@@ -132,16 +132,16 @@ def self_attention(
     Args:
         window: Tokens that a token of a `causal` row sees, itself included; None: all before it.
         soft_cap: See `layers.soft_capped`; for kernels that `check_attention` allows with one.
-        seen: Which queries (second axis) see which keys, padding apart, in the place of `causal` and `window`; for
+        visible: Which queries (second axis) see which keys, padding apart, in the place of `causal` and `window`; for
             kernels with `has_spans`.
     """
     if kind == "cudnn":
         from m3po_jax.models.kernels.fused_gpu import fused_attention
 
         assert soft_cap is None, "refused by check_attention"
-        return fused_attention(q, k, v, mask, causal=causal, window=window, seen=seen)
+        return fused_attention(q, k, v, mask, causal=causal, window=window, visible=visible)
     from m3po_jax.models.kernels.splash import splash_attention
 
-    assert seen is None, "such rows go to XLA"
+    assert visible is None, "such rows go to XLA"
     interpret = kind == "pallas_interpret"
     return splash_attention(q, k, v, mask, causal=causal, window=window, soft_cap=soft_cap, interpret=interpret)

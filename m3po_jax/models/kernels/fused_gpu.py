@@ -21,19 +21,19 @@ def fused_attention(
     *,
     causal: bool,
     window: int | None = None,
-    seen: Bool[Array, "b s s"] | None = None,
+    visible: Bool[Array, "b s s"] | None = None,
     implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> Float[Array, "b s h d"]:
     """Grouped-query self-attention over the unpadded tokens; padded positions hold values of no meaning.
 
     Args:
-        window, seen: As of `choice.self_attention`.
+        window, visible: As of `choice.self_attention`.
         implementation: ``cudnn`` (bfloat16 and float16 only) or ``xla``, which tests the same call on a CPU.
     """
     s = q.shape[1]
     padded = -(-s // TOKENS) * TOKENS
     wider = lambda x: jnp.pad(x, ((0, 0), (0, padded - s), *((0, 0),) * (x.ndim - 2)))  # noqa: E731
-    pairs = () if seen is None else (jnp.pad(seen, ((0, 0), (0, padded - s), (0, padded - s))),)
+    pairs = () if visible is None else (jnp.pad(visible, ((0, 0), (0, padded - s), (0, padded - s))),)
     args = (wider(q), wider(k), wider(v), wider(mask), *pairs)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask_BS: jax.Array, *pairs_BSS: jax.Array) -> jax.Array:
@@ -47,8 +47,8 @@ def fused_attention(
             k,
             v,
             mask=may[:, None],
-            is_causal=causal and seen is None,
-            local_window_size=None if window is None or seen is not None else (window - 1, 0),
+            is_causal=causal and visible is None,
+            local_window_size=None if window is None or visible is not None else (window - 1, 0),
             implementation=implementation,
         )
 

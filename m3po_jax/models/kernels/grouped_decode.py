@@ -70,13 +70,13 @@ def _kernel(
         precision = matmul_precision(q.dtype)
         product = functools.partial(jax.lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
         scores = soft_capped(scale * product(q, k, (((2,), (2,)), ((0,), (0,)))), soft_cap)  # heads, M, block
-        seen = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2) < left
+        within = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2) < left
         # Beyond the length lies anything, NaN included, and 0 · NaN is no 0.
         v = jnp.where(jax.lax.broadcasted_iota(jnp.int32, v.shape, 1) < left, v, jnp.zeros_like(v))
-        scores = jnp.where(seen, scores, MASKED)
+        scores = jnp.where(within, scores, MASKED)
         before = top_ref[0, :, :, :1]
         top = jnp.maximum(before, jnp.max(scores, axis=-1, keepdims=True))
-        weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
+        weights = jnp.where(within, jnp.exp(scores - top), 0.0)
         decay = jnp.exp(before - top)
         total = decay * total_ref[0, :, :, :1] + jnp.sum(weights, axis=-1, keepdims=True)
         out_ref[0] = decay * out_ref[0] + product(weights.astype(v.dtype), v, (((2,), (1,)), ((0,), (0,))))

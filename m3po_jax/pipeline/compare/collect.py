@@ -31,17 +31,17 @@ def sums(
     image_of_item = {
         seed: {prompt.id: image_of(prompt) for prompt in benchmark.prompts} for seed, benchmark in benchmarks.items()
     }
-    images = list(dict.fromkeys(image for known in image_of_item.values() for image in known.values()))
+    images = list(dict.fromkeys(image for of_seed in image_of_item.values() for image in of_seed.values()))
     order: dict[Hashable, int] = {image: position for position, image in enumerate(images)}
-    found: dict[int, dict[str, np.ndarray]] = {}
-    for seed, own in cells.items():
+    tables: dict[int, dict[str, np.ndarray]] = {}
+    for seed, of_seed in cells.items():
         metric = benchmarks[seed].metric
-        for name, cell in own.items():
+        for name, cell in of_seed.items():
             records = cell.evaluation(benchmarks[seed].name).items()
             if records:
                 images_of = [image_of_item[seed][record["id"]] for record in records]
-                found.setdefault(seed, {})[name] = image_sums(images_of, metric.table(records), order)
-    return images, found
+                tables.setdefault(seed, {})[name] = image_sums(images_of, metric.table(records), order)
+    return images, tables
 
 
 def _stages(run: Run, stage: str, arms: set[str | None], rounds: int) -> list[dict[str, Any]]:
@@ -91,15 +91,15 @@ _PAIRS = ("chosen_mas", "rejected_mas", "mas_gap", "length_difference", "correla
 def training(run: Run, arm: str) -> dict[str, float]:
     """Means over the last tenth of the last round's logged steps, and over its pairs; what there is of each."""
     cell = run.directory.cell(run.recipe.rounds).of(arm)
-    found: dict[str, float] = {}
+    means: dict[str, float] = {}
     rows = cell.training.metrics()
     tail = rows[-max(1, len(rows) // 10) :]
     for key in _TRAINING:
         values = [row[key] for row in tail if key in row]
         if values:
-            found[key] = float(np.mean(values))
+            means[key] = float(np.mean(values))
     pairs = cell.selection.summary()
-    return found | {key: float(pairs[key]) for key in _PAIRS if pairs.get(key) is not None}
+    return means | {key: float(pairs[key]) for key in _PAIRS if pairs.get(key) is not None}
 
 
 def signals(run: Run) -> dict[str, float]:
@@ -107,16 +107,16 @@ def signals(run: Run) -> dict[str, float]:
 
     ``auroc/`` is over all answers, ``auroc_within/`` over answers of one prompt, among which selection chooses.
     """
-    known = run.directory.cell(1).scores.calibration()
-    found = {}
-    for name, value in known.items():
+    calibration = run.directory.cell(1).scores.calibration()
+    aurocs = {}
+    for name, value in calibration.items():
         if isinstance(value, dict) and isinstance(value.get("auroc"), float):
             variant = f"confidence_{value['variant']}" if name == "confidence" and "variant" in value else name
-            found[f"auroc/{variant}"] = value["auroc"]
+            aurocs[f"auroc/{variant}"] = value["auroc"]
             within = (value.get("within") or {}).get("auroc")
             if isinstance(within, float):
-                found[f"auroc_within/{variant}"] = within
-    for name, value in (known.get("correlation_mas_confidence") or {}).items():
+                aurocs[f"auroc_within/{variant}"] = within
+    for name, value in (calibration.get("correlation_mas_confidence") or {}).items():
         if isinstance(value, float):
-            found[f"correlation/{name}"] = value
-    return found
+            aurocs[f"correlation/{name}"] = value
+    return aurocs

@@ -59,14 +59,14 @@ class SeedRun(Run):
     def check_arm(self, arm: str) -> None:
         """Notes what an arm is, or refuses another one under a name that is taken."""
         overrides = json.loads(json.dumps(self.recipe.arms[arm]))
-        known = self.directory.arm_settings(arm)
-        if known is not None and known != overrides:
+        stored = self.directory.arm_settings(arm)
+        if stored is not None and stored != overrides:
             raise UserError(
                 f"holds another arm {arm!r}",
                 where=str(self.directory.arm_folder(arm)),
                 remedy="give the arm another name, or delete that folder",
             )
-        if known is None and is_writer():
+        if stored is None and is_writer():
             self.directory.save_arm_settings(arm, overrides)
 
     def equalise_pairs(self) -> None:
@@ -74,8 +74,8 @@ class SeedRun(Run):
         arms = self.capped_arms
         if len(arms) < 2:
             return
-        known = self.directory.pairs_cap()
-        if not agreed([known is not None])[0]:
+        cap = self.directory.pairs_cap()
+        if not agreed([cap is not None])[0]:
             counts = {}
             for arm in arms:
                 cell = self.directory.cell(1).of(arm)
@@ -86,15 +86,15 @@ class SeedRun(Run):
             barrier("counted")
             fewest = min(counts, key=counts.__getitem__)
             say(f"every arm trains on {counts[fewest]} pairs, as many as {fewest} has")
-            known = self.directory.pairs_cap()
-        assert known is not None, "written before the barrier"
-        if known["cap"] < 1:
+            cap = self.directory.pairs_cap()
+        assert cap is not None, "written before the barrier"
+        if cap["cap"] < 1:
             raise UserError(
-                f"{min(known['pairs'], key=known['pairs'].__getitem__)} has no pair",
+                f"{min(cap['pairs'], key=cap['pairs'].__getitem__)} has no pair",
                 where=str(self.directory.root),
                 remedy="loosen select.*, or leave that arm out",
             )
-        self._cap = known["cap"]
+        self._cap = cap["cap"]
 
     def arm_finished(self, arm: str) -> bool:
         """Whether the last thing that an arm leaves behind is there."""
@@ -118,7 +118,7 @@ class SeedRun(Run):
         self.forget(cells[-1])
 
 
-class Progress:
+class ComparisonProgress:
     """Which part of how many this is, and a guess at the time left from the parts of its kind before it."""
 
     def __init__(self, total: dict[str, int]):
@@ -147,8 +147,8 @@ class Progress:
             return ""
         total = 0.0
         for kind, count in self.left.items():
-            known = self.seconds.get(kind) or every
-            total += count * sum(known) / len(known)
+            taken = self.seconds.get(kind) or every
+            total += count * sum(taken) / len(taken)
         return f"{total:.0f} s" if total < 90 else f"{total / 60:.0f} min"
 
 
@@ -173,13 +173,13 @@ def compare(recipe: Recipe) -> Path:
     recipes = {seed: plan.seed_recipe(recipe, seed) for seed in recipe.compare.seeds}
     directory = ComparisonDirectory.of(recipe.output_dir, recipe.name)
     arms = [*plan.trained_arms(recipe.compare), *(point.arm for point in plan.efficiency_points(recipe.compare))]
-    progress = Progress({"base": len(recipes), "arm": len(recipes) * len(arms)})
+    progress = ComparisonProgress({"base": len(recipes), "arm": len(recipes) * len(arms)})
     with directory.lock():
         if is_writer():
             directory.save_recipe(recipe)
         done: dict[int, Run] = {}
-        for seed, own in recipes.items():
-            run = SeedRun(own, recipe)
+        for seed, seed_recipe in recipes.items():
+            run = SeedRun(seed_recipe, recipe)
             with run.directory.lock():
                 text = _one_seed(run, seed, arms, progress, tokenizer_text)
             done[seed] = run
@@ -198,7 +198,7 @@ def compare(recipe: Recipe) -> Path:
 
 
 def _one_seed(
-    run: SeedRun, seed: int, arms: list[str], progress: Progress, token_text: Callable[[Any], Any]
+    run: SeedRun, seed: int, arms: list[str], progress: ComparisonProgress, token_text: Callable[[Any], Any]
 ) -> Callable[[int], str]:
     run.open()
     for arm in arms:

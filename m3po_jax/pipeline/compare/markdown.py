@@ -27,24 +27,24 @@ def markdown(results: Mapping[str, Any], times: Mapping[str, Mapping[str, float]
     parts = [f"# {results['name']}: {len(results['seeds'])} seeds", "## What it shows"]
     parts.append("\n".join(f"- {line}" for line in results["verdict"]))
     curve_arms = {row["arm"] for row in results["efficiency"]}
-    for name, found in results["benchmarks"].items():
-        parts += _benchmark(name, found, curve_arms)
+    for name, compared in results["benchmarks"].items():
+        parts += _benchmark(name, compared, curve_arms)
     parts += ["## Cost", _cost(results, times)]
     if results["training"]:
         parts += ["## Pairs and training", _training(results)]
     if results["efficiency"]:
         parts += ["## Data efficiency", _efficiency(results)]
-    if any(found["rounds"] for found in results["benchmarks"].values()):
+    if any(compared["rounds"] for compared in results["benchmarks"].values()):
         parts += ["## Rounds", _rounds(results)]
     return "\n\n".join(parts) + "\n"
 
 
 def columns(metric: str, systems: Mapping[str, Any]) -> list[Column]:
     """The metric's columns that any system has a value for."""
-    known = {
+    defined = {
         key for entry in systems.values() for key, value in entry["metrics"].items() if value["mean"] is not None
     }
-    return [column for column in METRICS[metric].columns if column.key in known]
+    return [column for column in METRICS[metric].columns if column.key in defined]
 
 
 def cell(value: Mapping[str, Any] | None, column: Column, *, bound: bool = False) -> str:
@@ -60,9 +60,9 @@ def cell(value: Mapping[str, Any] | None, column: Column, *, bound: bool = False
     return text
 
 
-def _benchmark(name: str, found: Mapping[str, Any], hidden: set[str]) -> list[str]:
-    systems = {system: entry for system, entry in found["systems"].items() if system not in hidden}
-    shown = columns(found["metric"], systems)
+def _benchmark(name: str, compared: Mapping[str, Any], hidden: set[str]) -> list[str]:
+    systems = {system: entry for system, entry in compared["systems"].items() if system not in hidden}
+    shown = columns(compared["metric"], systems)
     rows = [
         [system]
         + [
@@ -75,11 +75,11 @@ def _benchmark(name: str, found: Mapping[str, Any], hidden: set[str]) -> list[st
         ]
         for system, entry in systems.items()
     ]
-    parts = [f"## {name} ({found['metric']}, {found['questions']} questions, {found['images']} images)"]
+    parts = [f"## {name} ({compared['metric']}, {compared['questions']} questions, {compared['images']} images)"]
     parts += [table(["System", *(column.label for column in shown)], rows), NOTE]
     if any(column.key == "delta_chair_i" for column in shown):
         parts.append(DELTA_NOTE.replace("; empty outside the frontier's recall", "") + " " + BEYOND)
-    for reference, differences in found["differences"].items():
+    for reference, differences in compared["differences"].items():
         kept = {s: values for s, values in differences.items() if s not in hidden or reference in hidden}
         judged = [column for column in shown if any(column.key in values for values in kept.values())]
         lines = [
@@ -90,7 +90,7 @@ def _benchmark(name: str, found: Mapping[str, Any], hidden: set[str]) -> list[st
             f"### {name}: difference to {reference}",
             table(["System", *(column.label for column in judged)], lines),
         ]
-    if found["differences"]:
+    if compared["differences"]:
         parts.append(DIFFERENCE_NOTE)
     return parts
 
@@ -152,15 +152,17 @@ def _training(results: Mapping[str, Any]) -> str:
 def _efficiency(results: Mapping[str, Any]) -> str:
     benchmarks = results["benchmarks"]
     shown = {
-        name: columns(found["metric"], {row["arm"]: found["systems"][row["arm"]] for row in results["efficiency"]})
-        for name, found in benchmarks.items()
+        name: columns(
+            compared["metric"], {row["arm"]: compared["systems"][row["arm"]] for row in results["efficiency"]}
+        )
+        for name, compared in benchmarks.items()
     }
     head = ["System", "Pairs of", "Share", "Pairs"]
-    head += [f"{name} {column.label}" for name, own in shown.items() for column in own]
+    head += [f"{name} {column.label}" for name, labels in shown.items() for column in labels]
     words = {"value": "the highest value", "random": "a random draw", "all": "all"}
     rows = [
         [row["system"], words[row["order"]], f"{row['budget']:g}", f"{row['pairs']:.0f}"]
-        + [cell(row["metrics"][name].get(column.key), column) for name, own in shown.items() for column in own]
+        + [cell(row["metrics"][name].get(column.key), column) for name, labels in shown.items() for column in labels]
         for row in results["efficiency"]
     ]
     return table(head, rows) + "\n\nThe number of steps is the same for all: fewer pairs are seen more often."
@@ -168,14 +170,14 @@ def _efficiency(results: Mapping[str, Any]) -> str:
 
 def _rounds(results: Mapping[str, Any]) -> str:
     parts = []
-    for name, found in results["benchmarks"].items():
-        entries = dict(found["rounds"]) | {
-            f"{arm}, round {results['rounds']}": found["systems"][arm]
+    for name, compared in results["benchmarks"].items():
+        entries = dict(compared["rounds"]) | {
+            f"{arm}, round {results['rounds']}": compared["systems"][arm]
             for arm in results["systems"]
-            if arm in found["systems"]
+            if arm in compared["systems"]
         }
         entries = dict(sorted(entries.items()))
-        shown = columns(found["metric"], entries)
+        shown = columns(compared["metric"], entries)
         rows = [
             [system, *(cell(entry["metrics"].get(column.key), column) for column in shown)]
             for system, entry in entries.items()

@@ -128,21 +128,21 @@ def check_compare(recipe: Recipe) -> None:
         )
     for arm in trained_arms(recipe.compare):
         overrides_of(recipe, arm)
-    known = [BASE, *trained_arms(recipe.compare)]
-    if not known[1:]:
+    names = [BASE, *trained_arms(recipe.compare)]
+    if not names[1:]:
         raise UserError("no arm is trained", where="compare.arms", remedy="name at least one system to train")
-    if config.main not in known[1:]:
+    if config.main not in names[1:]:
         raise UserError(
-            f"{config.main!r} is not compared", where="compare.main", remedy=f"one of {', '.join(known[1:])}"
+            f"{config.main!r} is not compared", where="compare.main", remedy=f"one of {', '.join(names[1:])}"
         )
     for system in config.efficiency_of:
-        if system not in known[1:]:
+        if system not in names[1:]:
             raise UserError(
-                f"{system!r} is not compared{nearest(system, known[1:])}",
+                f"{system!r} is not compared{nearest(system, names[1:])}",
                 where="compare.efficiency_of",
-                remedy=f"of {', '.join(known[1:])}",
+                remedy=f"of {', '.join(names[1:])}",
             )
-    known += [point.arm for point in efficiency_points(recipe.compare)]
+    names += [point.arm for point in efficiency_points(recipe.compare)]
     if recipe.evaluate.gate and BASE not in config.against:
         raise UserError(
             "the gate judges the main system against the base",
@@ -150,10 +150,10 @@ def check_compare(recipe: Recipe) -> None:
             remedy=f"add {BASE} to compare.against, or remove the gate",
         )
     for name in config.against:
-        if name not in known and name in SYSTEMS:
+        if name not in names and name in SYSTEMS:
             continue  # a default that this comparison leaves out
-        if name not in known:
-            raise UserError(f"unknown system {name!r}{nearest(name, known)}", where="compare.against")
+        if name not in names:
+            raise UserError(f"unknown system {name!r}{nearest(name, names)}", where="compare.against")
 
 
 def what(config: CompareConfig, arm: str) -> str:

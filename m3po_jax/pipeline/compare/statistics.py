@@ -38,19 +38,19 @@ def summarise(values: Sequence[Values]) -> dict[str, Any]:
         percentile interval over images of that mean; ``t_low`` and ``t_high``, Student's over seeds (None below two);
         ``undefined``, resamples left out. None throughout where a seed's own value is undefined.
     """
-    own = np.array([value[0] for value in values])
+    observed = np.array([value[0] for value in values])
     empty = {"mean": None, "sd": None, "low": None, "high": None, "t_low": None, "t_high": None}
-    seeds = [None if np.isnan(value) else float(value) for value in own]
+    seeds = [None if np.isnan(value) else float(value) for value in observed]
     low, high, undefined = percentiles(_mean(values)[1:])
     counts = {"seeds": seeds, "undefined": undefined}
-    if np.isnan(own).any():
+    if np.isnan(observed).any():
         return {**empty, **counts}
-    found = {**empty, "mean": float(own.mean()), "low": low, "high": high, **counts}
-    if len(own) > 1:
-        sd = float(own.std(ddof=1))
-        half = float(stats.t.ppf((1 + LEVEL) / 2, len(own) - 1)) * sd / np.sqrt(len(own))
-        found |= {"sd": sd, "t_low": float(own.mean() - half), "t_high": float(own.mean() + half)}
-    return found
+    summary = {**empty, "mean": float(observed.mean()), "low": low, "high": high, **counts}
+    if len(observed) > 1:
+        sd = float(observed.std(ddof=1))
+        half = float(stats.t.ppf((1 + LEVEL) / 2, len(observed) - 1)) * sd / np.sqrt(len(observed))
+        summary |= {"sd": sd, "t_low": float(observed.mean() - half), "t_high": float(observed.mean() + half)}
+    return summary
 
 
 MIN_SEEDS = 3  # of a claim

@@ -70,20 +70,20 @@ def benchmark_results(recipe: Recipe, runs: Mapping[int, Run], name: str, arms: 
     metric = METRICS[recipe.evaluate.benchmarks[name].metric]
     placed = {seed: collect.systems(run, arms) for seed, run in runs.items()}
     cells = {
-        seed: {system: cell for system, (_, cell) in found.items()}
+        seed: {system: cell for system, (_, cell) in systems.items()}
         | {
             runs[seed].system_name(cell): cell
             for arm in arms
             for cell in (runs[seed].directory.cell(number).of(arm) for number in range(1, recipe.rounds))
         }
-        for seed, found in placed.items()
+        for seed, systems in placed.items()
     }
     images, sums = collect.sums(cells, benchmarks)
     values = _values(metric, sums, recipe.compare.resamples, recipe.seed)
     beyond = _add_deltas(metric.frontier, values, placed) if metric.frontier else {}
     # A system counts where every seed has it.
     shared = [s for s in cells[next(iter(cells))] if all(s in values.get(seed, {}) for seed in runs)]
-    kinds = {system: kind for found in placed.values() for system, (kind, _) in found.items()}
+    kinds = {system: kind for systems in placed.values() for system, (kind, _) in systems.items()}
     result: dict[str, Any] = {
         "metric": recipe.evaluate.benchmarks[name].metric,
         "images": len(images),
@@ -122,8 +122,8 @@ def benchmark_results(recipe: Recipe, runs: Mapping[int, Run], name: str, arms: 
 
 
 def _difference(values: Sequence[np.ndarray], better: str) -> dict[str, Any]:
-    found = statistics.summarise(values)
-    return found | {"better": better, "outcome": statistics.outcome(found, better)}
+    summary = statistics.summarise(values)
+    return summary | {"better": better, "outcome": statistics.outcome(summary, better)}
 
 
 def _values(
@@ -155,9 +155,9 @@ def _add_deltas(
             continue
         gain, cost = (np.stack([systems[s][key] for s in points], axis=1) for key in (frontier.gain, frontier.cost))
         for name, metrics in systems.items():
-            found = matched(metrics[frontier.gain], metrics[frontier.cost], gain, cost)
-            metrics[frontier.delta] = found.delta
-            beyond[name] = beyond.get(name, False) or bool(found.beyond[0])
+            match = matched(metrics[frontier.gain], metrics[frontier.cost], gain, cost)
+            metrics[frontier.delta] = match.delta
+            beyond[name] = beyond.get(name, False) or bool(match.beyond[0])
     return beyond
 
 
@@ -166,9 +166,9 @@ def _efficiency(config: CompareConfig, results: Mapping[str, Any]) -> list[dict[
     rows = []
     for point in plan.efficiency_points(config):
         scored = {
-            name: found["systems"][point.arm]["metrics"]
-            for name, found in results["benchmarks"].items()
-            if point.arm in found["systems"]
+            name: compared["systems"][point.arm]["metrics"]
+            for name, compared in results["benchmarks"].items()
+            if point.arm in compared["systems"]
         }
         pairs = results["compute"][point.arm]["pairs"]
         rows.append(dataclasses.asdict(point) | {"pairs": pairs, "metrics": scored})

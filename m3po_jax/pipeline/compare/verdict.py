@@ -26,9 +26,9 @@ def verdict(results: Mapping[str, Any], config: CompareConfig) -> list[str]:
         lines.append(
             f"With {count} seed{'s' if count > 1 else ''} nothing is claimed: at least {MIN_SEEDS} are needed."
         )
-    for name, found in results["benchmarks"].items():
-        if config.main in found["systems"]:
-            lines += _benchmark(name, found, config.main)
+    for name, compared in results["benchmarks"].items():
+        if config.main in compared["systems"]:
+            lines += _benchmark(name, compared, config.main)
     lines += [f"Gate: {entry['text']}." for entry in results["gate"]]
     return lines + _why(results, config)
 
@@ -42,7 +42,7 @@ def gate(results: Mapping[str, Any], config: EvaluateConfig, main: str) -> list[
         (passed, failed or undecided) and ``text``.
     """
     benchmarks = results["benchmarks"]
-    metrics = {name: METRICS[found["metric"]] for name, found in benchmarks.items()}
+    metrics = {name: METRICS[compared["metric"]] for name, compared in benchmarks.items()}
     entries = []
     for guarded in read_gate(config.gate, metrics):
         difference = benchmarks[guarded.benchmark]["differences"].get(BASE, {}).get(main, {}).get(guarded.column.key)
@@ -66,16 +66,16 @@ def gate(results: Mapping[str, Any], config: EvaluateConfig, main: str) -> list[
     return entries
 
 
-def _benchmark(name: str, found: Mapping[str, Any], main: str) -> list[str]:
-    lines, metric = [], METRICS[found["metric"]]
-    base = found["systems"].get(BASE, {"metrics": {}})["metrics"]
+def _benchmark(name: str, compared: Mapping[str, Any], main: str) -> list[str]:
+    lines, metric = [], METRICS[compared["metric"]]
+    base = compared["systems"].get(BASE, {"metrics": {}})["metrics"]
     if reason := metric.gate({key: value["mean"] for key, value in base.items()}):
         return [f"{name}: {reason}."]
-    delta = found["systems"][main]["metrics"].get(metric.frontier.delta) if metric.frontier else None
+    delta = compared["systems"][main]["metrics"].get(metric.frontier.delta) if metric.frontier else None
     if metric.frontier and delta is not None:
         column = metric.column(metric.frontier.delta)
-        lines.append(_frontier(name, main, column, delta, found["systems"][main]["beyond_frontier"]))
-    for reference, differences in found["differences"].items():
+        lines.append(_frontier(name, main, column, delta, compared["systems"][main]["beyond_frontier"]))
+    for reference, differences in compared["differences"].items():
         if main == reference:
             continue
         for key in metric.deciding:
@@ -144,14 +144,14 @@ def _why(results: Mapping[str, Any], config: CompareConfig) -> list[str]:
         lines.append(
             f"{config.main} made the chosen answers less likely ({shift:+.2f} nats a token): likelihood displacement."
         )
-    for name, found in results["benchmarks"].items():
-        lines += _yes_rate(name, found, config.main)
+    for name, compared in results["benchmarks"].items():
+        lines += _yes_rate(name, compared, config.main)
     return lines
 
 
-def _yes_rate(name: str, found: Mapping[str, Any], main: str) -> list[str]:
+def _yes_rate(name: str, compared: Mapping[str, Any], main: str) -> list[str]:
     rates = {
-        system: found["systems"].get(system, {"metrics": {}})["metrics"].get("yes_ratio", {}).get("mean")
+        system: compared["systems"].get(system, {"metrics": {}})["metrics"].get("yes_ratio", {}).get("mean")
         for system in (BASE, main)
     }
     if None in rates.values():
