@@ -66,7 +66,7 @@ class Contrastive(Objective):
             processor,
             encode_texts=processor.encode_texts,
             claim_template=claim_template,
-            **{name: options[name] for name in ("batch_size", "seed", "own")},
+            **{name: options[name] for name in ("batch_size", "seed", "own_rows")},
         )
 
     def description(self, rule: str, judge: str) -> tuple[str, list[str]]:

@@ -79,7 +79,7 @@ def training_rows(train: TrainConfig, data: DataConfig) -> Joined:
 def batch_options(config: TrainConfig, seed: int, mesh: Mesh) -> dict[str, Any]:
     """How rows are put into batches, as the functions of `data.batches` take it."""
     names = ("batch_size", "max_answer_tokens", "length_window", "max_shapes")
-    return {"seed": seed, "own": shared_out(mesh), **{name: getattr(config, name) for name in names}}
+    return {"seed": seed, "own_rows": shared_out(mesh), **{name: getattr(config, name) for name in names}}
 
 
 def _row_batches(

@@ -190,7 +190,7 @@ def test_settings_by_row_equal_settings_for_all(rows, seed):
     keys = step_keys(jnp.asarray(candidate_keys(seed, ["a"], 2)[0]), jnp.int32(1))
 
     def draw(values, first, last):
-        at = {"step": jnp.int32(2), "eos_token_id": 2, "seen": jnp.asarray(seen[first:last])}
+        at = {"step": jnp.int32(2), "eos_token_id": 2, "penalized": jnp.asarray(seen[first:last])}
         shaped = process(jnp.asarray(logits[first:last]), values, **at)
         return choose(keys[first:last], shaped, values), np.asarray(shaped)
 

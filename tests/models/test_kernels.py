@@ -98,7 +98,7 @@ def test_self_attention_equals_the_xla_path(kernel, causal, limits, dtype, toler
     if spans is not None:
         back = np.arange(tokens)[:, None] - np.arange(tokens)
         same = (spans.numbers[:, :, None] == spans.numbers[:, None]) & (spans.numbers[:, :, None] >= 0)
-        limits["seen"] = ((back >= 0) | same) & (back < limits.get("window", tokens))
+        limits["visible"] = ((back >= 0) | same) & (back < limits.get("window", tokens))
     fused = run(lambda q, k, v: KERNELS[kernel](q, k, v, mask, causal=causal, **limits))
     for expected, actual in zip(plain, fused, strict=True):
         assert np.abs(expected).max() > 0.5
