@@ -63,6 +63,11 @@ VERBS: dict[str, tuple[str, str]] = {
         "Writes what was trained so that transformers, PEFT and vLLM load it. What was trained, and from which base, "
         "is read from the run's own recipe; a key that says otherwise is refused.",
     ),
+    "merge": (
+        "a model with a PEFT adapter merged into it",
+        "Writes a Hugging Face directory of `model.path` (default: the base that the adapter names) with a plain "
+        "LoRA adapter merged into it, whoever wrote it: a model that a run can start from, or judge with.",
+    ),
     "plan": (
         "memory and least time on TPU chips that need not be there",
         "Compiles the recipe's generation, judging and training for a TPU topology with the TPU's own compiler (the "
@@ -163,6 +168,12 @@ def make_parser() -> argparse.ArgumentParser:
             verb.add_argument(
                 "--output", metavar="DIR", help="default: export-[ARM-]round-R-FORMAT/ in the run directory"
             )
+        if name == "merge":
+            verb.add_argument(
+                "--adapter", metavar="DIR", required=True, help="adapter_config.json and its safetensors"
+            )
+            verb.add_argument("--output", metavar="DIR", required=True, help="where the merged model goes")
+        if name in ("export", "merge"):
             verb.add_argument(
                 "--dtype",
                 default="auto",

@@ -355,6 +355,12 @@ def describe(
     """
     directory = resolve_directory(directory, weights=download)
     where = str(directory / "config.json")
+    if not (directory / "config.json").is_file() and (directory / "adapter_config.json").is_file():
+        raise UserError(
+            "is a PEFT adapter, not a model",
+            where=str(directory),
+            remedy=f"merge it into its base, `m3po merge --adapter {directory} --output MERGED`, and name MERGED",
+        )
     raw = read_json(directory / "config.json")
     family = family_of(raw, where)
     tower: Path | None = None

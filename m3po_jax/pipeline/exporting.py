@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,15 +145,19 @@ def run_recipe(
     return dataclasses.replace(trained, mesh=given.mesh, **changed)
 
 
-def _check_output(
-    output: Path, record: Mapping[str, Any], base: Loaded, directory: RunDirectory, overwrite: bool
-) -> None:
-    """
+def check_output(output: Path, record: Mapping[str, Any], inputs: Iterable[Path], overwrite: bool) -> None:
+    """An export takes no other thing's place unasked.
+
+    Args:
+        record: What the export is made of; the same record there may be replaced.
+        inputs: Directories that the export is made from.
+        overwrite: Another export may be replaced.
+
     Raises:
         UserError: the directory holds something else than this very export, and `overwrite` does not allow to replace
             it; or it is no place for an export at all.
     """
-    for kept in (base.directory, *([base.tower] if base.tower else []), directory.root, Path.cwd()):
+    for kept in (*inputs, Path.cwd()):
         if kept.resolve().is_relative_to(output.resolve()):
             raise UserError(
                 f"holds {kept}, which an export must not replace", where=str(output), remedy="choose another"
@@ -167,7 +171,7 @@ def _check_output(
         differing = (
             next((key for key in record if present.get(key) != record[key]), "") if isinstance(present, dict) else ""
         )
-        what = "holds something else than an export of this run"
+        what = "holds something else than this export"
         if differing:
             what = f"holds another export ({differing} is {present.get(differing)!r}, here {record[differing]!r})"
         raise UserError(what, where=str(output), remedy="choose another --output, or give --overwrite to replace it")
@@ -219,7 +223,8 @@ def export(given: Recipe, wanted: Wanted, *, config: str | None = None, override
             )[:16],
         }
         output = wanted.output or wanted.cell.export(wanted.format)
-        _check_output(output, record, base, directory, wanted.overwrite)
+        inputs = (base.directory, *([base.tower] if base.tower else []), directory.root)
+        check_output(output, record, inputs, wanted.overwrite)
         _write(trained, recipe, wanted, output, record)
     return output
 

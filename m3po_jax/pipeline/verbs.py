@@ -288,3 +288,19 @@ def export(options: argparse.Namespace) -> None:
     )
     output = write_export(recipe, wanted, config=options.config, overrides=options.overrides)
     say(f"exported to {output}")
+
+
+def merge(options: argparse.Namespace) -> None:
+    from m3po_jax.pipeline.merging import merge as write_merged
+
+    recipe = _recipe(options)
+    _start()
+    output = write_merged(
+        recipe.model,
+        recipe.mesh,
+        Path(options.adapter),
+        Path(options.output),
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+    )
+    say(f"merged into {output}")
