@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ def after_tower(model: Any, images: Images) -> Images:
     return {"tokens": images["tokens"], "features": np.asarray(features)}
 
 
-class SquareImages:
+class SquareImages(ABC):
     """The part of a processor that reads images, of which a subclass says `image_shape`, `tokens_per_image` and
     `pixel_values` [m, h, w, 3]."""
 
@@ -36,15 +37,17 @@ class SquareImages:
     tokens_per_image: int
     image_buckets = None
 
+    @abstractmethod
     def encode_prompt(self, prompt: Prompt) -> list[int]:
-        raise NotImplementedError
+        """Its ids."""
 
     def tokenise(self, prompt: Prompt) -> PromptTokens:
         """Nobody reads its ids: `encode_prompt` makes them anew."""
         return PromptTokens(np.zeros(0, np.int32), "")
 
+    @abstractmethod
     def pixel_values(self, prompt: Prompt) -> np.ndarray:
-        raise NotImplementedError
+        """Of its images."""
 
     def image_plans(self, prompt: Prompt) -> list[ImagePlan]:
         return [ImagePlan(self.tokens_per_image, {"pixels": (1, *self.image_shape)}) for _ in prompt.images]

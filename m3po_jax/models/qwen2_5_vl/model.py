@@ -43,11 +43,12 @@ class PatchModel(nnx.Module):
 
     config: Any
     vision_tower: Any
+    projector: Any
     decoder: Decoder
 
     def project(self, features: Float[Array, "b f v"]) -> Float[Array, "b f d"]:
-        """What takes the places of image tokens."""
-        raise NotImplementedError
+        """What takes the places of image tokens; features of the decoder's first layers lie behind it."""
+        return self.projector(features[..., : self.config.vision.feature_width])
 
     def encode_images(self, images: Images, *, remat: str = "none") -> Float[Array, "b f v"]:
         """Of all patches of the batch, those of one image among themselves."""
@@ -80,10 +81,6 @@ class Qwen25VL(PatchModel):
         self.vision_tower = VisionTower(config.vision, rngs=rngs, **kinds)
         self.projector = Merger(config.vision, config.text.hidden_size, rngs=rngs, **kinds)
         self.decoder = Decoder(config.text, rngs=rngs, **kinds)
-
-    def project(self, features: Float[Array, "b f v"]) -> Float[Array, "b f d"]:
-        """By the merger."""
-        return self.projector(features)
 
 
 def build(config: Qwen25VLConfig, *, dtype: Any, param_dtype: Any, seed: int = 0) -> Qwen25VL:

@@ -25,10 +25,6 @@ class Qwen3VL(PatchModel):
         self.projector = Merger(config.vision, config.text.hidden_size, together=False, rngs=rngs, **kinds)
         self.decoder = Decoder(config.text, rngs=rngs, **kinds)
 
-    def project(self, features: Float[Array, "b f v"]) -> Float[Array, "b f d"]:
-        """What takes the places of image tokens."""
-        return self.projector(features[..., : self.config.vision.feature_width])
-
     def injected_states(
         self, token_ids: Int[Array, "b s"], features: Float[Array, "b f v"]
     ) -> Float[Array, "l b s d"]:
