@@ -337,6 +337,11 @@ class Description:
     listed: bool = False
     notes: tuple[str, ...] = ()
 
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        """All that the model is read from."""
+        return (self.directory,) if self.tower is None else (self.directory, self.tower)
+
 
 def describe(
     directory: str | Path, *, vision_tower: str | Path = "", weights: bool = True, download: bool = True

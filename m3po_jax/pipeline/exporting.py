@@ -223,8 +223,7 @@ def export(given: Recipe, wanted: Wanted, *, config: str | None = None, override
             )[:16],
         }
         output = wanted.output or wanted.cell.export(wanted.format)
-        inputs = (base.directory, *([base.tower] if base.tower else []), directory.root)
-        check_output(output, record, inputs, wanted.overwrite)
+        check_output(output, record, (*base.description.directories, directory.root), wanted.overwrite)
         _write(trained, recipe, wanted, output, record)
     return output
 

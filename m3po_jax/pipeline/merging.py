@@ -13,7 +13,7 @@ from m3po_jax.models.export import export_model, load_adapter
 from m3po_jax.models.export.model import RECORD
 from m3po_jax.models.hub import pinned
 from m3po_jax.models.identity import tree_identity
-from m3po_jax.models.registry import Loaded, load_model
+from m3po_jax.models.registry import Loaded, describe, load_model
 from m3po_jax.models.safetensors_io import read_json
 from m3po_jax.pipeline.console import say
 from m3po_jax.pipeline.exporting import check_output
@@ -27,7 +27,7 @@ The model `{base}` with the LoRA adapter `{adapter}` merged into it by m3po_jax.
 """
 
 
-def base_of(adapter: Path) -> str:
+def _base_of(adapter: Path) -> str:
     """The model that an adapter says it was trained on.
 
     Raises:
@@ -56,19 +56,18 @@ def merge(
         UserError: no such model, an adapter of something else, an output that is in the way.
     """
     if not model.path:
-        model = replace(model, path=base_of(adapter))
+        model = replace(model, path=_base_of(adapter))
         say(f"{adapter} names {model.path} as its base model")
+    path = pinned(model.path, model.revision)
+    # Before any weight is read: a large base takes its time.
+    description = describe(path, vision_tower=model.vision_tower)
+    record = {"base": model_identity(description), "adapter": tree_identity(adapter), "dtype": dtype}
+    check_output(output, record, (*description.directories, adapter), overwrite)
     with use_mesh(make_mesh(mesh)) as place:
         base: Loaded = load_model(
-            pinned(model.path, model.revision),
-            dtype=model.dtype,
-            param_dtype=model.param_dtype,
-            mesh=place,
-            vision_tower=model.vision_tower,
+            path, dtype=model.dtype, param_dtype=model.param_dtype, mesh=place, vision_tower=model.vision_tower
         )
         load_adapter(base.model, adapter)
-        record = {"base": model_identity(base), "adapter": tree_identity(adapter), "dtype": dtype}
-        check_output(output, record, (base.directory, *([base.tower] if base.tower else []), adapter), overwrite)
         texts = {
             "README.md": _CARD.format(base=model.path, adapter=adapter.name),
             RECORD: json.dumps(record, indent=2) + "\n",

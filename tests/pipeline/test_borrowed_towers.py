@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ from m3po_jax.data.schema import Image, Prompt
 from m3po_jax.errors import UserError
 from m3po_jax.models.forward import encode_images, reference_forward
 from m3po_jax.models.processor import Processor
-from m3po_jax.models.registry import describe, describe_policy, load_model
+from m3po_jax.models.registry import describe, describe_policy, load_model, resolve_directory
 from m3po_jax.pipeline.models import InputLimits, make_processor
 from m3po_jax.recipes import load_recipe
 
-SHIPPED = Path(str(resources.files("m3po_jax"))) / "quickstart/checkpoints/quickstart-base"
+SHIPPED = resolve_directory("builtin:quickstart-base")
 ROWS = 192  # of the shipped model's vocabulary, whose <image> is 3
 RENAMED = {
     "multi_modal_projector.linear_1.": "model.mm_projector.0.",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,14 @@ from mini_run import write_data, write_recipe
 
 from m3po_jax.cli import main
 from m3po_jax.models.identity import directory_identity
+from m3po_jax.models.registry import resolve_directory
 from m3po_jax.models.safetensors_io import open_directory, read_header
 from m3po_jax.pipeline.arms import arm_recipe
 from m3po_jax.pipeline.train import trained_settings
 from m3po_jax.recipes import load_recipe
 from m3po_jax.workspace.training import TrainingArtifact
 
-SHIPPED = Path(str(resources.files("m3po_jax"))) / "quickstart/checkpoints/quickstart-base"
+SHIPPED = resolve_directory("builtin:quickstart-base")
 ADAPTER = {"lora_rank": 2, "lora_alpha": 4.0, "target_modules": ["q_proj"]}
 
 

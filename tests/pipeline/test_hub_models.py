@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ from m3po_jax.models.hub import pinned
 from m3po_jax.models.registry import describe, resolve_directory, stored_tensors
 from m3po_jax.pipeline.mock import shrink
 
-SHIPPED = Path(str(resources.files("m3po_jax"))) / "quickstart/checkpoints"
-BASE, SCORER = SHIPPED / "quickstart-base", SHIPPED / "quickstart-scorer"
+BASE, SCORER = map(resolve_directory, ("builtin:quickstart-base", "builtin:quickstart-scorer"))
 HEADER = 100_001  # bytes that `huggingface_hub` asks of a file for its header
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,11 @@ import numpy as np
 import pytest
 
 from m3po_jax.cli import main
+from m3po_jax.models.registry import resolve_directory
 from m3po_jax.models.safetensors_io import open_directory
+from m3po_jax.pipeline import merging
 
-SHIPPED = Path(str(resources.files("m3po_jax"))) / "quickstart/checkpoints/quickstart-base"
+SHIPPED = resolve_directory("builtin:quickstart-base")
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +76,13 @@ def test_the_base_is_what_the_adapter_names(
 
 
 def test_what_is_in_the_way_stays(
-    trained: tuple[Path, Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: tuple[Path, Path, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base, adapter, _ = trained
+    monkeypatch.setattr(merging, "load_model", lambda *_, **__: pytest.fail("refused before weights are read"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
     for output, words in (
@@ -88,6 +93,7 @@ def test_what_is_in_the_way_stays(
         assert merge("--adapter", adapter, "--output", output, f"model.path={base}") == 2
         assert words in capsys.readouterr().err
     assert (tmp_path / "full/notes.txt").read_text() == "mine"
+    monkeypatch.undo()
     assert merge("--adapter", base, "--output", tmp_path / "merged", f"model.path={base}") == 2
     assert "no adapter_config.json" in capsys.readouterr().err
 

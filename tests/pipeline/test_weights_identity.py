@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from m3po_jax.cli import main
 from m3po_jax.config import ScoreConfig
-from m3po_jax.models.registry import describe
+from m3po_jax.models.registry import describe, resolve_directory
 from m3po_jax.pipeline.backends import judge_identities
 from m3po_jax.pipeline.models import model_identity
-
-SHIPPED = Path(str(resources.files("m3po_jax"))) / "quickstart/checkpoints"
 
 
 def change_projector(directory: Path) -> None:
@@ -33,7 +30,7 @@ def change_projector(directory: Path) -> None:
 
 @pytest.fixture
 def model_directory(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(SHIPPED / "quickstart-base", tmp_path / "model"))
+    return Path(shutil.copytree(resolve_directory("builtin:quickstart-base"), tmp_path / "model"))
 
 
 def test_candidates_of_replaced_weights_are_drawn_anew(model_directory: Path, tmp_path: Path) -> None:
@@ -52,7 +49,7 @@ def test_candidates_of_replaced_weights_are_drawn_anew(model_directory: Path, tm
 
 @pytest.mark.parametrize(("backend", "shipped"), [("claims", "quickstart-base"), ("similarity", "quickstart-scorer")])
 def test_a_replaced_judge_is_another_judge(backend: str, shipped: str, tmp_path: Path) -> None:
-    directory = Path(shutil.copytree(SHIPPED / shipped, tmp_path / "judge"))
+    directory = Path(shutil.copytree(resolve_directory(f"builtin:{shipped}"), tmp_path / "judge"))
     alone = ScoreConfig(backend=backend, model=str(directory))
     member = ScoreConfig(backend="ensemble", members=[f"{backend}={directory}", "claims"])
     before = judge_identities(alone), judge_identities(member)
