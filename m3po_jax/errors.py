@@ -97,7 +97,7 @@ def _shows(letter: str) -> bool:
 
 
 def nearest(name: str, names: Iterable[str], *, listed: bool = True) -> str:
-    """`` (did you mean 'x'?)`` for a misspelt `name`, or the sorted list of what is known, unless not `listed`.
+    """`` (did you mean 'x'?)`` for a misspelt `name`, or the sorted list of `names`, unless not `listed`.
 
     Only a near name is suggested: one that few letters away, or that continues or ends it.
     """

@@ -83,8 +83,8 @@ class SharedRows(Generic[Row]):
     Args:
         read: Row number, and whether its images are needed (else zeros stand for them), to an element.
         spoil: An element to the same with NaN for its images.
-        own: Size of a batch to the rows whose images this process needs. None: it is alone, needs all of them, and
-            raises what cannot be read.
+        own_rows: Size of a batch to the rows whose images this process needs. None: it is alone, needs all of them,
+            and raises what cannot be read.
     """
 
     def __init__(

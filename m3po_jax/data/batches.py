@@ -63,7 +63,7 @@ def pair_batches(
         features: Cached vision features, which take the pixels' place in the batches.
         length_window: Batches of the shuffled order whose rows are exchanged until each holds similar lengths.
         max_shapes: Most pairs of widths that batches are padded to (programs that are compiled).
-        own: On several hosts: the rows of a batch whose images this one reads, see `SharedRows`.
+        own_rows: On several hosts: the rows of a batch whose images this one reads, see `SharedRows`.
 
     Raises:
         UserError: no rows, an answer that is empty or too long, log-probs that do not match their tokens.

@@ -66,7 +66,7 @@ def contrastive_batches(
         processor: Gives the pixels, at the dual encoder's size; an example has exactly one image.
         encode_texts: Texts to (ids [C, T], mask [C, T]) at a fixed T, by the dual encoder's tokenizer.
         claim_template: Text that stands for one claim, e.g. ``a photo of {claim}``.
-        own: On several hosts: the rows of a batch whose images this one reads, see `SharedRows`.
+        own_rows: On several hosts: the rows of a batch whose images this one reads, see `SharedRows`.
 
     Raises:
         UserError: no rows, a row without objects or without exactly one image, or a batch with too many

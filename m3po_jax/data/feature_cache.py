@@ -92,7 +92,7 @@ class PromptFeatures:
         images: Prompt -> its images.
         encode: Images -> the features [n, v] of each. All processes must call it together; images that another of
             them reads are absent ones.
-        own: Which images of a group this process reads, where the processes share them out.
+        own_rows: Which images of a group this process reads, where the processes share them out.
         together: Several processes take part: what only one of them finds missing cannot be computed by it alone.
     """
 

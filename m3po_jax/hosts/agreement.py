@@ -86,7 +86,7 @@ def first_failure(failure: tuple[int, UserError] | None) -> tuple[int, UserError
     """(place, error) of the least place at which any process failed; the same on all, which call it together.
 
     Args:
-        own: Of this process. Alone it comes back as it is.
+        failure: Of this process. Alone it comes back as it is.
     """
     if jax.process_count() == 1:
         return failure

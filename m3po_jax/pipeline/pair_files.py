@@ -102,12 +102,12 @@ def check_pairs(
             continue
         summaries.append(pairs.summary_line())
         try:
-            reader = dataclasses.replace(processor(), image_root=pairs.image_root)
+            of_pairs = dataclasses.replace(processor(), image_root=pairs.image_root)
         except UserError:
             continue
         for number, row in enumerate(pairs):
             try:
-                _check_row(row, place_of(row, number, path), reader, train.max_answer_tokens)
+                _check_row(row, place_of(row, number, path), of_pairs, train.max_answer_tokens)
             except UserError as error:
                 report(error)
     return summaries

@@ -35,7 +35,7 @@ SIDES = ("chosen", "rejected")
 
 
 def earlier_count(current: int, earlier: int, share: float) -> int:
-    """How many of `earlier` pairs make up `share` of a mixture with `own` pairs, as far as there are so many."""
+    """How many of `earlier` pairs make up `share` of a mixture with `current` pairs, as far as there are so many."""
     return min(earlier, math.floor(current * share / (1 - share) + 0.5))
 
 

@@ -178,10 +178,10 @@ def with_tower(
         vision["vision_config"]["model_type"] = "clip_vision_model"
     if not is_original(raw):
         return {**raw, **vision}
-    projector = {key: value for key, value in raw.items() if key in ORIGINAL_FIELDS.names}
-    check_fields({"": ORIGINAL_FIELDS}, {"mm_projector_type": "linear", **projector}, where)
+    stated = {key: value for key, value in raw.items() if key in ORIGINAL_FIELDS.names}
+    check_fields({"": ORIGINAL_FIELDS}, {"mm_projector_type": "linear", **stated}, where)
     left_out = ("architectures", "torch_dtype", "dtype", *_IMAGE_TOKEN_KEYS)
-    decoder = {k: v for k, v in raw.items() if k not in projector and k not in left_out}
+    decoder = {k: v for k, v in raw.items() if k not in stated and k not in left_out}
     # `check_fields` judges the decoder's fields where they stand now; the vocabulary is needed before.
     rows = raw.get("vocab_size", 32000)
     if whole(1, MOST_TOKENS)(rows):

@@ -108,15 +108,15 @@ def signals(run: Run) -> dict[str, float]:
     ``auroc/`` is over all answers, ``auroc_within/`` over answers of one prompt, among which selection chooses.
     """
     calibration = run.directory.cell(1).scores.calibration()
-    aurocs = {}
+    numbers = {}
     for name, value in calibration.items():
         if isinstance(value, dict) and isinstance(value.get("auroc"), float):
             variant = f"confidence_{value['variant']}" if name == "confidence" and "variant" in value else name
-            aurocs[f"auroc/{variant}"] = value["auroc"]
+            numbers[f"auroc/{variant}"] = value["auroc"]
             within = (value.get("within") or {}).get("auroc")
             if isinstance(within, float):
-                aurocs[f"auroc_within/{variant}"] = within
+                numbers[f"auroc_within/{variant}"] = within
     for name, value in (calibration.get("correlation_mas_confidence") or {}).items():
         if isinstance(value, float):
-            aurocs[f"correlation/{name}"] = value
-    return aurocs
+            numbers[f"correlation/{name}"] = value
+    return numbers

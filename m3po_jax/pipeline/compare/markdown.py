@@ -158,11 +158,15 @@ def _efficiency(results: Mapping[str, Any]) -> str:
         for name, compared in benchmarks.items()
     }
     head = ["System", "Pairs of", "Share", "Pairs"]
-    head += [f"{name} {column.label}" for name, labels in shown.items() for column in labels]
+    head += [f"{name} {column.label}" for name, of_metric in shown.items() for column in of_metric]
     words = {"value": "the highest value", "random": "a random draw", "all": "all"}
     rows = [
         [row["system"], words[row["order"]], f"{row['budget']:g}", f"{row['pairs']:.0f}"]
-        + [cell(row["metrics"][name].get(column.key), column) for name, labels in shown.items() for column in labels]
+        + [
+            cell(row["metrics"][name].get(column.key), column)
+            for name, of_metric in shown.items()
+            for column in of_metric
+        ]
         for row in results["efficiency"]
     ]
     return table(head, rows) + "\n\nThe number of steps is the same for all: fewer pairs are seen more often."
